@@ -1,0 +1,157 @@
+// The Python face of the native core: declarations only, no logic. Addresses are those of
+// contiguous tensors that lstm_ext.ops has checked and keeps alive during the call; 0 is null.
+#include <pybind11/pybind11.h>
+
+#include "build_info.h"
+#include "cpu/kernels.h"
+#include "params.h"
+#ifdef LSTM_EXT_WITH_CUDA
+#include "cuda/device_info.h"
+#endif
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace {
+
+py::dict build_info_dict() {
+  const lstm_ext::BuildInfo info = lstm_ext::build_info();
+  return py::dict("version"_a = info.version, "compiler"_a = info.compiler,
+                  "flags"_a = info.flags, "architecture"_a = info.architecture,
+                  "openmp"_a = info.openmp, "cuda"_a = info.cuda,
+                  "cuda_version"_a = info.cuda_version, "cuda_archs"_a = info.cuda_archs,
+                  "cuda_reason"_a = info.cuda_reason);
+}
+
+py::dict cpu_features_dict() {
+  const lstm_ext::CpuFeatures cpu = lstm_ext::cpu_features();
+  return py::dict("avx2"_a = cpu.avx2, "fma"_a = cpu.fma, "f16c"_a = cpu.f16c,
+                  "avx512f"_a = cpu.avx512f, "avx512bw"_a = cpu.avx512bw,
+                  "avx512dq"_a = cpu.avx512dq, "avx512vl"_a = cpu.avx512vl,
+                  "avx512cd"_a = cpu.avx512cd, "avx512_bf16"_a = cpu.avx512_bf16,
+                  "amx_tile"_a = cpu.amx_tile);
+}
+
+py::list cpu_isas() {
+  py::list names;
+  for (const auto* k = lstm_ext::runnable_cpu_kernels(); *k; ++k) names.append((*k)->name);
+  return names;
+}
+
+using Address = std::uintptr_t;
+
+template <class T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+lstm_ext::Steps steps(int64_t T, int64_t B, int64_t stride_t, int64_t stride_b, Address offsets,
+                      Address lengths, Address reset, bool reverse) {
+  return {T,
+          B,
+          stride_t,
+          stride_b,
+          pointer<const int64_t>(offsets),
+          pointer<const int64_t>(lengths),
+          pointer<const uint8_t>(reset),
+          reverse};
+}
+
+void cpu_forward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H, int64_t P,
+                 Address gx, Address w_hh, Address w_hr, Address h0, Address c0, Address gates,
+                 Address c_seq, Address y, Address h_n, Address c_n, Address workspace) {
+  lstm_ext::cpu_kernels().forward({static_cast<lstm_ext::Dtype>(dtype), threads, steps, H, P,
+                                   pointer(gx), pointer(w_hh), pointer(w_hr), pointer(h0),
+                                   pointer(c0), pointer(gates), pointer(c_seq), pointer(y),
+                                   pointer(h_n), pointer(c_n), pointer(workspace)});
+}
+
+void cpu_backward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H, int64_t P,
+                  Address w_hh, Address w_hr, Address h0, Address c0, Address y, Address gates,
+                  Address c_seq, Address dy, int64_t dy_stride, Address dh_n, Address dc_n,
+                  Address dcells, Address dgates, Address h_prev, Address dr, Address dh0,
+                  Address dc0, Address workspace) {
+  lstm_ext::cpu_kernels().backward({static_cast<lstm_ext::Dtype>(dtype), threads, steps, H, P,
+                                    pointer(w_hh), pointer(w_hr), pointer(h0), pointer(c0),
+                                    pointer(y), pointer(gates), pointer(c_seq), pointer(dy),
+                                    dy_stride, pointer(dh_n), pointer(dc_n), pointer(dcells),
+                                    pointer(dgates), pointer(h_prev), pointer(dr), pointer(dh0),
+                                    pointer(dc0), pointer(workspace)});
+}
+
+// Bytes of workspace that the selected kernels need; w_hh and w_hr say whether there are such.
+template <class Params>
+int64_t workspace_bytes(int64_t (*ask)(const Params&), int dtype, int threads, int64_t B,
+                        int64_t H, int64_t P, bool w_hh, bool w_hr) {
+  static const char present = 0;
+  Params params{};
+  params.dtype = static_cast<lstm_ext::Dtype>(dtype);
+  params.threads = threads;
+  params.steps.B = B;
+  params.H = H;
+  params.P = P;
+  params.w_hh = w_hh ? &present : nullptr;
+  params.w_hr = w_hr ? &present : nullptr;
+  return ask(params);
+}
+
+int64_t cpu_forward_workspace(int dtype, int threads, int64_t B, int64_t H, int64_t P, bool w_hh,
+                              bool w_hr) {
+  return workspace_bytes(lstm_ext::cpu_kernels().forward_workspace, dtype, threads, B, H, P, w_hh,
+                         w_hr);
+}
+
+int64_t cpu_backward_workspace(int dtype, int threads, int64_t B, int64_t H, int64_t P, bool w_hh,
+                               bool w_hr) {
+  return workspace_bytes(lstm_ext::cpu_kernels().backward_workspace, dtype, threads, B, H, P, w_hh,
+                         w_hr);
+}
+
+#ifdef LSTM_EXT_WITH_CUDA
+py::dict cuda_report() {
+  const lstm_ext::CudaRuntimeInfo runtime = lstm_ext::cuda_runtime_info();
+  py::list devices;
+  for (int index = 0; index < runtime.device_count; ++index) {
+    const lstm_ext::CudaDeviceInfo device = lstm_ext::cuda_device_info(index);
+    devices.append(py::dict(
+        "name"_a = device.name, "major"_a = device.major, "minor"_a = device.minor,
+        "sm_count"_a = device.sm_count, "shared_memory_optin"_a = device.shared_memory_optin,
+        "l2_bytes"_a = device.l2_bytes, "memory_bytes"_a = device.memory_bytes,
+        "binary_version"_a = device.binary_version, "ptx_version"_a = device.ptx_version,
+        "error"_a = device.error, "error_text"_a = device.error_text));
+  }
+  return py::dict("runtime_version"_a = runtime.runtime_version,
+                  "driver_version"_a = runtime.driver_version, "error"_a = runtime.error,
+                  "error_text"_a = runtime.error_text, "devices"_a = devices);
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native core of lstm_ext; called by lstm_ext.ops only.";
+  m.def("build_info", &build_info_dict, "What this binary was built with.");
+  m.def("cpu_features", &cpu_features_dict, "Instruction sets usable on this processor.");
+  m.def("cpu_isas", &cpu_isas, "Names of the CPU kernel sets that run here, best first.");
+  m.def("cpu_isa", [] { return lstm_ext::cpu_kernels().name; }, "The CPU kernel set in use.");
+  m.def("select_cpu_isa", &lstm_ext::select_cpu_kernels, "name"_a,
+        "Chooses the CPU kernel set; false, and nothing changes, if it does not run here.");
+  // dtype codes: enum Dtype in params.h, where every argument is described.
+  py::class_<lstm_ext::Steps>(m, "Steps").def(
+      py::init(&steps), py::kw_only(), "T"_a, "B"_a, "stride_t"_a, "stride_b"_a, "offsets"_a,
+      "lengths"_a, "reset"_a, "reverse"_a);
+  m.def("cpu_forward", &cpu_forward, py::kw_only(), "dtype"_a, "threads"_a, "steps"_a, "H"_a,
+        "P"_a, "gx"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "gates"_a, "c_seq"_a, "y"_a, "h_n"_a,
+        "c_n"_a, "workspace"_a, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_backward", &cpu_backward, py::kw_only(), "dtype"_a, "threads"_a, "steps"_a, "H"_a,
+        "P"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "gates"_a, "c_seq"_a, "dy"_a,
+        "dy_stride"_a, "dh_n"_a, "dc_n"_a, "dcells"_a, "dgates"_a, "h_prev"_a, "dr"_a, "dh0"_a,
+        "dc0"_a, "workspace"_a, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_forward_workspace", &cpu_forward_workspace, "dtype"_a, "threads"_a, "B"_a, "H"_a,
+        "P"_a, "w_hh"_a, "w_hr"_a);
+  m.def("cpu_backward_workspace", &cpu_backward_workspace, "dtype"_a, "threads"_a, "B"_a, "H"_a,
+        "P"_a, "w_hh"_a, "w_hr"_a);
+#ifdef LSTM_EXT_WITH_CUDA
+  m.def("cuda_report", &cuda_report, "CUDA runtime, driver and devices; never raises.");
+#endif
+}

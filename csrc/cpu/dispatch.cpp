@@ -1,0 +1,54 @@
+#include <atomic>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace lstm_ext {
+namespace {
+
+struct Runnable {
+  const CpuKernels* list[4] = {};
+  Runnable() {
+    int count = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512cd")) {
+      list[count++] = &kKernelsAvx512;
+    }
+    if (avx2) list[count++] = &kKernelsAvx2;
+#endif
+    list[count++] = &kKernelsPortable;
+  }
+};
+
+const Runnable& runnable() {
+  static const Runnable instance;
+  return instance;
+}
+
+std::atomic<const CpuKernels*> selected{nullptr};
+
+}  // namespace
+
+const CpuKernels* const* runnable_cpu_kernels() { return runnable().list; }
+
+const CpuKernels& cpu_kernels() {
+  const CpuKernels* chosen = selected.load(std::memory_order_relaxed);
+  return chosen ? *chosen : *runnable().list[0];
+}
+
+bool select_cpu_kernels(const char* name) {
+  for (const CpuKernels* const* k = runnable().list; *k; ++k) {
+    if (std::strcmp((*k)->name, name) == 0) {
+      selected.store(*k, std::memory_order_relaxed);
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace lstm_ext

@@ -1,0 +1,169 @@
+// Forward of a whole sequence, one direction of one layer, by one team of threads.
+//
+// Each thread owns a slice of the hidden units: it multiplies its packed rows of W_hh with every
+// sequence's h, applies the cell while the sums are in L1, and writes its slice of h. One barrier
+// a step (two with a projection), because h has two buffers: the one written at a step was last
+// read at the step before.
+#pragma once
+
+#include "sequence.h"
+
+namespace lstm_ext {
+namespace LSTM_EXT_ISA {
+
+template <class A, class S>
+class Forward {
+  using V = Vec<A>;
+  using LstmCell = Cell<Math<A>>;
+  static constexpr int L = Lanes<A>::kCount;
+
+ public:
+  explicit Forward(const LstmForward& p)
+      : p_(p),
+        B_(p.steps.B),
+        H_(p.H),
+        P_(p.P),
+        K_(p.w_hh ? p.P : 0),
+        h_stride_((blocks_of<A>(p.P) + 1) * L),  // one block more: no power of two between rows
+        c_stride_(blocks_of<A>(p.H) * L) {
+    Arena arena(p.workspace);
+    members_ = arena.take<Member<A>>(p.threads);
+    barriers_ = arena.take<Barrier>(p.threads + 1);
+    packed_hh_ = arena.take<A>(4 * blocks_of<A>(H_) * K_ * L);
+    packed_hr_ = arena.take<A>(p.w_hr ? blocks_of<A>(P_) * H_ * L : 0);
+    h_[0] = arena.take<A>(B_ * h_stride_);
+    h_[1] = arena.take<A>(B_ * h_stride_);
+    c_ = arena.take<A>(B_ * c_stride_);
+    cell_out_ = arena.take<A>(p.w_hr ? B_ * c_stride_ : 0);
+    zeros_ = arena.take<A>(P_);
+    Member<A>::take(arena, p.threads, B_, members_);
+    workspace_ = arena.used();
+  }
+
+  int64_t workspace() const { return workspace_; }
+
+  void run() {
+    std::memset(zeros_, 0, P_ * sizeof(A));
+    run_planned(
+        p_.threads, barriers_, [this](int threads) { return plan(threads); },
+        [this](const Plan& plan, int thread) { work(plan, thread); });
+  }
+
+ private:
+  Plan plan(int threads) const {
+    return make_plan(threads, B_, blocks_of<A>(H_), B_ * 4 * H_ * std::max<int64_t>(K_, 1));
+  }
+
+  void work(const Plan& plan, int thread) {
+    Member<A>& m = members_[thread];
+    m.place(plan, thread, B_, H_, P_);
+    if (K_) pack_gates(static_cast<const S*>(p_.w_hh), H_, P_, m, plan.groups, packed_hh_);
+    if (p_.w_hr) {
+      pack_matrix(static_cast<const S*>(p_.w_hr), P_, H_, true, m.proj, m, plan.groups,
+                  packed_hr_);
+    }
+    start(m);
+    barriers_[plan.groups].wait(plan.threads());
+    Barrier& meet = barriers_[m.group];
+    for (int64_t i = 0; i < p_.steps.T; ++i) {
+      const int64_t count = collect(p_.steps, p_.steps.step_at(i), m.batch, m.rows);
+      const A* h_old = h_[i & 1];
+      A* h_new = h_[(i + 1) & 1];
+      for (int64_t r = 0; r < count; ++r) {
+        m.a[r] = m.rows[r].reset ? zeros_ : h_old + m.rows[r].b * h_stride_;
+      }
+      for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, K_, packed_hh_,
+                 [&](int64_t block, int, int64_t r, const A* sums) {
+                   cell(m.rows[r], block / 4 * L, sums, h_new);
+                 });
+      meet.wait(plan.slices);
+      if (!p_.w_hr) continue;
+      for (int64_t r = 0; r < count; ++r) m.a[r] = cell_out_ + m.rows[r].b * c_stride_;
+      for_panels(m.proj, m, count, H_, packed_hr_,
+                 [&](int64_t block, int vectors, int64_t r, const A* sums) {
+                   for (int v = 0; v < vectors; ++v) {
+                     put_h(m.rows[r], (block + v) * L, load_full<A>(sums + v * L), h_new);
+                   }
+                 });
+      meet.wait(plan.slices);
+    }
+  }
+
+  // Both h buffers start as h0: a sequence that starts late (reverse, with lengths) reads either.
+  void start(const Member<A>& m) {
+    const S* h0 = static_cast<const S*>(p_.h0);
+    const S* c0 = static_cast<const S*>(p_.c0);
+    for (int64_t b = m.batch.begin; b < m.batch.end; ++b) {
+      const bool no_steps = p_.steps.T == 0 || (p_.steps.lengths && p_.steps.lengths[b] == 0);
+      for (int64_t j = m.proj.begin * L; j < m.proj.end * L; j += L) {
+        const V h = load<A>(h0 + b * P_ + j, P_ - j);
+        store_full<A>(h_[0] + b * h_stride_ + j, h);
+        store_full<A>(h_[1] + b * h_stride_ + j, h);
+      }
+      for (int64_t j = m.units.begin * L; j < m.units.end * L; j += L) {
+        store_full<A>(c_ + b * c_stride_ + j, load<A>(c0 + b * H_ + j, H_ - j));
+      }
+      if (no_steps) {
+        copy_blocks<A>(h0 + b * P_, static_cast<S*>(p_.h_n) + b * P_, m.proj, P_);
+        copy_blocks<A>(c0 + b * H_, static_cast<S*>(p_.c_n) + b * H_, m.units, H_);
+      }
+    }
+  }
+
+  // Units j .. j+L of one sequence. gates may be gx itself: all four are read before any is written.
+  void cell(const Row& row, int64_t j, const A* sums, A* h_new) {
+    const int64_t n = H_ - j;
+    const A* gx = static_cast<const A*>(p_.gx) + row.row * 4 * H_ + j;
+    const typename LstmCell::Gates a{
+        load<A>(gx, n) + load_full<A>(sums),
+        load<A>(gx + H_, n) + load_full<A>(sums + L),
+        load<A>(gx + 2 * H_, n) + load_full<A>(sums + 2 * L),
+        load<A>(gx + 3 * H_, n) + load_full<A>(sums + 3 * L),
+    };
+    A* c_state = c_ + row.b * c_stride_ + j;
+    const V c_prev = row.reset ? broadcast<A>(A(0)) : load_full<A>(c_state);
+    typename LstmCell::Gates s;
+    V c, h;
+    LstmCell::forward(a, c_prev, s, c, h);
+    store_full<A>(c_state, c);
+    if (p_.gates) {
+      A* gates = static_cast<A*>(p_.gates) + row.row * 4 * H_ + j;
+      store<A>(gates, s.i, n);
+      store<A>(gates + H_, s.f, n);
+      store<A>(gates + 2 * H_, s.g, n);
+      store<A>(gates + 3 * H_, s.o, n);
+    }
+    if (p_.c_seq) store<A>(static_cast<A*>(p_.c_seq) + row.row * H_ + j, c, n);
+    if (row.last) store<A>(static_cast<S*>(p_.c_n) + row.b * H_ + j, c, n);
+    if (p_.w_hr) {
+      store_full<A>(cell_out_ + row.b * c_stride_ + j, h);
+    } else {
+      put_h(row, j, h, h_new);
+    }
+  }
+
+  // The recurrence goes on with h as the user sees it: rounded to the storage type.
+  void put_h(const Row& row, int64_t j, V h, A* h_new) {
+    const int64_t n = P_ - j;
+    store<A>(static_cast<S*>(p_.y) + row.row * P_ + j, h, n);
+    store_full<A>(h_new + row.b * h_stride_ + j, rounded_to<A, S>(h));
+    if (row.last) store<A>(static_cast<S*>(p_.h_n) + row.b * P_ + j, h, n);
+  }
+
+  const LstmForward& p_;
+  const int64_t B_, H_, P_;
+  const int64_t K_;  // length of the recurrent product: P, or 0 without one
+  const int64_t h_stride_, c_stride_;
+  Member<A>* members_;
+  Barrier* barriers_;  // one a group, then one for the whole team
+  A* packed_hh_;       // [4 * blocks of H][K][lanes]
+  A* packed_hr_;       // [blocks of P][H][lanes]
+  A* h_[2];            // [B, h_stride_]
+  A* c_;               // [B, c_stride_]
+  A* cell_out_;        // [B, c_stride_]: o * tanh(c) before the projection
+  A* zeros_;           // [P]: the h of a sequence that was reset
+  int64_t workspace_;
+};
+
+}  // namespace LSTM_EXT_ISA
+}  // namespace lstm_ext

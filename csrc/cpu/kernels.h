@@ -1,0 +1,31 @@
+// The CPU kernels of one instruction set, and the choice among those that run here.
+#pragma once
+
+#include "../params.h"
+
+namespace lstm_ext {
+
+struct CpuKernels {
+  const char* name;
+  int64_t (*forward_workspace)(const LstmForward&);  // bytes; pointers other than w_* unread
+  int64_t (*backward_workspace)(const LstmBackward&);
+  void (*forward)(const LstmForward&);
+  void (*backward)(const LstmBackward&);
+};
+
+#if defined(__x86_64__)
+extern const CpuKernels kKernelsAvx512;
+extern const CpuKernels kKernelsAvx2;
+#endif
+extern const CpuKernels kKernelsPortable;
+
+// Best first, null-terminated: those that this machine can run.
+const CpuKernels* const* runnable_cpu_kernels();
+
+// The set in use: the best, unless select_cpu_kernels chose another.
+const CpuKernels& cpu_kernels();
+
+// Returns false, changing nothing, if no set of that name runs here.
+bool select_cpu_kernels(const char* name);
+
+}  // namespace lstm_ext

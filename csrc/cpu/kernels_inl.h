@@ -1,0 +1,51 @@
+// The body of kernels_<isa>.cpp: every kernel of one instruction set, for the four dtypes.
+#pragma once
+
+#include "backward.h"
+#include "forward.h"
+#include "kernels.h"
+
+namespace lstm_ext {
+namespace LSTM_EXT_ISA {
+
+template <template <class, class> class Direction, class Params>
+int64_t workspace(const Params& params) {
+  Params counted = params;
+  counted.workspace = nullptr;
+  switch (params.dtype) {
+    case Dtype::kFloat64:
+      return Direction<double, double>(counted).workspace();
+    case Dtype::kFloat32:
+      return Direction<float, float>(counted).workspace();
+    case Dtype::kBFloat16:
+      return Direction<float, bfloat16>(counted).workspace();
+    default:
+      return Direction<float, float16>(counted).workspace();
+  }
+}
+
+template <template <class, class> class Direction, class Params>
+void run(const Params& params) {
+  switch (params.dtype) {
+    case Dtype::kFloat64:
+      return Direction<double, double>(params).run();
+    case Dtype::kFloat32:
+      return Direction<float, float>(params).run();
+    case Dtype::kBFloat16:
+      return Direction<float, bfloat16>(params).run();
+    default:
+      return Direction<float, float16>(params).run();
+  }
+}
+
+}  // namespace LSTM_EXT_ISA
+}  // namespace lstm_ext
+
+#define LSTM_EXT_DEFINE_KERNELS(variable, name)                                            \
+  namespace lstm_ext {                                                                     \
+  const CpuKernels variable = {                                                            \
+      name, LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::Forward, LstmForward>,                   \
+      LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::Backward, LstmBackward>,                       \
+      LSTM_EXT_ISA::run<LSTM_EXT_ISA::Forward, LstmForward>,                               \
+      LSTM_EXT_ISA::run<LSTM_EXT_ISA::Backward, LstmBackward>};                            \
+  }

@@ -1,0 +1,165 @@
+// Small matrix products against packed weights: out[r, :] += a[r, :] * W for a list of rows.
+//
+// W's columns are cut into blocks of one vector; 1 to 4 neighbouring blocks form a panel, stored
+// [K][NV][lanes], so that the inner loop reads one stream. The rows of `a` are given by pointers:
+// sequences that have ended are left out of the list, a reset state is a pointer to zeros.
+//
+// Every output element is summed over k in order, whatever the tile it falls in: results do not
+// depend on the batch around a sequence nor on the number of threads.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace lstm_ext {
+namespace LSTM_EXT_ISA {
+
+// Rows of a register tile: R x 4 accumulators, 4 weights and a broadcast fit the registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 6;  // 32 registers
+#else
+constexpr int kTileRows = 3;  // 16 registers
+#endif
+
+constexpr int kPanelVectors = 4;
+// A chunk of rows keeps its accumulators in L1 (48 x 4 x 64 B = 12 KB) while a slice of K keeps
+// the panel there (96 x 4 x 64 B = 24 KB) for all tiles of the chunk.
+constexpr int kChunkRows = 48;
+constexpr int64_t kSliceK = 96;
+
+// acc[p][r][v] (+)= sum over k in [k0, k1) of a[r][k] * w[p][k][v], for NP panels at once.
+template <class A, int R, int NV, int NP>
+__attribute__((noinline)) void tile(const A* const* a, int64_t k0, int64_t k1, const A* w,
+                                    int64_t panel_stride, A* acc, int64_t acc_stride) {
+  constexpr int L = Lanes<A>::kCount;
+  Vec<A> sum[NP][R][NV];
+#pragma GCC unroll 8
+  for (int p = 0; p < NP; ++p) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) {
+        sum[p][r][v] =
+            k0 ? load_full<A>(acc + p * acc_stride + (r * NV + v) * L) : broadcast<A>(A(0));
+      }
+    }
+  }
+  const A* row[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) row[r] = a[r];
+  w += k0 * NV * L;
+  for (int64_t k = k0; k < k1; ++k, w += NV * L) {
+#pragma GCC unroll 8
+    for (int p = 0; p < NP; ++p) {
+      Vec<A> weight[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) weight[v] = load_full<A>(w + p * panel_stride + v * L);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec<A> x = broadcast<A>(row[r][k]);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) sum[p][r][v] += x * weight[v];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < NP; ++p) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) {
+        store_full<A>(acc + p * acc_stride + (r * NV + v) * L, sum[p][r][v]);
+      }
+    }
+  }
+}
+
+template <class A>
+using TileFn = void (*)(const A* const*, int64_t, int64_t, const A*, int64_t, A*, int64_t);
+
+template <class A, int NV>
+TileFn<A> tile_of_rows(int rows) {
+  switch (rows) {
+    case 1:
+      return tile<A, 1, NV, 1>;
+    case 2:
+      return tile<A, 2, NV, 1>;
+#if defined(__AVX512F__) || defined(__aarch64__)
+    case 3:
+      return tile<A, 3, NV, 1>;
+    case 4:
+      return tile<A, 4, NV, 1>;
+    case 5:
+      return tile<A, 5, NV, 1>;
+#endif
+    default:
+      return tile<A, kTileRows, NV, 1>;
+  }
+}
+
+template <class A>
+TileFn<A> tile_for(int rows, int vectors) {
+  switch (vectors) {
+    case 1:
+      return tile_of_rows<A, 1>(rows);
+    case 2:
+      return tile_of_rows<A, 2>(rows);
+    case 3:
+      return tile_of_rows<A, 3>(rows);
+    default:
+      return tile_of_rows<A, 4>(rows);
+  }
+}
+
+// acc[p][r][vectors * lanes] = a[r][0..K) * panel p, for `panels` panels of `vectors` vectors that
+// lie `panel_stride` elements apart, and `rows` rows (at most kChunkRows). Two panels are taken
+// at once for a single row, where one has too few independent sums to hide the FMA's latency.
+template <class A>
+void product(const A* const* a, int rows, int64_t K, const A* w, int vectors, int panels,
+             int64_t panel_stride, A* acc, int64_t acc_stride) {
+  constexpr int L = Lanes<A>::kCount;
+  if (rows == 1 && panels == 2 && vectors == kPanelVectors) {
+    return tile<A, 1, kPanelVectors, 2>(a, 0, K, w, panel_stride, acc, acc_stride);
+  }
+  const int tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t slice = tiles > 1 ? kSliceK : K;  // a single tile gains nothing from slices
+  for (int p = 0; p < panels; ++p) {
+    for (int64_t k0 = 0; k0 < K; k0 += slice) {
+      const int64_t k1 = std::min(K, k0 + slice);
+      for (int i = 0; i < tiles; ++i) {  // as even as they go: 8 rows are 4 + 4, not 6 + 2
+        const int r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
+        tile_for<A>(r1 - r0, vectors)(a + r0, k0, k1, w + p * panel_stride, 0,
+                                      acc + p * acc_stride + int64_t(r0) * vectors * L, 0);
+      }
+    }
+  }
+}
+
+// Packs `count` (at most kCount) rows of a row-major matrix, each K long, `stride` apart, as
+// vector v of a panel: dst[k * NV * L + v * L + l] = src[l * stride + k]; absent lanes become 0.
+template <class A, class S>
+void pack_rows(const S* src, int64_t stride, int count, int64_t K, A* dst, int64_t panel_width) {
+  constexpr int L = Lanes<A>::kCount;
+  for (int64_t k = 0; k < K; k += L) {
+    const int64_t n = std::min<int64_t>(L, K - k);
+    Vec<A> block[L];
+    for (int l = 0; l < L; ++l) {
+      block[l] = l < count ? load<A>(src + l * stride + k, n) : broadcast<A>(A(0));
+    }
+    transpose<A>(block);
+    for (int64_t j = 0; j < n; ++j) store_full<A>(dst + (k + j) * panel_width, block[j]);
+  }
+}
+
+// Packs columns [0, count) of a row-major [K, stride] matrix as vector v of a panel.
+template <class A, class S>
+void pack_columns(const S* src, int64_t stride, int count, int64_t K, A* dst,
+                  int64_t panel_width) {
+  for (int64_t k = 0; k < K; ++k) {
+    store_full<A>(dst + k * panel_width, load<A>(src + k * stride, count));
+  }
+}
+
+}  // namespace LSTM_EXT_ISA
+}  // namespace lstm_ext

@@ -1,0 +1,205 @@
+// What forward and backward of a whole sequence share: the plan, the workspace, the rows of a
+// step, packing, and the walk over panels of packed weights.
+#pragma once
+
+#include <algorithm>
+#include <new>
+
+#include "../params.h"
+#include "product.h"
+#include "team.h"
+
+namespace lstm_ext {
+namespace LSTM_EXT_ISA {
+
+// Hands out 64-byte aligned pieces of the workspace. Without a base it only counts, so that the
+// size asked for and the pieces taken come from the same code.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+template <class A>
+int64_t blocks_of(int64_t columns) {
+  return (columns + Lanes<A>::kCount - 1) / Lanes<A>::kCount;
+}
+
+// Below this many multiply-adds a step and thread, meeting at the barrier costs more than the
+// second thread saves (about 500 cycles of work on 16 lanes).
+constexpr int64_t kMacsPerThread = 16384;
+
+// A pure function of the problem and the number of threads: the same call gives the same plan.
+// Slicing the units comes first, since every thread then keeps only its part of the weights in
+// its caches; sequences are split when there are more threads than blocks of units.
+static inline Plan make_plan(int threads, int64_t B, int64_t unit_blocks, int64_t macs_per_step) {
+  const int64_t useful = std::max<int64_t>(1, macs_per_step / kMacsPerThread);
+  const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(threads, useful));
+  const int slices = int(std::min(wanted, std::max<int64_t>(1, unit_blocks)));
+  const int groups = int(std::max<int64_t>(1, std::min<int64_t>(wanted / slices, B)));
+  return {groups, slices};
+}
+
+struct Row {
+  int64_t b;     // sequence
+  int64_t row;   // where this step lies
+  int64_t prev;  // where the step taken before it lies; meaningless if first
+  bool first;    // no step of this sequence was taken before
+  bool last;     // none will be taken after
+  bool reset;    // starts from a zero state
+};
+
+// Lists the sequences of `batch` that take step t.
+static inline int64_t collect(const Steps& s, int64_t t, Range batch, Row* rows) {
+  int64_t count = 0;
+  for (int64_t b = batch.begin; b < batch.end; ++b) {
+    if (!s.active(t, b)) continue;
+    const bool first = t == s.first_step(b);
+    rows[count++] = {b,
+                     s.row(t, b),
+                     first ? -1 : s.row(s.reverse ? t + 1 : t - 1, b),
+                     first,
+                     t == s.last_step(b),
+                     s.reset && s.reset[t * s.B + b]};
+  }
+  return count;
+}
+
+// What one thread owns and its scratch.
+template <class A>
+struct Member {
+  int group, slice;
+  Range batch;  // sequences of its group
+  Range units;  // blocks of hidden units (columns of H)
+  Range proj;   // blocks of columns of P
+  Row* rows;    // [B]
+  const A** a;  // [B] left-hand rows of a product
+  A* acc;       // [2][kChunkRows][kPanelVectors][lanes]
+
+  static constexpr int64_t kAcc = int64_t(kChunkRows) * kPanelVectors * Lanes<A>::kCount;
+
+  // Scratch of `threads` members, taken from the arena thread by thread.
+  static void take(Arena& arena, int threads, int64_t B, Member* members) {
+    for (int i = 0; i < threads; ++i) {
+      Member m{};
+      m.rows = arena.take<Row>(B);
+      m.a = arena.take<const A*>(B);
+      m.acc = arena.take<A>(2 * kAcc);
+      if (members) members[i] = m;
+    }
+  }
+
+  void place(const Plan& plan, int thread, int64_t B, int64_t H, int64_t P) {
+    group = thread / plan.slices;
+    slice = thread % plan.slices;
+    batch = share(B, plan.groups, group);
+    units = share(blocks_of<A>(H), plan.slices, slice);
+    proj = share(blocks_of<A>(P), plan.slices, slice);
+  }
+};
+
+// Runs work(plan, thread) on as many threads as the plan wants and OpenMP grants; make(threads) is
+// the plan for that many. barriers: one a group, then one for the whole team.
+template <class MakePlan, class Work>
+void run_planned(int threads, Barrier* barriers, const MakePlan& make, const Work& work) {
+  for (int i = 0; i <= threads; ++i) new (barriers + i) Barrier;
+  run_team(make(threads).threads(), [&](int thread, int granted) {
+    const Plan plan = make(granted);
+    if (thread < plan.threads()) work(plan, thread);
+  });
+}
+
+// Visits the panels of a range of column blocks: up to four blocks each.
+template <class Visit>
+void each_panel(Range blocks, Visit&& visit) {
+  int64_t index = 0;
+  for (int64_t b = blocks.begin; b < blocks.end; b += kPanelVectors, ++index) {
+    visit(b, int(std::min<int64_t>(kPanelVectors, blocks.end - b)), index);
+  }
+}
+
+// Packs the weights of the recurrent product: unit block u becomes column blocks 4u .. 4u+3, its
+// gates i, f, g, o, so that one panel holds what a cell needs. The groups share the work.
+template <class A, class S>
+void pack_gates(const S* w_hh, int64_t H, int64_t P, const Member<A>& m, int groups, A* packed) {
+  constexpr int L = Lanes<A>::kCount;
+  for (int64_t u = m.units.begin; u < m.units.end; ++u) {
+    if ((u - m.units.begin) % groups != m.group) continue;
+    const int count = int(std::min<int64_t>(L, H - u * L));
+    for (int gate = 0; gate < 4; ++gate) {
+      pack_rows<A>(w_hh + (gate * H + u * L) * P, P, count, P,
+                   packed + (4 * u * P + gate) * L, 4 * L);
+    }
+  }
+}
+
+// Packs a [N, K] matrix for products that sum over its K columns (transposed = false: over its
+// rows, the matrix then being [K, N]).
+template <class A, class S>
+void pack_matrix(const S* w, int64_t N, int64_t K, bool transposed, Range blocks,
+                 const Member<A>& m, int groups, A* packed) {
+  constexpr int L = Lanes<A>::kCount;
+  each_panel(blocks, [&](int64_t block, int vectors, int64_t index) {
+    if (index % groups != m.group) return;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t column = (block + v) * L;
+      const int count = int(std::min<int64_t>(L, N - column));
+      A* dst = packed + block * K * L + v * L;
+      if (transposed) {
+        pack_rows<A>(w + column * K, K, count, K, dst, vectors * L);
+      } else {
+        pack_columns<A>(w + column, N, count, K, dst, vectors * L);
+      }
+    }
+  });
+}
+
+// done(block, vectors, r, values): row r of the product for the panel that starts at `block`,
+// values [vectors][lanes]. K = 0 gives zeros.
+template <class A, class Done>
+void for_panels(Range blocks, const Member<A>& m, int64_t rows, int64_t K, const A* packed,
+                Done&& done) {
+  constexpr int L = Lanes<A>::kCount;
+  for (int64_t block = blocks.begin; block < blocks.end;) {
+    const int vectors = int(std::min<int64_t>(kPanelVectors, blocks.end - block));
+    const int panels = rows == 1 && blocks.end - block >= 2 * kPanelVectors ? 2 : 1;
+    for (int64_t r0 = 0; r0 < rows; r0 += kChunkRows) {
+      const int count = int(std::min<int64_t>(kChunkRows, rows - r0));
+      if (K) {
+        product<A>(m.a + r0, count, K, packed + block * K * L, vectors, panels, vectors * K * L,
+                   m.acc, Member<A>::kAcc);
+      } else {
+        std::memset(m.acc, 0, 2 * Member<A>::kAcc * sizeof(A));
+      }
+      for (int p = 0; p < panels; ++p) {
+        for (int r = 0; r < count; ++r) {
+          done(block + p * vectors, vectors, r0 + r,
+               m.acc + p * Member<A>::kAcc + int64_t(r) * vectors * L);
+        }
+      }
+    }
+    block += int64_t(panels) * vectors;
+  }
+}
+
+// Copies columns [begin, end) in blocks from one row of storage to another.
+template <class A, class S>
+void copy_blocks(const S* from, S* to, Range blocks, int64_t columns) {
+  const int64_t begin = blocks.begin * Lanes<A>::kCount;
+  const int64_t end = std::min<int64_t>(columns, blocks.end * Lanes<A>::kCount);
+  if (begin < end) std::memcpy(to + begin, from + begin, (end - begin) * sizeof(S));
+}
+
+}  // namespace LSTM_EXT_ISA
+}  // namespace lstm_ext

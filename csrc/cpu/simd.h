@@ -1,0 +1,229 @@
+// Vectors of one instruction set: loads, stores, conversions and the activations.
+//
+// Included only by kernels_<isa>.cpp, after LSTM_EXT_ISA (a namespace) and LSTM_EXT_VECTOR_BYTES
+// are defined. Everything lives in that namespace, so that no function compiled for one
+// instruction set can be merged by the linker with its twin compiled for another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "../cell.h"
+#include "../half.h"
+
+namespace lstm_ext {
+namespace LSTM_EXT_ISA {
+
+// GCC's and Clang's vector extension: the operators work lane by lane, a scalar operand is
+// broadcast, and a * b + c becomes one FMA where the instruction set has it.
+template <class A>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  static constexpr int kCount = LSTM_EXT_VECTOR_BYTES / 4;
+  typedef float V __attribute__((vector_size(LSTM_EXT_VECTOR_BYTES)));
+  typedef int32_t Bits __attribute__((vector_size(LSTM_EXT_VECTOR_BYTES)));
+  typedef uint16_t Half __attribute__((vector_size(LSTM_EXT_VECTOR_BYTES / 2)));
+  static constexpr int kMantissaBits = 23;
+  static constexpr int32_t kExponentBias = 127;
+  static constexpr float kExpMin = -87.0f;  // exp of it is still a normal number
+  static constexpr float kExpMax = 88.0f;
+  static constexpr float kRound = 12582912.0f;       // 1.5 * 2^23
+  static constexpr float kLn2High = 0.693359375f;    // ln 2 in two parts (Cody & Waite), so that
+  static constexpr float kLn2Low = -2.12194440e-4f;  // x - n ln 2 keeps all its bits
+  // (e^r - 1 - r) / r^2 on |r| <= ln2 / 2, highest power first (Cephes expf).
+  static constexpr float kExpm1[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                     4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+};
+
+template <>
+struct Lanes<double> {
+  static constexpr int kCount = LSTM_EXT_VECTOR_BYTES / 8;
+  typedef double V __attribute__((vector_size(LSTM_EXT_VECTOR_BYTES)));
+  typedef int64_t Bits __attribute__((vector_size(LSTM_EXT_VECTOR_BYTES)));
+  static constexpr int kMantissaBits = 52;
+  static constexpr int64_t kExponentBias = 1023;
+  static constexpr double kExpMin = -708.0;
+  static constexpr double kExpMax = 709.0;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLn2High = 6.93145751953125e-1;
+  static constexpr double kLn2Low = 1.42860682030941723212e-6;
+  // Taylor: 1/n! for n = 14 .. 2; the first term left out is below 1e-18 on |r| <= ln2 / 2.
+  static constexpr double kExpm1[] = {1.0 / 87178291200.0, 1.0 / 6227020800.0, 1.0 / 479001600.0,
+                                      1.0 / 39916800.0,    1.0 / 3628800.0,    1.0 / 362880.0,
+                                      1.0 / 40320.0,       1.0 / 5040.0,       1.0 / 720.0,
+                                      1.0 / 120.0,         1.0 / 24.0,         1.0 / 6.0,
+                                      1.0 / 2.0};
+};
+
+template <class A>
+using Vec = typename Lanes<A>::V;
+
+template <class A>
+LSTM_EXT_INLINE Vec<A> broadcast(A x) {
+  return Vec<A>{} + x;
+}
+
+template <class To, class From>
+LSTM_EXT_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// Activations of a vector of hidden units: the Math policy of cell.h.
+template <class A>
+struct Math {
+  using L = Lanes<A>;
+  using V = typename L::V;
+  using Bits = typename L::Bits;
+
+  // x = n ln 2 + r; returns e^r - 1 and, in scale, 2^n. x is clamped to where 2^n is a normal
+  // number; a NaN passes the clamp (both comparisons are false) and reaches r.
+  static LSTM_EXT_INLINE V expm1_reduced(V x, V& scale) {
+    x = x < L::kExpMin ? broadcast<A>(L::kExpMin) : x;
+    x = x > L::kExpMax ? broadcast<A>(L::kExpMax) : x;
+    const V shifted = x * A(1.44269504088896340736) + L::kRound;  // n in the low mantissa bits
+    const V n = shifted - L::kRound;
+    const V r = (x - n * L::kLn2High) - n * L::kLn2Low;
+    V p = broadcast<A>(L::kExpm1[0]);
+    for (unsigned j = 1; j < sizeof L::kExpm1 / sizeof L::kExpm1[0]; ++j) p = p * r + L::kExpm1[j];
+    const Bits exponent = bit_cast<Bits>(shifted) - bit_cast<Bits>(broadcast<A>(L::kRound));
+    scale = bit_cast<V>((exponent + L::kExponentBias) << L::kMantissaBits);
+    return p * r * r + r;
+  }
+
+  static LSTM_EXT_INLINE V sigmoid(V x) {
+    V scale;
+    const V em1 = expm1_reduced(-x, scale);
+    return 1 / (1 + (scale * em1 + scale));
+  }
+
+  // tanh |x| = -m / (2 + m) with m = e^(-2|x|) - 1: no overflow, and near zero the relative
+  // error stays that of expm1.
+  static LSTM_EXT_INLINE V tanh(V x) {
+    const Bits sign_bit = bit_cast<Bits>(broadcast<A>(A(-0.0)));
+    const Bits sign = bit_cast<Bits>(x) & sign_bit;
+    const V magnitude = bit_cast<V>(bit_cast<Bits>(x) & ~sign_bit);
+    V scale;
+    const V em1 = expm1_reduced(magnitude * A(-2), scale);
+    const V m = scale * em1 + (scale - 1);
+    const V t = -m / (2 + m);
+    return bit_cast<V>(bit_cast<Bits>(t) | sign);
+  }
+};
+
+// load / store: `n` hidden units of storage type S as a vector of A; lanes from n on read as 0
+// and are not written.
+template <class A>
+LSTM_EXT_INLINE Vec<A> load_full(const A* p) {
+  Vec<A> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class A>
+LSTM_EXT_INLINE void store_full(A* p, Vec<A> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <class A>
+LSTM_EXT_INLINE Vec<float> load_full(const bfloat16* p) {
+  Lanes<float>::Half h;
+  std::memcpy(&h, p, sizeof h);
+  return bit_cast<Vec<float>>(__builtin_convertvector(h, Lanes<float>::Bits) << 16);
+}
+
+template <class A>
+LSTM_EXT_INLINE void store_full(bfloat16* p, Vec<float> v) {
+  typedef uint32_t U __attribute__((vector_size(LSTM_EXT_VECTOR_BYTES)));
+  const U bits = bit_cast<U>(v);
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const U nan = (bits >> 16) | 0x40u;                              // stays a NaN, made quiet
+  const U out = (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+  const Lanes<float>::Half h = __builtin_convertvector(out, Lanes<float>::Half);
+  std::memcpy(p, &h, sizeof h);
+}
+
+template <class A>
+LSTM_EXT_INLINE Vec<float> load_full(const float16* p) {
+  Vec<float> v;
+#if defined(__AVX512F__) && LSTM_EXT_VECTOR_BYTES == 64
+  // The unmasked intrinsics trip gcc 12's -Wmaybe-uninitialized inside its own header.
+  v = (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__) && LSTM_EXT_VECTOR_BYTES == 32
+  v = (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  for (int l = 0; l < Lanes<float>::kCount; ++l) v[l] = to_float(p[l]);
+#endif
+  return v;
+}
+
+template <class A>
+LSTM_EXT_INLINE void store_full(float16* p, Vec<float> v) {
+#if defined(__AVX512F__) && LSTM_EXT_VECTOR_BYTES == 64
+  _mm256_storeu_si256((__m256i*)p,
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && LSTM_EXT_VECTOR_BYTES == 32
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int l = 0; l < Lanes<float>::kCount; ++l) p[l] = to_float16(v[l]);
+#endif
+}
+
+template <class A, class S>
+LSTM_EXT_INLINE Vec<A> load(const S* p, int64_t n) {
+  if (n >= Lanes<A>::kCount) return load_full<A>(p);
+  S part[Lanes<A>::kCount] = {};
+  std::memcpy(part, p, n * sizeof(S));
+  return load_full<A>(part);
+}
+
+template <class A, class S>
+LSTM_EXT_INLINE void store(S* p, Vec<A> v, int64_t n) {
+  if (n >= Lanes<A>::kCount) return store_full<A>(p, v);
+  S part[Lanes<A>::kCount];
+  store_full<A>(part, v);
+  std::memcpy(p, part, n * sizeof(S));
+}
+
+// v as it reads back after a round trip through S: what the next step must see.
+template <class A, class S>
+LSTM_EXT_INLINE Vec<A> rounded_to(Vec<A> v) {
+  S part[Lanes<A>::kCount];
+  store_full<A>(part, v);
+  return load_full<A>(part);
+}
+
+// In-register transpose of a kCount x kCount block, log2(kCount) exchanges between rows that lie
+// D apart.
+template <class V, int D, int... Lane>
+LSTM_EXT_INLINE void exchange(V& low, V& high, std::integer_sequence<int, Lane...>) {
+  constexpr int count = sizeof...(Lane);
+  const V a = low, b = high;
+  low = __builtin_shufflevector(a, b, ((Lane & D) ? count + Lane - D : Lane)...);
+  high = __builtin_shufflevector(a, b, ((Lane & D) ? count + Lane : Lane + D)...);
+}
+
+template <class A, int D = 1>
+LSTM_EXT_INLINE void transpose(Vec<A>* rows) {
+  constexpr int count = Lanes<A>::kCount;
+  if constexpr (D < count) {
+    for (int r = 0; r < count; ++r) {
+      if (!(r & D)) {
+        exchange<Vec<A>, D>(rows[r], rows[r + D], std::make_integer_sequence<int, count>{});
+      }
+    }
+    transpose<A, 2 * D>(rows);
+  }
+}
+
+}  // namespace LSTM_EXT_ISA
+}  // namespace lstm_ext

@@ -1,0 +1,64 @@
+// The two 16-bit storage types: bits only, converted where they are loaded and stored.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace lstm_ext {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+struct float16 {
+  uint16_t bits;
+};
+
+// IEEE half to single, for machines without an instruction for it.
+static inline float to_float(float16 h) {
+  const uint32_t sign = uint32_t(h.bits & 0x8000) << 16;
+  const uint32_t magnitude = h.bits & 0x7fff;
+  uint32_t bits;
+  if (magnitude >= 0x7c00) {
+    bits = 0x7f800000u | (magnitude << 13);  // infinity, NaN with its payload
+  } else {
+    // As a float with the half's exponent field, then rescaled: right for subnormals too.
+    bits = magnitude << 13;
+    float scaled;
+    std::memcpy(&scaled, &bits, sizeof scaled);
+    scaled *= 5.192296858534828e33f;  // 2^112
+    std::memcpy(&bits, &scaled, sizeof bits);
+  }
+  bits |= sign;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+// Single to IEEE half, to nearest, ties to even.
+static inline float16 to_float16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+  bits &= 0x7fffffff;
+  uint16_t magnitude;
+  if (bits > 0x7f800000) {
+    magnitude = 0x7e00 | uint16_t((bits >> 13) & 0x3ff);  // NaN, made quiet
+  } else if (bits >= 0x477ff000) {
+    magnitude = 0x7c00;  // 65520 and more round to infinity
+  } else if (bits >= 0x38800000) {
+    magnitude = uint16_t((bits + 0xfff + ((bits >> 13) & 1) - 0x38000000) >> 13);
+  } else {
+    // Subnormal: adding 0.5 puts the unit of a half subnormal (2^-24) in the last mantissa bit.
+    float value, shifted;
+    std::memcpy(&value, &bits, sizeof value);
+    shifted = value + 0.5f;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    magnitude = uint16_t(bits - 0x3f000000);
+  }
+  float16 out;
+  out.bits = uint16_t(sign | magnitude);
+  return out;
+}
+
+}  // namespace lstm_ext

@@ -1,0 +1,92 @@
+// What Python hands to the native core: plain structs of pointers, sizes and strides.
+//
+// Letters: T steps, B sequences, H hidden units, P = size of h (H, or the projection's size),
+// rows = number of (step, sequence) pairs that exist in memory. Every array is dense, last
+// dimension contiguous, unless a stride is given; strides are in elements.
+//
+// Two element types appear: `storage` is the tensors' dtype (fp64, fp32, bf16, fp16); `acc` is the
+// type the maths runs in (fp64 for fp64, fp32 for the rest).
+#pragma once
+
+#include <cstdint>
+
+#include "inline.h"
+
+namespace lstm_ext {
+
+enum class Dtype : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+// Where step t of sequence b lies: row = (offsets ? offsets[t] : t * stride_t) + b * stride_b.
+struct Steps {
+  int64_t T;
+  int64_t B;
+  int64_t stride_t;
+  int64_t stride_b;
+  const int64_t* offsets;  // [T] first row of each step (packed sequences), or null
+  const int64_t* lengths;  // [B] steps of each sequence, 0..T, or null: all T
+  const uint8_t* reset;    // [T, B] nonzero: the state is zero before that step; or null
+  bool reverse;            // walk the steps T-1 .. 0 instead of 0 .. T-1
+
+  // Always inlined (see inline.h).
+  LSTM_EXT_INLINE bool active(int64_t t, int64_t b) const { return !lengths || t < lengths[b]; }
+  LSTM_EXT_INLINE int64_t row(int64_t t, int64_t b) const {
+    return (offsets ? offsets[t] : t * stride_t) + b * stride_b;
+  }
+  // The step taken in the i-th place, and the last step (in order of taking) of a sequence.
+  LSTM_EXT_INLINE int64_t step_at(int64_t i) const { return reverse ? T - 1 - i : i; }
+  LSTM_EXT_INLINE int64_t first_step(int64_t b) const { return reverse ? (lengths ? lengths[b] : T) - 1 : 0; }
+  LSTM_EXT_INLINE int64_t last_step(int64_t b) const { return reverse ? 0 : (lengths ? lengths[b] : T) - 1; }
+};
+
+// One direction of one layer. Rows of sequences past their length are neither read nor written.
+struct LstmForward {
+  Dtype dtype;
+  int threads;  // at most this many; the plan may use fewer
+  Steps steps;
+  int64_t H;
+  int64_t P;
+  // inputs
+  const void* gx;    // acc [rows, 4H]: x W_ih^T + b_ih + b_hh, gates i, f, g, o
+  const void* w_hh;  // storage [4H, P]; null: no recurrent product (the caller added it to gx)
+  const void* w_hr;  // storage [P, H]; null: no projection, then P = H
+  const void* h0;    // storage [B, P]
+  const void* c0;    // storage [B, H]
+  // saved for backward
+  void* gates;  // acc [rows, 4H] post-activation gates; null: not saved; may be gx itself
+  void* c_seq;  // acc [rows, H] every c_t; null: not saved
+  // outputs
+  void* y;          // storage [rows, P]
+  void* h_n;        // storage [B, P]
+  void* c_n;        // storage [B, H]
+  void* workspace;  // forward_workspace() bytes, 64-byte aligned, contents irrelevant
+};
+
+struct LstmBackward {
+  Dtype dtype;
+  int threads;
+  Steps steps;
+  int64_t H;
+  int64_t P;
+  // inputs
+  const void* w_hh;   // as in LstmForward; null: dh0 gets no product (the caller adds it)
+  const void* w_hr;   // as in LstmForward
+  const void* h0;     // storage [B, P]; read for h_prev only, else may be null
+  const void* c0;     // storage [B, H]
+  const void* y;      // storage [rows, P]; read for h_prev only, else may be null
+  const void* gates;  // acc [rows, 4H] as forward saved them
+  const void* c_seq;  // acc [rows, H] as forward saved it
+  const void* dy;     // storage [rows, P], row stride dy_stride; null: zero
+  int64_t dy_stride;
+  const void* dh_n;   // storage [B, P]; null: zero
+  const void* dc_n;   // storage [B, H]; null: zero
+  const void* dcells;  // storage [rows, H]: gradient of every c_t; null: zero
+  // outputs
+  void* dgates;  // acc [rows, 4H]: gradient before the activations; must not be gates
+  void* h_prev;  // storage [rows, P]: the h each step started from, for dW_hh; null: not wanted
+  void* dr;      // acc [rows, P]: whole gradient of each h_t, for dW_hr; null: no projection
+  void* dh0;     // storage [B, P]
+  void* dc0;     // storage [B, H]
+  void* workspace;  // backward_workspace() bytes, 64-byte aligned, contents irrelevant
+};
+
+}  // namespace lstm_ext

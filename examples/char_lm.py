@@ -1,0 +1,316 @@
+"""Trains one character language model twice, with nn.LSTM and with lstm_ext.LSTM.
+
+The text is Python's own standard library, which every machine has. Both models start from the
+same weights and see the same batches, a step of one after a step of the other, so the loss
+curves must lie on each other and the ratio of the step times is like with like. At the end the
+lstm_ext model writes some Python.
+
+    python examples/char_lm.py            # some 100 s on two cores
+    python examples/char_lm.py --quick    # a few seconds, to see that it runs
+
+Exit status: 0 if the curves lie on each other, 1 if not, 2 for a bad argument.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import lstm_ext
+
+# Classes: newline, printable ASCII from space to tilde, and one for everything else.
+ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
+OTHER = len(ALPHABET)
+CLASSES = OTHER + 1
+
+EMBEDDING = 64
+TEXT_LIMIT = 4_000_000  # bytes of training text
+HELD_OUT = 12  # every 12th file is for validation
+VALID_LANES, VALID_LENGTH = 32, 1024
+
+# How far two right implementations may drift apart, in nats. Their sums run in another order,
+# so they differ by rounding from the first step, and training magnifies that. PLACEHOLDER
+EARLY_STEPS, EARLY_LIMIT = 10, 1e-4
+LIMIT = 0.05
+
+
+def read_library() -> tuple[torch.Tensor, torch.Tensor]:
+    """(training, validation) classes, int64 (characters,), of the standard library's modules.
+
+    Files in alphabetical order; those for validation are whole files that are never trained on.
+    """
+    table = np.full(256, OTHER, dtype=np.int64)
+    table[np.frombuffer(ALPHABET.encode(), dtype=np.uint8)] = np.arange(OTHER)
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    # _sysconfigdata is generated: a table of the build's settings, not a program.
+    files = [file for file in files if not file.name.startswith("_sysconfigdata")]
+    if len(files) < HELD_OUT:
+        raise SystemExit("this Python has no source files of its standard library to train on")
+    text = [np.frombuffer(file.read_bytes(), dtype=np.uint8) for file in files]
+    held_out = np.concatenate(text[HELD_OUT - 1 :: HELD_OUT])
+    del text[HELD_OUT - 1 :: HELD_OUT]
+    training = np.concatenate(text)[:TEXT_LIMIT]
+    return torch.from_numpy(table[training]), torch.from_numpy(table[held_out])
+
+
+def lanes(text: torch.Tensor, count: int) -> torch.Tensor:
+    """(characters // count, count): ``count`` stretches of the text side by side."""
+    length = len(text) // count
+    return text[: length * count].view(count, length).t().contiguous()
+
+
+class CharModel(nn.Module):
+    """Embedding, LSTM, linear head. ``lstm`` is nn.LSTM or its drop-in."""
+
+    def __init__(self, lstm, hidden: int, layers: int):
+        super().__init__()
+        self.embed = nn.Embedding(CLASSES, EMBEDDING)
+        self.lstm = lstm(EMBEDDING, hidden, num_layers=layers)
+        self.head = nn.Linear(hidden, CLASSES)
+
+    def forward(self, text, state=None):
+        """(T, B) classes and the state so far -> (T, B, CLASSES) logits and the new state."""
+        y, state = self.lstm(self.embed(text), state)
+        return self.head(y), state
+
+
+def loss_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+@dataclass
+class Learner:
+    """A model, its optimiser, and what happened to it."""
+
+    name: str
+    model: CharModel
+    steps: int
+    rate: float
+    state: tuple[torch.Tensor, torch.Tensor] | None = None
+    losses: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.rate)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, max_lr=self.rate, total_steps=self.steps, pct_start=0.1
+        )
+
+    def step(self, text: torch.Tensor, target: torch.Tensor) -> None:
+        """One training step; the state carries on from the step before (truncated BPTT)."""
+        begin = now(text.device)
+        self.optimizer.zero_grad()
+        logits, state = self.model(text, self.state)
+        loss = loss_of(logits, target)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.state = tuple(part.detach() for part in state)
+        self.losses.append(loss.item())
+        self.times.append(now(text.device) - begin)
+
+    @torch.inference_mode()
+    def bits_per_character(self, text: torch.Tensor) -> float:
+        """Held-out loss in bits; ``text`` is (T + 1, B), read from a zero state."""
+        self.model.eval()
+        logits, _ = self.model(text[:-1])
+        return loss_of(logits, text[1:]).item() / math.log(2)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once everything that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def lstm_seconds(learner: Learner, text: torch.Tensor) -> float:
+    """Seconds of forward and backward through the LSTM alone, on the batch ``text``."""
+    learner.model.train()
+    x = learner.model.embed(text).detach().requires_grad_()
+    begin = now(text.device)
+    y, _ = learner.model.lstm(x)
+    y.backward(torch.ones_like(y))
+    spent = now(text.device) - begin
+    learner.model.zero_grad()
+    return spent
+
+
+@torch.inference_mode()
+def write(model: CharModel, prompt: str, length: int, temperature: float, seed: int) -> str:
+    """Continues ``prompt`` one character at a time; the LSTM's state is all its memory."""
+    model.eval()
+    device = model.head.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    text = [ALPHABET.index(char) for char in prompt]
+    logits, state = model(torch.tensor(text, device=device)[:, None])
+    for _ in range(length):
+        # "Everything else" has no character to print.
+        odds = (logits[-1, 0, :OTHER] / temperature).softmax(0).cpu()
+        text.append(int(torch.multinomial(odds, 1, generator=generator)))
+        logits, state = model(torch.tensor([text[-1:]], device=device), state)
+    return "".join(ALPHABET[c] for c in text)
+
+
+def ratio_of(peer: list[float], ours: list[float]) -> float:
+    """Median of the paired ratios of times; above 1 lstm_ext is faster."""
+    return statistics.median(a / b for a, b in zip(peer, ours, strict=True))
+
+
+def draw(peer: Learner, ours: Learner, ratio: float, path: Path) -> None:
+    """Both loss curves, and how far they are apart, as a PNG."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    steps = range(1, len(peer.losses) + 1)
+    top.plot(steps, peer.losses, color="#9ecae1", linewidth=5, label="torch.nn.LSTM")
+    top.plot(steps, ours.losses, color="#08306b", linewidth=1, label="lstm_ext.LSTM")
+    top.set_ylabel("training loss, nats a character")
+    top.set_title(f"Character model of Python's library: step time nn.LSTM / lstm_ext {ratio:.2f}")
+    top.legend()
+    top.grid(alpha=0.3)
+    gap = np.abs(np.subtract(peer.losses, ours.losses))
+    # A logarithmic axis has no place for the steps where the two are equal to the last bit.
+    bottom.semilogy(steps, np.where(gap > 0, gap, np.nan), ".", markersize=3, color="#08306b")
+    bottom.axhline(LIMIT, color="#cb181d", linestyle="--", label=f"limit {LIMIT:g}")
+    bottom.set_ylabel("difference, nats")
+    bottom.set_xlabel("training step")
+    bottom.legend(loc="lower right")
+    bottom.grid(alpha=0.3)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def curve_table(peer: Learner, ours: Learner) -> str:
+    """A dozen points of both loss curves."""
+    count = len(peer.losses)
+    picked = sorted({round(1 + (count - 1) * n / 11) for n in range(12)})
+    lines = [f"{'step':>6}  {'nn.LSTM':>9}  {'lstm_ext':>9}  {'difference':>10}"]
+    for step in picked:
+        a, b = peer.losses[step - 1], ours.losses[step - 1]
+        lines.append(f"{step:>6}  {a:>9.5f}  {b:>9.5f}  {abs(a - b):>10.1e}")
+    return "\n".join(lines)
+
+
+def curves_agree(peer: Learner, ours: Learner) -> bool:
+    """Says whether the loss curves lie on each other."""
+    gaps = [abs(a - b) for a, b in zip(peer.losses, ours.losses, strict=True)]
+    early, whole = max(gaps[:EARLY_STEPS]), max(gaps)
+    # Written so that a NaN in either curve counts as a difference.
+    agree = early <= EARLY_LIMIT and whole <= LIMIT
+    agree = agree and all(math.isfinite(gap) for gap in gaps)
+    print(
+        f"the loss curves {'lie' if agree else 'DO NOT LIE'} on each other: largest difference "
+        f"{early:.1e} in the first {min(EARLY_STEPS, len(gaps))} steps (limit {EARLY_LIMIT:g}), "
+        f"{whole:.1e} over all {len(gaps)} (limit {LIMIT:g})"
+    )
+    return agree
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Trains one character language model with nn.LSTM and with lstm_ext.LSTM on "
+        "the standard library's source and compares losses and speed."
+    )
+    parser.add_argument("--steps", type=int, default=300, help="training steps of each model")
+    parser.add_argument("--batch", type=int, default=32, help="stretches of text read at once")
+    parser.add_argument("--length", type=int, default=64, help="characters a step")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=5e-3, help="highest learning rate")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("char_lm.png"), help="the PNG")
+    parser.add_argument("--quick", action="store_true", help="a small model and a few steps")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.steps, args.batch, args.length, args.hidden = 12, 8, 32, 64
+    for name in ("steps", "batch", "length", "hidden", "layers"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not args.out.parent.is_dir():
+        parser.error(f"--out: there is no folder {args.out.parent}")
+    try:
+        args.device = torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    training, held_out = read_library()
+    text = lanes(training.to(args.device), args.batch)
+    if len(text) <= args.length:
+        raise SystemExit(f"--batch {args.batch} leaves {len(text)} characters a stretch")
+    valid = lanes(held_out.to(args.device), VALID_LANES)[: VALID_LENGTH + 1]
+
+    torch.manual_seed(args.seed)
+    first = CharModel(nn.LSTM, args.hidden, args.layers)
+    second = CharModel(lstm_ext.LSTM, args.hidden, args.layers)
+    second.load_state_dict(first.state_dict())
+    peer = Learner("nn.LSTM", first.to(args.device), args.steps, args.rate)
+    ours = Learner("lstm_ext.LSTM", second.to(args.device), args.steps, args.rate)
+    print(
+        f"{len(training):,} characters to train on, {len(held_out):,} held out; {args.layers} "
+        f"layers of {args.hidden}, {sum(p.numel() for p in first.parameters()):,} parameters; "
+        f"batch {args.batch} of {args.length} on {args.device}, {torch.get_num_threads()} threads"
+    )
+
+    begin = time.perf_counter()
+    bar = tqdm(range(args.steps), unit="step", mininterval=0.5, dynamic_ncols=True)
+    for number in bar:
+        # Each lane reads on where it stopped, and from its start again at the end of the text.
+        start = number * args.length % (len(text) - args.length)
+        batch = text[start : start + args.length + 1]
+        for learner in (peer, ours):
+            learner.step(batch[:-1], batch[1:])
+        bar.set_postfix_str(
+            f"loss nn.LSTM {peer.losses[-1]:.4f}, lstm_ext {ours.losses[-1]:.4f}", refresh=False
+        )
+    spent = time.perf_counter() - begin
+
+    print(curve_table(peer, ours))
+    agree = curves_agree(peer, ours)
+    for learner in (peer, ours):
+        bits = learner.bits_per_character(valid)
+        print(f"held-out text: {learner.name:13} {bits:.4f} bits a character")
+
+    # The first steps warm up allocators and caches.
+    warm = min(5, args.steps - 1)
+    whole = ratio_of(peer.times[warm:], ours.times[warm:])
+    pairs = [
+        (lstm_seconds(peer, batch[:-1]), lstm_seconds(ours, batch[:-1])) for _ in range(12)
+    ][2:]
+    alone = [list(times) for times in zip(*pairs, strict=True)]
+    print(
+        f"speed, nn.LSTM time / lstm_ext time: whole training step {whole:.2f} "
+        f"({statistics.median(peer.times[warm:]) * 1e3:.1f} / "
+        f"{statistics.median(ours.times[warm:]) * 1e3:.1f} ms), "
+        f"LSTM forward and backward alone {ratio_of(*alone):.2f} "
+        f"({statistics.median(alone[0]) * 1e3:.1f} / {statistics.median(alone[1]) * 1e3:.1f} ms); "
+        f"both trained in {spent:.0f} s"
+    )
+    draw(peer, ours, whole, args.out)
+    print(f"curves drawn in {args.out}")
+    length = 100 if args.quick else 600
+    print(f"sample from the lstm_ext model:\n{'-' * 60}")
+    print(write(ours.model, "\ndef ", length, temperature=0.6, seed=args.seed))
+    print("-" * 60)
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

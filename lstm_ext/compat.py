@@ -1,0 +1,190 @@
+"""What nn.LSTM is besides its forward: checks, attributes, pickles, and moving to and from it.
+
+nn.RNNBase supplies the parameters' names, the constructor's checks, the state dict and most error
+messages. nn.LSTM itself is no base class here: torch.compile refuses its subclasses by type.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+States = tuple[Tensor, Tensor]
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class LSTMBase(nn.RNNBase):
+    """nn.LSTM's methods and attributes other than forward, without its flat list of weights."""
+
+    return_cell_sequence: bool
+
+    # --- nn.LSTM's checks, callable on their own as there ----------------------------------------
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Raise nn.LSTM's error for an input of a wrong dtype, rank or feature size."""
+        # The usual case in three comparisons; the base class finds the words for the others.
+        if (
+            input.dtype != self.weight_ih_l0.dtype
+            or input.dim() != (3 if batch_sizes is None else 2)
+            or input.size(-1) != self.input_size
+        ):
+            super().check_input(input, batch_sizes)
+
+    def get_expected_cell_size(
+        self, input: Tensor, batch_sizes: Tensor | None
+    ) -> tuple[int, int, int]:
+        """(D*num_layers, N, H), the shape c_0 must have for this input."""
+        count, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return count, batch, self.hidden_size
+
+    def check_forward_args(self, input: Tensor, hidden: States, batch_sizes: Tensor | None) -> None:
+        """Raise nn.LSTM's error for a wrong input, or states of another shape than expected."""
+        self.check_input(input, batch_sizes)
+        self.check_hidden_size(
+            hidden[0],
+            self.get_expected_hidden_size(input, batch_sizes),
+            "Expected hidden[0] size {}, got {}",
+        )
+        self.check_hidden_size(
+            hidden[1],
+            self.get_expected_cell_size(input, batch_sizes),
+            "Expected hidden[1] size {}, got {}",
+        )
+
+    def permute_hidden(self, hx: States, permutation: Tensor | None) -> States:
+        """The states with their sequences in the order of permutation (N,); None: as they are."""
+        if permutation is None:
+            return hx
+        return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (
+            ", return_cell_sequence=True" if self.return_cell_sequence else ""
+        )
+
+    # --- what nn.RNNBase keeps beside the parameters, and this class does not ---------------------
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: there is no flat buffer. Here for code written for nn.LSTM."""
+
+    def _init_flat_weights(self) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def _weights_have_changed(self) -> bool:
+        return False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        nn.Module.__setattr__(self, name, value)
+
+    def _replicate_for_data_parallel(self) -> LSTMBase:
+        return nn.Module._replicate_for_data_parallel(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = nn.Module.__getstate__(self)
+        state.pop("_flat_weight_refs", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take nn.LSTM's attributes of any age: names are made anew, kept weights are dropped."""
+        state = {"proj_size": 0, "return_cell_sequence": False, **state}
+        for name in ("all_weights", "_flat_weights", "_flat_weight_refs"):
+            state.pop(name, None)
+        nn.Module.__setstate__(self, state)
+        kinds = ["weight_ih", "weight_hh"]
+        kinds += ["bias_ih", "bias_hh"] if self.bias else []
+        kinds += ["weight_hr"] if self.proj_size else []
+        self._all_weights = [
+            [f"{kind}_l{layer}{suffix}" for kind in kinds]
+            for layer in range(self.num_layers)
+            for suffix in ("", "_reverse")[: 2 if self.bidirectional else 1]
+        ]
+        self._flat_weights_names = list(itertools.chain.from_iterable(self._all_weights))
+
+
+def check_pair(hx: Any, op: str = "lstm") -> None:
+    if not isinstance(hx, (tuple, list)) or not all(isinstance(state, Tensor) for state in hx):
+        inside = f" of {[type(s).__name__ for s in hx]}" if isinstance(hx, (tuple, list)) else ""
+        got = type(hx).__name__ + inside
+        raise TypeError(f"{op}: hx should be a pair of Tensors (h_0, c_0), got {got}")
+    if len(hx) != 2:
+        raise RuntimeError(f"{op} expects two hidden states")
+
+
+def check_batch_sizes(batch_sizes: Tensor, data: Tensor) -> None:
+    """Refuse a PackedSequence made by hand whose batch_sizes point to rows that are not there."""
+    if (
+        batch_sizes.dtype != torch.int64
+        or batch_sizes.dim() != 1
+        or batch_sizes.numel() == 0
+        or int(batch_sizes[-1]) < 0
+        or bool((batch_sizes[1:] > batch_sizes[:-1]).any())
+        or int(batch_sizes.sum()) != data.size(0)
+    ):
+        raise ValueError(
+            "batch_sizes: expected a 1-D torch.int64 tensor of numbers that do not increase and "
+            f"sum to {data.size(0)}, got {batch_sizes.tolist()} of {batch_sizes.dtype}"
+        )
+
+
+def check_match(name: str, tensors: Iterable[Tensor], input: Tensor) -> None:
+    """Raise, in ATen's words, where a tensor is on another device or of another dtype than input.
+
+    Under autocast the dtypes may differ.
+    """
+    for tensor in tensors:
+        if tensor.device != input.device:
+            raise RuntimeError(
+                f"Input and {name} tensors are not at the same device, found input tensor at "
+                f"{input.device} and {name} tensor at {tensor.device}"
+            )
+        if tensor.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(
+                f"Input and {name} tensors are not the same dtype, found input tensor with "
+                f"{input.dtype} and {name} tensor with {tensor.dtype}"
+            )
+
+
+def check_weights(names: Iterable[str], weights: Iterable[Tensor | None], input: Tensor) -> None:
+    """As check_match for parameters, any of which a user may also have set to None."""
+    for name, weight in zip(names, weights, strict=True):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(weight).__name__}")
+        check_match("parameter", [weight], input)
+
+
+def adopt(new: _Module, module: nn.Module, expected: type[nn.Module], **extra: Any) -> _Module:
+    """Give new, bare from __new__, the attributes of module; the Parameters themselves are shared.
+
+    The dicts of hooks are shared too, so that handles given out by module still remove its hooks.
+    """
+    if type(module) is not expected or is_parametrized(module):
+        want = f"{expected.__module__}.{expected.__qualname__}"
+        got = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise TypeError(f"expected a {want} and no subclass or parametrization of it, got {got}")
+    if "forward" in module.__dict__:
+        raise TypeError(
+            f"the forward of this {type(module).__qualname__} was replaced; got {module}"
+        )
+    state = module.__getstate__()
+    state.pop("_compiled_call_impl", None)  # bound to the old module
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        state[name] = state[name].copy()
+    new.__setstate__({**state, **extra})
+    # A hook registered "with module" holds a weak reference to the module it was registered on.
+    new._load_state_dict_pre_hooks = type(new._load_state_dict_pre_hooks)(
+        (key, type(hook)(hook.hook, new) if getattr(hook, "with_module", False) else hook)
+        for key, hook in new._load_state_dict_pre_hooks.items()
+    )
+    return new

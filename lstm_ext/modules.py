@@ -1,0 +1,387 @@
+"""LSTM and LSTMCell: layers, directions, packing and errors, as torch.nn has them.
+
+The weights are read from the module at every forward and never kept, so that everything that
+replaces a parameter (functional_call, parametrizations, weight_norm, pruning, tying, .to()) works.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .autograd import lstm_layer
+from .compat import (
+    LSTMBase,
+    States,
+    adopt,
+    check_batch_sizes,
+    check_match,
+    check_pair,
+    check_weights,
+)
+from .ops import LayerWeights, Steps
+
+__all__ = ["LSTM", "LSTMCell"]
+
+
+class LSTM(LSTMBase):
+    r"""A drop-in replacement for :class:`torch.nn.LSTM`.
+
+    Every layer and direction computes, with the rows of the weights in the order i, f, g, o::
+
+        i_t = sigmoid(W_ii x_t + b_ii + W_hi h_{t-1} + b_hi)
+        f_t = sigmoid(W_if x_t + b_if + W_hf h_{t-1} + b_hf)
+        g_t = tanh   (W_ig x_t + b_ig + W_hg h_{t-1} + b_hg)
+        o_t = sigmoid(W_io x_t + b_io + W_ho h_{t-1} + b_ho)
+        c_t = f_t * c_{t-1} + i_t * g_t
+        h_t = o_t * tanh(c_t)              W_hr (o_t * tanh(c_t)) with proj_size
+
+    (Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000; projection: Sak et al. 2014.)
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+        device, dtype: as :class:`torch.nn.LSTM`.
+        return_cell_sequence: return every c_t of the last layer as a third result.
+
+    Parameters and their names are nn.LSTM's: per layer k and direction (``_reverse`` for the
+    second) ``weight_ih_l{k}`` (4H, in), ``weight_hh_l{k}`` (4H, P), ``bias_ih_l{k}`` and
+    ``bias_hh_l{k}`` (4H,), ``weight_hr_l{k}`` (P, H) with proj_size; in is input_size for k = 0,
+    else D*P. All are drawn from U(-1/sqrt(H), 1/sqrt(H)).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        return_cell_sequence: bool = False,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+        if not isinstance(return_cell_sequence, bool):
+            got = type(return_cell_sequence).__name__
+            raise TypeError(f"return_cell_sequence should be of type bool, got: {got}")
+        self.return_cell_sequence = return_cell_sequence
+
+    # --- forward ---------------------------------------------------------------------------------
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: States | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+    ) -> tuple[Tensor, States] | tuple[Tensor, States, Tensor]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: States | None = None
+    ) -> tuple[PackedSequence, States] | tuple[PackedSequence, States, PackedSequence]: ...
+
+    def forward(self, input, hx=None, *, lengths=None, reset_mask=None):
+        """Run the whole sequence.
+
+        With N sequences of L steps, D directions, H = hidden_size and P = proj_size or H:
+
+        Args:
+            input: (L, N, input_size), (N, L, input_size) with batch_first, (L, input_size)
+                unbatched, or a PackedSequence. L and N may be 0.
+            hx: (h_0, c_0) of shapes (D*num_layers, N, P) and (D*num_layers, N, H), without N for
+                an unbatched input; None: zeros.
+            lengths: (N,) integers in 0..L on any device, in any order ((1,) or 0-d unbatched).
+                Outputs past a length are 0 and what the input holds there does not matter; h_n and
+                c_n are those of each sequence's last step; the reverse direction starts there; a
+                zero length returns the initial state.
+            reset_mask: bool, (L, N), (N, L) with batch_first, (L,) unbatched: where true, the
+                state is zero before that step (in each direction's own order), in every layer.
+
+        Returns:
+            output, (h_n, c_n), exactly as nn.LSTM: output shaped as the input with D*P features (a
+            PackedSequence for one), the states shaped as hx. With return_cell_sequence also cells:
+            c_t of the last layer, shaped as output with D*H features.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: nn.LSTM's own for what it refuses; ValueError for
+                lengths or reset_mask beside a PackedSequence; TypeError for an hx that is no pair
+                of tensors.
+        """
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError("lengths: a PackedSequence already holds its lengths; got both")
+            if reset_mask is not None:
+                raise ValueError("reset_mask is not supported with a PackedSequence; use lengths=")
+            return self._forward_packed(input, hx)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        batched = input.dim() == 3
+        if not batched:
+            input = input.unsqueeze(0 if self.batch_first else 1)
+            if isinstance(lengths, Tensor) and lengths.dim() == 0:
+                lengths = lengths.unsqueeze(0)
+            if isinstance(reset_mask, Tensor):
+                if reset_mask.dim() != 1:
+                    size, got = (input.size(1 if self.batch_first else 0),), tuple(reset_mask.shape)
+                    raise ValueError(f"Expected reset_mask of size {size}, got {got}")
+                reset_mask = reset_mask.unsqueeze(0 if self.batch_first else 1)
+        if hx is None:
+            self.check_input(input, None)
+        else:
+            check_pair(hx)
+            dims = 3 if batched else 2
+            if hx[0].dim() != dims or hx[1].dim() != dims:
+                raise RuntimeError(
+                    f"For {'batched' if batched else 'unbatched'} {dims}-D input, hx and cx should "
+                    f"also be {dims}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                )
+            if not batched:
+                hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+            self.check_forward_args(input, hx, None)
+            check_match("hidden", hx, input)
+        if self.batch_first:
+            batch, length, _ = input.shape
+        else:
+            length, batch, _ = input.shape
+        steps = Steps.padded(
+            length, batch, batch_first=self.batch_first, lengths=lengths, reset_mask=reset_mask
+        )
+        # Rows in the order of the user's own layout: neither input nor output is transposed.
+        x = input.reshape(length * batch, self.input_size)
+        y, h_n, c_n, cells = self._layers(x, hx, steps)
+        shape = input.shape[:2] if batched else (length,)
+        y = y.view(*shape, y.size(1))
+        if not batched:
+            h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
+        if cells is None:
+            return y, (h_n, c_n)
+        return y, (h_n, c_n), cells.view(*shape, cells.size(1))
+
+    def _forward_packed(self, input: PackedSequence, hx: States | None):
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        check_batch_sizes(batch_sizes, data)
+        if hx is None:
+            self.check_input(data, batch_sizes)
+        else:
+            check_pair(hx)
+            self.check_forward_args(data, hx, batch_sizes)
+            check_match("hidden", hx, data)
+            hx = self.permute_hidden(hx, sorted_indices)
+        y, h_n, c_n, cells = self._layers(data, hx, Steps.packed(batch_sizes), packed=True)
+        output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        states = self.permute_hidden((h_n, c_n), unsorted_indices)
+        if cells is None:
+            return output, states
+        return output, states, PackedSequence(cells, batch_sizes, sorted_indices, unsorted_indices)
+
+    def _layers(
+        self, x: Tensor, hx: States | None, steps: Steps, packed: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """All layers on the rows of x (rows, in): y (rows, D*P), h_n, c_n, cells (rows, D*H)."""
+        directions = 2 if self.bidirectional else 1
+        count = len(self._all_weights)  # one entry a layer and direction
+        if hx is None:
+            c = x.new_zeros(steps.B, self.hidden_size)
+            h = x.new_zeros(steps.B, self.proj_size) if self.proj_size else c
+            h0, c0 = itertools.repeat(h, count), itertools.repeat(c, count)
+        else:
+            h0, c0 = hx[0].unbind(0), hx[1].unbind(0)
+        states = zip(h0, c0, strict=True)
+        h_n, c_n, cells = [], [], []
+        for layer in range(self.num_layers):
+            last = layer == self.num_layers - 1
+            outputs = []
+            for direction in range(directions):
+                h, c = next(states)
+                y, h, c, cell = lstm_layer(
+                    x,
+                    h,
+                    c,
+                    self._layer_weights(layer * directions + direction, x),
+                    steps,
+                    reverse=direction == 1,
+                    cells=last and self.return_cell_sequence,
+                )
+                outputs.append(y)
+                h_n.append(h)
+                c_n.append(c)
+                if cell is not None:
+                    cells.append(cell)
+            x = outputs[0] if directions == 1 else torch.cat(outputs, dim=1)
+            if self.dropout and self.training and not last:
+                x = self._drop(x, steps, packed)
+        return (
+            x,
+            h_n[0].unsqueeze(0) if count == 1 else torch.stack(h_n),
+            c_n[0].unsqueeze(0) if count == 1 else torch.stack(c_n),
+            None if not cells else cells[0] if directions == 1 else torch.cat(cells, dim=1),
+        )
+
+    def _drop(self, x: Tensor, steps: Steps, packed: bool) -> Tensor:
+        """Dropout between two layers; on the CPU the mask nn.LSTM draws from the same seed."""
+        if packed or not self.batch_first:
+            return F.dropout(x, self.dropout)
+        # nn.LSTM works time-first inside, so its mask is drawn in that order.
+        mask = F.dropout(x.new_ones(steps.T, steps.B, x.size(1)), self.dropout)
+        x = x.view(steps.B, steps.T, x.size(1)) * mask.transpose(0, 1)
+        return x.reshape(steps.rows, x.size(2))
+
+    def _layer_weights(self, index: int, x: Tensor) -> LayerWeights:
+        """The tensors of one layer and direction, as they are now."""
+        names, parameters = self._all_weights[index], self._parameters
+        # getattr finds every kind of replaced weight, but is slow for a plain parameter.
+        weights = [parameters[n] if n in parameters else getattr(self, n) for n in names]
+        dtype, device = x.dtype, x.device
+        for weight in weights:
+            if weight is None or weight.dtype != dtype or weight.device != device:
+                check_weights(names, weights, x)
+        w_hr = weights.pop() if self.proj_size else None
+        if self.bias:
+            return LayerWeights(*weights, w_hr)
+        return LayerWeights(*weights, None, None, w_hr)
+
+    # --- conversion ------------------------------------------------------------------------------
+
+    @classmethod
+    def from_torch(cls, module: nn.LSTM) -> LSTM:
+        """An LSTM that shares the Parameters, hooks and training flag of an nn.LSTM.
+
+        Raises:
+            TypeError: module is not exactly an nn.LSTM (what a subclass, a parametrization or a
+                replaced forward adds would be lost).
+        """
+        return adopt(cls.__new__(cls), module, nn.LSTM)
+
+    def to_torch(self) -> nn.LSTM:
+        """An nn.LSTM that shares the Parameters, hooks and training flag of this module.
+
+        Raises:
+            ValueError: nn.LSTM has no return_cell_sequence.
+            TypeError: this is a subclass, is parametrized, or its forward was replaced.
+        """
+        if self.return_cell_sequence:
+            raise ValueError("to_torch: nn.LSTM has no return_cell_sequence; got True")
+        module = nn.LSTM.__new__(nn.LSTM)
+        module = adopt(module, self, LSTM, _flat_weights=self._flat_weights)
+        del module.return_cell_sequence
+        module.flatten_parameters()
+        return module
+
+
+class LSTMCell(nn.RNNCellBase):
+    r"""A drop-in replacement for :class:`torch.nn.LSTMCell`: one step of an LSTM.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as :class:`torch.nn.LSTMCell`.
+
+    Parameters, gate order and formula are those of :class:`LSTM` without projection:
+    ``weight_ih`` (4H, input_size), ``weight_hh`` (4H, H), ``bias_ih`` and ``bias_hh`` (4H,).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: States | None = None) -> States:
+        """Take one step.
+
+        Args:
+            input: (N, input_size), or (input_size,) unbatched.
+            hx: (h_0, c_0), each (N, H), or (H,) unbatched; None: zeros.
+
+        Returns:
+            (h_1, c_1), shaped as hx. Under autocast in its dtype.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: nn.LSTMCell's own for what it refuses; RuntimeError
+                also for a c_0 of another dtype, which nn.LSTMCell lets pass.
+        """
+        if input.dim() not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if hx is not None:
+            check_pair(hx, "lstm_cell")
+            for k, state in enumerate(hx):
+                if state.dim() not in (1, 2):
+                    raise ValueError(
+                        f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead"
+                    )
+        batched = input.dim() == 2
+        if not batched:
+            input = input.unsqueeze(0)
+        if input.size(1) != self.input_size:
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}"
+            )
+        weights = LayerWeights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, None)
+        check_match("parameter", [w for w in weights if w is not None], input)
+        batch = input.size(0)
+        if hx is None:
+            h = c = input.new_zeros(batch, self.hidden_size)
+        else:
+            h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+            self._check_state(h, 0, batch)
+            self._check_state(c, 1, batch)
+            check_match("hidden", (h, c), input)
+        _, h, c, _ = lstm_layer(input, h, c, weights, Steps.padded(1, batch))
+        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+
+    def _check_state(self, state: Tensor, k: int, batch: int) -> None:
+        if state.shape == (batch, self.hidden_size):
+            return
+        if state.size(0) != batch:
+            raise RuntimeError(
+                f"Input batch size {batch} doesn't match hidden{k} batch size {state.size(0)}"
+            )
+        # A state batched unlike the input comes here with one or three dimensions.
+        wrong = state.dim() > 1 and state.size(1) != self.hidden_size
+        got = state.size(1) if wrong else tuple(state.shape)
+        raise RuntimeError(
+            f"hidden{k} has inconsistent hidden_size: got {got}, expected {self.hidden_size}"
+        )
+
+    @classmethod
+    def from_torch(cls, module: nn.LSTMCell) -> LSTMCell:
+        """An LSTMCell that shares the Parameters, hooks and training flag of an nn.LSTMCell.
+
+        Raises:
+            TypeError: module is not exactly an nn.LSTMCell.
+        """
+        return adopt(cls.__new__(cls), module, nn.LSTMCell)
+
+    def to_torch(self) -> nn.LSTMCell:
+        """An nn.LSTMCell that shares the Parameters, hooks and training flag of this module.
+
+        Raises:
+            TypeError: this is a subclass, is parametrized, or its forward was replaced.
+        """
+        return adopt(nn.LSTMCell.__new__(nn.LSTMCell), self, LSTMCell)

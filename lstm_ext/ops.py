@@ -1,0 +1,459 @@
+"""One direction of one LSTM layer on the native core: checks, allocation, products, calls.
+
+The only module that imports the compiled core. The products over all steps at once (input
+projection, weight gradients) are torch matmuls; the recurrence is the core's.
+
+Letters: T steps, B sequences, H hidden units, P = size of h (H, or the projection's size),
+rows = (step, sequence) pairs in memory. Gates i, f, g, o. Half types compute in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    from lstm_ext import _C
+except ImportError as error:
+    raise ImportError(
+        "the compiled core of lstm_ext is missing or does not load here; "
+        f"`pip install .` in a checkout builds it ({error})"
+    ) from error
+
+# enum Dtype of csrc/params.h
+_DTYPE_CODE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+CUDA_BUILD_COMMAND = "LSTM_EXT_CUDA=1 pip install --no-cache-dir --force-reinstall --no-deps ."
+
+
+class LayerWeights(NamedTuple):
+    """Weights of one direction of one layer, gates in the order i, f, g, o."""
+
+    w_ih: Tensor  # (4H, in)
+    w_hh: Tensor  # (4H, P)
+    b_ih: Tensor | None = None  # (4H)
+    b_hh: Tensor | None = None  # (4H)
+    w_hr: Tensor | None = None  # (P, H), then P < H
+
+
+class Steps:
+    """Where the rows of a layer's input lie in time and batch; shared by all layers.
+
+    Built by :meth:`padded` or :meth:`packed`. ``lengths`` (B) int64 and ``reset_mask`` (T, B)
+    bool are held on the CPU, or are None.
+    """
+
+    def __init__(
+        self,
+        T: int,
+        B: int,
+        *,
+        rows: int,
+        batch_first: bool = False,
+        offsets: Tensor | None = None,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+    ) -> None:
+        self.T, self.B, self.rows = T, B, rows
+        self.batch_first, self.offsets = batch_first, offsets
+        self.lengths, self.reset_mask = lengths, reset_mask
+        self._native: dict[bool, Any] = {}
+
+    @staticmethod
+    def padded(
+        T: int,
+        B: int,
+        *,
+        batch_first: bool = False,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+    ) -> Steps:
+        """Every sequence has room for T steps: row (t, b) is t * B + b, or b * T + t.
+
+        Args:
+            lengths: (B), an integer dtype, any device, 0 <= length <= T, any order.
+            reset_mask: bool, (T, B), or (B, T) with ``batch_first``.
+
+        Raises:
+            TypeError: a dtype other than those.
+            ValueError: another shape, or a length outside 0..T.
+        """
+        if lengths is not None:
+            lengths = _checked_lengths(lengths, T, B)
+        if reset_mask is not None:
+            reset_mask = _checked_reset_mask(reset_mask, T, B, batch_first)
+        return Steps(
+            T,
+            B,
+            rows=T * B,
+            batch_first=batch_first,
+            lengths=lengths,
+            reset_mask=reset_mask,
+        )
+
+    @staticmethod
+    def packed(batch_sizes: Tensor) -> Steps:
+        """The rows of a PackedSequence: batch_sizes[t] sequences take step t, longest first."""
+        T, B = batch_sizes.numel(), int(batch_sizes[0])
+        ends = batch_sizes.cumsum(0)
+        # Sequence b is as long as there are steps with more than b sequences.
+        lengths = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(B), right=True)
+        return Steps(T, B, rows=int(ends[-1]), offsets=ends - batch_sizes, lengths=lengths)
+
+    def native(self, reverse: bool) -> Any:
+        """The core's description of these steps, walked forwards or backwards."""
+        if reverse not in self._native:
+            self._native[reverse] = _C.Steps(
+                T=self.T,
+                B=self.B,
+                stride_t=1 if self.batch_first else self.B,
+                stride_b=self.T if self.batch_first else 1,
+                offsets=_address(self.offsets),
+                lengths=_address(self.lengths),
+                reset=_address(self.reset_mask),
+                reverse=reverse,
+            )
+        return self._native[reverse]
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether there are rows past the end of a sequence."""
+        return self.lengths is not None and self.offsets is None
+
+    def active(self) -> Tensor:
+        """bool (T, B): which sequences take which step."""
+        if self.lengths is None:
+            return torch.ones(self.T, self.B, dtype=torch.bool)
+        return torch.arange(self.T).unsqueeze(1) < self.lengths
+
+    def active_rows(self) -> Tensor:
+        """int64: the rows that are not padding, ascending."""
+        active = self.active()
+        return (active.T if self.batch_first else active).flatten().nonzero().squeeze(1)
+
+    def to_time_major(self, rows: Tensor) -> Tensor:
+        """(rows, n) as (T, B, n), differentiably; what a packed sequence lacks is arbitrary."""
+        if self.offsets is not None:
+            index = self.offsets.unsqueeze(1) + torch.arange(self.B)
+            return rows[index.where(self.active(), 0).to(rows.device)]
+        if self.batch_first:
+            return rows.view(self.B, self.T, -1).transpose(0, 1)
+        return rows.view(self.T, self.B, -1)
+
+    def from_time_major(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`to_time_major`."""
+        if self.offsets is not None:
+            return x[self.active().to(x.device)]
+        return (x.transpose(0, 1) if self.batch_first else x).reshape(self.rows, x.size(2))
+
+
+def _checked_lengths(lengths: Tensor, T: int, B: int) -> Tensor:
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths should be a tensor of integers, got {type(lengths).__name__}")
+    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"lengths should have an integer dtype, got {lengths.dtype}")
+    if lengths.shape != (B,):
+        raise ValueError(f"Expected lengths of size {(B,)}, got {tuple(lengths.shape)}")
+    lengths = lengths.to("cpu", torch.int64).contiguous()
+    if B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
+        raise ValueError(
+            f"Expected lengths between 0 and the number of steps, {T}, got values from "
+            f"{int(lengths.min())} to {int(lengths.max())}"
+        )
+    return lengths
+
+
+def _checked_reset_mask(reset_mask: Tensor, T: int, B: int, batch_first: bool) -> Tensor:
+    if not isinstance(reset_mask, Tensor):
+        raise TypeError(f"reset_mask should be a bool tensor, got {type(reset_mask).__name__}")
+    if reset_mask.dtype != torch.bool:
+        raise TypeError(f"reset_mask should have dtype torch.bool, got {reset_mask.dtype}")
+    expected = (B, T) if batch_first else (T, B)
+    if reset_mask.shape != expected:
+        raise ValueError(
+            f"Expected reset_mask of size {expected}, got {tuple(reset_mask.shape)}"
+        )
+    return (reset_mask.T if batch_first else reset_mask).cpu().contiguous()
+
+
+def cpu_isas() -> list[str]:
+    """Names of the CPU kernel sets that run on this machine, best first."""
+    return _C.cpu_isas()
+
+
+def cpu_isa() -> str:
+    """The CPU kernel set in use: the best, unless LSTM_EXT_CPU_ISA or select_cpu_isa chose."""
+    return _C.cpu_isa()
+
+
+def select_cpu_isa(name: str) -> None:
+    """Chooses the CPU kernel set by name, for tests and comparisons; ValueError if unknown here."""
+    if not _C.select_cpu_isa(name):
+        raise ValueError(f"CPU kernels that run here: {', '.join(cpu_isas())}; got {name!r}")
+
+
+if _isa := os.environ.get("LSTM_EXT_CPU_ISA"):
+    select_cpu_isa(_isa)
+
+
+def has_native_kernels(device: torch.device) -> bool:
+    """Whether this build has kernels for tensors on ``device``.
+
+    Raises:
+        RuntimeError: a CUDA device and a build without CUDA; the text names the command that
+            builds with it.
+    """
+    if device.type == "cuda" and not _C.build_info()["cuda"]:
+        raise RuntimeError(
+            f"got a tensor on {device}, but this lstm_ext was built for the CPU only "
+            f"({_C.build_info()['cuda_reason']}). In a checkout, this builds it with CUDA: "
+            f"{CUDA_BUILD_COMMAND}"
+        )
+    return device.type == "cpu"
+
+
+def check_layer(x: Tensor, h0: Tensor, c0: Tensor, w: LayerWeights, steps: Steps) -> None:
+    """Refuses what the core could not read safely.
+
+    Raises:
+        TypeError: a dtype without kernels. ValueError: dtypes or devices that differ.
+        RuntimeError: a wrong size.
+    """
+    if x.dtype not in _DTYPE_CODE:
+        raise TypeError(
+            f"lstm_ext has no kernel for {x.dtype}: convert input and module to torch.float64, "
+            "torch.float32, torch.bfloat16 or torch.float16"
+        )
+    H, P = c0.size(-1), h0.size(-1)
+    expected = {
+        "input rows": (x, (steps.rows, x.size(-1))),
+        "h0": (h0, (steps.B, P)),
+        "c0": (c0, (steps.B, H)),
+        "weight_ih": (w.w_ih, (4 * H, x.size(-1))),
+        "weight_hh": (w.w_hh, (4 * H, P)),
+        "bias_ih": (w.b_ih, (4 * H,)),
+        "bias_hh": (w.b_hh, (4 * H,)),
+        "weight_hr": (w.w_hr, (P, H)),
+    }
+    for name, (tensor, size) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != size:
+            raise RuntimeError(f"Expected {name} of size {size}, got {tuple(tensor.shape)}")
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"Expected {name} to be {x.dtype} on {x.device} like the input, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    if w.w_hr is None and P != H:
+        raise RuntimeError(f"Expected h0 of size {(steps.B, H)}, got {tuple(h0.shape)}")
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The products run in the dtype that was chosen for the layer, whatever autocast says."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _allocate(like: Tensor, *size: int, zero: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows of padding are not touched by the core: then the tensor starts as zeros."""
+    return (like.new_zeros if zero else like.new_empty)(size, dtype=dtype)
+
+
+def layer_forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w: LayerWeights,
+    steps: Steps,
+    *,
+    reverse: bool,
+    save: bool,
+    cells: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Runs the layer over all steps.
+
+    Args:
+        x: (rows, in). h0: (B, P). c0: (B, H).
+        save: also return what backward needs.
+        cells: also return every c_t.
+
+    Returns:
+        y (rows, P), h_n (B, P), c_n (B, H), the activated gates (rows, 4H) if ``save``, and
+        c_t (rows, H) if ``save`` or ``cells``; the last two in float32 for half types.
+    """
+    H, P, acc = c0.size(1), h0.size(1), _acc_dtype(x.dtype)
+    w_hh: Tensor | None = w.w_hh
+    with _without_autocast(x.device):
+        biases = [b.to(acc) for b in (w.b_ih, w.b_hh) if b is not None]
+        bias = sum(biases[1:], *biases[:1]) if biases else None
+        gx = torch.nn.functional.linear(x.to(acc), w.w_ih.to(acc), bias)
+        if steps.T == 1 and w.w_hr is None:
+            # One step: h0 is known, so its product needs no packed weights and no recurrence.
+            start = h0 if steps.reset_mask is None else h0.masked_fill(steps.reset_mask.T, 0)
+            gx = gx.addmm_(start.to(acc), w.w_hh.to(acc).T)
+            w_hh = None
+    y = _allocate(x, steps.rows, P, zero=steps.has_padding)
+    h_n, c_n = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
+    gates = gx if save else None  # the core reads a row's gx before it writes its gates
+    c_seq = _allocate(x, steps.rows, H, zero=steps.has_padding, dtype=acc) if save or cells else None
+    threads = torch.get_num_threads()
+    code = _DTYPE_CODE[x.dtype]
+    workspace = torch.empty(
+        _C.cpu_forward_workspace(
+            code, threads, steps.B, H, P, w_hh is not None, w.w_hr is not None
+        ),
+        dtype=torch.uint8,
+    )
+    w_hh = None if w_hh is None else w_hh.contiguous()
+    w_hr = None if w.w_hr is None else w.w_hr.contiguous()
+    h0, c0 = h0.contiguous(), c0.contiguous()
+    _C.cpu_forward(
+        dtype=code,
+        threads=threads,
+        steps=steps.native(reverse),
+        H=H,
+        P=P,
+        gx=gx.data_ptr(),
+        w_hh=_address(w_hh),
+        w_hr=_address(w_hr),
+        h0=h0.data_ptr(),
+        c0=c0.data_ptr(),
+        gates=_address(gates),
+        c_seq=_address(c_seq),
+        y=y.data_ptr(),
+        h_n=h_n.data_ptr(),
+        c_n=c_n.data_ptr(),
+        workspace=workspace.data_ptr(),
+    )
+    return y, h_n, c_n, gates, c_seq
+
+
+class LayerGrads(NamedTuple):
+    """Gradients, or flags of which are wanted, in the order of the layer's inputs."""
+
+    x: Any
+    h0: Any
+    c0: Any
+    w_ih: Any
+    w_hh: Any
+    b_ih: Any
+    b_hh: Any
+    w_hr: Any
+
+
+def layer_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dcells: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w: LayerWeights,
+    y: Tensor,
+    gates: Tensor,
+    c_seq: Tensor,
+    steps: Steps,
+    *,
+    reverse: bool,
+    wanted: LayerGrads,
+) -> LayerGrads:
+    """Gradients of the layer's inputs; None where they are not wanted.
+
+    Args:
+        dy (rows, P), dh_n (B, P), dc_n (B, H), dcells (rows, H): gradients of the outputs, None
+            for zero. The rest: inputs and results of :func:`layer_forward` with ``save``.
+    """
+    H, P, acc, dtype = c0.size(1), h0.size(1), gates.dtype, x.dtype
+    one_step = steps.T == 1 and w.w_hr is None
+    padding = steps.has_padding
+    if dy is not None and dy.size(1) > 1 and dy.stride(1) != 1:
+        dy = dy.contiguous()
+    dh_n, dc_n, dcells = (g if g is None else g.contiguous() for g in (dh_n, dc_n, dcells))
+    h0, c0 = h0.contiguous(), c0.contiguous()
+    w_hh = None if one_step else w.w_hh.contiguous()
+    w_hr = None if w.w_hr is None else w.w_hr.contiguous()
+    dgates = _allocate(gates, steps.rows, 4 * H, zero=padding)
+    h_prev = _allocate(y, steps.rows, P, zero=padding) if wanted.w_hh else None
+    dr = None if w_hr is None else _allocate(gates, steps.rows, P, zero=padding)
+    dh0, dc0 = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
+    threads = torch.get_num_threads()
+    code = _DTYPE_CODE[dtype]
+    workspace = torch.empty(
+        _C.cpu_backward_workspace(
+            code, threads, steps.B, H, P, w_hh is not None, w_hr is not None
+        ),
+        dtype=torch.uint8,
+    )
+    _C.cpu_backward(
+        dtype=code,
+        threads=threads,
+        steps=steps.native(reverse),
+        H=H,
+        P=P,
+        w_hh=_address(w_hh),
+        w_hr=_address(w_hr),
+        h0=h0.data_ptr(),
+        c0=c0.data_ptr(),
+        y=y.data_ptr(),
+        gates=gates.data_ptr(),
+        c_seq=c_seq.data_ptr(),
+        dy=_address(dy),
+        dy_stride=0 if dy is None else dy.stride(0),
+        dh_n=_address(dh_n),
+        dc_n=_address(dc_n),
+        dcells=_address(dcells),
+        dgates=dgates.data_ptr(),
+        h_prev=_address(h_prev),
+        dr=_address(dr),
+        dh0=dh0.data_ptr(),
+        dc0=dc0.data_ptr(),
+        workspace=workspace.data_ptr(),
+    )
+    with _without_autocast(x.device):
+        if one_step and wanted.h0:
+            product = dgates @ w.w_hh.to(acc)
+            if steps.reset_mask is not None:
+                product.masked_fill_(steps.reset_mask.T, 0)
+            dh0 += product.to(dtype)
+        dx = (dgates @ w.w_ih.to(acc)).to(dtype) if wanted.x else None
+        # What lies in the padding of x may be anything, NaN too: its zero gradient must not
+        # meet it.
+        real = steps.active_rows() if padding else None
+
+        def rows(tensor: Tensor) -> Tensor:
+            return (tensor if real is None else tensor.index_select(0, real)).to(acc)
+
+        dgates_t = rows(dgates).T
+        dw_ih = (dgates_t @ rows(x)).to(dtype) if wanted.w_ih else None
+        dw_hh = (dgates_t @ rows(h_prev)).to(dtype) if h_prev is not None else None
+        db = dgates_t.sum(1).to(dtype) if wanted.b_ih or wanted.b_hh else None
+        dw_hr = None
+        if wanted.w_hr and dr is not None:
+            cell_out = rows(gates)[:, 3 * H :] * rows(c_seq).tanh()
+            dw_hr = (rows(dr).T @ cell_out).to(dtype)
+    return LayerGrads(
+        x=dx,
+        h0=dh0 if wanted.h0 else None,
+        c0=dc0 if wanted.c0 else None,
+        w_ih=dw_ih,
+        w_hh=dw_hh,
+        b_ih=db if wanted.b_ih else None,
+        # Two tensors, as for two parameters: a caller may change one in place.
+        b_hh=db.clone() if wanted.b_hh and db is not None else None,
+        w_hr=dw_hr,
+    )

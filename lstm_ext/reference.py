@@ -1,0 +1,142 @@
+"""The LSTM in plain torch: what every engine is compared with, and what runs where none exists.
+
+Any dtype and device, differentiable to any order. Written to be read: one loop, a shape on every
+line. Letters: T steps, B sequences, I inputs of a layer, H hidden units, P size of h (proj_size,
+or H), D directions.
+
+Formula (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000), as nn.LSTM's::
+
+    a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh          rows i, f, g, o
+    i, f, o = sigmoid(a_i), sigmoid(a_f), sigmoid(a_o);  g = tanh(a_g)
+    c_t = f * c_{t-1} + i * g;   h_t = o * tanh(c_t)     or W_hr (o * tanh(c_t)) with a projection
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def lstm_layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One direction of one layer.
+
+    Args:
+        x: (T, B, I) input.
+        h0, c0: (B, P) and (B, H) initial states.
+        w_ih, w_hh: (4H, I) and (4H, P) weights, rows i, f, g, o.
+        b_ih, b_hh: (4H,) biases, or None.
+        w_hr: (P, H) projection, or None (then P = H).
+        lengths: (B,) integers in 0..T, or None (all T). Steps past a length are not taken: the
+            state is held, y and cells are 0 there, and what x holds there reaches nothing.
+        reset_mask: (T, B) bool, or None: where true, the state is zero before that step.
+        reverse: take the steps T-1 .. 0 (of a shorter sequence: its last step .. 0).
+
+    Returns:
+        y (T, B, P), every h_t; h_n (B, P) and c_n (B, H), the states after the last step taken (the
+        initial ones for a zero length); cells (T, B, H), every c_t.
+    """
+    steps = x.size(0)
+    if lengths is None:
+        active = x.new_ones(x.shape[:2], dtype=torch.bool)  # (T, B)
+    else:
+        t = torch.arange(steps, device=x.device)  # (T,)
+        active = t[:, None] < lengths.to(x.device)  # (T, B)
+        x = torch.where(active[:, :, None], x, 0)  # (T, B, I); a NaN in the padding ends here
+    gx = F.linear(x, w_ih, b_ih)  # (T, B, 4H)
+    y = [gx.new_empty(0)] * steps  # T of (B, P), filled below
+    cells = [gx.new_empty(0)] * steps  # T of (B, H), filled below
+    h, c = h0, c0  # (B, P), (B, H)
+    for t in reversed(range(steps)) if reverse else range(steps):
+        h_prev, c_prev = h, c  # (B, P), (B, H)
+        if reset_mask is not None:
+            reset = reset_mask[t, :, None]  # (B, 1)
+            h_prev = torch.where(reset, 0, h)  # (B, P)
+            c_prev = torch.where(reset, 0, c)  # (B, H)
+        a = gx[t] + F.linear(h_prev, w_hh, b_hh)  # (B, 4H)
+        a_i, a_f, a_g, a_o = a.chunk(4, dim=1)  # 4 of (B, H)
+        i, f, o = a_i.sigmoid(), a_f.sigmoid(), a_o.sigmoid()  # 3 of (B, H)
+        g = a_g.tanh()  # (B, H)
+        c_t = f * c_prev + i * g  # (B, H)
+        h_t = o * c_t.tanh()  # (B, H)
+        if w_hr is not None:
+            h_t = F.linear(h_t, w_hr)  # (B, P)
+        on = active[t, :, None]  # (B, 1)
+        y[t] = torch.where(on, h_t, 0)  # (B, P)
+        cells[t] = torch.where(on, c_t, 0)  # (B, H)
+        h = torch.where(on, h_t, h)  # (B, P)
+        c = torch.where(on, c_t, c)  # (B, H)
+    if steps == 0:
+        return x.new_empty(0, *h0.shape), h, c, x.new_empty(0, *c0.shape)
+    return torch.stack(y), h, c, torch.stack(cells)  # (T, B, P), (B, P), (B, H), (T, B, H)
+
+
+def lstm(
+    x: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    layers: Sequence[Sequence[Tensor]],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """A whole nn.LSTM: layers, directions, dropout between the layers.
+
+    Args:
+        x: (T, B, I) input.
+        hx: (h0, c0) of shapes (num_layers * D, B, P) and (num_layers * D, B, H); None: zeros.
+        layers: per layer, then direction: w_ih, w_hh, then b_ih and b_hh if there are biases, then
+            w_hr if there is a projection; the order of nn.LSTM's `all_weights`.
+        lengths, reset_mask: as in lstm_layer.
+
+    Returns:
+        output (T, B, D*P), (h_n, c_n) shaped as hx, and cells (T, B, D*H) of the last layer.
+    """
+    directions = 2 if bidirectional else 1
+    if len(layers) != num_layers * directions:
+        raise ValueError(f"layers: got {len(layers)}, expected {num_layers * directions}")
+    if hx is None:
+        p = layers[0][1].size(1)
+        hidden = layers[0][1].size(0) // 4
+        h0 = x.new_zeros(len(layers), x.size(1), p)  # (num_layers * D, B, P)
+        c0 = x.new_zeros(len(layers), x.size(1), hidden)  # (num_layers * D, B, H)
+    else:
+        h0, c0 = hx  # (num_layers * D, B, P), (num_layers * D, B, H)
+    h_n, c_n, cells = [], [], []
+    for layer in range(num_layers):
+        outputs, cells = [], []
+        for direction in range(directions):
+            k = layer * directions + direction
+            w_ih, w_hh, *rest = layers[k]  # (4H, in), (4H, P)
+            b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)  # (4H,) each
+            w_hr = rest[-1] if len(rest) % 2 else None  # (P, H)
+            y, h, c, cell = lstm_layer(
+                x, h0[k], c0[k], w_ih, w_hh, b_ih, b_hh, w_hr,
+                lengths=lengths, reset_mask=reset_mask, reverse=direction == 1,
+            )  # (T, B, P), (B, P), (B, H), (T, B, H)  # fmt: skip
+            outputs.append(y)
+            cells.append(cell)
+            h_n.append(h)
+            c_n.append(c)
+        x = torch.cat(outputs, dim=2)  # (T, B, D*P)
+        if layer < num_layers - 1:
+            x = F.dropout(x, dropout, training)  # (T, B, D*P)
+    return x, (torch.stack(h_n), torch.stack(c_n)), torch.cat(cells, dim=2)

@@ -1,0 +1,243 @@
+"""convert, from_torch and to_torch: the same parameters in another module."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tolerances import tol
+from torch import nn
+from torch.nn.utils import parametrize, prune
+from torch.testing import assert_close
+
+import lstm_ext
+
+TOL = tol(torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def shares_parameters(a, b):
+    ours, theirs = dict(a.named_parameters()), dict(b.named_parameters())
+    return list(ours) == list(theirs) and all(ours[k] is theirs[k] for k in ours)
+
+
+class Tagger(nn.Module):
+    """An LSTM at several depths, one under two names, and a cell."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 3)
+        self.encoder = nn.Sequential(nn.LSTM(3, 4, bidirectional=True, batch_first=True))
+        self.decoders = nn.ModuleDict({"a": nn.LSTM(8, 4, 2, dropout=0.5), "b": nn.Identity()})
+        self.again = self.decoders["a"]
+        self.cell = nn.LSTMCell(4, 5)
+
+    def forward(self, tokens):
+        x, _ = self.encoder(self.embed(tokens))
+        x, _ = self.decoders["a"](x.transpose(0, 1))
+        y, _ = self.again(torch.cat([x, x], dim=2))
+        return self.cell(y[-1])
+
+
+def test_convert_in_place():
+    model = Tagger().double().eval()
+    model.decoders.train()
+    tokens = torch.randint(7, (2, 5))
+    torch.manual_seed(1)
+    expected, before, keys = model(tokens), list(model.parameters()), list(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lstm_ext.convert(model) is model
+    torch.manual_seed(1)
+    assert_close(model(tokens), expected, **TOL)
+    assert type(model.encoder[0]) is lstm_ext.LSTM
+    assert type(model.cell) is lstm_ext.LSTMCell
+    assert type(model.decoders["a"]) is lstm_ext.LSTM
+    assert model.again is model.decoders["a"]
+    assert [m.training for m in (model.encoder[0], model.again, model.cell)] == [False, True, False]
+    assert list(model.state_dict()) == keys
+    after = list(model.parameters())
+    assert len(after) == len(before) and all(a is b for a, b in zip(after, before, strict=True))
+    assert not any(type(m) in (nn.LSTM, nn.LSTMCell) for m in model.modules())
+    again = model.encoder[0]
+    assert lstm_ext.convert(model).encoder[0] is again
+
+
+def test_one_module_under_two_names_of_one_parent():
+    model = nn.Module()
+    model.a = model.b = nn.LSTM(3, 4)
+    lstm_ext.convert(model)
+    assert type(model.a) is lstm_ext.LSTM
+    assert model.b is model.a
+
+
+@pytest.mark.parametrize("module", [nn.LSTM(3, 4), nn.LSTMCell(3, 4)])
+def test_convert_of_an_lstm_itself_returns_the_new_one(module):
+    new = lstm_ext.convert(module)
+    assert type(new) is getattr(lstm_ext, type(module).__name__)
+    assert shares_parameters(new, module)
+
+
+def test_an_optimizer_made_before_stays_valid():
+    model = nn.Sequential(nn.LSTM(3, 4)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    twin = copy.deepcopy(model)
+    twin_optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    lstm_ext.convert(model)
+    x = torch.randn(5, 2, 3).double()
+    for m, opt in ((model, optimizer), (twin, twin_optimizer)):
+        for _ in range(3):
+            opt.zero_grad()
+            m(x)[0].square().sum().backward()
+            opt.step()
+    assert_close(model.state_dict(), twin.state_dict(), **TOL)
+
+
+class Mine(nn.LSTM):
+    pass
+
+
+def test_what_would_lose_something_is_left_alone_with_one_warning():
+    model = nn.ModuleDict({k: nn.LSTM(3, 4) for k in ("plain", "parametrized", "patched")})
+    model["mine"] = Mine(3, 4)
+    model["cell"] = nn.LSTMCell(3, 4)
+    for name, weight in (("parametrized", "weight_hh_l0"), ("cell", "weight_hh")):
+        parametrize.register_parametrization(model[name], weight, nn.Identity())
+    forward = model["patched"].forward
+    model["patched"].forward = lambda *args: forward(*args)
+    kept = {k: model[k] for k in ("parametrized", "patched", "mine", "cell")}
+    with pytest.warns(UserWarning) as caught:
+        lstm_ext.convert(model)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    text = str(caught[0].message)
+    for part in ("mine (Mine)", "parametrized (Parametrized", "patched (LSTM)", "cell (Parametri"):
+        assert part in text
+    assert "plain" not in text
+    assert all(model[k] is kept[k] for k in kept)
+    assert type(model["plain"]) is lstm_ext.LSTM
+    lone = Mine(3, 4)
+    with pytest.warns(UserWarning, match=r"the model itself \(Mine\)"):
+        assert lstm_ext.convert(lone) is lone
+
+
+def test_hooks_come_along_and_their_handles_still_remove_them():
+    theirs = nn.LSTM(3, 4)
+    seen = []
+    handles = [
+        theirs.register_forward_pre_hook(lambda m, args: seen.append(("pre", m))),
+        theirs.register_forward_hook(lambda m, args, out: seen.append(("post", m))),
+        theirs.register_full_backward_hook(lambda m, gi, go: seen.append(("backward", m))),
+        theirs.register_state_dict_post_hook(lambda m, *args: seen.append(("state", m))),
+        theirs.register_load_state_dict_pre_hook(lambda m, *args: seen.append(("load", m))),
+    ]
+    model = nn.ModuleList([theirs])
+    del theirs
+    ours = lstm_ext.convert(model)[0]
+    ours(torch.randn(5, 2, 3, requires_grad=True))[0].sum().backward()
+    ours.load_state_dict(ours.state_dict())
+    assert seen == [(k, ours) for k in ("pre", "post", "backward", "state", "load")]
+    for handle in handles[:-1]:
+        handle.remove()
+    seen.clear()
+    ours(torch.randn(5, 2, 3, requires_grad=True))[0].sum().backward()
+    ours.load_state_dict(ours.state_dict())
+    assert seen == [("load", ours)]
+
+
+def test_weight_norm_by_hook_and_pruning_come_along():
+    theirs = nn.LSTM(3, 4).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(theirs, "weight_hh_l0")
+    prune.random_unstructured(theirs, "weight_ih_l0", 0.5)
+    ours = lstm_ext.convert(nn.ModuleList([theirs]))[0]
+    x = torch.randn(5, 2, 3).double()
+    assert_close(ours(x), theirs(x), **TOL)
+    with torch.no_grad():
+        theirs.weight_hh_l0_g.mul_(2)
+        theirs.weight_ih_l0_orig.mul_(3)
+    changed = ours(x)
+    assert_close(changed, theirs(x), **TOL)
+    assert_close(ours.to_torch()(x), changed, **TOL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"num_layers": 2, "bias": False, "batch_first": True, "dropout": 0.5},
+        {"bidirectional": True, "proj_size": 2},
+    ],
+)
+def test_there_and_back(kwargs, dtype):
+    theirs = nn.LSTM(3, 4, dtype=dtype, **kwargs).eval()
+    theirs.note = "mine"
+    ours = lstm_ext.LSTM.from_torch(theirs)
+    back = ours.to_torch()
+    assert type(back) is nn.LSTM
+    for module in (ours, back):
+        assert shares_parameters(module, theirs)
+        assert repr(module) == repr(theirs)
+        assert (module.training, module.note) == (False, "mine")
+    assert vars(back).keys() == vars(theirs).keys()
+    x = torch.randn(5, 2, 3, dtype=dtype)
+    if dtype != torch.bfloat16:
+        assert_close(back(x), ours(x), **tol(dtype))
+    # The registration is each module's own, only the Parameters are shared.
+    ours.weight_ih_l0 = nn.Parameter(torch.zeros_like(ours.weight_ih_l0))
+    assert theirs.weight_ih_l0.any() and back.weight_ih_l0.any()
+    assert back._flat_weights[0] is back.weight_ih_l0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_cell_there_and_back(bias):
+    theirs = nn.LSTMCell(3, 4, bias).double().eval()
+    ours = lstm_ext.LSTMCell.from_torch(theirs)
+    back = ours.to_torch()
+    assert type(back) is nn.LSTMCell
+    x = torch.randn(2, 3).double()
+    for module in (ours, back):
+        assert shares_parameters(module, theirs)
+        assert repr(module) == repr(theirs)
+        assert not module.training
+        assert_close(module(x), theirs(x), **TOL)
+
+
+def test_meta_device_comes_along():
+    ours = lstm_ext.LSTM.from_torch(nn.LSTM(3, 4, device="meta"))
+    assert all(p.is_meta for p in ours.parameters())
+    assert all(p.is_meta for p in ours.to_torch().parameters())
+
+
+class MyCell(lstm_ext.LSTMCell):
+    pass
+
+
+def test_what_cannot_be_moved_is_refused():
+    lstm, cell = lstm_ext.LSTM, lstm_ext.LSTMCell
+    with pytest.raises(ValueError, match="nn.LSTM has no return_cell_sequence; got True"):
+        lstm(3, 4, return_cell_sequence=True).to_torch()
+    for call, got in [
+        (lambda: lstm.from_torch(nn.GRU(3, 4)), "got torch.nn.modules.rnn.GRU"),
+        (lambda: lstm.from_torch(Mine(3, 4)), "got .*Mine"),
+        (lambda: lstm.from_torch(lstm(3, 4)), "got lstm_ext.modules.LSTM"),
+        (lambda: lstm.from_torch(None), "got builtins.NoneType"),
+        (lambda: cell.from_torch(nn.LSTM(3, 4)), "got torch.nn.modules.rnn.LSTM"),
+        (lambda: MyCell(3, 4).to_torch(), "got .*MyCell"),
+    ]:
+        with pytest.raises(TypeError, match=got):
+            call()
+    ours = lstm(3, 4)
+    parametrize.register_parametrization(ours, "weight_hh_l0", nn.Identity())
+    with pytest.raises(TypeError, match="ParametrizedLSTM"):
+        ours.to_torch()
+    theirs = nn.LSTM(3, 4)
+    theirs.forward = lambda x: x
+    with pytest.raises(TypeError, match="forward of this LSTM was replaced"):
+        lstm.from_torch(theirs)

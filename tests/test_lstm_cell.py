@@ -1,0 +1,181 @@
+"""lstm_ext.LSTMCell keeps nn.LSTMCell's contract."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tolerances import tol
+from torch import nn
+from torch.testing import assert_close
+
+import lstm_ext
+
+TOL = tol(torch.float64)
+BITS = {"rtol": 0, "atol": 0}
+X, H = torch.zeros(2, 3), torch.zeros(2, 4)  # right for a cell of sizes 3, 4
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def outcome(call):
+    try:
+        return None, call()
+    except Exception as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("with_hx", [False, True])
+@pytest.mark.parametrize("batch", [(), (1,), (5,), (0,)])
+def test_equals_nn_lstm_cell(batch, with_hx, bias):
+    theirs = nn.LSTMCell(3, 4, bias, dtype=torch.float64)
+    ours = lstm_ext.LSTMCell.from_torch(theirs)
+    x = torch.randn(*batch, 3, dtype=torch.float64, requires_grad=True)
+    hx = [torch.randn(*batch, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    inputs = [x, *theirs.parameters(), *(hx if with_hx else ())]
+    results = []
+    for cell in (theirs, ours):
+        hn = cell(x, hx) if with_hx else cell(x)
+        torch.manual_seed(1)
+        cotangents = [torch.randn_like(s) for s in hn]
+        results.append((hn, torch.autograd.grad(hn, inputs, cotangents)))
+    assert_close(results[1], results[0], **TOL)
+
+
+def test_a_sequence_of_steps_equals_the_layer():
+    cell = lstm_ext.LSTMCell(3, 4).double()
+    lstm = lstm_ext.LSTM(3, 4).double()
+    lstm.load_state_dict({f"{k}_l0": v for k, v in cell.state_dict().items()})
+    x = torch.randn(6, 2, 3, dtype=torch.float64)
+    hx, outputs = None, []
+    for step in x:
+        hx = cell(step, hx)
+        outputs.append(hx[0])
+    y, (h_n, c_n) = lstm(x)
+    assert_close((torch.stack(outputs), *hx), (y, h_n[0], c_n[0]), **TOL)
+
+
+def test_gradcheck_and_gradgradcheck():
+    cell = lstm_ext.LSTMCell(2, 3).double()
+    inputs = [torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (2, 3, 3)]
+
+    def run(x, h, c):
+        return cell(x, (h, c))
+
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+BAD_CALLS = {
+    "None": (None,),
+    "3-D": (torch.zeros(2, 3, 3),),
+    "0-D": (torch.tensor(1.0),),
+    "features": (torch.zeros(2, 7),),
+    "features, unbatched": (torch.zeros(7),),
+    "features before states": (torch.zeros(2, 7), (H[:1], H)),
+    "3-D h": (X, (H[None], H)),
+    "3-D c": (X, (H, H[None])),
+    "batch of h": (X, (H[:1], H)),
+    "batch of c": (X, (H, H[:1])),
+    "hidden size of h": (X, (torch.zeros(2, 5), H)),
+    "hidden size of c": (X, (H, torch.zeros(2, 5))),
+    "batched, 1-D h": (X, (H[0], H)),
+    "batched, 1-D states": (X, (H[0], H[0])),
+    "unbatched, 2-D states": (X[0], (H, H)),
+    "unbatched, 2-D states of one": (X[0], (H[:1], H[:1])),
+    "three states": (X, (H, H, H)),
+    "one state": (X, (H,)),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_errors(name):
+    theirs = nn.LSTMCell(3, 4)
+    expected = outcome(lambda: theirs(*BAD_CALLS[name]))
+    assert expected[0] is not None
+    assert outcome(lambda: lstm_ext.LSTMCell.from_torch(theirs)(*BAD_CALLS[name])) == expected
+
+
+# (what nn.LSTMCell does, what we do instead, the call, why)
+DIFFERENCES = [
+    # nn.LSTMCell speaks of the matmul that fails.
+    (RuntimeError, (RuntimeError, "torch.float64 and parameter tensor with torch.float32"),
+     (X.double(),)),
+    (RuntimeError, (RuntimeError, "torch.int64 and parameter tensor with torch.float32"),
+     (X.long(),)),
+    (RuntimeError, (RuntimeError, "found input tensor with torch.float32 and hidden tensor with"),
+     (X, (H.double(), H.double()))),
+    # nn.LSTMCell lets this pass and returns a c of the wider dtype.
+    (None, (RuntimeError, "found input tensor with torch.float32 and hidden tensor with"),
+     (X, (H, H.double()))),
+    (RuntimeError, (RuntimeError, "found input tensor at cpu and hidden tensor at meta"),
+     (X, (H.to("meta"), H))),
+    (RuntimeError, (RuntimeError, "found input tensor at meta and parameter tensor at cpu"),
+     (X.to("meta"),)),
+    # "must be tuple of Tensors, not Tensor", after looking at its rows one by one.
+    (TypeError, (TypeError, r"pair of Tensors \(h_0, c_0\), got Tensor"), (X, H)),
+    (AttributeError, (TypeError, r"got tuple of \['NoneType', 'NoneType'\]"), (X, (None, None))),
+    # Batched unlike the input, and by chance of a size that gets past nn.LSTMCell's checks.
+    (IndexError, (RuntimeError, r"hidden0 has inconsistent hidden_size: got \(2,\), expected 4"),
+     (X, (H[0, :2], H))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("theirs_raises, ours, args", DIFFERENCES)
+def test_errors_that_differ_on_purpose(theirs_raises, ours, args):
+    theirs = nn.LSTMCell(3, 4)
+    assert outcome(lambda: theirs(*args))[0] is theirs_raises
+    with pytest.raises(ours[0], match=ours[1]):
+        lstm_ext.LSTMCell.from_torch(theirs)(*args)
+
+
+def test_a_state_batched_unlike_the_input_never_passes():
+    ours = lstm_ext.LSTMCell(3, 4)
+    for hx in [(torch.zeros(4, 4), torch.zeros(4, 4)), (torch.zeros(4, 1), torch.zeros(4, 1))]:
+        with pytest.raises(RuntimeError, match="hidden0 has inconsistent hidden_size"):
+            ours(X[0], hx)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_same_seed_gives_the_same_module(bias):
+    torch.manual_seed(3)
+    theirs = nn.LSTMCell(3, 4, bias)
+    torch.manual_seed(3)
+    ours = lstm_ext.LSTMCell(3, 4, bias)
+    assert repr(ours) == repr(theirs)
+    assert_close(ours.state_dict(), theirs.state_dict(), **BITS)
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+
+
+def test_constructor_errors():
+    for args in [(3,), (3, "4"), (3.5, 4), (-3, 4)]:
+        expected = outcome(lambda args=args: nn.LSTMCell(*args))
+        got = outcome(lambda args=args: lstm_ext.LSTMCell(*args))
+        assert got[0] is expected[0] is not None
+
+
+def test_device_dtype_pickle_and_deepcopy():
+    cell = lstm_ext.LSTMCell(3, 4, False, "cpu", torch.float64)
+    assert cell.weight_ih.dtype == torch.float64
+    assert lstm_ext.LSTMCell(3, 4, device="meta").weight_hh.is_meta
+    x = torch.randn(2, 3, dtype=torch.float64)
+    for twin in (copy.deepcopy(cell), pickle.loads(pickle.dumps(cell))):
+        assert type(twin) is lstm_ext.LSTMCell
+        assert_close(twin(x), cell(x), **BITS)
+        assert twin.weight_ih is not cell.weight_ih
+
+
+def test_autocast_reaches_the_cell():
+    """nn.LSTMCell stays in float32 under autocast to bfloat16."""
+    cell = lstm_ext.LSTMCell(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        hn = cell(torch.randn(2, 3))
+        again = cell(torch.randn(2, 3), hn)
+    assert [s.dtype for s in (*hn, *again)] == [torch.bfloat16] * 4
+    again[0].sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in cell.parameters())

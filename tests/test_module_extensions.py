@@ -1,0 +1,114 @@
+"""What lstm_ext.LSTM takes and returns beyond nn.LSTM: lengths, reset_mask, cells."""
+
+import pytest
+import torch
+from tolerances import tol
+from torch.testing import assert_close
+
+import lstm_ext
+from lstm_ext import reference
+
+TOL = tol(torch.float64)
+BITS = {"rtol": 0, "atol": 0}
+X = torch.zeros(5, 2, 3)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def states(module, *batch):
+    count = module.num_layers * (1 + module.bidirectional)
+    h0 = randn(count, *batch, module.proj_size or module.hidden_size)
+    return h0, randn(count, *batch, module.hidden_size)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kwargs", [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}])
+def test_lengths_resets_and_cells_against_the_reference(kwargs, batch_first):
+    ours = lstm_ext.LSTM(
+        3, 4, batch_first=batch_first, return_cell_sequence=True, **kwargs
+    ).double()  # fmt: skip
+    x, lengths = randn(6, 4, 3), torch.tensor([3, 0, 6, 1])
+    mask = torch.rand(6, 4) < 0.3
+    hx = states(ours, 4)
+    flip = (lambda t: t.transpose(0, 1)) if batch_first else (lambda t: t)
+    for extra in (
+        {"lengths": lengths},
+        {"reset_mask": mask},
+        {"lengths": lengths, "reset_mask": mask},
+    ):
+        y, hn, cells = reference.lstm(
+            x, hx, ours.all_weights, num_layers=ours.num_layers,
+            bidirectional=ours.bidirectional, **extra,
+        )  # fmt: skip
+        given = {k: flip(v) if k == "reset_mask" else v for k, v in extra.items()}
+        assert_close(ours(flip(x), hx, **given), (flip(y), hn, flip(cells)), **TOL)
+
+
+def test_unbatched_lengths_and_resets():
+    ours = lstm_ext.LSTM(3, 4, 2, bidirectional=True, return_cell_sequence=True).double()
+    x, hx, mask = randn(6, 3), states(ours), torch.rand(6) < 0.3
+    wide = [s[:, None] for s in hx]
+    for lengths in (torch.tensor(4), torch.tensor([4])):
+        y, hn, cells = ours(x, hx, lengths=lengths, reset_mask=mask)
+        many = ours(x[:, None], wide, lengths=torch.tensor([4]), reset_mask=mask[:, None])
+        assert_close((y, cells), (many[0][:, 0], many[2][:, 0]), **BITS)
+        assert_close(hn, tuple(s[:, 0] for s in many[1]), **BITS)
+    ours.batch_first = True  # ignored for unbatched input, as in nn.LSTM
+    assert_close(ours(x, hx, lengths=lengths, reset_mask=mask), (y, hn, cells), **BITS)
+
+
+def test_cells_of_the_last_layer_carry_gradients():
+    ours = lstm_ext.LSTM(2, 3, 2, return_cell_sequence=True).double()
+    x = randn(3, 2, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: ours(x)[2], x)
+
+
+BAD_LENGTHS = [
+    (X, torch.tensor([5])),
+    (X, torch.tensor([[5, 5]])),
+    (X, torch.tensor(5)),
+    (X, torch.tensor([6, 5])),
+    (X, torch.tensor([-1, 5])),
+    (X, torch.tensor([5.0, 5.0])),
+    (X, torch.tensor([True, True])),
+    (X, [5, 5]),
+    (X[:, 0], torch.tensor([5, 5])),
+    (X[:, 0], torch.tensor(6)),
+]
+
+
+@pytest.mark.parametrize("x, lengths", BAD_LENGTHS)
+def test_bad_lengths(x, lengths):
+    with pytest.raises((ValueError, TypeError), match="lengths"):
+        lstm_ext.LSTM(3, 4)(x, lengths=lengths)
+
+
+BAD_MASKS = [
+    (X, torch.zeros(2, 5, dtype=torch.bool)),
+    (X, torch.zeros(5, dtype=torch.bool)),
+    (X, torch.zeros(5, 2, 1, dtype=torch.bool)),
+    (X, torch.zeros(5, 2, dtype=torch.uint8)),
+    (X, [[False, False]] * 5),
+    (X[:, 0], torch.zeros(5, 1, dtype=torch.bool)),
+    (X[:, 0], torch.zeros(4, dtype=torch.bool)),
+]
+
+
+@pytest.mark.parametrize("x, mask", BAD_MASKS)
+def test_bad_reset_masks(x, mask):
+    with pytest.raises((ValueError, TypeError), match="reset_mask"):
+        lstm_ext.LSTM(3, 4)(x, reset_mask=mask)
+
+
+def test_batch_first_takes_its_reset_mask_batch_first():
+    ours = lstm_ext.LSTM(3, 4, batch_first=True)
+    ours(X.transpose(0, 1), reset_mask=torch.zeros(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="reset_mask"):
+        ours(X.transpose(0, 1), reset_mask=torch.zeros(5, 2, dtype=torch.bool))
