@@ -12,7 +12,8 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from lstm_ext import ops, reference
-from lstm_ext.ops import LayerGrads, LayerWeights, Steps
+from lstm_ext.ops import LayerGrads, LayerWeights
+from lstm_ext.steps import Steps
 
 LayerOutputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 

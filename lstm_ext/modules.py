@@ -24,7 +24,8 @@ from .compat import (
     check_pair,
     check_weights,
 )
-from .ops import LayerWeights, Steps
+from .ops import LayerWeights
+from .steps import Steps
 
 __all__ = ["LSTM", "LSTMCell"]
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lstm_ext.steps import Steps
+
 try:
     from lstm_ext import _C
 except ImportError as error:
@@ -38,146 +40,6 @@ class LayerWeights(NamedTuple):
     b_ih: Tensor | None = None  # (4H)
     b_hh: Tensor | None = None  # (4H)
     w_hr: Tensor | None = None  # (P, H), then P < H
-
-
-class Steps:
-    """Where the rows of a layer's input lie in time and batch; shared by all layers.
-
-    Built by :meth:`padded` or :meth:`packed`. ``lengths`` (B) int64 and ``reset_mask`` (T, B)
-    bool are held on the CPU, or are None.
-    """
-
-    def __init__(
-        self,
-        T: int,
-        B: int,
-        *,
-        rows: int,
-        batch_first: bool = False,
-        offsets: Tensor | None = None,
-        lengths: Tensor | None = None,
-        reset_mask: Tensor | None = None,
-    ) -> None:
-        self.T, self.B, self.rows = T, B, rows
-        self.batch_first, self.offsets = batch_first, offsets
-        self.lengths, self.reset_mask = lengths, reset_mask
-        self._native: dict[bool, Any] = {}
-
-    @staticmethod
-    def padded(
-        T: int,
-        B: int,
-        *,
-        batch_first: bool = False,
-        lengths: Tensor | None = None,
-        reset_mask: Tensor | None = None,
-    ) -> Steps:
-        """Every sequence has room for T steps: row (t, b) is t * B + b, or b * T + t.
-
-        Args:
-            lengths: (B), an integer dtype, any device, 0 <= length <= T, any order.
-            reset_mask: bool, (T, B), or (B, T) with ``batch_first``.
-
-        Raises:
-            TypeError: a dtype other than those.
-            ValueError: another shape, or a length outside 0..T.
-        """
-        if lengths is not None:
-            lengths = _checked_lengths(lengths, T, B)
-        if reset_mask is not None:
-            reset_mask = _checked_reset_mask(reset_mask, T, B, batch_first)
-        return Steps(
-            T,
-            B,
-            rows=T * B,
-            batch_first=batch_first,
-            lengths=lengths,
-            reset_mask=reset_mask,
-        )
-
-    @staticmethod
-    def packed(batch_sizes: Tensor) -> Steps:
-        """The rows of a PackedSequence: batch_sizes[t] sequences take step t, longest first."""
-        T, B = batch_sizes.numel(), int(batch_sizes[0])
-        ends = batch_sizes.cumsum(0)
-        # Sequence b is as long as there are steps with more than b sequences.
-        lengths = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(B), right=True)
-        return Steps(T, B, rows=int(ends[-1]), offsets=ends - batch_sizes, lengths=lengths)
-
-    def native(self, reverse: bool) -> Any:
-        """The core's description of these steps, walked forwards or backwards."""
-        if reverse not in self._native:
-            self._native[reverse] = _C.Steps(
-                T=self.T,
-                B=self.B,
-                stride_t=1 if self.batch_first else self.B,
-                stride_b=self.T if self.batch_first else 1,
-                offsets=_address(self.offsets),
-                lengths=_address(self.lengths),
-                reset=_address(self.reset_mask),
-                reverse=reverse,
-            )
-        return self._native[reverse]
-
-    @property
-    def has_padding(self) -> bool:
-        """Whether there are rows past the end of a sequence."""
-        return self.lengths is not None and self.offsets is None
-
-    def active(self) -> Tensor:
-        """bool (T, B): which sequences take which step."""
-        if self.lengths is None:
-            return torch.ones(self.T, self.B, dtype=torch.bool)
-        return torch.arange(self.T).unsqueeze(1) < self.lengths
-
-    def active_rows(self) -> Tensor:
-        """int64: the rows that are not padding, ascending."""
-        active = self.active()
-        return (active.T if self.batch_first else active).flatten().nonzero().squeeze(1)
-
-    def to_time_major(self, rows: Tensor) -> Tensor:
-        """(rows, n) as (T, B, n), differentiably; what a packed sequence lacks is arbitrary."""
-        if self.offsets is not None:
-            index = self.offsets.unsqueeze(1) + torch.arange(self.B)
-            return rows[index.where(self.active(), 0).to(rows.device)]
-        if self.batch_first:
-            return rows.view(self.B, self.T, -1).transpose(0, 1)
-        return rows.view(self.T, self.B, -1)
-
-    def from_time_major(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`to_time_major`."""
-        if self.offsets is not None:
-            return x[self.active().to(x.device)]
-        return (x.transpose(0, 1) if self.batch_first else x).reshape(self.rows, x.size(2))
-
-
-def _checked_lengths(lengths: Tensor, T: int, B: int) -> Tensor:
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"lengths should be a tensor of integers, got {type(lengths).__name__}")
-    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"lengths should have an integer dtype, got {lengths.dtype}")
-    if lengths.shape != (B,):
-        raise ValueError(f"Expected lengths of size {(B,)}, got {tuple(lengths.shape)}")
-    lengths = lengths.to("cpu", torch.int64).contiguous()
-    if B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
-        raise ValueError(
-            f"Expected lengths between 0 and the number of steps, {T}, got values from "
-            f"{int(lengths.min())} to {int(lengths.max())}"
-        )
-    return lengths
-
-
-def _checked_reset_mask(reset_mask: Tensor, T: int, B: int, batch_first: bool) -> Tensor:
-    if not isinstance(reset_mask, Tensor):
-        raise TypeError(f"reset_mask should be a bool tensor, got {type(reset_mask).__name__}")
-    if reset_mask.dtype != torch.bool:
-        raise TypeError(f"reset_mask should have dtype torch.bool, got {reset_mask.dtype}")
-    expected = (B, T) if batch_first else (T, B)
-    if reset_mask.shape != expected:
-        raise ValueError(
-            f"Expected reset_mask of size {expected}, got {tuple(reset_mask.shape)}"
-        )
-    return (reset_mask.T if batch_first else reset_mask).cpu().contiguous()
 
 
 def cpu_isas() -> list[str]:
@@ -268,9 +130,29 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
     return contextlib.nullcontext()
 
 
+def _native_steps(steps: Steps, reverse: bool) -> Any:
+    """The core's description of the steps, walked forwards or backwards."""
+    if reverse not in steps.native:
+        steps.native[reverse] = _C.Steps(
+            T=steps.T,
+            B=steps.B,
+            stride_t=1 if steps.batch_first else steps.B,
+            stride_b=steps.T if steps.batch_first else 1,
+            offsets=_address(steps.offsets),
+            lengths=_address(steps.lengths),
+            reset=_address(steps.reset_mask),
+            reverse=reverse,
+        )
+    return steps.native[reverse]
+
+
 def _allocate(like: Tensor, *size: int, zero: bool, dtype: torch.dtype | None = None) -> Tensor:
     """Rows of padding are not touched by the core: then the tensor starts as zeros."""
     return (like.new_zeros if zero else like.new_empty)(size, dtype=dtype)
+
+
+def _workspace(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def layer_forward(
@@ -312,11 +194,8 @@ def layer_forward(
     c_seq = _allocate(x, steps.rows, H, zero=steps.has_padding, dtype=acc) if save or cells else None
     threads = torch.get_num_threads()
     code = _DTYPE_CODE[x.dtype]
-    workspace = torch.empty(
-        _C.cpu_forward_workspace(
-            code, threads, steps.B, H, P, w_hh is not None, w.w_hr is not None
-        ),
-        dtype=torch.uint8,
+    workspace = _workspace(
+        _C.cpu_forward_workspace(code, threads, steps.B, H, P, w_hh is not None, w.w_hr is not None)
     )
     w_hh = None if w_hh is None else w_hh.contiguous()
     w_hr = None if w.w_hr is None else w.w_hr.contiguous()
@@ -324,7 +203,7 @@ def layer_forward(
     _C.cpu_forward(
         dtype=code,
         threads=threads,
-        steps=steps.native(reverse),
+        steps=_native_steps(steps, reverse),
         H=H,
         P=P,
         gx=gx.data_ptr(),
@@ -393,16 +272,13 @@ def layer_backward(
     dh0, dc0 = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
     threads = torch.get_num_threads()
     code = _DTYPE_CODE[dtype]
-    workspace = torch.empty(
-        _C.cpu_backward_workspace(
-            code, threads, steps.B, H, P, w_hh is not None, w_hr is not None
-        ),
-        dtype=torch.uint8,
+    workspace = _workspace(
+        _C.cpu_backward_workspace(code, threads, steps.B, H, P, w_hh is not None, w_hr is not None)
     )
     _C.cpu_backward(
         dtype=code,
         threads=threads,
-        steps=steps.native(reverse),
+        steps=_native_steps(steps, reverse),
         H=H,
         P=P,
         w_hh=_address(w_hh),

@@ -15,11 +15,6 @@ import lstm_ext
 TOL = tol(torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def shares_parameters(a, b):
     ours, theirs = dict(a.named_parameters()), dict(b.named_parameters())
     return list(ours) == list(theirs) and all(ours[k] is theirs[k] for k in ours)
@@ -213,6 +208,16 @@ def test_meta_device_comes_along():
     ours = lstm_ext.LSTM.from_torch(nn.LSTM(3, 4, device="meta"))
     assert all(p.is_meta for p in ours.parameters())
     assert all(p.is_meta for p in ours.to_torch().parameters())
+
+
+def test_a_compiled_module_comes_back_uncompiled():
+    """What it was compiled to is bound to the nn.LSTM."""
+    theirs = nn.LSTM(3, 4).double()
+    theirs.compile(backend="eager")
+    model = lstm_ext.convert(nn.ModuleList([theirs]))
+    theirs.forward = None
+    x = torch.randn(5, 2, 3).double()
+    assert_close(model[0](x), nn.LSTM.forward(theirs, x), **TOL)
 
 
 class MyCell(lstm_ext.LSTMCell):

@@ -16,11 +16,6 @@ BITS = {"rtol": 0, "atol": 0}
 X, H = torch.zeros(2, 3), torch.zeros(2, 4)  # right for a cell of sizes 3, 4
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def outcome(call):
     try:
         return None, call()

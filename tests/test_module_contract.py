@@ -19,11 +19,6 @@ TOL = tol(torch.float64)
 BITS = {"rtol": 0, "atol": 0}
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def pair(*args, **kwargs):
     """An nn.LSTM in fp64 and the lstm_ext.LSTM that shares its parameters."""
     theirs = nn.LSTM(*args, **kwargs, dtype=torch.float64)

@@ -13,11 +13,6 @@ BITS = {"rtol": 0, "atol": 0}
 X = torch.zeros(5, 2, 3)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def randn(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 

@@ -14,11 +14,6 @@ from lstm_ext import reference
 TOL = tol(torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def make(num_layers=1, bidirectional=False, proj_size=0, bias=True, input_size=3, hidden_size=4):
     """An nn.LSTM in fp64 and the reference's arguments that go with it."""
     module = nn.LSTM(
