@@ -1,11 +1,12 @@
 // Forward of a whole sequence, one direction of one layer, by one team of threads.
 //
-// Each thread owns a slice of the hidden units: it multiplies its packed rows of W_hh with every
-// sequence's h, applies the cell while the sums are in L1, and writes its slice of h. One barrier
+// Each thread owns a slice of the hidden units: it multiplies its rows of W_hh (packed, unless the
+// sequences are few: dots.h) with every sequence's h, applies the cell while the sums are in L1, and writes its slice of h. One barrier
 // a step (two with a projection), because h has two buffers: the one written at a step was last
 // read at the step before.
 #pragma once
 
+#include "dots.h"
 #include "sequence.h"
 
 namespace lstm_ext {
@@ -24,12 +25,13 @@ class Forward {
         H_(p.H),
         P_(p.P),
         K_(p.w_hh ? p.P : 0),
+        dots_(K_ && dots_suit<A>(B_, K_)),
         h_stride_((blocks_of<A>(p.P) + 1) * L),  // one block more: no power of two between rows
         c_stride_(blocks_of<A>(p.H) * L) {
     Arena arena(p.workspace);
     members_ = arena.take<Member<A>>(p.threads);
     barriers_ = arena.take<Barrier>(p.threads + 1);
-    packed_hh_ = arena.take<A>(4 * blocks_of<A>(H_) * K_ * L);
+    packed_hh_ = arena.take<A>(dots_ ? 0 : 4 * blocks_of<A>(H_) * K_ * L);
     packed_hr_ = arena.take<A>(p.w_hr ? blocks_of<A>(P_) * H_ * L : 0);
     h_[0] = arena.take<A>(B_ * h_stride_);
     h_[1] = arena.take<A>(B_ * h_stride_);
@@ -57,7 +59,9 @@ class Forward {
   void work(const Plan& plan, int thread) {
     Member<A>& m = members_[thread];
     m.place(plan, thread, B_, H_, P_);
-    if (K_) pack_gates(static_cast<const S*>(p_.w_hh), H_, P_, m, plan.groups, packed_hh_);
+    if (K_ && !dots_) {
+      pack_gates(static_cast<const S*>(p_.w_hh), H_, P_, m, plan.groups, packed_hh_);
+    }
     if (p_.w_hr) {
       pack_matrix(static_cast<const S*>(p_.w_hr), P_, H_, true, m.proj, m, plan.groups,
                   packed_hr_);
@@ -72,10 +76,14 @@ class Forward {
       for (int64_t r = 0; r < count; ++r) {
         m.a[r] = m.rows[r].reset ? zeros_ : h_old + m.rows[r].b * h_stride_;
       }
-      for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, K_, packed_hh_,
-                 [&](int64_t block, int, int64_t r, const A* sums) {
-                   cell(m.rows[r], block / 4 * L, sums, h_new);
-                 });
+      if (dots_) {
+        cells_from_dots(m, int(count), h_new);
+      } else {
+        for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, K_, packed_hh_,
+                   [&](int64_t block, int, int64_t r, const A* sums) {
+                     cell(m.rows[r], block / 4 * L, sums, h_new);
+                   });
+      }
       meet.wait(plan.slices);
       if (!p_.w_hr) continue;
       for (int64_t r = 0; r < count; ++r) m.a[r] = cell_out_ + m.rows[r].b * c_stride_;
@@ -86,6 +94,17 @@ class Forward {
                    }
                  });
       meet.wait(plan.slices);
+    }
+  }
+
+  void cells_from_dots(const Member<A>& m, int count, A* h_new) {
+    const S* w_hh = static_cast<const S*>(p_.w_hh);
+    for (int64_t j = m.units.begin * L; j < std::min(H_, m.units.end * L); j += L) {
+      for (int gate = 0; gate < 4; ++gate) {
+        dots_of_rows<A, S>(count, m.a, w_hh + (gate * H_ + j) * K_, H_ - j - 1, K_,
+                           m.acc + gate * L, 4 * L);
+      }
+      for (int r = 0; r < count; ++r) cell(m.rows[r], j, m.acc + r * 4 * L, h_new);
     }
   }
 
@@ -153,6 +172,7 @@ class Forward {
   const LstmForward& p_;
   const int64_t B_, H_, P_;
   const int64_t K_;  // length of the recurrent product: P, or 0 without one
+  const bool dots_;  // few sequences: W_hh is read as it lies, not packed
   const int64_t h_stride_, c_stride_;
   Member<A>* members_;
   Barrier* barriers_;  // one a group, then one for the whole team

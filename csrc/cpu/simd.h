@@ -67,7 +67,7 @@ using Vec = typename Lanes<A>::V;
 
 template <class A>
 LSTM_EXT_INLINE Vec<A> broadcast(A x) {
-  return Vec<A>{} + x;
+  return x - Vec<A>{};  // x - 0 is x, -0.0 included, which x + 0 is not
 }
 
 template <class To, class From>

@@ -1,0 +1,97 @@
+// The recurrent product for one to four sequences, straight from W_hh as the user stores it.
+//
+// With so few rows the weights are used once or a few times a step, and packing them would cost
+// as much as several steps. Here a vector runs along k, so that each row of W_hh is one stream;
+// kCount sums are collected at once and then added up across their lanes together.
+#pragma once
+
+#include "simd.h"
+
+namespace lstm_ext {
+namespace LSTM_EXT_ISA {
+
+// Below this length the additions across lanes weigh more than packing saves.
+constexpr int64_t kDotsMinK = 256;
+
+// More rows than lanes would leave no weight rows for a group of sums.
+template <class A>
+constexpr int kDotsMaxRows = Lanes<A>::kCount < 4 ? Lanes<A>::kCount : 4;
+
+template <class A>
+bool dots_suit(int64_t rows, int64_t K) {
+  return rows <= kDotsMaxRows<A> && K >= kDotsMinK && K % Lanes<A>::kCount == 0;
+}
+
+// Lane l of the result: lane l + lane l ^ D of a where bit D of l is 0, of b where it is 1.
+template <class V, int D, int... Lane>
+LSTM_EXT_INLINE V fold(V a, V b, std::integer_sequence<int, Lane...>) {
+  constexpr int count = sizeof...(Lane);
+  const V same = __builtin_shufflevector(a, b, ((Lane & D) ? count + Lane : Lane)...);
+  const V other = __builtin_shufflevector(a, b, ((Lane & D) ? count + (Lane ^ D) : Lane ^ D)...);
+  return same + other;
+}
+
+// Lane l of v[0] becomes the sum over the lanes of v[l]. Every vector is summed in the same
+// order, whatever its place.
+template <class A, int D = Lanes<A>::kCount / 2>
+LSTM_EXT_INLINE void sum_lanes(Vec<A>* v) {
+  if constexpr (D > 0) {
+    constexpr auto lanes = std::make_integer_sequence<int, Lanes<A>::kCount>{};
+#pragma GCC unroll 16
+    for (int r = 0; r < D; ++r) v[r] = fold<Vec<A>, D>(v[r], v[r + D], lanes);
+    sum_lanes<A, D / 2>(v);
+  }
+}
+
+// out[r * out_stride + l] = sum over k of a[r][k] * w[l][k] for kCount rows of weights, R rows of a.
+// `last` is the index of the last row of weights that exists; later ones repeat it.
+template <class A, class S, int R>
+__attribute__((noinline)) void dots(const A* const* a, const S* w, int64_t last, int64_t K, A* out,
+                                    int64_t out_stride) {
+  constexpr int L = Lanes<A>::kCount;
+  constexpr int rows = L / (R == 3 ? 4 : R);  // of weights at once: rows * R <= L sums
+  for (int first = 0; first < L; first += rows) {
+    const S* weight[rows];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) weight[i] = w + (first + i < last ? first + i : last) * K;
+    Vec<A> sum[L] = {};
+    for (int64_t k = 0; k < K; k += L) {
+      Vec<A> x[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) x[r] = load_full<A>(a[r] + k);
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; ++i) {
+        const Vec<A> y = load_full<A>(weight[i] + k);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sum[r * rows + i] += x[r] * y;
+      }
+    }
+    sum_lanes<A>(sum);
+    A lanes[L];
+    store_full<A>(lanes, sum[0]);
+    for (int r = 0; r < R; ++r) {
+      std::memcpy(out + r * out_stride + first, lanes + r * rows, rows * sizeof(A));
+    }
+  }
+}
+
+template <class A, class S>
+void dots_of_rows(int rows, const A* const* a, const S* w, int64_t last, int64_t K, A* out,
+                  int64_t out_stride) {
+  constexpr int most = kDotsMaxRows<A>;
+  switch (rows) {
+    case 0:
+      return;
+    case 1:
+      return dots<A, S, 1>(a, w, last, K, out, out_stride);
+    case 2:
+      return dots<A, S, 2>(a, w, last, K, out, out_stride);
+    case 3:
+      return dots<A, S, most < 4 ? 1 : 3>(a, w, last, K, out, out_stride);
+    default:
+      return dots<A, S, most < 4 ? 1 : 4>(a, w, last, K, out, out_stride);
+  }
+}
+
+}  // namespace LSTM_EXT_ISA
+}  // namespace lstm_ext
