@@ -45,10 +45,11 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-lstm_ext::Steps steps(int64_t T, int64_t B, int64_t stride_t, int64_t stride_b, Address offsets,
+lstm_ext::Steps steps(int64_t T, int64_t B, int64_t rows, int64_t stride_t, int64_t stride_b, Address offsets,
                       Address lengths, Address reset, bool reverse) {
   return {T,
           B,
+          rows,
           stride_t,
           stride_b,
           pointer<const int64_t>(offsets),
@@ -58,10 +59,12 @@ lstm_ext::Steps steps(int64_t T, int64_t B, int64_t stride_t, int64_t stride_b, 
 }
 
 void cpu_forward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H, int64_t P,
-                 Address gx, Address w_hh, Address w_hr, Address h0, Address c0, Address gates,
+                 int64_t I, Address gx, Address x, Address w_ih, Address b_ih, Address b_hh,
+                 Address w_hh, Address w_hr, Address h0, Address c0, Address gates,
                  Address c_seq, Address y, Address h_n, Address c_n, Address workspace) {
   lstm_ext::cpu_kernels().forward({static_cast<lstm_ext::Dtype>(dtype), threads, steps, H, P,
-                                   pointer(gx), pointer(w_hh), pointer(w_hr), pointer(h0),
+                                   I, pointer(gx), pointer(x), pointer(w_ih), pointer(b_ih),
+                                   pointer(b_hh), pointer(w_hh), pointer(w_hr), pointer(h0),
                                    pointer(c0), pointer(gates), pointer(c_seq), pointer(y),
                                    pointer(h_n), pointer(c_n), pointer(workspace)});
 }
@@ -79,10 +82,9 @@ void cpu_backward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t 
                                     pointer(dc0), pointer(workspace)});
 }
 
-// Bytes of workspace that the selected kernels need; w_hh and w_hr say whether there are such.
+// Bytes of workspace that the selected kernels need; x, w_hh, w_hr say whether there are such.
 template <class Params>
-int64_t workspace_bytes(int64_t (*ask)(const Params&), int dtype, int threads, int64_t B,
-                        int64_t H, int64_t P, bool w_hh, bool w_hr) {
+Params sizes(int dtype, int threads, int64_t B, int64_t H, int64_t P, bool w_hh, bool w_hr) {
   static const char present = 0;
   Params params{};
   params.dtype = static_cast<lstm_ext::Dtype>(dtype);
@@ -92,19 +94,22 @@ int64_t workspace_bytes(int64_t (*ask)(const Params&), int dtype, int threads, i
   params.P = P;
   params.w_hh = w_hh ? &present : nullptr;
   params.w_hr = w_hr ? &present : nullptr;
-  return ask(params);
+  return params;
 }
 
-int64_t cpu_forward_workspace(int dtype, int threads, int64_t B, int64_t H, int64_t P, bool w_hh,
-                              bool w_hr) {
-  return workspace_bytes(lstm_ext::cpu_kernels().forward_workspace, dtype, threads, B, H, P, w_hh,
-                         w_hr);
+int64_t cpu_forward_workspace(int dtype, int threads, int64_t B, int64_t H, int64_t P, int64_t I,
+                              bool x, bool w_hh, bool w_hr) {
+  auto params = sizes<lstm_ext::LstmForward>(dtype, threads, B, H, P, w_hh, w_hr);
+  static const char present = 0;
+  params.I = I;
+  params.x = x ? &present : nullptr;
+  return lstm_ext::cpu_kernels().forward_workspace(params);
 }
 
 int64_t cpu_backward_workspace(int dtype, int threads, int64_t B, int64_t H, int64_t P, bool w_hh,
                                bool w_hr) {
-  return workspace_bytes(lstm_ext::cpu_kernels().backward_workspace, dtype, threads, B, H, P, w_hh,
-                         w_hr);
+  return lstm_ext::cpu_kernels().backward_workspace(
+      sizes<lstm_ext::LstmBackward>(dtype, threads, B, H, P, w_hh, w_hr));
 }
 
 #ifdef LSTM_EXT_WITH_CUDA
@@ -138,17 +143,17 @@ PYBIND11_MODULE(_C, m) {
         "Chooses the CPU kernel set; false, and nothing changes, if it does not run here.");
   // dtype codes: enum Dtype in params.h, where every argument is described.
   py::class_<lstm_ext::Steps>(m, "Steps").def(
-      py::init(&steps), py::kw_only(), "T"_a, "B"_a, "stride_t"_a, "stride_b"_a, "offsets"_a,
+      py::init(&steps), py::kw_only(), "T"_a, "B"_a, "rows"_a, "stride_t"_a, "stride_b"_a, "offsets"_a,
       "lengths"_a, "reset"_a, "reverse"_a);
   m.def("cpu_forward", &cpu_forward, py::kw_only(), "dtype"_a, "threads"_a, "steps"_a, "H"_a,
-        "P"_a, "gx"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "gates"_a, "c_seq"_a, "y"_a, "h_n"_a,
+        "P"_a, "I"_a, "gx"_a, "x"_a, "w_ih"_a, "b_ih"_a, "b_hh"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "gates"_a, "c_seq"_a, "y"_a, "h_n"_a,
         "c_n"_a, "workspace"_a, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_backward", &cpu_backward, py::kw_only(), "dtype"_a, "threads"_a, "steps"_a, "H"_a,
         "P"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "gates"_a, "c_seq"_a, "dy"_a,
         "dy_stride"_a, "dh_n"_a, "dc_n"_a, "dcells"_a, "dgates"_a, "h_prev"_a, "dr"_a, "dh0"_a,
         "dc0"_a, "workspace"_a, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_forward_workspace", &cpu_forward_workspace, "dtype"_a, "threads"_a, "B"_a, "H"_a,
-        "P"_a, "w_hh"_a, "w_hr"_a);
+        "P"_a, "I"_a, "x"_a, "w_hh"_a, "w_hr"_a);
   m.def("cpu_backward_workspace", &cpu_backward_workspace, "dtype"_a, "threads"_a, "B"_a, "H"_a,
         "P"_a, "w_hh"_a, "w_hr"_a);
 #ifdef LSTM_EXT_WITH_CUDA

@@ -1,6 +1,6 @@
 // What Python hands to the native core: plain structs of pointers, sizes and strides.
 //
-// Letters: T steps, B sequences, H hidden units, P = size of h (H, or the projection's size),
+// Letters: T steps, B sequences, I inputs, H hidden units, P = size of h (H, or the projection's size),
 // rows = number of (step, sequence) pairs that exist in memory. Every array is dense, last
 // dimension contiguous, unless a stride is given; strides are in elements.
 //
@@ -20,6 +20,7 @@ enum class Dtype : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3
 struct Steps {
   int64_t T;
   int64_t B;
+  int64_t rows;
   int64_t stride_t;
   int64_t stride_b;
   const int64_t* offsets;  // [T] first row of each step (packed sequences), or null
@@ -45,8 +46,13 @@ struct LstmForward {
   Steps steps;
   int64_t H;
   int64_t P;
+  int64_t I;
   // inputs
-  const void* gx;    // acc [rows, 4H]: x W_ih^T + b_ih + b_hh, gates i, f, g, o
+  void* gx;          // acc [rows, 4H]: x W_ih^T + b_ih + b_hh, gates i, f, g, o
+  const void* x;     // acc [rows, I]; null: gx holds its product already, else it is made here
+  const void* w_ih;  // storage [4H, I]; read if x is not null
+  const void* b_ih;  // storage [4H], or null; read if x is not null
+  const void* b_hh;  // as b_ih
   const void* w_hh;  // storage [4H, P]; null: no recurrent product (the caller added it to gx)
   const void* w_hr;  // storage [P, H]; null: no projection, then P = H
   const void* h0;    // storage [B, P]

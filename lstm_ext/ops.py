@@ -141,6 +141,11 @@ _onednn_linear = (
 _ONEDNN_MIN_MACS = 1_000_000
 
 
+# Up to this many rows the core makes the input product too, on the team that is there already.
+_CORE_INPUT_ROWS = 128
+_CORE_ONE_STEP_ROWS = 4
+
+
 def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (m, k) times the transpose of w (n, k), plus bias (n)."""
     large = x.size(0) * x.size(1) * w.size(0) >= _ONEDNN_MIN_MACS
@@ -155,6 +160,7 @@ def _native_steps(steps: Steps, reverse: bool) -> Any:
         steps.native[reverse] = _C.Steps(
             T=steps.T,
             B=steps.B,
+            rows=steps.rows,
             stride_t=1 if steps.batch_first else steps.B,
             stride_b=steps.T if steps.batch_first else 1,
             offsets=_address(steps.offsets),
@@ -196,28 +202,45 @@ def layer_forward(
         y (rows, P), h_n (B, P), c_n (B, H), the activated gates (rows, 4H) if ``save``, and
         c_t (rows, H) if ``save`` or ``cells``; the last two in float32 for half types.
     """
-    H, P, acc = c0.size(1), h0.size(1), _acc_dtype(x.dtype)
+    H, P, I, acc = c0.size(1), h0.size(1), x.size(1), _acc_dtype(x.dtype)  # noqa: E741
+    padding = steps.has_padding
     w_hh: Tensor | None = w.w_hh
-    with _without_autocast(x.device):
+    core_input: Tensor | None = None  # x, if the core makes the input product itself
+    # One step of many sequences: h0 is known, so its product needs no packed weights either.
+    one_step = steps.T == 1 and steps.B > _CORE_ONE_STEP_ROWS and w.w_hr is None
+    if steps.rows <= _CORE_INPUT_ROWS and not one_step:
+        core_input = x.to(acc).contiguous()
+        gx = x.new_empty((steps.rows, 4 * H), dtype=acc)
+    else:
         biases = [b.to(acc) for b in (w.b_ih, w.b_hh) if b is not None]
         bias = sum(biases[1:], *biases[:1]) if biases else None
-        gx = _linear(x.to(acc), w.w_ih.to(acc), bias)
-        if steps.T == 1 and w.w_hr is None:
-            # One step: h0 is known, so its product needs no packed weights and no recurrence.
-            start = h0 if steps.reset_mask is None else h0.masked_fill(steps.reset_mask.T, 0)
-            gx = gx.addmm_(start.to(acc), w.w_hh.to(acc).T)
-            w_hh = None
-    y = _allocate(x, steps.rows, P, zero=steps.has_padding)
+        with _without_autocast(x.device):
+            gx = _linear(x.to(acc), w.w_ih.to(acc), bias)
+            if one_step:
+                start = h0 if steps.reset_mask is None else h0.masked_fill(steps.reset_mask.T, 0)
+                gx.addmm_(start.to(acc), w.w_hh.to(acc).T)
+                w_hh = None
+    y = _allocate(x, steps.rows, P, zero=padding)
     h_n, c_n = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
     gates = gx if save else None  # the core reads a row's gx before it writes its gates
-    c_seq = _allocate(x, steps.rows, H, zero=steps.has_padding, dtype=acc) if save or cells else None
+    c_seq = _allocate(x, steps.rows, H, zero=padding, dtype=acc) if save or cells else None
     threads = torch.get_num_threads()
     code = _DTYPE_CODE[x.dtype]
     workspace = _workspace(
-        _C.cpu_forward_workspace(code, threads, steps.B, H, P, w_hh is not None, w.w_hr is not None)
+        _C.cpu_forward_workspace(
+            code,
+            threads,
+            steps.B,
+            H,
+            P,
+            I,
+            core_input is not None,
+            w_hh is not None,
+            w.w_hr is not None,
+        )
     )
-    w_hh = None if w_hh is None else w_hh.contiguous()
-    w_hr = None if w.w_hr is None else w.w_hr.contiguous()
+    w_ih, w_hh = w.w_ih.contiguous(), None if w_hh is None else w_hh.contiguous()
+    b_ih, b_hh, w_hr = (t if t is None else t.contiguous() for t in (w.b_ih, w.b_hh, w.w_hr))
     h0, c0 = h0.contiguous(), c0.contiguous()
     _C.cpu_forward(
         dtype=code,
@@ -225,7 +248,12 @@ def layer_forward(
         steps=_native_steps(steps, reverse),
         H=H,
         P=P,
+        I=I,
         gx=gx.data_ptr(),
+        x=_address(core_input),
+        w_ih=w_ih.data_ptr(),
+        b_ih=_address(b_ih),
+        b_hh=_address(b_hh),
         w_hh=_address(w_hh),
         w_hr=_address(w_hr),
         h0=h0.data_ptr(),

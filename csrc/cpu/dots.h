@@ -1,9 +1,11 @@
-// The recurrent product for one to four sequences, straight from W_hh as the user stores it.
+// Products of one to four rows straight from the weights as the user stores them.
 //
 // With so few rows the weights are used once or a few times a step, and packing them would cost
-// as much as several steps. Here a vector runs along k, so that each row of W_hh is one stream;
-// kCount sums are collected at once and then added up across their lanes together.
+// as much as several steps. Here a vector runs along k, so that each row of weights is one stream;
+// kCount sums are collected and then added up across their lanes together.
 #pragma once
+
+#include <algorithm>
 
 #include "simd.h"
 
@@ -18,8 +20,8 @@ template <class A>
 constexpr int kDotsMaxRows = Lanes<A>::kCount < 4 ? Lanes<A>::kCount : 4;
 
 template <class A>
-bool dots_suit(int64_t rows, int64_t K) {
-  return rows <= kDotsMaxRows<A> && K >= kDotsMinK && K % Lanes<A>::kCount == 0;
+bool dots_suit(int64_t K) {
+  return K >= kDotsMinK && K % Lanes<A>::kCount == 0;
 }
 
 // Lane l of the result: lane l + lane l ^ D of a where bit D of l is 0, of b where it is 1.
@@ -43,32 +45,72 @@ LSTM_EXT_INLINE void sum_lanes(Vec<A>* v) {
   }
 }
 
+// Sums kept in registers at once.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kDotSums = 16;
+#else
+constexpr int kDotSums = 8;
+#endif
+
 // out[r * out_stride + l] = sum over k of a[r][k] * w[l][k] for kCount rows of weights, R rows of a.
 // `last` is the index of the last row of weights that exists; later ones repeat it.
+//
+// Few streams are read side by side: rows of weights often lie a power of two apart, and more of
+// them than L1 has ways would evict each other. Registers left over split each sum along k.
 template <class A, class S, int R>
 __attribute__((noinline)) void dots(const A* const* a, const S* w, int64_t last, int64_t K, A* out,
                                     int64_t out_stride) {
   constexpr int L = Lanes<A>::kCount;
-  constexpr int rows = L / (R == 3 ? 4 : R);  // of weights at once: rows * R <= L sums
+  constexpr int rows = L / (R == 3 ? 4 : R);  // of weights whose sums are added up together
+  constexpr int streams = rows < 4 ? rows : 4;
+  constexpr int parts = kDotSums / (streams * R) < 1 ? 1 : kDotSums / (streams * R);
   for (int first = 0; first < L; first += rows) {
-    const S* weight[rows];
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) weight[i] = w + (first + i < last ? first + i : last) * K;
-    Vec<A> sum[L] = {};
-    for (int64_t k = 0; k < K; k += L) {
-      Vec<A> x[R];
+    Vec<A> total[L] = {};
+    for (int s0 = 0; s0 < rows; s0 += streams) {
+      const S* weight[streams];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) x[r] = load_full<A>(a[r] + k);
+      for (int i = 0; i < streams; ++i) {
+        weight[i] = w + std::min<int64_t>(first + s0 + i, last) * K;
+      }
+      Vec<A> sum[parts][R][streams] = {};
+      int64_t k = 0;
+      for (; k + parts * L <= K; k += parts * L) {
 #pragma GCC unroll 16
-      for (int i = 0; i < rows; ++i) {
-        const Vec<A> y = load_full<A>(weight[i] + k);
+        for (int p = 0; p < parts; ++p) {
+          Vec<A> x[R];
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sum[r * rows + i] += x[r] * y;
+          for (int r = 0; r < R; ++r) x[r] = load_full<A>(a[r] + k + p * L);
+#pragma GCC unroll 4
+          for (int i = 0; i < streams; ++i) {
+            const Vec<A> y = load_full<A>(weight[i] + k + p * L);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) sum[p][r][i] += x[r] * y;
+          }
+        }
+      }
+      for (; k < K; k += L) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+          for (int i = 0; i < streams; ++i) {
+            sum[0][r][i] += load_full<A>(a[r] + k) * load_full<A>(weight[i] + k);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int i = 0; i < streams; ++i) {
+          Vec<A> whole = sum[0][r][i];
+#pragma GCC unroll 16
+          for (int p = 1; p < parts; ++p) whole += sum[p][r][i];
+          total[r * rows + s0 + i] = whole;
+        }
       }
     }
-    sum_lanes<A>(sum);
+    sum_lanes<A>(total);
     A lanes[L];
-    store_full<A>(lanes, sum[0]);
+    store_full<A>(lanes, total[0]);
     for (int r = 0; r < R; ++r) {
       std::memcpy(out + r * out_stride + first, lanes + r * rows, rows * sizeof(A));
     }

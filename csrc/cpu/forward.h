@@ -25,13 +25,15 @@ class Forward {
         H_(p.H),
         P_(p.P),
         K_(p.w_hh ? p.P : 0),
-        dots_(K_ && dots_suit<A>(B_, K_)),
+        dots_(B_ <= kDotsMaxRows<A> && dots_suit<A>(K_)),
+        input_dots_(p.x && dots_suit<A>(p.I)),
         h_stride_((blocks_of<A>(p.P) + 1) * L),  // one block more: no power of two between rows
         c_stride_(blocks_of<A>(p.H) * L) {
     Arena arena(p.workspace);
     members_ = arena.take<Member<A>>(p.threads);
     barriers_ = arena.take<Barrier>(p.threads + 1);
     packed_hh_ = arena.take<A>(dots_ ? 0 : 4 * blocks_of<A>(H_) * K_ * L);
+    packed_ih_ = arena.take<A>(p.x && !input_dots_ ? 4 * blocks_of<A>(H_) * p.I * L : 0);
     packed_hr_ = arena.take<A>(p.w_hr ? blocks_of<A>(P_) * H_ * L : 0);
     h_[0] = arena.take<A>(B_ * h_stride_);
     h_[1] = arena.take<A>(B_ * h_stride_);
@@ -60,13 +62,14 @@ class Forward {
     Member<A>& m = members_[thread];
     m.place(plan, thread, B_, H_, P_);
     if (K_ && !dots_) {
-      pack_gates(static_cast<const S*>(p_.w_hh), H_, P_, m, plan.groups, packed_hh_);
+      pack_gates(static_cast<const S*>(p_.w_hh), H_, K_, m, m.group, plan.groups, packed_hh_);
     }
     if (p_.w_hr) {
       pack_matrix(static_cast<const S*>(p_.w_hr), P_, H_, true, m.proj, m, plan.groups,
                   packed_hr_);
     }
     start(m);
+    if (p_.x) input_product(m);
     barriers_[plan.groups].wait(plan.threads());
     Barrier& meet = barriers_[m.group];
     for (int64_t i = 0; i < p_.steps.T; ++i) {
@@ -77,7 +80,8 @@ class Forward {
         m.a[r] = m.rows[r].reset ? zeros_ : h_old + m.rows[r].b * h_stride_;
       }
       if (dots_) {
-        cells_from_dots(m, int(count), h_new);
+        each_dots(m, int(count), static_cast<const S*>(p_.w_hh), K_,
+                  [&](int64_t j, int r, const A* sums) { cell(m.rows[r], j, sums, h_new); });
       } else {
         for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, K_, packed_hh_,
                    [&](int64_t block, int, int64_t r, const A* sums) {
@@ -97,14 +101,51 @@ class Forward {
     }
   }
 
-  void cells_from_dots(const Member<A>& m, int count, A* h_new) {
-    const S* w_hh = static_cast<const S*>(p_.w_hh);
+  // gx = x W_ih^T + b_ih + b_hh for the columns of one thread, all rows. Ops asks for it where
+  // the rows are few; with more than one group the first does it, and the barrier orders it.
+  void input_product(const Member<A>& m) {
+    if (m.group != 0) return;
+    const S* w_ih = static_cast<const S*>(p_.w_ih);
+    const int64_t I = p_.I, rows = p_.steps.rows;
+    if (!input_dots_) pack_gates(w_ih, H_, I, m, 0, 1, packed_ih_);
+    const int64_t most = input_dots_ ? kDotsMaxRows<A> : kChunkRows;
+    for (int64_t r0 = 0; r0 < rows; r0 += most) {
+      const int64_t count = std::min(most, rows - r0);
+      for (int64_t r = 0; r < count; ++r) m.a[r] = static_cast<const A*>(p_.x) + (r0 + r) * I;
+      if (input_dots_) {
+        each_dots(m, int(count), w_ih, I,
+                  [&](int64_t j, int r, const A* sums) { put_gx(r0 + r, j, sums); });
+      } else {
+        for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, I, packed_ih_,
+                   [&](int64_t block, int, int64_t r, const A* sums) {
+                     put_gx(r0 + r, block / 4 * L, sums);
+                   });
+      }
+    }
+  }
+
+  void put_gx(int64_t row, int64_t j, const A* sums) {
+    const int64_t n = H_ - j;
+    const S* b_ih = static_cast<const S*>(p_.b_ih);
+    const S* b_hh = static_cast<const S*>(p_.b_hh);
+    A* gx = static_cast<A*>(p_.gx) + row * 4 * H_ + j;
+    for (int gate = 0; gate < 4; ++gate) {
+      V sum = load_full<A>(sums + gate * L);
+      if (b_ih) sum += load<A>(b_ih + gate * H_ + j, n);
+      if (b_hh) sum += load<A>(b_hh + gate * H_ + j, n);
+      store<A>(gx + gate * H_, sum, n);
+    }
+  }
+
+  // done(j, r, sums): units j .. j+L of row r, gates [4][lanes], from weights that lie unpacked.
+  template <class Done>
+  void each_dots(const Member<A>& m, int count, const S* weights, int64_t K, Done&& done) {
     for (int64_t j = m.units.begin * L; j < std::min(H_, m.units.end * L); j += L) {
       for (int gate = 0; gate < 4; ++gate) {
-        dots_of_rows<A, S>(count, m.a, w_hh + (gate * H_ + j) * K_, H_ - j - 1, K_,
+        dots_of_rows<A, S>(count, m.a, weights + (gate * H_ + j) * K, H_ - j - 1, K,
                            m.acc + gate * L, 4 * L);
       }
-      for (int r = 0; r < count; ++r) cell(m.rows[r], j, m.acc + r * 4 * L, h_new);
+      for (int r = 0; r < count; ++r) done(j, r, m.acc + r * 4 * L);
     }
   }
 
@@ -172,11 +213,13 @@ class Forward {
   const LstmForward& p_;
   const int64_t B_, H_, P_;
   const int64_t K_;  // length of the recurrent product: P, or 0 without one
-  const bool dots_;  // few sequences: W_hh is read as it lies, not packed
+  const bool dots_;        // few sequences: W_hh is read as it lies, not packed
+  const bool input_dots_;  // the same of W_ih
   const int64_t h_stride_, c_stride_;
   Member<A>* members_;
   Barrier* barriers_;  // one a group, then one for the whole team
   A* packed_hh_;       // [4 * blocks of H][K][lanes]
+  A* packed_ih_;       // [4 * blocks of H][I][lanes]
   A* packed_hr_;       // [blocks of P][H][lanes]
   A* h_[2];            // [B, h_stride_]
   A* c_;               // [B, c_stride_]

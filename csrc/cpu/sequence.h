@@ -84,7 +84,7 @@ struct Member {
   Range units;  // blocks of hidden units (columns of H)
   Range proj;   // blocks of columns of P
   Row* rows;    // [B]
-  const A** a;  // [B] left-hand rows of a product
+  const A** a;  // [max(B, kChunkRows)] left-hand rows of a product
   A* acc;       // [2][kChunkRows][kPanelVectors][lanes]
 
   static constexpr int64_t kAcc = int64_t(kChunkRows) * kPanelVectors * Lanes<A>::kCount;
@@ -94,7 +94,7 @@ struct Member {
     for (int i = 0; i < threads; ++i) {
       Member m{};
       m.rows = arena.take<Row>(B);
-      m.a = arena.take<const A*>(B);
+      m.a = arena.take<const A*>(std::max<int64_t>(B, kChunkRows));
       m.acc = arena.take<A>(2 * kAcc);
       if (members) members[i] = m;
     }
@@ -129,17 +129,17 @@ void each_panel(Range blocks, Visit&& visit) {
   }
 }
 
-// Packs the weights of the recurrent product: unit block u becomes column blocks 4u .. 4u+3, its
-// gates i, f, g, o, so that one panel holds what a cell needs. The groups share the work.
+// Packs weights [4H, K], rows i, f, g, o: unit block u becomes column blocks 4u .. 4u+3, its
+// gates, so that one panel holds what a cell needs. `groups` share the work.
 template <class A, class S>
-void pack_gates(const S* w_hh, int64_t H, int64_t P, const Member<A>& m, int groups, A* packed) {
+void pack_gates(const S* w, int64_t H, int64_t K, const Member<A>& m, int group, int groups,
+                A* packed) {
   constexpr int L = Lanes<A>::kCount;
   for (int64_t u = m.units.begin; u < m.units.end; ++u) {
-    if ((u - m.units.begin) % groups != m.group) continue;
+    if ((u - m.units.begin) % groups != group) continue;
     const int count = int(std::min<int64_t>(L, H - u * L));
     for (int gate = 0; gate < 4; ++gate) {
-      pack_rows<A>(w_hh + (gate * H + u * L) * P, P, count, P,
-                   packed + (4 * u * P + gate) * L, 4 * L);
+      pack_rows<A>(w + (gate * H + u * L) * K, K, count, K, packed + (4 * u * K + gate) * L, 4 * L);
     }
   }
 }
