@@ -16,20 +16,18 @@ namespace {
 
 py::dict build_info_dict() {
   const lstm_ext::BuildInfo info = lstm_ext::build_info();
-  return py::dict("version"_a = info.version, "compiler"_a = info.compiler,
-                  "flags"_a = info.flags, "architecture"_a = info.architecture,
-                  "openmp"_a = info.openmp, "cuda"_a = info.cuda,
-                  "cuda_version"_a = info.cuda_version, "cuda_archs"_a = info.cuda_archs,
-                  "cuda_reason"_a = info.cuda_reason);
+  return py::dict("version"_a = info.version, "compiler"_a = info.compiler, "flags"_a = info.flags,
+                  "architecture"_a = info.architecture, "openmp"_a = info.openmp,
+                  "cuda"_a = info.cuda, "cuda_version"_a = info.cuda_version,
+                  "cuda_archs"_a = info.cuda_archs, "cuda_reason"_a = info.cuda_reason);
 }
 
 py::dict cpu_features_dict() {
   const lstm_ext::CpuFeatures cpu = lstm_ext::cpu_features();
-  return py::dict("avx2"_a = cpu.avx2, "fma"_a = cpu.fma, "f16c"_a = cpu.f16c,
-                  "avx512f"_a = cpu.avx512f, "avx512bw"_a = cpu.avx512bw,
-                  "avx512dq"_a = cpu.avx512dq, "avx512vl"_a = cpu.avx512vl,
-                  "avx512cd"_a = cpu.avx512cd, "avx512_bf16"_a = cpu.avx512_bf16,
-                  "amx_tile"_a = cpu.amx_tile);
+  return py::dict(
+      "avx2"_a = cpu.avx2, "fma"_a = cpu.fma, "f16c"_a = cpu.f16c, "avx512f"_a = cpu.avx512f,
+      "avx512bw"_a = cpu.avx512bw, "avx512dq"_a = cpu.avx512dq, "avx512vl"_a = cpu.avx512vl,
+      "avx512cd"_a = cpu.avx512cd, "avx512_bf16"_a = cpu.avx512_bf16, "amx_tile"_a = cpu.amx_tile);
 }
 
 py::list cpu_isas() {
@@ -45,8 +43,8 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-lstm_ext::Steps steps(int64_t T, int64_t B, int64_t rows, int64_t stride_t, int64_t stride_b, Address offsets,
-                      Address lengths, Address reset, bool reverse) {
+lstm_ext::Steps steps(int64_t T, int64_t B, int64_t rows, int64_t stride_t, int64_t stride_b,
+                      Address offsets, Address lengths, Address reset, bool reverse) {
   return {T,
           B,
           rows,
@@ -60,13 +58,29 @@ lstm_ext::Steps steps(int64_t T, int64_t B, int64_t rows, int64_t stride_t, int6
 
 void cpu_forward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H, int64_t P,
                  int64_t I, Address gx, Address x, Address w_ih, Address b_ih, Address b_hh,
-                 Address w_hh, Address w_hr, Address h0, Address c0, Address gates,
-                 Address c_seq, Address y, Address h_n, Address c_n, Address workspace) {
-  lstm_ext::cpu_kernels().forward({static_cast<lstm_ext::Dtype>(dtype), threads, steps, H, P,
-                                   I, pointer(gx), pointer(x), pointer(w_ih), pointer(b_ih),
-                                   pointer(b_hh), pointer(w_hh), pointer(w_hr), pointer(h0),
-                                   pointer(c0), pointer(gates), pointer(c_seq), pointer(y),
-                                   pointer(h_n), pointer(c_n), pointer(workspace)});
+                 Address w_hh, Address w_hr, Address h0, Address c0, Address gates, Address c_seq,
+                 Address y, Address h_n, Address c_n, Address workspace) {
+  lstm_ext::cpu_kernels().forward({static_cast<lstm_ext::Dtype>(dtype),
+                                   threads,
+                                   steps,
+                                   H,
+                                   P,
+                                   I,
+                                   pointer(gx),
+                                   pointer(x),
+                                   pointer(w_ih),
+                                   pointer(b_ih),
+                                   pointer(b_hh),
+                                   pointer(w_hh),
+                                   pointer(w_hr),
+                                   pointer(h0),
+                                   pointer(c0),
+                                   pointer(gates),
+                                   pointer(c_seq),
+                                   pointer(y),
+                                   pointer(h_n),
+                                   pointer(c_n),
+                                   pointer(workspace)});
 }
 
 void cpu_backward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H, int64_t P,
@@ -74,12 +88,29 @@ void cpu_backward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t 
                   Address c_seq, Address dy, int64_t dy_stride, Address dh_n, Address dc_n,
                   Address dcells, Address dgates, Address h_prev, Address dr, Address dh0,
                   Address dc0, Address workspace) {
-  lstm_ext::cpu_kernels().backward({static_cast<lstm_ext::Dtype>(dtype), threads, steps, H, P,
-                                    pointer(w_hh), pointer(w_hr), pointer(h0), pointer(c0),
-                                    pointer(y), pointer(gates), pointer(c_seq), pointer(dy),
-                                    dy_stride, pointer(dh_n), pointer(dc_n), pointer(dcells),
-                                    pointer(dgates), pointer(h_prev), pointer(dr), pointer(dh0),
-                                    pointer(dc0), pointer(workspace)});
+  lstm_ext::cpu_kernels().backward({static_cast<lstm_ext::Dtype>(dtype),
+                                    threads,
+                                    steps,
+                                    H,
+                                    P,
+                                    pointer(w_hh),
+                                    pointer(w_hr),
+                                    pointer(h0),
+                                    pointer(c0),
+                                    pointer(y),
+                                    pointer(gates),
+                                    pointer(c_seq),
+                                    pointer(dy),
+                                    dy_stride,
+                                    pointer(dh_n),
+                                    pointer(dc_n),
+                                    pointer(dcells),
+                                    pointer(dgates),
+                                    pointer(h_prev),
+                                    pointer(dr),
+                                    pointer(dh0),
+                                    pointer(dc0),
+                                    pointer(workspace)});
 }
 
 // Bytes of workspace that the selected kernels need; x, w_hh, w_hr say whether there are such.
@@ -112,6 +143,20 @@ int64_t cpu_backward_workspace(int dtype, int threads, int64_t B, int64_t H, int
       sizes<lstm_ext::LstmBackward>(dtype, threads, B, H, P, w_hh, w_hr));
 }
 
+void cpu_matmul(int dtype, int threads, int64_t M, int64_t N, int64_t K, bool a_transposed,
+                Address a, Address w, Address out, Address workspace) {
+  lstm_ext::cpu_kernels().matmul({static_cast<lstm_ext::Dtype>(dtype), threads, M, N, K,
+                                  a_transposed, pointer(a), pointer(w), pointer(out),
+                                  pointer(workspace)});
+}
+
+int64_t cpu_matmul_workspace(int dtype, int threads, int64_t M, int64_t N, int64_t K,
+                             bool a_transposed) {
+  return lstm_ext::cpu_kernels().matmul_workspace({static_cast<lstm_ext::Dtype>(dtype), threads, M,
+                                                   N, K, a_transposed, nullptr, nullptr, nullptr,
+                                                   nullptr});
+}
+
 #ifdef LSTM_EXT_WITH_CUDA
 py::dict cuda_report() {
   const lstm_ext::CudaRuntimeInfo runtime = lstm_ext::cuda_runtime_info();
@@ -142,12 +187,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_cpu_isa", &lstm_ext::select_cpu_kernels, "name"_a,
         "Chooses the CPU kernel set; false, and nothing changes, if it does not run here.");
   // dtype codes: enum Dtype in params.h, where every argument is described.
-  py::class_<lstm_ext::Steps>(m, "Steps").def(
-      py::init(&steps), py::kw_only(), "T"_a, "B"_a, "rows"_a, "stride_t"_a, "stride_b"_a, "offsets"_a,
-      "lengths"_a, "reset"_a, "reverse"_a);
-  m.def("cpu_forward", &cpu_forward, py::kw_only(), "dtype"_a, "threads"_a, "steps"_a, "H"_a,
-        "P"_a, "I"_a, "gx"_a, "x"_a, "w_ih"_a, "b_ih"_a, "b_hh"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "gates"_a, "c_seq"_a, "y"_a, "h_n"_a,
-        "c_n"_a, "workspace"_a, py::call_guard<py::gil_scoped_release>());
+  py::class_<lstm_ext::Steps>(m, "Steps")
+      .def(py::init(&steps), py::kw_only(), "T"_a, "B"_a, "rows"_a, "stride_t"_a, "stride_b"_a,
+           "offsets"_a, "lengths"_a, "reset"_a, "reverse"_a);
+  m.def("cpu_forward", &cpu_forward, py::kw_only(), "dtype"_a, "threads"_a, "steps"_a, "H"_a, "P"_a,
+        "I"_a, "gx"_a, "x"_a, "w_ih"_a, "b_ih"_a, "b_hh"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a,
+        "gates"_a, "c_seq"_a, "y"_a, "h_n"_a, "c_n"_a, "workspace"_a,
+        py::call_guard<py::gil_scoped_release>());
   m.def("cpu_backward", &cpu_backward, py::kw_only(), "dtype"_a, "threads"_a, "steps"_a, "H"_a,
         "P"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "gates"_a, "c_seq"_a, "dy"_a,
         "dy_stride"_a, "dh_n"_a, "dc_n"_a, "dcells"_a, "dgates"_a, "h_prev"_a, "dr"_a, "dh0"_a,
@@ -156,6 +202,11 @@ PYBIND11_MODULE(_C, m) {
         "P"_a, "I"_a, "x"_a, "w_hh"_a, "w_hr"_a);
   m.def("cpu_backward_workspace", &cpu_backward_workspace, "dtype"_a, "threads"_a, "B"_a, "H"_a,
         "P"_a, "w_hh"_a, "w_hr"_a);
+  m.def("cpu_matmul", &cpu_matmul, py::kw_only(), "dtype"_a, "threads"_a, "M"_a, "N"_a, "K"_a,
+        "a_transposed"_a, "a"_a, "w"_a, "out"_a, "workspace"_a,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_matmul_workspace", &cpu_matmul_workspace, "dtype"_a, "threads"_a, "M"_a, "N"_a, "K"_a,
+        "a_transposed"_a);
 #ifdef LSTM_EXT_WITH_CUDA
   m.def("cuda_report", &cuda_report, "CUDA runtime, driver and devices; never raises.");
 #endif

@@ -1,7 +1,7 @@
 // What Python hands to the native core: plain structs of pointers, sizes and strides.
 //
-// Letters: T steps, B sequences, I inputs, H hidden units, P = size of h (H, or the projection's size),
-// rows = number of (step, sequence) pairs that exist in memory. Every array is dense, last
+// Letters: T steps, B sequences, I inputs, H hidden units, P = size of h (H, or the projection's
+// size), rows = number of (step, sequence) pairs that exist in memory. Every array is dense, last
 // dimension contiguous, unless a stride is given; strides are in elements.
 //
 // Two element types appear: `storage` is the tensors' dtype (fp64, fp32, bf16, fp16); `acc` is the
@@ -35,8 +35,12 @@ struct Steps {
   }
   // The step taken in the i-th place, and the last step (in order of taking) of a sequence.
   LSTM_EXT_INLINE int64_t step_at(int64_t i) const { return reverse ? T - 1 - i : i; }
-  LSTM_EXT_INLINE int64_t first_step(int64_t b) const { return reverse ? (lengths ? lengths[b] : T) - 1 : 0; }
-  LSTM_EXT_INLINE int64_t last_step(int64_t b) const { return reverse ? 0 : (lengths ? lengths[b] : T) - 1; }
+  LSTM_EXT_INLINE int64_t first_step(int64_t b) const {
+    return reverse ? (lengths ? lengths[b] : T) - 1 : 0;
+  }
+  LSTM_EXT_INLINE int64_t last_step(int64_t b) const {
+    return reverse ? 0 : (lengths ? lengths[b] : T) - 1;
+  }
 };
 
 // One direction of one layer. Rows of sequences past their length are neither read nor written.
@@ -83,16 +87,30 @@ struct LstmBackward {
   const void* c_seq;  // acc [rows, H] as forward saved it
   const void* dy;     // storage [rows, P], row stride dy_stride; null: zero
   int64_t dy_stride;
-  const void* dh_n;   // storage [B, P]; null: zero
-  const void* dc_n;   // storage [B, H]; null: zero
+  const void* dh_n;    // storage [B, P]; null: zero
+  const void* dc_n;    // storage [B, H]; null: zero
   const void* dcells;  // storage [rows, H]: gradient of every c_t; null: zero
   // outputs
-  void* dgates;  // acc [rows, 4H]: gradient before the activations; must not be gates
-  void* h_prev;  // storage [rows, P]: the h each step started from, for dW_hh; null: not wanted
-  void* dr;      // acc [rows, P]: whole gradient of each h_t, for dW_hr; null: no projection
-  void* dh0;     // storage [B, P]
-  void* dc0;     // storage [B, H]
+  void* dgates;     // acc [rows, 4H]: gradient before the activations; must not be gates
+  void* h_prev;     // storage [rows, P]: the h each step started from, for dW_hh; null: not wanted
+  void* dr;         // acc [rows, P]: whole gradient of each h_t, for dW_hr; null: no projection
+  void* dh0;        // storage [B, P]
+  void* dc0;        // storage [B, H]
   void* workspace;  // backward_workspace() bytes, 64-byte aligned, contents irrelevant
+};
+
+// out = a w over one long dimension K, in the acc type.
+struct Matmul {
+  Dtype dtype;  // of w
+  int threads;
+  int64_t M;
+  int64_t N;
+  int64_t K;
+  bool a_transposed;
+  const void* a;    // acc [M, K], or [K, M] if transposed
+  const void* w;    // storage [K, N]
+  void* out;        // acc [M, N]
+  void* workspace;  // matmul_workspace() bytes, 64-byte aligned, contents irrelevant
 };
 
 }  // namespace lstm_ext

@@ -154,6 +154,30 @@ def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, w, bias)
 
 
+def _matmul(a: Tensor, w: Tensor, *, a_transposed: bool = False) -> Tensor:
+    """a w for a (m, k), or transposed (k, m), and w (k, n); in a's dtype, which is w's acc type."""
+    K, M = a.shape if a_transposed else a.shape[::-1]
+    N = w.size(1)
+    out = a.new_empty(M, N) if K else a.new_zeros(M, N)
+    if not out.numel() or not K:
+        return out
+    a, w, code, threads = a.contiguous(), w.contiguous(), _DTYPE_CODE[w.dtype], torch.get_num_threads()
+    workspace = _workspace(_C.cpu_matmul_workspace(code, threads, M, N, K, a_transposed))
+    _C.cpu_matmul(
+        dtype=code,
+        threads=threads,
+        M=M,
+        N=N,
+        K=K,
+        a_transposed=a_transposed,
+        a=a.data_ptr(),
+        w=w.data_ptr(),
+        out=out.data_ptr(),
+        workspace=workspace.data_ptr(),
+    )
+    return out
+
+
 def _native_steps(steps: Steps, reverse: bool) -> Any:
     """The core's description of the steps, walked forwards or backwards."""
     if reverse not in steps.native:
@@ -353,22 +377,26 @@ def layer_backward(
             if steps.reset_mask is not None:
                 product.masked_fill_(steps.reset_mask.T, 0)
             dh0 += product.to(dtype)
-        dx = _linear(dgates, w.w_ih.to(acc).T).to(dtype) if wanted.x else None
+        dx = _matmul(dgates, w.w_ih).to(dtype) if wanted.x else None
         # What lies in the padding of x may be anything, NaN too: its zero gradient must not
         # meet it.
         real = steps.active_rows() if padding else None
 
         def rows(tensor: Tensor) -> Tensor:
-            return (tensor if real is None else tensor.index_select(0, real)).to(acc)
+            return tensor if real is None else tensor.index_select(0, real)
 
-        dgates_t = rows(dgates).T
-        dw_ih = _linear(dgates_t, rows(x).T).to(dtype) if wanted.w_ih else None
-        dw_hh = _linear(dgates_t, rows(h_prev).T).to(dtype) if h_prev is not None else None
-        db = dgates_t.sum(1).to(dtype) if wanted.b_ih or wanted.b_hh else None
+        def over_rows(left: Tensor, right: Tensor) -> Tensor:
+            return _matmul(left, right, a_transposed=True).to(dtype)
+
+        some_weight = wanted.w_ih or wanted.w_hh or wanted.b_ih or wanted.b_hh
+        dgates = rows(dgates) if some_weight else dgates
+        dw_ih = over_rows(dgates, rows(x)) if wanted.w_ih else None
+        dw_hh = over_rows(dgates, rows(h_prev)) if h_prev is not None else None
+        db = dgates.sum(0).to(dtype) if wanted.b_ih or wanted.b_hh else None
         dw_hr = None
         if wanted.w_hr and dr is not None:
             cell_out = rows(gates)[:, 3 * H :] * rows(c_seq).tanh()
-            dw_hr = _linear(rows(dr).T, cell_out.T).to(dtype)
+            dw_hr = over_rows(rows(dr), cell_out)
     return LayerGrads(
         x=dx,
         h0=dh0 if wanted.h0 else None,

@@ -88,8 +88,8 @@ class Backward {
                    const Row& row = m.rows[r];
                    A* dh = dh_ + row.b * h_stride_ + block * L;
                    for (int v = 0; v < vectors; ++v) {
-                     store_full<A>(dh + v * L, row.reset ? broadcast<A>(A(0))
-                                                         : load_full<A>(sums + v * L));
+                     store_full<A>(dh + v * L,
+                                   row.reset ? broadcast<A>(A(0)) : load_full<A>(sums + v * L));
                    }
                  });
     }
@@ -168,8 +168,8 @@ class Backward {
   void fill(Range batch, Range blocks, const S* from, int64_t columns, A* to, int64_t stride) {
     for (int64_t b = batch.begin; b < batch.end; ++b) {
       for (int64_t j = blocks.begin * L; j < blocks.end * L; j += L) {
-        store_full<A>(to + b * stride + j, from ? load<A>(from + b * columns + j, columns - j)
-                                                : broadcast<A>(A(0)));
+        store_full<A>(to + b * stride + j,
+                      from ? load<A>(from + b * columns + j, columns - j) : broadcast<A>(A(0)));
       }
     }
   }

@@ -52,8 +52,8 @@ constexpr int kDotSums = 16;
 constexpr int kDotSums = 8;
 #endif
 
-// out[r * out_stride + l] = sum over k of a[r][k] * w[l][k] for kCount rows of weights, R rows of a.
-// `last` is the index of the last row of weights that exists; later ones repeat it.
+// out[r * out_stride + l] = sum over k of a[r][k] * w[l][k] for kCount rows of weights, R rows of
+// a. `last` is the index of the last row of weights that exists; later ones repeat it.
 //
 // Few streams are read side by side: rows of weights often lie a power of two apart, and more of
 // them than L1 has ways would evict each other. Registers left over split each sum along k.
@@ -129,9 +129,9 @@ void dots_of_rows(int rows, const A* const* a, const S* w, int64_t last, int64_t
     case 2:
       return dots<A, S, 2>(a, w, last, K, out, out_stride);
     case 3:
-      return dots<A, S, most < 4 ? 1 : 3>(a, w, last, K, out, out_stride);
+      return dots < A, S, most<4 ? 1 : 3>(a, w, last, K, out, out_stride);
     default:
-      return dots<A, S, most < 4 ? 1 : 4>(a, w, last, K, out, out_stride);
+      return dots < A, S, most<4 ? 1 : 4>(a, w, last, K, out, out_stride);
   }
 }
 

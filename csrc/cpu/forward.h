@@ -1,9 +1,9 @@
 // Forward of a whole sequence, one direction of one layer, by one team of threads.
 //
 // Each thread owns a slice of the hidden units: it multiplies its rows of W_hh (packed, unless the
-// sequences are few: dots.h) with every sequence's h, applies the cell while the sums are in L1, and writes its slice of h. One barrier
-// a step (two with a projection), because h has two buffers: the one written at a step was last
-// read at the step before.
+// sequences are few: dots.h) with every sequence's h, applies the cell while the sums are in L1,
+// and writes its slice of h. One barrier a step (two with a projection), because h has two buffers:
+// the one written at a step was last read at the step before.
 #pragma once
 
 #include "dots.h"
@@ -65,8 +65,7 @@ class Forward {
       pack_gates(static_cast<const S*>(p_.w_hh), H_, K_, m, m.group, plan.groups, packed_hh_);
     }
     if (p_.w_hr) {
-      pack_matrix(static_cast<const S*>(p_.w_hr), P_, H_, true, m.proj, m, plan.groups,
-                  packed_hr_);
+      pack_matrix(static_cast<const S*>(p_.w_hr), P_, H_, true, m.proj, m, plan.groups, packed_hr_);
     }
     start(m);
     if (p_.x) input_product(m);
@@ -170,7 +169,8 @@ class Forward {
     }
   }
 
-  // Units j .. j+L of one sequence. gates may be gx itself: all four are read before any is written.
+  // Units j .. j+L of one sequence. gates may be gx itself: all four are read before any is
+  // written.
   void cell(const Row& row, int64_t j, const A* sums, A* h_new) {
     const int64_t n = H_ - j;
     const A* gx = static_cast<const A*>(p_.gx) + row.row * 4 * H_ + j;
@@ -212,7 +212,7 @@ class Forward {
 
   const LstmForward& p_;
   const int64_t B_, H_, P_;
-  const int64_t K_;  // length of the recurrent product: P, or 0 without one
+  const int64_t K_;        // length of the recurrent product: P, or 0 without one
   const bool dots_;        // few sequences: W_hh is read as it lies, not packed
   const bool input_dots_;  // the same of W_ih
   const int64_t h_stride_, c_stride_;

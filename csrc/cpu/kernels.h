@@ -9,8 +9,10 @@ struct CpuKernels {
   const char* name;
   int64_t (*forward_workspace)(const LstmForward&);  // bytes; pointers other than w_* unread
   int64_t (*backward_workspace)(const LstmBackward&);
+  int64_t (*matmul_workspace)(const Matmul&);
   void (*forward)(const LstmForward&);
   void (*backward)(const LstmBackward&);
+  void (*matmul)(const Matmul&);
 };
 
 #if defined(__x86_64__)

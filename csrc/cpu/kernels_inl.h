@@ -4,6 +4,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "kernels.h"
+#include "matmul.h"
 
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
@@ -41,11 +42,13 @@ void run(const Params& params) {
 }  // namespace LSTM_EXT_ISA
 }  // namespace lstm_ext
 
-#define LSTM_EXT_DEFINE_KERNELS(variable, name)                                            \
-  namespace lstm_ext {                                                                     \
-  const CpuKernels variable = {                                                            \
-      name, LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::Forward, LstmForward>,                   \
-      LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::Backward, LstmBackward>,                       \
-      LSTM_EXT_ISA::run<LSTM_EXT_ISA::Forward, LstmForward>,                               \
-      LSTM_EXT_ISA::run<LSTM_EXT_ISA::Backward, LstmBackward>};                            \
+#define LSTM_EXT_DEFINE_KERNELS(variable, name)                                               \
+  namespace lstm_ext {                                                                        \
+  const CpuKernels variable = {name,                                                          \
+                               LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::Forward, LstmForward>,   \
+                               LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::Backward, LstmBackward>, \
+                               LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::MatmulOf, Matmul>,       \
+                               LSTM_EXT_ISA::run<LSTM_EXT_ISA::Forward, LstmForward>,         \
+                               LSTM_EXT_ISA::run<LSTM_EXT_ISA::Backward, LstmBackward>,       \
+                               LSTM_EXT_ISA::run<LSTM_EXT_ISA::MatmulOf, Matmul>};            \
   }

@@ -154,8 +154,7 @@ void pack_rows(const S* src, int64_t stride, int count, int64_t K, A* dst, int64
 
 // Packs columns [0, count) of a row-major [K, stride] matrix as vector v of a panel.
 template <class A, class S>
-void pack_columns(const S* src, int64_t stride, int count, int64_t K, A* dst,
-                  int64_t panel_width) {
+void pack_columns(const S* src, int64_t stride, int count, int64_t K, A* dst, int64_t panel_width) {
   for (int64_t k = 0; k < K; ++k) {
     store_full<A>(dst + k * panel_width, load<A>(src + k * stride, count));
   }

@@ -66,12 +66,8 @@ static inline int64_t collect(const Steps& s, int64_t t, Range batch, Row* rows)
   for (int64_t b = batch.begin; b < batch.end; ++b) {
     if (!s.active(t, b)) continue;
     const bool first = t == s.first_step(b);
-    rows[count++] = {b,
-                     s.row(t, b),
-                     first ? -1 : s.row(s.reverse ? t + 1 : t - 1, b),
-                     first,
-                     t == s.last_step(b),
-                     s.reset && s.reset[t * s.B + b]};
+    rows[count++] = {b,     s.row(t, b),         first ? -1 : s.row(s.reverse ? t + 1 : t - 1, b),
+                     first, t == s.last_step(b), s.reset && s.reset[t * s.B + b]};
   }
   return count;
 }
