@@ -291,9 +291,9 @@ def main(argv: list[str] | None = None) -> int:
     # The first steps warm up allocators and caches.
     warm = min(5, args.steps - 1)
     whole = ratio_of(peer.times[warm:], ours.times[warm:])
-    pairs = [
-        (lstm_seconds(peer, batch[:-1]), lstm_seconds(ours, batch[:-1])) for _ in range(12)
-    ][2:]
+    pairs = [(lstm_seconds(peer, batch[:-1]), lstm_seconds(ours, batch[:-1])) for _ in range(12)][
+        2:
+    ]
     alone = [list(times) for times in zip(*pairs, strict=True)]
     print(
         f"speed, nn.LSTM time / lstm_ext time: whole training step {whole:.2f} "

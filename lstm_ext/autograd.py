@@ -44,13 +44,35 @@ def lstm_layer(
         TypeError, ValueError, RuntimeError: see :func:`ops.check_layer` and
             :func:`ops.has_native_kernels`.
     """
+    if torch.compiler.is_compiling():
+        from lstm_ext import eager  # here, because it loads the compiler
+
+        return eager.lstm_layer(x, h0, c0, weights, steps, reverse=reverse, cells=cells)
+    return _lstm_layer(x, h0, c0, weights, steps, reverse=reverse, cells=cells)
+
+
+def _lstm_layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: LayerWeights,
+    steps: Steps,
+    *,
+    reverse: bool,
+    cells: bool,
+) -> LayerOutputs:
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if ops.autocast_is_on(device):
         dtype = torch.get_autocast_dtype(device)
         x, h0, c0 = (_autocast(t, dtype) for t in (x, h0, c0))
         weights = LayerWeights(*(w if w is None else _autocast(w, dtype) for w in weights))
         with torch.autocast(device, enabled=False):
-            return lstm_layer(x, h0, c0, weights, steps, reverse=reverse, cells=cells)
+            return _lstm_layer(x, h0, c0, weights, steps, reverse=reverse, cells=cells)
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "lstm_ext cannot be traced by torch.jit.trace, which would record nothing of the native "
+            "core. Trace the module that to_torch() returns."
+        )
     ops.check_layer(x, h0, c0, weights, steps)
     if not ops.has_native_kernels(x.device):
         if device != "meta":

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lstm_ext._build import CUDA_BUILD_COMMAND
 from lstm_ext.steps import Steps
 
 try:
@@ -28,8 +29,6 @@ except ImportError as error:
 
 # enum Dtype of csrc/params.h
 _DTYPE_CODE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-
-CUDA_BUILD_COMMAND = "LSTM_EXT_CUDA=1 pip install --no-cache-dir --force-reinstall --no-deps ."
 
 
 class LayerWeights(NamedTuple):
@@ -123,9 +122,15 @@ def _acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is enabled for a device type; False for those that know no autocast."""
+    # Asking is an error for such a type ("meta"), so the cheap question comes first.
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type)
+
+
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The products run in the dtype that was chosen for the layer, whatever autocast says."""
-    if torch.is_autocast_enabled(device.type):
+    if autocast_is_on(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
@@ -161,7 +166,12 @@ def _matmul(a: Tensor, w: Tensor, *, a_transposed: bool = False) -> Tensor:
     out = a.new_empty(M, N) if K else a.new_zeros(M, N)
     if not out.numel() or not K:
         return out
-    a, w, code, threads = a.contiguous(), w.contiguous(), _DTYPE_CODE[w.dtype], torch.get_num_threads()
+    a, w, code, threads = (
+        a.contiguous(),
+        w.contiguous(),
+        _DTYPE_CODE[w.dtype],
+        torch.get_num_threads(),
+    )
     workspace = _workspace(_C.cpu_matmul_workspace(code, threads, M, N, K, a_transposed))
     _C.cpu_matmul(
         dtype=code,

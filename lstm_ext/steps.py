@@ -94,8 +94,8 @@ class Steps:
             index = self.offsets.unsqueeze(1) + torch.arange(self.B)
             return rows[index.where(self.active(), 0).to(rows.device)]
         if self.batch_first:
-            return rows.view(self.B, self.T, -1).transpose(0, 1)
-        return rows.view(self.T, self.B, -1)
+            return rows.view(self.B, self.T, rows.size(1)).transpose(0, 1)
+        return rows.view(self.T, self.B, rows.size(1))
 
     def from_time_major(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`to_time_major`."""
@@ -127,7 +127,5 @@ def _checked_reset_mask(reset_mask: Tensor, T: int, B: int, batch_first: bool) -
         raise TypeError(f"reset_mask should have dtype torch.bool, got {reset_mask.dtype}")
     expected = (B, T) if batch_first else (T, B)
     if reset_mask.shape != expected:
-        raise ValueError(
-            f"Expected reset_mask of size {expected}, got {tuple(reset_mask.shape)}"
-        )
+        raise ValueError(f"Expected reset_mask of size {expected}, got {tuple(reset_mask.shape)}")
     return (reset_mask.T if batch_first else reset_mask).cpu().contiguous()

@@ -45,9 +45,7 @@ def _inputs(steps, proj):
 
 def _function(steps, reverse, cells=True):
     def run(x, h0, c0, *weights):
-        outputs = lstm_layer(
-            x, h0, c0, LayerWeights(*weights), steps, reverse=reverse, cells=cells
-        )
+        outputs = lstm_layer(x, h0, c0, LayerWeights(*weights), steps, reverse=reverse, cells=cells)
         return outputs if cells else outputs[:3]
 
     return run

@@ -50,7 +50,9 @@ def test_same_as_torch(row):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("bidirectional, proj, layers", [(False, 0, 1), (True, 0, 2), (False, 6, 1)])
+@pytest.mark.parametrize(
+    "bidirectional, proj, layers", [(False, 0, 1), (True, 0, 2), (False, 6, 1)]
+)
 def test_half_types(isa, dtype, bidirectional, proj, layers):
     compare(
         Case(

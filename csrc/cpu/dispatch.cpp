@@ -1,6 +1,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "../build_info.h"
 #include "kernels.h"
 
 namespace lstm_ext {
@@ -11,14 +12,11 @@ struct Runnable {
   Runnable() {
     int count = 0;
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512cd")) {
-      list[count++] = &kKernelsAvx512;
-    }
+    const CpuFeatures cpu = cpu_features();
+    const bool avx2 = cpu.avx2 && cpu.fma && cpu.f16c;
+    const bool avx512 =
+        cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl && cpu.avx512cd;
+    if (avx2 && avx512) list[count++] = &kKernelsAvx512;
     if (avx2) list[count++] = &kKernelsAvx2;
 #endif
     list[count++] = &kKernelsPortable;
