@@ -70,8 +70,8 @@ def _lstm_layer(
             return _lstm_layer(x, h0, c0, weights, steps, reverse=reverse, cells=cells)
     if torch.jit.is_tracing():
         raise RuntimeError(
-            "lstm_ext cannot be traced by torch.jit.trace, which would record nothing of the native "
-            "core. Trace the module that to_torch() returns."
+            "lstm_ext cannot be traced by torch.jit.trace, which would record nothing of the "
+            "native core. Trace the module that to_torch() returns."
         )
     ops.check_layer(x, h0, c0, weights, steps)
     if not ops.has_native_kernels(x.device):

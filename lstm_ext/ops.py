@@ -236,7 +236,7 @@ def layer_forward(
         y (rows, P), h_n (B, P), c_n (B, H), the activated gates (rows, 4H) if ``save``, and
         c_t (rows, H) if ``save`` or ``cells``; the last two in float32 for half types.
     """
-    H, P, I, acc = c0.size(1), h0.size(1), x.size(1), _acc_dtype(x.dtype)  # noqa: E741
+    H, P, I, acc = c0.size(1), h0.size(1), x.size(1), _acc_dtype(x.dtype)
     padding = steps.has_padding
     w_hh: Tensor | None = w.w_hh
     core_input: Tensor | None = None  # x, if the core makes the input product itself

@@ -19,7 +19,7 @@ HALF = (torch.bfloat16, torch.float16)
 class Case:
     T: int = 5
     B: int = 3
-    I: int = 4  # noqa: E741
+    I: int = 4
     H: int = 7
     layers: int = 1
     bias: bool = True

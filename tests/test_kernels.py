@@ -32,7 +32,7 @@ SHAPES = {
 }
 
 
-def _layer(T, B, I, H, P=None, seed=0):  # noqa: E741
+def _layer(T, B, I, H, P=None, seed=0):
     """x (T, B, I), h0, c0 and the weights, in float64."""
     g = torch.Generator().manual_seed(seed)
 
@@ -46,7 +46,7 @@ def _layer(T, B, I, H, P=None, seed=0):  # noqa: E741
     return draw(T, B, I), draw(B, p), draw(B, H), weights
 
 
-def _both(T, B, I, H, dtype, *, P=None, batch_first=False, reverse=False, **options):  # noqa: E741
+def _both(T, B, I, H, dtype, *, P=None, batch_first=False, reverse=False, **options):
     """Outputs and gradients of the core, and of the reference in the same dtype and in float64."""
     x, h0, c0, weights = _layer(T, B, I, H, P)
     tensors = [t if t is None else t.to(dtype) for t in (x, h0, c0, *weights)]
@@ -179,7 +179,7 @@ def test_workspace_bounds(monkeypatch, isa, shape, threads):
     "shape", [(5, 100, 8, 16), (5, 100, 8, 33), (6, 3, 8, 150), (4, 40, 8, 70)]
 )
 def test_threads(isa, shape, threads):
-    """Any number of threads, more than cores and more than blocks of units; the same bits again."""
+    """Any number of threads, more than cores or blocks of units; the same bits again."""
     torch.set_num_threads(threads)
     for proj in (None, 13):
         first = _both(*shape, torch.float32, P=proj)
