@@ -77,6 +77,18 @@ def has_native_kernels(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+_LAYER_INPUTS = (
+    "input rows",
+    "h0",
+    "c0",
+    "weight_ih",
+    "weight_hh",
+    "bias_ih",
+    "bias_hh",
+    "weight_hr",
+)
+
+
 def check_layer(x: Tensor, h0: Tensor, c0: Tensor, w: LayerWeights, steps: Steps) -> None:
     """Refuses what the core could not read safely.
 
@@ -89,25 +101,27 @@ def check_layer(x: Tensor, h0: Tensor, c0: Tensor, w: LayerWeights, steps: Steps
             f"lstm_ext has no kernel for {x.dtype}: convert input and module to torch.float64, "
             "torch.float32, torch.bfloat16 or torch.float16"
         )
-    H, P = c0.size(-1), h0.size(-1)
-    expected = {
-        "input rows": (x, (steps.rows, x.size(-1))),
-        "h0": (h0, (steps.B, P)),
-        "c0": (c0, (steps.B, H)),
-        "weight_ih": (w.w_ih, (4 * H, x.size(-1))),
-        "weight_hh": (w.w_hh, (4 * H, P)),
-        "bias_ih": (w.b_ih, (4 * H,)),
-        "bias_hh": (w.b_hh, (4 * H,)),
-        "weight_hr": (w.w_hr, (P, H)),
-    }
-    for name, (tensor, size) in expected.items():
+    H, P, I = c0.size(-1), h0.size(-1), x.size(-1)
+    sizes = (
+        (steps.rows, I),
+        (steps.B, P),
+        (steps.B, H),
+        (4 * H, I),
+        (4 * H, P),
+        (4 * H,),
+        (4 * H,),
+        (P, H),
+    )
+    dtype, device = x.dtype, x.device
+    for k, (tensor, size) in enumerate(zip((x, h0, c0, *w), sizes, strict=True)):
         if tensor is None:
             continue
         if tensor.shape != size:
+            name = _LAYER_INPUTS[k]
             raise RuntimeError(f"Expected {name} of size {size}, got {tuple(tensor.shape)}")
-        if tensor.dtype != x.dtype or tensor.device != x.device:
+        if tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
-                f"Expected {name} to be {x.dtype} on {x.device} like the input, "
+                f"Expected {_LAYER_INPUTS[k]} to be {dtype} on {device} like the input, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
     if w.w_hr is None and P != H:
