@@ -1,5 +1,5 @@
 // The Python face of the native core: declarations only, no logic. Addresses are those of
-// contiguous tensors that lstm_ext.ops has checked and keeps alive during the call; 0 is null.
+// tensors, contiguous but for dy, that lstm_ext.ops has checked and keeps alive; 0 is null.
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"
@@ -113,7 +113,7 @@ void cpu_backward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t 
                                     pointer(workspace)});
 }
 
-// Bytes of workspace that the selected kernels need; x, w_hh, w_hr say whether there are such.
+// What the workspace's size depends on; x, w_hh, w_hr: whether there are such.
 template <class Params>
 Params sizes(int dtype, int threads, int64_t B, int64_t H, int64_t P, bool w_hh, bool w_hr) {
   static const char present = 0;

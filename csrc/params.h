@@ -43,7 +43,8 @@ struct Steps {
   }
 };
 
-// One direction of one layer. Rows of sequences past their length are neither read nor written.
+// One direction of one layer. Rows of sequences past their length are left as they are, but for
+// gx, whose every row is made if x is given.
 struct LstmForward {
   Dtype dtype;
   int threads;  // at most this many; the plan may use fewer

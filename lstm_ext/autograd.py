@@ -68,10 +68,10 @@ def _lstm_layer(
         weights = LayerWeights(*(w if w is None else _autocast(w, dtype) for w in weights))
         with torch.autocast(device, enabled=False):
             return _lstm_layer(x, h0, c0, weights, steps, reverse=reverse, cells=cells)
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing() or _is_recorded():
         raise RuntimeError(
-            "lstm_ext cannot be traced by torch.jit.trace, which would record nothing of the "
-            "native core. Trace the module that to_torch() returns."
+            "lstm_ext cannot be traced by torch.jit.trace, torch.export or make_fx, which would "
+            "record nothing of the native core. Trace the module that to_torch() returns."
         )
     ops.check_layer(x, h0, c0, weights, steps)
     if not ops.has_native_kernels(x.device):
@@ -86,6 +86,13 @@ def _lstm_layer(
         x, h0, c0, weights, steps, reverse=reverse, save=False, cells=cells
     )
     return y, h_n, c_n, None if c_seq is None else c_seq.to(x.dtype)
+
+
+def _is_recorded() -> bool:
+    """Whether torch operations go into a graph (make_fx, export) or run on tensors without data."""
+    kinds = torch._C._TorchDispatchModeKey
+    mode = torch._C._get_dispatch_mode
+    return mode(kinds.PROXY) is not None or mode(kinds.FAKE) is not None
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -242,7 +249,7 @@ def _second_order(ctx: FunctionCtx, second: tuple[Tensor | None, ...]) -> list[T
     that is itself a function of x counts as an input of its own.
     """
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), ops.without_autocast(ctx.saved_tensors[4].device):
         tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
         grad_outputs, (x, h0, c0, *weights) = tensors[:4], tensors[4:]
         outputs = _reference_layer(
@@ -254,7 +261,13 @@ def _second_order(ctx: FunctionCtx, second: tuple[Tensor | None, ...]) -> list[T
             reverse=ctx.reverse,
             cells=grad_outputs[3] is not None,
         )
-        used = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None]
+        used = [
+            (o, g)
+            for o, g in zip(outputs, grad_outputs, strict=True)
+            if g is not None and o.requires_grad
+        ]
+        if not used:
+            return [None] * len(tensors)
         inputs = [t for t, want in zip(tensors[4:], ctx.wanted, strict=True) if want]
         first = torch.autograd.grad(
             [o for o, _ in used],

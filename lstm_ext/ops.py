@@ -1,7 +1,7 @@
 """One direction of one LSTM layer on the native core: checks, allocation, products, calls.
 
-The only module that imports the compiled core. The products over all steps at once (input
-projection, weight gradients) are torch matmuls; the recurrence is the core's.
+The only module that imports the compiled core. The input product of many rows is a library's; the
+recurrence, the input product of few rows and the products of backward are the core's.
 
 Letters: T steps, B sequences, H hidden units, P = size of h (H, or the projection's size),
 rows = (step, sequence) pairs in memory. Gates i, f, g, o. Half types compute in float32.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,10 @@ def cpu_isa() -> str:
 
 
 def select_cpu_isa(name: str) -> None:
-    """Chooses the CPU kernel set by name, for tests and comparisons; ValueError if unknown here."""
+    """Chooses the CPU kernel set by name, for tests and comparisons; ValueError if unknown here.
+
+    For the whole process; not while another thread runs a layer.
+    """
     if not _C.select_cpu_isa(name):
         raise ValueError(f"CPU kernels that run here: {', '.join(cpu_isas())}; got {name!r}")
 
@@ -129,7 +133,20 @@ def check_layer(x: Tensor, h0: Tensor, c0: Tensor, w: LayerWeights, steps: Steps
 
 
 def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    """The address that the core reads or writes; 0 for None.
+
+    Raises:
+        RuntimeError: the tensor has elements but no memory, as a fake or functionalized one.
+    """
+    if tensor is None:
+        return 0
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        raise RuntimeError(
+            f"lstm_ext needs tensors with memory, got a {type(tensor).__name__} without: tracing "
+            "with fake or functionalized tensors is not supported"
+        )
+    return address
 
 
 def _acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -138,11 +155,12 @@ def _acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_is_on(device_type: str) -> bool:
     """Whether autocast is enabled for a device type; False for those that know no autocast."""
-    # Asking is an error for such a type ("meta"), so the cheap question comes first.
-    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type)
+    if not torch._C._is_any_autocast_enabled():  # the usual case, and much the cheapest question
+        return False
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The products run in the dtype that was chosen for the layer, whatever autocast says."""
     if autocast_is_on(device.type):
         return torch.autocast(device.type, enabled=False)
@@ -151,17 +169,19 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
 
 # oneDNN's product, which torch.compile's CPU backend calls too. torch's own float32 matmul goes to
 # MKL, which on AMD processors ran at 175-200 GFLOP/s beside this one's 430 (two Zen 5 cores,
-# 3200 x 512 x 2048). Below the size its set-up costs more than that gains.
+# 3200 x 512 x 2048).
 _onednn_linear = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if torch.backends.mkldnn.is_available()
     else None
 )
-_ONEDNN_MIN_MACS = 1_000_000
+_ONEDNN_MIN_MACS = 1_000_000  # below, its set-up (about 12 us) costs more than it gains
 
-
-# Up to this many rows the core makes the input product too, on the team that is there already.
+# Up to this many rows the core makes the input product too, on the team that is there already:
+# 10-25 % of a whole call at T 25-100, B 1-4, H 64-512 on the same machine.
 _CORE_INPUT_ROWS = 128
+# Up to this many sequences a single step is like any other; of more, packing W_hh for one use
+# costs more than a product by torch.
 _CORE_ONE_STEP_ROWS = 4
 
 
@@ -169,6 +189,8 @@ def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (m, k) times the transpose of w (n, k), plus bias (n)."""
     large = x.size(0) * x.size(1) * w.size(0) >= _ONEDNN_MIN_MACS
     if large and x.dtype == torch.float32 and _onednn_linear and torch.backends.mkldnn.enabled:
+        # It reads the bias as if it were contiguous.
+        bias = None if bias is None else bias.contiguous()
         return _onednn_linear(x, w, bias, "none", [], "")
     return torch.nn.functional.linear(x, w, bias)
 
@@ -194,10 +216,10 @@ def _matmul(a: Tensor, w: Tensor, *, a_transposed: bool = False) -> Tensor:
         N=N,
         K=K,
         a_transposed=a_transposed,
-        a=a.data_ptr(),
-        w=w.data_ptr(),
-        out=out.data_ptr(),
-        workspace=workspace.data_ptr(),
+        a=_address(a),
+        w=_address(w),
+        out=_address(out),
+        workspace=_address(workspace),
     )
     return out
 
@@ -224,8 +246,23 @@ def _allocate(like: Tensor, *size: int, zero: bool, dtype: torch.dtype | None = 
     return (like.new_zeros if zero else like.new_empty)(size, dtype=dtype)
 
 
+_kept = threading.local()
+_KEEP_BYTES = 64 << 20
+
+
 def _workspace(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8)
+    """Scratch for one call of the core, on the CPU, contents arbitrary.
+
+    One buffer is kept per thread, up to a limit: glibc returns large ones to the system, and taking
+    their pages anew cost up to a fifth of a call (H 1024 to 2048).
+    """
+    buffer: Tensor | None = getattr(_kept, "buffer", None)
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False):
+            buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+        if size <= _KEEP_BYTES:
+            _kept.buffer = buffer
+    return buffer
 
 
 def layer_forward(
@@ -253,16 +290,17 @@ def layer_forward(
     H, P, I, acc = c0.size(1), h0.size(1), x.size(1), _acc_dtype(x.dtype)
     padding = steps.has_padding
     w_hh: Tensor | None = w.w_hh
-    core_input: Tensor | None = None  # x, if the core makes the input product itself
+    w_ih: Tensor | None = None  # with core_input, if the core makes the input product itself
+    core_input: Tensor | None = None
     # One step of many sequences: h0 is known, so its product needs no packed weights either.
     one_step = steps.T == 1 and steps.B > _CORE_ONE_STEP_ROWS and w.w_hr is None
     if steps.rows <= _CORE_INPUT_ROWS and not one_step:
-        core_input = x.to(acc).contiguous()
+        core_input, w_ih = x.to(acc).contiguous(), w.w_ih
         gx = x.new_empty((steps.rows, 4 * H), dtype=acc)
     else:
         biases = [b.to(acc) for b in (w.b_ih, w.b_hh) if b is not None]
         bias = sum(biases[1:], *biases[:1]) if biases else None
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             gx = _linear(x.to(acc), w.w_ih.to(acc), bias)
             if one_step:
                 start = h0 if steps.reset_mask is None else h0.masked_fill(steps.reset_mask.T, 0)
@@ -271,7 +309,9 @@ def layer_forward(
     y = _allocate(x, steps.rows, P, zero=padding)
     h_n, c_n = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
     gates = gx if save else None  # the core reads a row's gx before it writes its gates
-    c_seq = _allocate(x, steps.rows, H, zero=padding, dtype=acc) if save or cells else None
+    c_seq = (
+        _allocate(x, steps.rows, H, zero=padding and cells, dtype=acc) if save or cells else None
+    )
     threads = torch.get_num_threads()
     code = _DTYPE_CODE[x.dtype]
     workspace = _workspace(
@@ -287,8 +327,7 @@ def layer_forward(
             w.w_hr is not None,
         )
     )
-    w_ih, w_hh = w.w_ih.contiguous(), None if w_hh is None else w_hh.contiguous()
-    b_ih, b_hh, w_hr = (t if t is None else t.contiguous() for t in (w.b_ih, w.b_hh, w.w_hr))
+    weights = LayerWeights(*(None if t is None else t.contiguous() for t in (w_ih, w_hh, *w[2:])))
     h0, c0 = h0.contiguous(), c0.contiguous()
     _C.cpu_forward(
         dtype=code,
@@ -297,21 +336,21 @@ def layer_forward(
         H=H,
         P=P,
         I=I,
-        gx=gx.data_ptr(),
+        gx=_address(gx),
         x=_address(core_input),
-        w_ih=w_ih.data_ptr(),
-        b_ih=_address(b_ih),
-        b_hh=_address(b_hh),
-        w_hh=_address(w_hh),
-        w_hr=_address(w_hr),
-        h0=h0.data_ptr(),
-        c0=c0.data_ptr(),
+        w_ih=_address(weights.w_ih),
+        b_ih=_address(weights.b_ih),
+        b_hh=_address(weights.b_hh),
+        w_hh=_address(weights.w_hh),
+        w_hr=_address(weights.w_hr),
+        h0=_address(h0),
+        c0=_address(c0),
         gates=_address(gates),
         c_seq=_address(c_seq),
-        y=y.data_ptr(),
-        h_n=h_n.data_ptr(),
-        c_n=c_n.data_ptr(),
-        workspace=workspace.data_ptr(),
+        y=_address(y),
+        h_n=_address(h_n),
+        c_n=_address(c_n),
+        workspace=_address(workspace),
     )
     return y, h_n, c_n, gates, c_seq
 
@@ -352,18 +391,18 @@ def layer_backward(
         dy (rows, P), dh_n (B, P), dc_n (B, H), dcells (rows, H): gradients of the outputs, None
             for zero. The rest: inputs and results of :func:`layer_forward` with ``save``.
     """
-    H, P, acc, dtype = c0.size(1), h0.size(1), gates.dtype, x.dtype
-    one_step = steps.T == 1 and w.w_hr is None
+    H, P, dtype = c0.size(1), h0.size(1), x.dtype
+    one_step = steps.T == 1 and w.w_hr is None  # then dh0 needs one product, without packing
     padding = steps.has_padding
     if dy is not None and dy.size(1) > 1 and dy.stride(1) != 1:
         dy = dy.contiguous()
     dh_n, dc_n, dcells = (g if g is None else g.contiguous() for g in (dh_n, dc_n, dcells))
-    h0, c0 = h0.contiguous(), c0.contiguous()
+    h0, c0, y, gates, c_seq = (t.contiguous() for t in (h0, c0, y, gates, c_seq))
     w_hh = None if one_step else w.w_hh.contiguous()
     w_hr = None if w.w_hr is None else w.w_hr.contiguous()
     dgates = _allocate(gates, steps.rows, 4 * H, zero=padding)
-    h_prev = _allocate(y, steps.rows, P, zero=padding) if wanted.w_hh else None
-    dr = None if w_hr is None else _allocate(gates, steps.rows, P, zero=padding)
+    h_prev = y.new_empty(steps.rows, P) if wanted.w_hh else None
+    dr = None if w_hr is None else gates.new_empty(steps.rows, P)
     dh0, dc0 = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
     threads = torch.get_num_threads()
     code = _DTYPE_CODE[dtype]
@@ -378,33 +417,33 @@ def layer_backward(
         P=P,
         w_hh=_address(w_hh),
         w_hr=_address(w_hr),
-        h0=h0.data_ptr(),
-        c0=c0.data_ptr(),
-        y=y.data_ptr(),
-        gates=gates.data_ptr(),
-        c_seq=c_seq.data_ptr(),
+        h0=_address(h0),
+        c0=_address(c0),
+        y=_address(y),
+        gates=_address(gates),
+        c_seq=_address(c_seq),
         dy=_address(dy),
         dy_stride=0 if dy is None else dy.stride(0),
         dh_n=_address(dh_n),
         dc_n=_address(dc_n),
         dcells=_address(dcells),
-        dgates=dgates.data_ptr(),
+        dgates=_address(dgates),
         h_prev=_address(h_prev),
         dr=_address(dr),
-        dh0=dh0.data_ptr(),
-        dc0=dc0.data_ptr(),
-        workspace=workspace.data_ptr(),
+        dh0=_address(dh0),
+        dc0=_address(dc0),
+        workspace=_address(workspace),
     )
-    with _without_autocast(x.device):
+    with without_autocast(x.device):
         if one_step and wanted.h0:
-            product = dgates @ w.w_hh.to(acc)
+            product = _matmul(dgates, w.w_hh)
             if steps.reset_mask is not None:
                 product.masked_fill_(steps.reset_mask.T, 0)
             dh0 += product.to(dtype)
         dx = _matmul(dgates, w.w_ih).to(dtype) if wanted.x else None
-        # What lies in the padding of x may be anything, NaN too: its zero gradient must not
-        # meet it.
-        real = steps.active_rows() if padding else None
+        # What lies in the padding of x, and of what the core left untouched there, may be
+        # anything, NaN too: its zero gradient must not meet it.
+        real = steps.active_rows if padding else None
 
         def rows(tensor: Tensor) -> Tensor:
             return tensor if real is None else tensor.index_select(0, real)
@@ -419,7 +458,7 @@ def layer_backward(
         db = dgates.sum(0).to(dtype) if wanted.b_ih or wanted.b_hh else None
         dw_hr = None
         if wanted.w_hr and dr is not None:
-            cell_out = rows(gates)[:, 3 * H :] * rows(c_seq).tanh()
+            cell_out = rows(gates[:, 3 * H :]) * rows(c_seq).tanh()
             dw_hr = over_rows(rows(dr), cell_out)
     return LayerGrads(
         x=dx,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -69,7 +70,9 @@ class Steps:
         T, B = batch_sizes.numel(), int(batch_sizes[0])
         ends = batch_sizes.cumsum(0)
         # Sequence b is as long as there are steps with more than b sequences.
-        lengths = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(B), right=True)
+        lengths = T - torch.searchsorted(
+            batch_sizes.flip(0), torch.arange(B, device="cpu"), right=True
+        )
         return Steps(T, B, rows=int(ends[-1]), offsets=ends - batch_sizes, lengths=lengths)
 
     @property
@@ -80,9 +83,10 @@ class Steps:
     def active(self) -> Tensor:
         """bool (T, B): which sequences take which step."""
         if self.lengths is None:
-            return torch.ones(self.T, self.B, dtype=torch.bool)
-        return torch.arange(self.T).unsqueeze(1) < self.lengths
+            return torch.ones(self.T, self.B, dtype=torch.bool, device="cpu")
+        return torch.arange(self.T, device="cpu").unsqueeze(1) < self.lengths
 
+    @functools.cached_property
     def active_rows(self) -> Tensor:
         """int64: the rows that are not padding, ascending."""
         active = self.active()
@@ -91,7 +95,7 @@ class Steps:
     def to_time_major(self, rows: Tensor) -> Tensor:
         """(rows, n) as (T, B, n), differentiably; what a packed sequence lacks is arbitrary."""
         if self.offsets is not None:
-            index = self.offsets.unsqueeze(1) + torch.arange(self.B)
+            index = self.offsets.unsqueeze(1) + torch.arange(self.B, device="cpu")
             return rows[index.where(self.active(), 0).to(rows.device)]
         if self.batch_first:
             return rows.view(self.B, self.T, rows.size(1)).transpose(0, 1)
@@ -111,7 +115,8 @@ def _checked_lengths(lengths: Tensor, T: int, B: int) -> Tensor:
         raise TypeError(f"lengths should have an integer dtype, got {lengths.dtype}")
     if lengths.shape != (B,):
         raise ValueError(f"Expected lengths of size {(B,)}, got {tuple(lengths.shape)}")
-    lengths = lengths.to("cpu", torch.int64).contiguous()
+    # A copy: backward reads it again, whatever the caller does to the tensor meanwhile.
+    lengths = lengths.detach().to("cpu", torch.int64, copy=True).contiguous()
     if B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
         raise ValueError(
             f"Expected lengths between 0 and the number of steps, {T}, got values from "
@@ -128,4 +133,5 @@ def _checked_reset_mask(reset_mask: Tensor, T: int, B: int, batch_first: bool) -
     expected = (B, T) if batch_first else (T, B)
     if reset_mask.shape != expected:
         raise ValueError(f"Expected reset_mask of size {expected}, got {tuple(reset_mask.shape)}")
-    return (reset_mask.T if batch_first else reset_mask).cpu().contiguous()
+    mask = (reset_mask.T if batch_first else reset_mask).detach()
+    return mask.to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -3,7 +3,7 @@
 // Steps are walked against the order forward took them. Each thread owns a slice of the hidden
 // units: it turns dh_t, dc_t into its columns of dgates_t, waits for the others' columns, and
 // multiplies all of dgates_t with its columns of W_hh to get its slice of dh_{t-1}. One barrier a
-// step (two more with a projection): dgates has memory of its own for every step.
+// step (two with a projection): dgates has memory of its own for every step.
 //
 // Weight gradients are not formed here: they are one matrix product each over all steps.
 #pragma once

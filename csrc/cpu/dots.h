@@ -28,8 +28,8 @@ bool dots_suit(int64_t K) {
 template <class V, int D, int... Lane>
 LSTM_EXT_INLINE V fold(V a, V b, std::integer_sequence<int, Lane...>) {
   constexpr int count = sizeof...(Lane);
-  const V same = __builtin_shufflevector(a, b, ((Lane & D) ? count + Lane : Lane)...);
-  const V other = __builtin_shufflevector(a, b, ((Lane & D) ? count + (Lane ^ D) : Lane ^ D)...);
+  const V same = shuffle<((Lane & D) ? count + Lane : Lane)...>(a, b);
+  const V other = shuffle<((Lane & D) ? count + (Lane ^ D) : Lane ^ D)...>(a, b);
   return same + other;
 }
 
@@ -56,7 +56,8 @@ constexpr int kDotSums = 8;
 // a. `last` is the index of the last row of weights that exists; later ones repeat it.
 //
 // Few streams are read side by side: rows of weights often lie a power of two apart, and more of
-// them than L1 has ways would evict each other. Registers left over split each sum along k.
+// them than L1 has ways would evict each other. Registers left over split each sum along k, so
+// the order of the sum depends on R, though not on the number of threads.
 template <class A, class S, int R>
 __attribute__((noinline)) void dots(const A* const* a, const S* w, int64_t last, int64_t K, A* out,
                                     int64_t out_stride) {

@@ -7,7 +7,7 @@ namespace lstm_ext {
 
 struct CpuKernels {
   const char* name;
-  int64_t (*forward_workspace)(const LstmForward&);  // bytes; pointers other than w_* unread
+  int64_t (*forward_workspace)(const LstmForward&);  // bytes; of pointers, whether null counts
   int64_t (*backward_workspace)(const LstmBackward&);
   int64_t (*matmul_workspace)(const Matmul&);
   void (*forward)(const LstmForward&);

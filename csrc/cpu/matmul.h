@@ -1,5 +1,5 @@
 // The products of backward over all steps at once: out = a w, or a^T w, on the same tiles as the
-// recurrence. (Forward's input product needs no transpose and goes to oneDNN.)
+// recurrence.
 //
 // The longer side of out is shared among the threads, which need nothing of each other. K is cut
 // into slices, so that a slice of packed w and of transposed a stays in L2; slices are added in
@@ -19,19 +19,24 @@ class MatmulOf {
   struct Scratch {
     Member<A> member;
     A* w;  // [blocks of N][kSlice][lanes]
-    A* a;  // [M][kSlice], transposed; null if a is not
+    A* a;  // [M][a_stride_], transposed; null if a is not
   };
 
  public:
   explicit MatmulOf(const Matmul& p)
-      : p_(p), a_stride_((std::min(p.K, kSlice) + L - 1) / L * L + L) {
+      : p_(p), by_rows_(p.M >= p.N), a_stride_((std::min(p.K, kSlice) + L - 1) / L * L + L) {
     Arena arena(p.workspace);
+    const int64_t w_size = blocks_of<A>(p.N) * L * std::min(p.K, kSlice);
+    const int64_t a_size = p.a_transposed ? blocks_of<A>(p.M) * L * a_stride_ : 0;
     scratch_ = arena.take<Scratch>(p.threads);
+    // The threads' parts of the longer side do not overlap and share one buffer.
+    A* shared = arena.take<A>(by_rows_ ? a_size : w_size);
     for (int i = 0; i < p.threads; ++i) {
       Scratch s{};
       Member<A>::take(arena, 1, p.M, &s.member);
-      s.w = arena.take<A>(blocks_of<A>(p.N) * L * std::min(p.K, kSlice));
-      s.a = arena.take<A>(p.a_transposed ? blocks_of<A>(p.M) * L * a_stride_ : 0);
+      A* own = arena.take<A>(by_rows_ ? w_size : a_size);
+      s.w = by_rows_ ? own : shared;
+      s.a = by_rows_ ? shared : own;
       if (p.workspace) scratch_[i] = s;
     }
     workspace_ = arena.used();
@@ -40,6 +45,7 @@ class MatmulOf {
   int64_t workspace() const { return workspace_; }
 
   void run() {
+    // A team is started for this product alone, which costs more than meeting once.
     const int64_t useful = std::max<int64_t>(1, p_.M * p_.N * p_.K / (4 * kMacsPerThread));
     run_team(int(std::min<int64_t>(p_.threads, useful)),
              [this](int thread, int threads) { work(thread, threads); });
@@ -47,10 +53,9 @@ class MatmulOf {
 
  private:
   void work(int thread, int threads) {
-    const bool by_rows = p_.M >= p_.N;
     const int64_t row_blocks = blocks_of<A>(p_.M), blocks = blocks_of<A>(p_.N);
-    const Range rows = by_rows ? share(row_blocks, threads, thread) : Range{0, row_blocks};
-    const Range columns = by_rows ? Range{0, blocks} : share(blocks, threads, thread);
+    const Range rows = by_rows_ ? share(row_blocks, threads, thread) : Range{0, row_blocks};
+    const Range columns = by_rows_ ? Range{0, blocks} : share(blocks, threads, thread);
     const int64_t m0 = rows.begin * L, m1 = std::min(p_.M, rows.end * L);
     if (m0 >= m1 || columns.size() == 0) return;
     Scratch& s = scratch_[thread];
@@ -58,13 +63,15 @@ class MatmulOf {
     for (int64_t k0 = 0; k0 < p_.K; k0 += kSlice) {
       const int64_t length = std::min(kSlice, p_.K - k0);
       const S* w = static_cast<const S*>(p_.w) + k0 * p_.N;
-      pack_matrix(w, p_.N, length, false, columns, s.member, 1, s.w);
+      // Blocks start where they would in a whole slice: another thread may be at a shorter one.
+      A* packed = s.w + columns.begin * L * (std::min(p_.K, kSlice) - length);
+      pack_matrix(w, p_.N, length, false, columns, s.member, 1, packed);
       if (p_.a_transposed) transpose_slice(k0, length, m0, m1, s.a);
       for (int64_t m = m0; m < m1; ++m) {
         s.member.a[m - m0] =
             p_.a_transposed ? s.a + m * a_stride_ : static_cast<const A*>(p_.a) + m * p_.K + k0;
       }
-      for_panels(columns, s.member, m1 - m0, length, s.w,
+      for_panels(columns, s.member, m1 - m0, length, packed,
                  [&](int64_t block, int vectors, int64_t r, const A* sums) {
                    for (int v = 0; v < vectors; ++v) {
                      const int64_t j = (block + v) * L;
@@ -94,6 +101,7 @@ class MatmulOf {
   }
 
   const Matmul& p_;
+  const bool by_rows_;      // threads share the rows of out, else its columns
   const int64_t a_stride_;  // of transposed rows: not a power of two
   Scratch* scratch_;
   int64_t workspace_;

@@ -5,7 +5,8 @@
 // sequences that have ended are left out of the list, a reset state is a pointer to zeros.
 //
 // Every output element is summed over k in order, whatever the tile it falls in: results do not
-// depend on the batch around a sequence nor on the number of threads.
+// depend on the batch around a sequence nor on the number of threads. (Those of dots.h depend on
+// how many sequences there are.)
 #pragma once
 
 #include <algorithm>

@@ -167,6 +167,7 @@ template <class A, class Done>
 void for_panels(Range blocks, const Member<A>& m, int64_t rows, int64_t K, const A* packed,
                 Done&& done) {
   constexpr int L = Lanes<A>::kCount;
+  if (!K) std::memset(m.acc, 0, 2 * Member<A>::kAcc * sizeof(A));
   for (int64_t block = blocks.begin; block < blocks.end;) {
     const int vectors = int(std::min<int64_t>(kPanelVectors, blocks.end - block));
     const int panels = rows == 1 && blocks.end - block >= 2 * kPanelVectors ? 2 : 1;
@@ -175,8 +176,6 @@ void for_panels(Range blocks, const Member<A>& m, int64_t rows, int64_t K, const
       if (K) {
         product<A>(m.a + r0, count, K, packed + block * K * L, vectors, panels, vectors * K * L,
                    m.acc, Member<A>::kAcc);
-      } else {
-        std::memset(m.acc, 0, 2 * Member<A>::kAcc * sizeof(A));
       }
       for (int p = 0; p < panels; ++p) {
         for (int r = 0; r < count; ++r) {

@@ -201,14 +201,25 @@ LSTM_EXT_INLINE Vec<A> rounded_to(Vec<A> v) {
   return load_full<A>(part);
 }
 
+// Lane i of the result is lane Index[i] of a and b, counted through.
+template <int... Index, class V>
+LSTM_EXT_INLINE V shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, Index...);
+#else
+  using Mask = decltype(a < b);
+  return __builtin_shuffle(a, b, Mask{Index...});
+#endif
+}
+
 // In-register transpose of a kCount x kCount block, log2(kCount) exchanges between rows that lie
 // D apart.
 template <class V, int D, int... Lane>
 LSTM_EXT_INLINE void exchange(V& low, V& high, std::integer_sequence<int, Lane...>) {
   constexpr int count = sizeof...(Lane);
   const V a = low, b = high;
-  low = __builtin_shufflevector(a, b, ((Lane & D) ? count + Lane - D : Lane)...);
-  high = __builtin_shufflevector(a, b, ((Lane & D) ? count + Lane : Lane + D)...);
+  low = shuffle<((Lane & D) ? count + Lane - D : Lane)...>(a, b);
+  high = shuffle<((Lane & D) ? count + Lane : Lane + D)...>(a, b);
 }
 
 template <class A, int D = 1>
