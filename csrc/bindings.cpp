@@ -186,6 +186,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return lstm_ext::cpu_kernels().name; }, "The CPU kernel set in use.");
   m.def("select_cpu_isa", &lstm_ext::select_cpu_kernels, "name"_a,
         "Chooses the CPU kernel set; false, and nothing changes, if it does not run here.");
+  m.def("openmp_grants", &lstm_ext::openmp_grants, "threads"_a,
+        "Whether OpenMP gives a team that many threads.");
   // dtype codes: enum Dtype in params.h, where every argument is described.
   py::class_<lstm_ext::Steps>(m, "Steps")
       .def(py::init(&steps), py::kw_only(), "T"_a, "B"_a, "rows"_a, "stride_t"_a, "stride_b"_a,

@@ -7,7 +7,7 @@ messages. nn.LSTM itself is no base class here: torch.compile refuses its subcla
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +72,18 @@ class LSTMBase(nn.RNNBase):
     @property
     def _flat_weights(self) -> list[Tensor | None]:
         return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
+        # Code for nn.LSTM rebuilds the list after it replaced a parameter: nothing to do here.
+        current = self._flat_weights
+        if len(weights) != len(current) or any(
+            a is not b for a, b in zip(weights, current, strict=True)
+        ):
+            raise AttributeError(
+                "_flat_weights only mirrors the module's attributes here; expected the tensors of "
+                f"{', '.join(self._flat_weights_names)}: set those attributes instead"
+            )
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is no flat buffer. Here for code written for nn.LSTM."""

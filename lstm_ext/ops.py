@@ -187,8 +187,14 @@ _CORE_ONE_STEP_ROWS = 4
 
 def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (m, k) times the transpose of w (n, k), plus bias (n)."""
-    large = x.size(0) * x.size(1) * w.size(0) >= _ONEDNN_MIN_MACS
-    if large and x.dtype == torch.float32 and _onednn_linear and torch.backends.mkldnn.enabled:
+    if (
+        _onednn_linear
+        and x.dtype == torch.float32
+        and x.size(0) * x.size(1) * w.size(0) >= _ONEDNN_MIN_MACS
+        and torch.backends.mkldnn.enabled
+        # With fewer threads than it asked for, oneDNN leaves parts of its result unwritten.
+        and _C.openmp_grants(torch.get_num_threads())
+    ):
         # It reads the bias as if it were contiguous.
         bias = None if bias is None else bias.contiguous()
         return _onednn_linear(x, w, bias, "none", [], "")

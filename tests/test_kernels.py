@@ -297,6 +297,35 @@ def test_instruction_set_by_environment():
     assert "got 'sse9'" in failed.stderr and "portable" in failed.stderr
 
 
+@pytest.mark.parametrize("limit", ["OMP_THREAD_LIMIT=1", "OMP_DYNAMIC=true"])
+def test_openmp_grants_fewer_threads(limit):
+    """Right numbers all the same, where nn.LSTM's training on oneDNN gives wrong ones."""
+    code = """
+import sys; sys.path[:0] = sys.argv[1:]
+import torch
+from lstm_ext import ops
+assert not ops._C.openmp_grants(4)
+torch.set_num_threads(4)
+from cases import Case, compare
+import lstm_ext
+case = Case(T=20, B=33, I=80, H=64, layers=2, bidirectional=True, dtype=torch.float32)
+module = case.module()
+ours = case.run(lstm_ext.LSTM.from_torch(module))
+truth = case.run(module, torch.float64)
+for name in truth:
+    scale = max(1.0, truth[name].abs().max().item())
+    torch.testing.assert_close(ours[name].double(), truth[name], rtol=1e-5, atol=1e-5 * scale)
+"""
+    name, value = limit.split("=")
+    done = subprocess.run(
+        [sys.executable, "-c", code, os.path.dirname(__file__)],
+        env={**os.environ, name: value},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_unknown_instruction_set():
     before = ops.cpu_isa()
     with pytest.raises(ValueError, match="got 'mmx'"):

@@ -334,3 +334,13 @@ def test_subclasses():
     x = torch.randn(2, 5, 3)
     assert_close(ours(x)[0], 2 * plain(x)[0], **BITS)
     assert repr(ours) == "Loud(3, 4, batch_first=True)"
+
+
+def test_flat_weights_may_be_rebuilt_but_not_replaced():
+    """The idiom of weight-drop code: replace a parameter, then make the list anew."""
+    module = lstm_ext.LSTM(3, 4)
+    module.weight_hh_l0 = torch.nn.Parameter(torch.zeros(16, 4))
+    module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    assert module._flat_weights[1] is module.weight_hh_l0
+    with pytest.raises(AttributeError, match="set those attributes instead"):
+        module._flat_weights = [w.detach().clone() for w in module._flat_weights]

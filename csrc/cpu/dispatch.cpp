@@ -1,3 +1,5 @@
+#include <omp.h>
+
 #include <atomic>
 #include <cstring>
 
@@ -14,8 +16,7 @@ struct Runnable {
 #if defined(__x86_64__)
     const CpuFeatures cpu = cpu_features();
     const bool avx2 = cpu.avx2 && cpu.fma && cpu.f16c;
-    const bool avx512 =
-        cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl && cpu.avx512cd;
+    const bool avx512 = cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl && cpu.avx512cd;
     if (avx2 && avx512) list[count++] = &kKernelsAvx512;
     if (avx2) list[count++] = &kKernelsAvx2;
 #endif
@@ -47,6 +48,11 @@ bool select_cpu_kernels(const char* name) {
     }
   }
   return false;
+}
+
+bool openmp_grants(int threads) {
+  return threads == 1 ||
+         (!omp_get_dynamic() && omp_get_thread_limit() >= threads && !omp_in_parallel());
 }
 
 }  // namespace lstm_ext

@@ -30,4 +30,8 @@ const CpuKernels& cpu_kernels();
 // Returns false, changing nothing, if no set of that name runs here.
 bool select_cpu_kernels(const char* name);
 
+// Whether OpenMP gives a team as many threads as are asked for. It gives fewer under
+// OMP_DYNAMIC or OMP_THREAD_LIMIT; these kernels then share the work anew, oneDNN goes wrong.
+bool openmp_grants(int threads);
+
 }  // namespace lstm_ext
