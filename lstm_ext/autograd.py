@@ -73,6 +73,9 @@ def _lstm_layer(
             "lstm_ext cannot be traced by torch.jit.trace, torch.export or make_fx, which would "
             "record nothing of the native core. Trace the module that to_torch() returns."
         )
+    # A tensor that is negated lazily has the memory of its opposite.
+    x, h0, c0 = x.resolve_neg(), h0.resolve_neg(), c0.resolve_neg()
+    weights = LayerWeights(*(w if w is None else w.resolve_neg() for w in weights))
     ops.check_layer(x, h0, c0, weights, steps)
     if not ops.has_native_kernels(x.device):
         if device != "meta":

@@ -400,6 +400,7 @@ def layer_backward(
     H, P, dtype = c0.size(1), h0.size(1), x.dtype
     one_step = steps.T == 1 and w.w_hr is None  # then dh0 needs one product, without packing
     padding = steps.has_padding
+    dy, dh_n, dc_n, dcells = (g if g is None else g.resolve_neg() for g in (dy, dh_n, dc_n, dcells))
     if dy is not None and dy.size(1) > 1 and dy.stride(1) != 1:
         dy = dy.contiguous()
     dh_n, dc_n, dcells = (g if g is None else g.contiguous() for g in (dh_n, dc_n, dcells))

@@ -58,9 +58,10 @@ def lstm_layer(
         t = torch.arange(steps, device=x.device)  # (T,)
         active = t[:, None] < lengths.to(x.device)  # (T, B)
         x = torch.where(active[:, :, None], x, 0)  # (T, B, I); a NaN in the padding ends here
-    gx = F.linear(x, w_ih, b_ih)  # (T, B, 4H)
-    y = [gx.new_empty(0)] * steps  # T of (B, P), filled below
-    cells = [gx.new_empty(0)] * steps  # T of (B, H), filled below
+    # Unbound, since the derivative of an index into the whole would be as large as the whole.
+    gx = F.linear(x, w_ih, b_ih).unbind(0)  # T of (B, 4H)
+    y = [h0] * steps  # T of (B, P), filled below
+    cells = [c0] * steps  # T of (B, H), filled below
     h, c = h0, c0  # (B, P), (B, H)
     for t in reversed(range(steps)) if reverse else range(steps):
         h_prev, c_prev = h, c  # (B, P), (B, H)

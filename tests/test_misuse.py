@@ -148,3 +148,34 @@ def test_one_workspace_for_calls_of_any_size():
     assert ops._kept.buffer is kept
     y.sum().backward()
     assert small.weight_hh_l0.grad.isfinite().all()
+
+
+def test_lazily_negated_tensors():
+    """Input, states, weights and cotangents with torch's negative bit set."""
+    module = lstm_ext.LSTM(3, 4, **F64)
+    x, h0, c0 = (torch.randn(s, **F64) for s in ((5, 2, 3), (1, 2, 4), (1, 2, 4)))
+    cotangent = torch.randn(5, 2, 4, **F64)
+    names = list(dict(module.named_parameters()))
+
+    def run(flip):
+        weights = {n: flip(p.detach()).requires_grad_() for n, p in module.named_parameters()}
+        y = torch.func.functional_call(module, weights, (flip(x), (flip(h0), flip(c0))))[0]
+        return [y, *torch.autograd.grad(y, [weights[n] for n in names], flip(cotangent))]
+
+    lazy = run(lambda t: torch._neg_view(-t))
+    for a, b in zip(lazy, run(lambda t: t), strict=True):
+        torch.testing.assert_close(a.resolve_neg(), b, **tol(torch.float64))
+
+
+def test_second_derivative_memory_is_linear_in_the_steps():
+    """Bytes allocated by the second pass: twice the steps, about twice the bytes."""
+
+    def allocated(steps):
+        module = lstm_ext.LSTM(8, 8)
+        x = torch.randn(steps, 4, 8, requires_grad=True)
+        (first,) = torch.autograd.grad(module(x)[0].pow(2).sum(), x, create_graph=True)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            first.pow(2).sum().backward()
+        return sum(max(0, e.self_cpu_memory_usage) for e in profile.key_averages())
+
+    assert allocated(80) < 2.5 * allocated(40)
