@@ -4,11 +4,13 @@
 #   make test TORCH="torch==2.11.0"        another torch, before the first set-up
 #   make test ARGS="-k lengths -x"         what follows goes to the command that is run
 #   LSTM_EXT_CUDA=0 make test              the build's own switches: see README.md
+#   make gpu PYTHON=python3 OUT=results    with that Python as it is, and nothing installed
 
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 ARGS   ?=
+OUT    ?= gpu-results
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
@@ -23,7 +25,7 @@ CXX_FILES = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -nam
 BUILD = $(BIN)/python setup.py --quiet build_ext --inplace
 
 .DEFAULT_GOAL := help
-.PHONY: help build test demo bench lint format wheel clean distclean
+.PHONY: help build test demo bench gpu toolkit lint format wheel clean distclean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -42,6 +44,12 @@ $(VENV)/.extra-%: pyproject.toml $(VENV)/.torch
 	$(PIP) install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@
 
+# nvcc for the build, on a machine that has an NVIDIA driver and no CUDA toolkit.
+toolkit: $(VENV)/.torch
+	$(BIN)/python tools/toolkit.py
+
+$(VENV)/.extra-demo: | toolkit
+
 $(VENV)/.lint: pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet $(LINTERS)
 	touch $@
@@ -53,13 +61,23 @@ test: $(VENV)/.extra-test  ## the test suite
 	$(BUILD)
 	$(BIN)/python -m pytest -q $(ARGS)
 
-demo: $(VENV)/.extra-demo  ## a character language model, beside nn.LSTM
+demo: toolkit $(VENV)/.extra-demo  ## a character language model, beside nn.LSTM
 	$(BUILD)
 	$(BIN)/python examples/char_lm.py $(ARGS)
 
 bench: $(VENV)/.extra-test  ## timings beside nn.LSTM; ARGS="--help" tells what there is
 	$(BUILD)
 	$(BIN)/python -m bench $(ARGS)
+
+# A Python that was named is taken as it is; $(VENV) is neither made nor used then.
+ifeq ($(origin PYTHON),file)
+gpu: toolkit $(VENV)/.extra-test
+gpu: GPU_PYTHON = $(BIN)/python
+else
+gpu: GPU_PYTHON = $(PYTHON)
+endif
+gpu:  ## build, tests, sanitizers and benchmarks on a GPU; OUT=folder, ARGS="--help"
+	$(GPU_PYTHON) tools/gpu.py --out "$(OUT)" $(ARGS)
 
 lint: $(VENV)/.lint  ## check style and format; changes nothing
 	$(BIN)/ruff check .

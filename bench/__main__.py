@@ -146,9 +146,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             "(torch.cuda.is_available() is False); use --device cpu"
         )
     try:
-        import lstm_ext  # noqa: F401
+        import lstm_ext
     except ImportError as error:
         parser.error(f"cannot import lstm_ext ({error}); install it first: pip install .")
+
+    try:
+        native = lstm_ext.ops.has_native_kernels(torch.device(args.device))
+    except RuntimeError as error:
+        parser.error(str(error))
+    if not native:
+        parser.error(
+            f"--device {args.device}: this lstm_ext has no kernels for it and would time its plain "
+            "torch loop; `python -m lstm_ext` tells why"
+        )
 
     problems = [p for p in SUITES[args.suite] if args.rows is None or args.rows.search(p.name)]
     if not problems:

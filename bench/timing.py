@@ -145,11 +145,12 @@ def seconds(call: Callable[[], object], times: int, device: torch.device) -> flo
         return time.perf_counter() - begin
     begin_event = torch.cuda.Event(enable_timing=True)
     end_event = torch.cuda.Event(enable_timing=True)
+    stream = torch.cuda.current_stream(device)
     torch.cuda.synchronize(device)
-    begin_event.record()
+    begin_event.record(stream)
     for _ in range(times):
         call()
-    end_event.record()
+    end_event.record(stream)
     torch.cuda.synchronize(device)
     return begin_event.elapsed_time(end_event) / 1e3
 
@@ -166,6 +167,12 @@ def warm_up(call: Callable[[], object], min_sample: float, device: torch.device)
     # One sample that a neighbour slowed down would make every later one too short.
     fastest = min(spent, *(seconds(call, times, device) for _ in range(2)))
     return math.ceil(times * min_sample / fastest)
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives back what the last row, or a module that ran out of memory, left in torch's cache."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def one_line(error: Exception) -> str:
@@ -186,6 +193,7 @@ def run_row(
 ) -> Row:
     """Times one problem; whatever one module cannot run is said in its ``error``."""
     torch.manual_seed(0)
+    free_memory(device)
     row = Row(problem, mode, Timing(), Timing())
     reference = build(peer, problem)
     x = make_input(problem, dtype, device)
@@ -209,6 +217,7 @@ def run_row(
             timing.inner = warm_up(call, min_sample, device)
         except Exception as error:  # A row that a module refuses is a result, not a crash.
             timing.error = one_line(error)
+            free_memory(device)
         else:
             calls.append((timing, call))
 

@@ -2,10 +2,12 @@
 // tensors, contiguous but for dy, that lstm_ext.ops has checked and keeps alive; 0 is null.
 #include <pybind11/pybind11.h>
 
+#include "bind_steps.h"
 #include "build_info.h"
 #include "cpu/kernels.h"
 #include "params.h"
 #ifdef LSTM_EXT_WITH_CUDA
+#include "cuda/bindings.h"
 #include "cuda/device_info.h"
 #endif
 
@@ -43,23 +45,10 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-lstm_ext::Steps steps(int64_t T, int64_t B, int64_t rows, int64_t stride_t, int64_t stride_b,
-                      Address offsets, Address lengths, Address reset, bool reverse) {
-  return {T,
-          B,
-          rows,
-          stride_t,
-          stride_b,
-          pointer<const int64_t>(offsets),
-          pointer<const int64_t>(lengths),
-          pointer<const uint8_t>(reset),
-          reverse};
-}
-
 void cpu_forward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H, int64_t P,
                  int64_t I, Address gx, Address x, Address w_ih, Address b_ih, Address b_hh,
                  Address w_hh, Address w_hr, Address h0, Address c0, Address gates, Address c_seq,
-                 Address y, Address h_n, Address c_n, Address workspace) {
+                 Address y, int64_t y_stride, Address h_n, Address c_n, Address workspace) {
   lstm_ext::cpu_kernels().forward({static_cast<lstm_ext::Dtype>(dtype),
                                    threads,
                                    steps,
@@ -78,16 +67,17 @@ void cpu_forward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H
                                    pointer(gates),
                                    pointer(c_seq),
                                    pointer(y),
+                                   y_stride,
                                    pointer(h_n),
                                    pointer(c_n),
                                    pointer(workspace)});
 }
 
 void cpu_backward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H, int64_t P,
-                  Address w_hh, Address w_hr, Address h0, Address c0, Address y, Address gates,
-                  Address c_seq, Address dy, int64_t dy_stride, Address dh_n, Address dc_n,
-                  Address dcells, Address dgates, Address h_prev, Address dr, Address dh0,
-                  Address dc0, Address workspace) {
+                  Address w_hh, Address w_hr, Address h0, Address c0, Address y, int64_t y_stride,
+                  Address gates, Address c_seq, Address dy, int64_t dy_stride, Address dh_n,
+                  Address dc_n, Address dcells, Address dgates, Address h_prev, Address dr,
+                  Address dh0, Address dc0, Address workspace) {
   lstm_ext::cpu_kernels().backward({static_cast<lstm_ext::Dtype>(dtype),
                                     threads,
                                     steps,
@@ -98,6 +88,7 @@ void cpu_backward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t 
                                     pointer(h0),
                                     pointer(c0),
                                     pointer(y),
+                                    y_stride,
                                     pointer(gates),
                                     pointer(c_seq),
                                     pointer(dy),
@@ -174,6 +165,15 @@ py::dict cuda_report() {
                   "driver_version"_a = runtime.driver_version, "error"_a = runtime.error,
                   "error_text"_a = runtime.error_text, "devices"_a = devices);
 }
+
+lstm_ext::CudaProperties cuda_properties(int index) {
+  const lstm_ext::CudaDeviceInfo device = lstm_ext::cuda_device_info(index);
+  if (device.error)
+    throw std::runtime_error("CUDA device " + std::to_string(index) +
+                             " cannot be used: " + device.error_text);
+  return {device.major, device.minor, device.sm_count, int64_t(device.shared_memory_optin),
+          int64_t(device.l2_bytes)};
+}
 #endif
 
 }  // namespace
@@ -188,18 +188,16 @@ PYBIND11_MODULE(_C, m) {
         "Chooses the CPU kernel set; false, and nothing changes, if it does not run here.");
   m.def("openmp_grants", &lstm_ext::openmp_grants, "threads"_a,
         "Whether OpenMP gives a team that many threads.");
+  lstm_ext::bind_steps(m);
   // dtype codes: enum Dtype in params.h, where every argument is described.
-  py::class_<lstm_ext::Steps>(m, "Steps")
-      .def(py::init(&steps), py::kw_only(), "T"_a, "B"_a, "rows"_a, "stride_t"_a, "stride_b"_a,
-           "offsets"_a, "lengths"_a, "reset"_a, "reverse"_a);
   m.def("cpu_forward", &cpu_forward, py::kw_only(), "dtype"_a, "threads"_a, "steps"_a, "H"_a, "P"_a,
         "I"_a, "gx"_a, "x"_a, "w_ih"_a, "b_ih"_a, "b_hh"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a,
-        "gates"_a, "c_seq"_a, "y"_a, "h_n"_a, "c_n"_a, "workspace"_a,
+        "gates"_a, "c_seq"_a, "y"_a, "y_stride"_a, "h_n"_a, "c_n"_a, "workspace"_a,
         py::call_guard<py::gil_scoped_release>());
   m.def("cpu_backward", &cpu_backward, py::kw_only(), "dtype"_a, "threads"_a, "steps"_a, "H"_a,
-        "P"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "gates"_a, "c_seq"_a, "dy"_a,
-        "dy_stride"_a, "dh_n"_a, "dc_n"_a, "dcells"_a, "dgates"_a, "h_prev"_a, "dr"_a, "dh0"_a,
-        "dc0"_a, "workspace"_a, py::call_guard<py::gil_scoped_release>());
+        "P"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "y_stride"_a, "gates"_a, "c_seq"_a,
+        "dy"_a, "dy_stride"_a, "dh_n"_a, "dc_n"_a, "dcells"_a, "dgates"_a, "h_prev"_a, "dr"_a,
+        "dh0"_a, "dc0"_a, "workspace"_a, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_forward_workspace", &cpu_forward_workspace, "dtype"_a, "threads"_a, "B"_a, "H"_a,
         "P"_a, "I"_a, "x"_a, "w_hh"_a, "w_hr"_a);
   m.def("cpu_backward_workspace", &cpu_backward_workspace, "dtype"_a, "threads"_a, "B"_a, "H"_a,
@@ -211,5 +209,7 @@ PYBIND11_MODULE(_C, m) {
         "a_transposed"_a);
 #ifdef LSTM_EXT_WITH_CUDA
   m.def("cuda_report", &cuda_report, "CUDA runtime, driver and devices; never raises.");
+  m.def("cuda_properties", &cuda_properties, "device"_a, "What the plan asks of a device.");
+  lstm_ext::bind_cuda(m);
 #endif
 }

@@ -66,10 +66,11 @@ struct LstmForward {
   void* gates;  // acc [rows, 4H] post-activation gates; null: not saved; may be gx itself
   void* c_seq;  // acc [rows, H] every c_t; null: not saved
   // outputs
-  void* y;          // storage [rows, P]
-  void* h_n;        // storage [B, P]
-  void* c_n;        // storage [B, H]
-  void* workspace;  // forward_workspace() bytes, 64-byte aligned, contents irrelevant
+  void* y;           // storage [rows, P], row stride y_stride
+  int64_t y_stride;  // of rows, in elements
+  void* h_n;         // storage [B, P]
+  void* c_n;         // storage [B, H]
+  void* workspace;   // forward_workspace() bytes, 64-byte aligned, contents irrelevant
 };
 
 struct LstmBackward {
@@ -79,11 +80,12 @@ struct LstmBackward {
   int64_t H;
   int64_t P;
   // inputs
-  const void* w_hh;   // as in LstmForward; null: dh0 gets no product (the caller adds it)
-  const void* w_hr;   // as in LstmForward
-  const void* h0;     // storage [B, P]; read for h_prev only, else may be null
-  const void* c0;     // storage [B, H]
-  const void* y;      // storage [rows, P]; read for h_prev only, else may be null
+  const void* w_hh;  // as in LstmForward; null: dh0 gets no product (the caller adds it)
+  const void* w_hr;  // as in LstmForward
+  const void* h0;    // storage [B, P]; read for h_prev only, else may be null
+  const void* c0;    // storage [B, H]
+  const void* y;  // storage [rows, P], row stride y_stride; read for h_prev only, else may be null
+  int64_t y_stride;
   const void* gates;  // acc [rows, 4H] as forward saved them
   const void* c_seq;  // acc [rows, H] as forward saved it
   const void* dy;     // storage [rows, P], row stride dy_stride; null: zero

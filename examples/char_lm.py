@@ -292,6 +292,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    # TF32, cuDNN's default for float32, rounds by more than EARLY_LIMIT allows for.
+    torch.backends.cudnn.allow_tf32 = False
     training, held_out = read_library()
     text = lanes(training.to(args.device), args.batch)
     if len(text) <= args.length:

@@ -79,8 +79,6 @@ def cuda_report() -> dict[str, Any]:
         report["commands"].append(_build.CUDA_BUILD_COMMAND)
         return report
     report |= _C.cuda_report()
-    if not hasattr(_C, "cuda_forward"):
-        report["why_not"].append("this version has no LSTM kernels for CUDA yet")
     runtime = version_text(report["runtime_version"])
     if report["error"]:
         report["why_not"].append(f"{report['error_text']} (error {report['error']})")

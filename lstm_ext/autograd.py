@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,33 +13,37 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from lstm_ext import ops, reference
-from lstm_ext.ops import LayerGrads, LayerWeights
+from lstm_ext.ops import Direction, DirectionGrads, LayerWeights
 from lstm_ext.steps import Steps
 
-LayerOutputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+class LayerOutputs(NamedTuple):
+    """Results of a layer; the lists are over its directions."""
+
+    y: Tensor  # (rows, D*P)
+    h_n: list[Tensor]  # (B, P)
+    c_n: list[Tensor]  # (B, H)
+    cells: Tensor | None  # (rows, D*H)
 
 
 def lstm_layer(
     x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weights: LayerWeights,
+    directions: list[Direction],
     steps: Steps,
     *,
-    reverse: bool = False,
     cells: bool = False,
 ) -> LayerOutputs:
-    """One direction of one LSTM layer, on the engine of x's device.
+    """One LSTM layer, all its directions, on the engine of x's device.
 
     Args:
-        x: (rows, in), rows as ``steps`` says. h0: (B, P). c0: (B, H). All of one dtype and
-            device with the weights, unless autocast is on: then all are cast together.
-        reverse: walk the steps from the last to the first.
+        x: (rows, in), rows as ``steps`` says.
+        directions: one or two; states (B, P) and (B, H). All of one dtype and device with x,
+            unless autocast is on: then all are cast together.
         cells: also return c_t of every step.
 
     Returns:
-        y (rows, P), h_n (B, P), c_n (B, H), and cells (rows, H) or None. Rows past the end of a
-        sequence are 0. Differentiable any number of times.
+        y, the directions side by side; h_n and c_n of each; and cells or None. Rows past the end
+        of a sequence are 0. Differentiable any number of times.
 
     Raises:
         TypeError, ValueError, RuntimeError: see :func:`ops.check_layer` and
@@ -47,48 +52,75 @@ def lstm_layer(
     if torch.compiler.is_compiling():
         from lstm_ext import eager  # here, because it loads the compiler
 
-        return eager.lstm_layer(x, h0, c0, weights, steps, reverse=reverse, cells=cells)
-    return _lstm_layer(x, h0, c0, weights, steps, reverse=reverse, cells=cells)
+        return eager.lstm_layer(x, directions, steps, cells=cells)
+    return eager_layer(x, directions, steps, cells=cells)
 
 
-def _lstm_layer(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weights: LayerWeights,
-    steps: Steps,
-    *,
-    reverse: bool,
-    cells: bool,
+def eager_layer(
+    x: Tensor, directions: list[Direction], steps: Steps, *, cells: bool
 ) -> LayerOutputs:
+    """:func:`lstm_layer` outside of torch.compile."""
     device = x.device.type
     if ops.autocast_is_on(device):
         dtype = torch.get_autocast_dtype(device)
-        x, h0, c0 = (_autocast(t, dtype) for t in (x, h0, c0))
-        weights = LayerWeights(*(w if w is None else _autocast(w, dtype) for w in weights))
+        x, directions = _map(lambda t: _autocast(t, dtype), x, directions)
         with torch.autocast(device, enabled=False):
-            return _lstm_layer(x, h0, c0, weights, steps, reverse=reverse, cells=cells)
+            return eager_layer(x, directions, steps, cells=cells)
     if torch.jit.is_tracing() or _is_recorded():
         raise RuntimeError(
             "lstm_ext cannot be traced by torch.jit.trace, torch.export or make_fx, which would "
             "record nothing of the native core. Trace the module that to_torch() returns."
         )
     # A tensor that is negated lazily has the memory of its opposite.
-    x, h0, c0 = x.resolve_neg(), h0.resolve_neg(), c0.resolve_neg()
-    weights = LayerWeights(*(w if w is None else w.resolve_neg() for w in weights))
-    ops.check_layer(x, h0, c0, weights, steps)
+    x, directions = _map(Tensor.resolve_neg, x, directions)
+    ops.check_layer(x, directions, steps)
     if not ops.has_native_kernels(x.device):
         if device != "meta":
             _warn_no_kernels(device)
-        return _reference_layer(x, h0, c0, weights, steps, reverse=reverse, cells=cells)
-    inputs = (x, h0, c0, *weights)
-    if _needs_autograd(inputs):
-        y, h_n, c_n, all_cells, _, _ = LSTMLayer.apply(*inputs, steps, reverse, cells)
-        return y, h_n, c_n, all_cells
-    y, h_n, c_n, _, c_seq = ops.layer_forward(
-        x, h0, c0, weights, steps, reverse=reverse, save=False, cells=cells
-    )
-    return y, h_n, c_n, None if c_seq is None else c_seq.to(x.dtype)
+        return _reference_layer(x, directions, steps, cells=cells)
+    flat = _flatten(directions)
+    if _needs_autograd((x, *flat)):
+        reverse = tuple(d.reverse for d in directions)
+        y, all_cells, *states = LSTMLayer.apply(steps, reverse, cells, x, *flat)
+        D = len(directions)
+        return LayerOutputs(y, states[:D], states[D : 2 * D], all_cells)
+    result = ops.layer_forward(x, directions, steps, save=False, cells=cells)
+    all_cells = _side_by_side(result.c_seq, x.dtype) if cells else None
+    return LayerOutputs(result.y, result.h_n, result.c_n, all_cells)
+
+
+_PER_DIRECTION = 7  # tensors: h0, c0 and the five weights
+
+
+def _map(function: Any, x: Tensor, directions: list[Direction]) -> tuple[Tensor, list[Direction]]:
+    def apply(weights: LayerWeights) -> LayerWeights:
+        return LayerWeights(*(w if w is None else function(w) for w in weights))
+
+    return function(x), [
+        Direction(function(d.h0), function(d.c0), apply(d.w), d.reverse) for d in directions
+    ]
+
+
+def _flatten(directions: list[Direction]) -> list[Tensor | None]:
+    """The tensors of all directions, as arguments of a Function."""
+    return [tensor for d in directions for tensor in (d.h0, d.c0, *d.w)]
+
+
+def _grouped(flat: Sequence[Any]) -> list[Sequence[Any]]:
+    """The inverse of :func:`_flatten`, a group a direction."""
+    return [flat[k : k + _PER_DIRECTION] for k in range(0, len(flat), _PER_DIRECTION)]
+
+
+def _directions(flat: Sequence[Any], reverse: Sequence[bool]) -> list[Direction]:
+    return [
+        Direction(group[0], group[1], LayerWeights(*group[2:]), backwards)
+        for group, backwards in zip(_grouped(flat), reverse, strict=True)
+    ]
+
+
+def _side_by_side(parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+    tensors = [part.to(dtype) for part in parts if part is not None]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
 
 
 def _is_recorded() -> bool:
@@ -120,29 +152,33 @@ def _warn_no_kernels(device: str) -> None:
 
 
 def _reference_layer(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weights: LayerWeights,
-    steps: Steps,
-    *,
-    reverse: bool,
-    cells: bool,
+    x: Tensor, directions: list[Direction], steps: Steps, *, cells: bool
 ) -> LayerOutputs:
     def to_device(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(x.device)
 
-    y, h_n, c_n, all_cells = reference.lstm_layer(
-        steps.to_time_major(x),
-        h0,
-        c0,
-        *weights,
-        lengths=to_device(steps.lengths),
-        reset_mask=to_device(steps.reset_mask),
-        reverse=reverse,
+    time_major = steps.to_time_major(x)
+    results = [
+        reference.lstm_layer(
+            time_major,
+            d.h0,
+            d.c0,
+            *d.w,
+            lengths=to_device(steps.lengths),
+            reset_mask=to_device(steps.reset_mask),
+            reverse=d.reverse,
+        )
+        for d in directions
+    ]
+    y, h_n, c_n, all_cells = zip(*results, strict=True)
+    return LayerOutputs(
+        _side_by_side([steps.from_time_major(part) for part in y], x.dtype),
+        list(h_n),
+        list(c_n),
+        _side_by_side([steps.from_time_major(part) for part in all_cells], x.dtype)
+        if cells
+        else None,
     )
-    all_cells = steps.from_time_major(all_cells) if cells else None
-    return steps.from_time_major(y), h_n, c_n, all_cells
 
 
 class LSTMLayer(Function):
@@ -154,50 +190,42 @@ class LSTMLayer(Function):
 
     @staticmethod
     def forward(
-        x: Tensor,
-        h0: Tensor,
-        c0: Tensor,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None,
-        b_hh: Tensor | None,
-        w_hr: Tensor | None,
         steps: Steps,
-        reverse: bool,
+        reverse: tuple[bool, ...],
         cells: bool,
+        x: Tensor,
+        *flat: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        y, h_n, c_n, gates, c_seq = ops.layer_forward(
-            x,
-            h0,
-            c0,
-            LayerWeights(w_ih, w_hh, b_ih, b_hh, w_hr),
-            steps,
-            reverse=reverse,
-            save=True,
-            cells=cells,
-        )
-        if not cells:
-            return y, h_n, c_n, None, gates, c_seq
-        assert c_seq is not None
-        if c_seq.dtype == x.dtype:
-            return y, h_n, c_n, c_seq, gates, None  # one tensor, output and saved at once
-        return y, h_n, c_n, c_seq.to(x.dtype), gates, c_seq
+        """y, cells or None, then h_n, c_n, gates and c_seq of each direction.
+
+        A c_seq that is also the second result is None.
+        """
+        result = ops.layer_forward(x, _directions(flat, reverse), steps, save=True, cells=cells)
+        c_seq = result.c_seq
+        all_cells = _side_by_side(c_seq, x.dtype) if cells else None
+        if all_cells is not None and all_cells is c_seq[0]:
+            c_seq = [None]  # one tensor, output and saved at once
+        return result.y, all_cells, *result.h_n, *result.c_n, *result.gates, *c_seq
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, ctx.steps, ctx.reverse, _ = inputs
-        y, _, _, all_cells, gates, c_seq = output
-        ctx.mark_non_differentiable(*(t for t in (gates, c_seq) if t is not None))
+        ctx.steps, ctx.reverse, _, *tensors = inputs
+        D = len(ctx.reverse)
+        y, all_cells = output[:2]
+        gates, c_seq = output[2 + 2 * D : 2 + 3 * D], output[2 + 3 * D :]
+        ctx.mark_non_differentiable(*(t for t in (*gates, *c_seq) if t is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, y, gates, all_cells if c_seq is None else c_seq)
+        saved = (all_cells if c is None else c for c in c_seq)
+        ctx.save_for_backward(*tensors, y, *gates, *saved)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
-        wanted = LayerGrads(*ctx.needs_input_grad[:8])
-        arguments = (*grad_outputs[:4], *ctx.saved_tensors, ctx.steps, ctx.reverse, wanted)
+        D = len(ctx.reverse)
+        wanted = ctx.needs_input_grad[3:]
+        arguments = (ctx.steps, ctx.reverse, wanted, *grad_outputs[: 2 + 2 * D], *ctx.saved_tensors)
         # With create_graph the gradients must themselves be differentiable.
         run = LSTMLayerBackward.apply if torch.is_grad_enabled() else LSTMLayerBackward.forward
-        return (*run(*arguments), None, None, None)
+        return (None, None, None, *run(*arguments))
 
 
 class LSTMLayerBackward(Function):
@@ -205,44 +233,38 @@ class LSTMLayerBackward(Function):
 
     @staticmethod
     def forward(
-        dy: Tensor | None,
-        dh_n: Tensor | None,
-        dc_n: Tensor | None,
-        dcells: Tensor | None,
-        x: Tensor,
-        h0: Tensor,
-        c0: Tensor,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None,
-        b_hh: Tensor | None,
-        w_hr: Tensor | None,
-        y: Tensor,
-        gates: Tensor,
-        c_seq: Tensor,
-        steps: Steps,
-        reverse: bool,
-        wanted: LayerGrads,
+        steps: Steps, reverse: tuple[bool, ...], wanted: tuple[bool, ...], *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        weights = LayerWeights(w_ih, w_hh, b_ih, b_hh, w_hr)
-        grads = ops.layer_backward(
-            *(dy, dh_n, dc_n, dcells),
-            *(x, h0, c0, weights, y, gates, c_seq, steps),
-            reverse=reverse,
-            wanted=wanted,
+        """tensors: gradients of y, cells, h_n, c_n; x and the directions; y, gates, c_seq."""
+        D = len(reverse)
+        dy, dcells, *states = tensors[: 2 + 2 * D]
+        x, *flat = tensors[2 + 2 * D : -1 - 2 * D]
+        y, *saved = tensors[-1 - 2 * D :]
+        dx, grads = ops.layer_backward(
+            dy,
+            dcells,
+            states[:D],
+            states[D:],
+            x,
+            _directions(flat, reverse),
+            y,
+            list(zip(saved[:D], saved[D:], strict=True)),
+            steps,
+            wanted_x=wanted[0],
+            wanted=[DirectionGrads(*group) for group in _grouped(wanted[1:])],
         )
-        return tuple(grads)
+        return (dx, *(grad for direction in grads for grad in direction))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.save_for_backward(*inputs[:12])  # all but the results of forward: they are recomputed
-        ctx.steps, ctx.reverse, ctx.wanted = inputs[15:]
+        ctx.steps, ctx.reverse, ctx.wanted, *tensors = inputs
+        # All but the results of forward: they are recomputed.
+        ctx.save_for_backward(*tensors[: -1 - 2 * len(ctx.reverse)])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
-        second_order = _second_order(ctx, second)
-        return (*second_order, *([None] * 6))
+        return (*[None] * 3, *_second_order(ctx, second), *[None] * (1 + 2 * len(ctx.reverse)))
 
 
 def _second_order(ctx: FunctionCtx, second: tuple[Tensor | None, ...]) -> list[Tensor | None]:
@@ -252,26 +274,25 @@ def _second_order(ctx: FunctionCtx, second: tuple[Tensor | None, ...]) -> list[T
     that is itself a function of x counts as an input of its own.
     """
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), ops.without_autocast(ctx.saved_tensors[4].device):
+    outputs_count = 2 + 2 * len(ctx.reverse)
+    with torch.enable_grad(), ops.without_autocast(ctx.saved_tensors[outputs_count].device):
         tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-        grad_outputs, (x, h0, c0, *weights) = tensors[:4], tensors[4:]
-        outputs = _reference_layer(
+        grad_outputs, (x, *flat) = tensors[:outputs_count], tensors[outputs_count:]
+        layer = _reference_layer(
             x,
-            h0,
-            c0,
-            LayerWeights(*weights),
+            _directions(flat, ctx.reverse),
             ctx.steps,
-            reverse=ctx.reverse,
-            cells=grad_outputs[3] is not None,
+            cells=grad_outputs[1] is not None,
         )
+        outputs = (layer.y, layer.cells, *layer.h_n, *layer.c_n)
         used = [
             (o, g)
             for o, g in zip(outputs, grad_outputs, strict=True)
-            if g is not None and o.requires_grad
+            if g is not None and o is not None and o.requires_grad
         ]
         if not used:
             return [None] * len(tensors)
-        inputs = [t for t, want in zip(tensors[4:], ctx.wanted, strict=True) if want]
+        inputs = [t for t, want in zip(tensors[outputs_count:], ctx.wanted, strict=True) if want]
         first = torch.autograd.grad(
             [o for o, _ in used],
             inputs,

@@ -6,7 +6,6 @@ replaces a parameter (functional_call, parametrizations, weight_norm, pruning, t
 
 from __future__ import annotations
 
-import itertools
 from typing import overload
 
 import torch
@@ -24,7 +23,7 @@ from .compat import (
     check_pair,
     check_weights,
 )
-from .ops import LayerWeights
+from .ops import Direction, LayerWeights
 from .steps import Steps
 
 __all__ = ["LSTM", "LSTMCell"]
@@ -169,7 +168,12 @@ class LSTM(LSTMBase):
         else:
             length, batch, _ = input.shape
         steps = Steps.padded(
-            length, batch, batch_first=self.batch_first, lengths=lengths, reset_mask=reset_mask
+            length,
+            batch,
+            batch_first=self.batch_first,
+            lengths=lengths,
+            reset_mask=reset_mask,
+            device=input.device,
         )
         # Rows in the order of the user's own layout: neither input nor output is transposed.
         x = input.reshape(length * batch, self.input_size)
@@ -192,7 +196,9 @@ class LSTM(LSTMBase):
             self.check_forward_args(data, hx, batch_sizes)
             check_match("hidden", hx, data)
             hx = self.permute_hidden(hx, sorted_indices)
-        y, h_n, c_n, cells = self._layers(data, hx, Steps.packed(batch_sizes), packed=True)
+        y, h_n, c_n, cells = self._layers(
+            data, hx, Steps.packed(batch_sizes, data.device), packed=True
+        )
         output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
         states = self.permute_hidden((h_n, c_n), unsorted_indices)
         if cells is None:
@@ -208,38 +214,34 @@ class LSTM(LSTMBase):
         if hx is None:
             c = x.new_zeros(steps.B, self.hidden_size)
             h = x.new_zeros(steps.B, self.proj_size) if self.proj_size else c
-            h0, c0 = itertools.repeat(h, count), itertools.repeat(c, count)
+            h0, c0 = [h] * count, [c] * count
         else:
             h0, c0 = hx[0].unbind(0), hx[1].unbind(0)
-        states = zip(h0, c0, strict=True)
-        h_n, c_n, cells = [], [], []
+        h_n, c_n = [], []
+        cells: Tensor | None = None
         for layer in range(self.num_layers):
             last = layer == self.num_layers - 1
-            outputs = []
-            for direction in range(directions):
-                h, c = next(states)
-                y, h, c, cell = lstm_layer(
-                    x,
-                    h,
-                    c,
-                    self._layer_weights(layer * directions + direction, x),
-                    steps,
-                    reverse=direction == 1,
-                    cells=last and self.return_cell_sequence,
-                )
-                outputs.append(y)
-                h_n.append(h)
-                c_n.append(c)
-                if cell is not None:
-                    cells.append(cell)
-            x = outputs[0] if directions == 1 else torch.cat(outputs, dim=1)
+            indices = range(layer * directions, (layer + 1) * directions)
+            x, h, c, cells = lstm_layer(
+                x,
+                [
+                    Direction(
+                        h0[i], c0[i], self._layer_weights(i, x), directions == 2 and i % 2 == 1
+                    )
+                    for i in indices
+                ],
+                steps,
+                cells=last and self.return_cell_sequence,
+            )
+            h_n += h
+            c_n += c
             if self.dropout and self.training and not last:
                 x = self._drop(x, steps, packed)
         return (
             x,
             h_n[0].unsqueeze(0) if count == 1 else torch.stack(h_n),
             c_n[0].unsqueeze(0) if count == 1 else torch.stack(c_n),
-            None if not cells else cells[0] if directions == 1 else torch.cat(cells, dim=1),
+            cells,
         )
 
     def _drop(self, x: Tensor, steps: Steps, packed: bool) -> Tensor:
@@ -353,7 +355,8 @@ class LSTMCell(nn.RNNCellBase):
             self._check_state(h, 0, batch)
             self._check_state(c, 1, batch)
             check_match("hidden", (h, c), input)
-        _, h, c, _ = lstm_layer(input, h, c, weights, Steps.padded(1, batch))
+        directions = [Direction(h, c, weights, False)]
+        _, (h,), (c,), _ = lstm_layer(input, directions, Steps.padded(1, batch))
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
     def _check_state(self, state: Tensor, k: int, batch: int) -> None:

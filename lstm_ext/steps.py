@@ -12,8 +12,8 @@ from torch import Tensor
 class Steps:
     """Where the rows of a layer's input lie in time and batch; shared by all layers.
 
-    Built by :meth:`padded` or :meth:`packed`. ``lengths`` (B) int64 and ``reset_mask`` (T, B)
-    bool are held on the CPU, or are None.
+    Built by :meth:`padded` or :meth:`packed`. ``lengths`` (B) int64, ``offsets`` (T) int64 and
+    ``reset_mask`` (T, B) bool are held on the layer's device, or are None.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Steps:
         self.T, self.B, self.rows = T, B, rows
         self.batch_first, self.offsets = batch_first, offsets
         self.lengths, self.reset_mask = lengths, reset_mask
-        self.native: dict[bool, Any] = {}  # the core's own descriptions, kept by ops
+        self.native: dict[Any, Any] = {}  # the core's own descriptions, kept by the engines
 
     @staticmethod
     def padded(
@@ -40,21 +40,24 @@ class Steps:
         batch_first: bool = False,
         lengths: Tensor | None = None,
         reset_mask: Tensor | None = None,
+        device: torch.device | str = "cpu",
     ) -> Steps:
         """Every sequence has room for T steps: row (t, b) is t * B + b, or b * T + t.
 
         Args:
-            lengths: (B), an integer dtype, any device, 0 <= length <= T, any order.
-            reset_mask: bool, (T, B), or (B, T) with ``batch_first``.
+            lengths: (B), an integer dtype, any device, 0 <= length <= T, any order. Values on
+                a CUDA device are checked there: one out of range fails an assertion of the device.
+            reset_mask: bool, (T, B), or (B, T) with ``batch_first``; any device.
+            device: of the layer.
 
         Raises:
             TypeError: a dtype other than those.
             ValueError: another shape, or a length outside 0..T.
         """
         if lengths is not None:
-            lengths = _checked_lengths(lengths, T, B)
+            lengths = _checked_lengths(lengths, T, B, device)
         if reset_mask is not None:
-            reset_mask = _checked_reset_mask(reset_mask, T, B, batch_first)
+            reset_mask = _checked_reset_mask(reset_mask, T, B, batch_first, device)
         return Steps(
             T,
             B,
@@ -65,15 +68,21 @@ class Steps:
         )
 
     @staticmethod
-    def packed(batch_sizes: Tensor) -> Steps:
-        """The rows of a PackedSequence: batch_sizes[t] sequences take step t, longest first."""
+    def packed(batch_sizes: Tensor, device: torch.device | str = "cpu") -> Steps:
+        """The rows of a PackedSequence: batch_sizes[t] sequences take step t, longest first.
+
+        device: of the layer.
+        """
         T, B = batch_sizes.numel(), int(batch_sizes[0])
         ends = batch_sizes.cumsum(0)
         # Sequence b is as long as there are steps with more than b sequences.
         lengths = T - torch.searchsorted(
             batch_sizes.flip(0), torch.arange(B, device="cpu"), right=True
         )
-        return Steps(T, B, rows=int(ends[-1]), offsets=ends - batch_sizes, lengths=lengths)
+        offsets = ends - batch_sizes
+        return Steps(
+            T, B, rows=int(ends[-1]), offsets=offsets.to(device), lengths=lengths.to(device)
+        )
 
     @property
     def has_padding(self) -> bool:
@@ -83,19 +92,25 @@ class Steps:
     def active(self) -> Tensor:
         """bool (T, B): which sequences take which step."""
         if self.lengths is None:
-            return torch.ones(self.T, self.B, dtype=torch.bool, device="cpu")
-        return torch.arange(self.T, device="cpu").unsqueeze(1) < self.lengths
+            device = "cpu" if self.reset_mask is None else self.reset_mask.device
+            return torch.ones(self.T, self.B, dtype=torch.bool, device=device)
+        return torch.arange(self.T, device=self.lengths.device).unsqueeze(1) < self.lengths
 
     @functools.cached_property
     def active_rows(self) -> Tensor:
         """int64: the rows that are not padding, ascending."""
+        return self.padding_rows.squeeze(1).logical_not().nonzero().squeeze(1)
+
+    @functools.cached_property
+    def padding_rows(self) -> Tensor:
+        """bool (rows, 1): the rows that are padding."""
         active = self.active()
-        return (active.T if self.batch_first else active).flatten().nonzero().squeeze(1)
+        return (active.T if self.batch_first else active).reshape(-1, 1).logical_not()
 
     def to_time_major(self, rows: Tensor) -> Tensor:
         """(rows, n) as (T, B, n), differentiably; what a packed sequence lacks is arbitrary."""
         if self.offsets is not None:
-            index = self.offsets.unsqueeze(1) + torch.arange(self.B, device="cpu")
+            index = self.offsets.unsqueeze(1) + torch.arange(self.B, device=self.offsets.device)
             return rows[index.where(self.active(), 0).to(rows.device)]
         if self.batch_first:
             return rows.view(self.B, self.T, rows.size(1)).transpose(0, 1)
@@ -108,7 +123,7 @@ class Steps:
         return (x.transpose(0, 1) if self.batch_first else x).reshape(self.rows, x.size(2))
 
 
-def _checked_lengths(lengths: Tensor, T: int, B: int) -> Tensor:
+def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str) -> Tensor:
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths should be a tensor of integers, got {type(lengths).__name__}")
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
@@ -116,16 +131,25 @@ def _checked_lengths(lengths: Tensor, T: int, B: int) -> Tensor:
     if lengths.shape != (B,):
         raise ValueError(f"Expected lengths of size {(B,)}, got {tuple(lengths.shape)}")
     # A copy: backward reads it again, whatever the caller does to the tensor meanwhile.
-    lengths = lengths.detach().to("cpu", torch.int64, copy=True).contiguous()
-    if B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
+    copy = lengths.detach().to(torch.int64, copy=True).contiguous()
+    if copy.is_cuda and copy.device == torch.device(device):
+        # Reading the values would wait for the device.
+        torch._assert_async(
+            ((copy < 0) | (copy > T)).any().logical_not(),
+            f"lstm_ext: lengths must lie between 0 and the number of steps, {T}",
+        )
+        return copy
+    if B and (int(copy.min()) < 0 or int(copy.max()) > T):
         raise ValueError(
             f"Expected lengths between 0 and the number of steps, {T}, got values from "
-            f"{int(lengths.min())} to {int(lengths.max())}"
+            f"{int(copy.min())} to {int(copy.max())}"
         )
-    return lengths
+    return copy.to(device)
 
 
-def _checked_reset_mask(reset_mask: Tensor, T: int, B: int, batch_first: bool) -> Tensor:
+def _checked_reset_mask(
+    reset_mask: Tensor, T: int, B: int, batch_first: bool, device: torch.device | str
+) -> Tensor:
     if not isinstance(reset_mask, Tensor):
         raise TypeError(f"reset_mask should be a bool tensor, got {type(reset_mask).__name__}")
     if reset_mask.dtype != torch.bool:
@@ -134,4 +158,4 @@ def _checked_reset_mask(reset_mask: Tensor, T: int, B: int, batch_first: bool) -
     if reset_mask.shape != expected:
         raise ValueError(f"Expected reset_mask of size {expected}, got {tuple(reset_mask.shape)}")
     mask = (reset_mask.T if batch_first else reset_mask).detach()
-    return mask.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return mask.to(device, copy=True, memory_format=torch.contiguous_format)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+import device
 import torch
-from tolerances import assert_as_good, tol
+from device import here
+from tolerances import TF32_EPS, assert_as_good, tol
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -47,13 +49,15 @@ class Case:
             proj_size=self.proj,
             dtype=torch.float64,
         )
-        return module.to(self.dtype).train(self.training)
+        return here(module.to(self.dtype)).train(self.training)
 
     def inputs(self) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed + 1)
 
         def draw(*size: int) -> Tensor:
-            return torch.randn(*size, generator=generator, dtype=torch.float64).to(self.dtype)
+            # Moved before it is cut into views: a copy to a device makes strides its own.
+            value = torch.randn(*size, generator=generator, dtype=torch.float64)
+            return here(value.to(self.dtype))
 
         shape = (self.B, self.T, self.I) if self.batch_first else (self.T, self.B, self.I)
         if self.memory == "strided":
@@ -78,6 +82,9 @@ class Case:
         inputs = self.inputs()
         if dtype is not None:
             module, inputs = module.to(dtype), {k: v.to(dtype) for k, v in inputs.items()}
+        module.flatten_parameters()  # a copy of an nn.LSTM has lost cuDNN's buffer
+        if isinstance(module, nn.LSTM) and device.DEVICE.type == "cuda":
+            module.train()  # cuDNN has no backward in eval mode; without dropout it is the same
         leaves = {**inputs, **dict(module.named_parameters())}
         for name, leaf in leaves.items():
             leaf.requires_grad_(self.grads is None or name in self.grads)
@@ -93,12 +100,13 @@ class Case:
         y, (h_n, c_n) = module(x, hx)
         results = {"y": y.data if isinstance(y, PackedSequence) else y, "h_n": h_n, "c_n": c_n}
         generator = torch.Generator().manual_seed(self.seed + 2)
-        loss = torch.zeros((), dtype=torch.float64)
+        loss = here(torch.zeros((), dtype=torch.float64))
         for name in ("y", "h_n", "c_n"):
             value = results[name]
             cotangent = torch.randn(value.shape, generator=generator, dtype=torch.float64)
             if name in self.used:
-                loss = loss + (value * cotangent.to(self.dtype).to(value.dtype)).sum().double()
+                cotangent = here(cotangent.to(self.dtype).to(value.dtype))
+                loss = loss + (value * cotangent).sum().double()
         wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
         if wanted and loss.requires_grad:
             # A weight that the loss does not depend on has no gradient or a zero one, depending on
@@ -114,10 +122,12 @@ def compare(case: Case) -> None:
     ours = case.run(lstm_ext.LSTM.from_torch(peer))
     theirs = case.run(peer)
     assert ours.keys() == theirs.keys()
-    if case.dtype in HALF:
+    as_tf32 = case.dtype == torch.float32 and device.tf32()
+    if case.dtype in HALF or as_tf32:
         truth = case.run(peer, torch.float64)
+        eps = TF32_EPS if as_tf32 else None
         for name in theirs:
-            assert_as_good(ours[name], theirs[name], truth[name], name)
+            assert_as_good(ours[name], theirs[name], truth[name], name, eps)
     else:
         for name in theirs:
             scale = max(1.0, theirs[name].abs().max().item()) if theirs[name].numel() else 1.0

@@ -1,7 +1,59 @@
+import device
 import pytest
 import torch
 
 from lstm_ext import ops
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("lstm_ext")
+    group.addoption(
+        "--device", default="cpu", help="where the layers run: cpu (default), cuda or emulated"
+    )
+    group.addoption(
+        "--tf32",
+        choices=("on", "off"),
+        default="off",
+        help="on CUDA: float32 products in TF32, judged by nn.LSTM's own error (default: off)",
+    )
+
+
+def pytest_configure(config):
+    lines = (
+        "cpu_only(reason): not run with another --device",
+        "tf32: also judges float32 rightly where products run in TF32 (--tf32=on)",
+        "sanitizer: small enough for compute-sanitizer (tools/gpu.py)",
+    )
+    for line in lines:
+        config.addinivalue_line("markers", line)
+    # nn.LSTM says so on CUDA of copies of a module, which share no flat buffer.
+    ignored = "ignore:RNN module weights are not part of single contiguous chunk:UserWarning"
+    config.addinivalue_line("filterwarnings", ignored)
+    try:
+        device.choose(config.getoption("--device"), config.getoption("--tf32") == "on")
+    except (RuntimeError, AssertionError) as error:
+        name, line = config.getoption("--device"), str(error).splitlines()[0]
+        raise pytest.UsageError(f"--device={name}: {line}") from None
+
+
+def pytest_report_header(config):
+    tf32 = f", TF32 {config.getoption('--tf32')}" if device.DEVICE.type == "cuda" else ""
+    return f"lstm_ext: layers on {device.NAME}{tf32}"
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        mark = item.get_closest_marker("cpu_only")
+        if mark and device.NAME != "cpu":
+            item.add_marker(pytest.mark.skip(reason=f"CPU only: {mark.kwargs['reason']}"))
+        if device.tf32() and not item.get_closest_marker("tf32"):
+            reason = "compares float32 more closely than TF32 allows; runs with --tf32=off"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_generate_tests(metafunc):
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", device.ISAS, indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -15,10 +67,11 @@ def _fixed_state():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=ops.cpu_isas())
+@pytest.fixture
 def isa(request):
-    """Every CPU kernel set that this machine can run."""
+    """Every CPU kernel set that this machine can run; on another device, its name."""
     before = ops.cpu_isa()
-    ops.select_cpu_isa(request.param)
+    if device.NAME == "cpu":
+        ops.select_cpu_isa(request.param)
     yield request.param
     ops.select_cpu_isa(before)

@@ -15,6 +15,7 @@ from bench import __main__ as cli
 from bench import report, timing
 from bench.suites import MODES, SUITES, Problem, modes_of, spread, square
 
+pytestmark = pytest.mark.cpu_only(reason="the command line on the CPU")
 CPU = torch.device("cpu")
 
 # The design's lists: (T, B, H) of every problem whose input is as wide as its state and which has

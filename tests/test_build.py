@@ -17,6 +17,7 @@ import lstm_ext
 from lstm_ext import _C, _build
 from lstm_ext import __main__ as report
 
+pytestmark = pytest.mark.cpu_only(reason="the build, its report and the CPU module")
 ROOT = Path(__file__).resolve().parent.parent
 NVCC_13 = frozenset({75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121})
 
@@ -76,7 +77,6 @@ def fake_core(monkeypatch, *, features=(), isas=("portable",), **cuda):
         cpu_isas=lambda: list(isas),
         cpu_isa=lambda: isas[0],
         cuda_report=lambda: {"runtime_version": 13000, "devices": []} | cuda,
-        cuda_forward=None,
     )
     monkeypatch.setattr(report, "_C", core)
 

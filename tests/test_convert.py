@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from device import here, leaf
 from tolerances import tol
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -38,10 +39,11 @@ class Tagger(nn.Module):
         return self.cell(y[-1])
 
 
+@pytest.mark.cpu_only(reason="cuDNN draws other dropout masks")
 def test_convert_in_place():
-    model = Tagger().double().eval()
+    model = here(Tagger().double()).eval()
     model.decoders.train()
-    tokens = torch.randint(7, (2, 5))
+    tokens = here(torch.randint(7, (2, 5)))
     torch.manual_seed(1)
     expected, before, keys = model(tokens), list(model.parameters()), list(model.state_dict())
     with warnings.catch_warnings():
@@ -78,12 +80,12 @@ def test_convert_of_an_lstm_itself_returns_the_new_one(module):
 
 
 def test_an_optimizer_made_before_stays_valid():
-    model = nn.Sequential(nn.LSTM(3, 4)).double()
+    model = here(nn.Sequential(nn.LSTM(3, 4)).double())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     twin = copy.deepcopy(model)
     twin_optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
     lstm_ext.convert(model)
-    x = torch.randn(5, 2, 3).double()
+    x = here(torch.randn(5, 2, 3).double())
     for m, opt in ((model, optimizer), (twin, twin_optimizer)):
         for _ in range(3):
             opt.zero_grad()
@@ -121,7 +123,7 @@ def test_what_would_lose_something_is_left_alone_with_one_warning():
 
 
 def test_hooks_come_along_and_their_handles_still_remove_them():
-    theirs = nn.LSTM(3, 4)
+    theirs = here(nn.LSTM(3, 4))
     seen = []
     handles = [
         theirs.register_forward_pre_hook(lambda m, args: seen.append(("pre", m))),
@@ -133,25 +135,25 @@ def test_hooks_come_along_and_their_handles_still_remove_them():
     model = nn.ModuleList([theirs])
     del theirs
     ours = lstm_ext.convert(model)[0]
-    ours(torch.randn(5, 2, 3, requires_grad=True))[0].sum().backward()
+    ours(leaf(torch.randn(5, 2, 3)))[0].sum().backward()
     ours.load_state_dict(ours.state_dict())
     assert seen == [(k, ours) for k in ("pre", "post", "backward", "state", "load")]
     for handle in handles[:-1]:
         handle.remove()
     seen.clear()
-    ours(torch.randn(5, 2, 3, requires_grad=True))[0].sum().backward()
+    ours(leaf(torch.randn(5, 2, 3)))[0].sum().backward()
     ours.load_state_dict(ours.state_dict())
     assert seen == [("load", ours)]
 
 
 def test_weight_norm_by_hook_and_pruning_come_along():
-    theirs = nn.LSTM(3, 4).double()
+    theirs = here(nn.LSTM(3, 4).double())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         nn.utils.weight_norm(theirs, "weight_hh_l0")
     prune.random_unstructured(theirs, "weight_ih_l0", 0.5)
     ours = lstm_ext.convert(nn.ModuleList([theirs]))[0]
-    x = torch.randn(5, 2, 3).double()
+    x = here(torch.randn(5, 2, 3).double())
     assert_close(ours(x), theirs(x), **TOL)
     with torch.no_grad():
         theirs.weight_hh_l0_g.mul_(2)
@@ -171,7 +173,7 @@ def test_weight_norm_by_hook_and_pruning_come_along():
     ],
 )
 def test_there_and_back(kwargs, dtype):
-    theirs = nn.LSTM(3, 4, dtype=dtype, **kwargs).eval()
+    theirs = here(nn.LSTM(3, 4, dtype=dtype, **kwargs)).eval()
     theirs.note = "mine"
     ours = lstm_ext.LSTM.from_torch(theirs)
     back = ours.to_torch()
@@ -181,7 +183,7 @@ def test_there_and_back(kwargs, dtype):
         assert repr(module) == repr(theirs)
         assert (module.training, module.note) == (False, "mine")
     assert vars(back).keys() == vars(theirs).keys()
-    x = torch.randn(5, 2, 3, dtype=dtype)
+    x = here(torch.randn(5, 2, 3, dtype=dtype))
     if dtype != torch.bfloat16:
         assert_close(back(x), ours(x), **tol(dtype))
     # The registration is each module's own, only the Parameters are shared.
@@ -192,11 +194,11 @@ def test_there_and_back(kwargs, dtype):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_cell_there_and_back(bias):
-    theirs = nn.LSTMCell(3, 4, bias).double().eval()
+    theirs = here(nn.LSTMCell(3, 4, bias).double()).eval()
     ours = lstm_ext.LSTMCell.from_torch(theirs)
     back = ours.to_torch()
     assert type(back) is nn.LSTMCell
-    x = torch.randn(2, 3).double()
+    x = here(torch.randn(2, 3).double())
     for module in (ours, back):
         assert shares_parameters(module, theirs)
         assert repr(module) == repr(theirs)
@@ -212,11 +214,11 @@ def test_meta_device_comes_along():
 
 def test_a_compiled_module_comes_back_uncompiled():
     """What it was compiled to is bound to the nn.LSTM."""
-    theirs = nn.LSTM(3, 4).double()
+    theirs = here(nn.LSTM(3, 4).double())
     theirs.compile(backend="eager")
     model = lstm_ext.convert(nn.ModuleList([theirs]))
     theirs.forward = None
-    x = torch.randn(5, 2, 3).double()
+    x = here(torch.randn(5, 2, 3).double())
     assert_close(model[0](x), nn.LSTM.forward(theirs, x), **TOL)
 
 

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="the demo draws with matplotlib")
 pytest.importorskip("tqdm", reason="the demo shows its progress with tqdm")
 
+pytestmark = pytest.mark.cpu_only(reason="the demo chooses its own device")
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "char_lm.py"
 
 

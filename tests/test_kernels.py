@@ -1,4 +1,4 @@
-"""The CPU kernels: every instruction set, poisoned memory, bounds, threads, repeatability."""
+"""The kernels: every instruction set, poisoned memory, bounds, threads, repeatability."""
 
 import os
 import subprocess
@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 from cases import HALF, Case, compare
+from device import DEVICE, here, leaf
+from layers import lstm_layer
 from tolerances import assert_as_good, tol
 from torch.utils.data import DataLoader, Dataset
 
 import lstm_ext
-from lstm_ext import ops, reference
-from lstm_ext.autograd import lstm_layer
+from lstm_ext import cpu_engine, ops, reference
 from lstm_ext.ops import LayerWeights
 from lstm_ext.steps import Steps
 
@@ -37,7 +38,7 @@ def _layer(T, B, I, H, P=None, seed=0):
     g = torch.Generator().manual_seed(seed)
 
     def draw(*size, scale=1.0):
-        return torch.randn(*size, generator=g, dtype=torch.float64) * scale
+        return here(torch.randn(*size, generator=g, dtype=torch.float64)) * scale
 
     p = P or H
     scale = H**-0.5
@@ -56,7 +57,7 @@ def _both(T, B, I, H, dtype, *, P=None, batch_first=False, reverse=False, **opti
         outputs = function(*leaves)
         g = torch.Generator().manual_seed(9)
         loss = sum(
-            (o.double() * torch.randn(o.shape, generator=g, dtype=torch.float64)).sum()
+            (o.double() * here(torch.randn(o.shape, generator=g, dtype=torch.float64))).sum()
             for o in outputs
         )
         leaves = [t for t in leaves if t is not None]
@@ -79,7 +80,7 @@ def _both(T, B, I, H, dtype, *, P=None, batch_first=False, reverse=False, **opti
         return steps.to_time_major(y), h_n, c_n, steps.to_time_major(cells)
 
     def plain(x, h0, c0, *weights):
-        return reference.lstm_layer(x, h0, c0, *weights, reverse=reverse, **options)
+        return reference.lstm_layer(x, h0, c0, *weights, reverse=reverse, **here(options))
 
     return run(core, dtype), run(plain, dtype), run(plain, torch.float64)
 
@@ -135,11 +136,11 @@ def test_lengths_with_few_rows_left(isa):
 @pytest.fixture
 def poisoned(monkeypatch):
     """Every tensor that torch allocates without a value starts as NaN, workspaces as 0xff."""
-    monkeypatch.setattr(ops, "_workspace", lambda size: torch.empty(size, dtype=torch.uint8))
+    monkeypatch.setattr(cpu_engine, "_workspace", lambda size: torch.empty(size, dtype=torch.uint8))
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    assert (torch.empty(3, dtype=torch.uint8) == 255).all()
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    assert (torch.empty(3, dtype=torch.uint8, device=DEVICE) == 255).all()
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -156,6 +157,7 @@ def test_poisoned_memory_with_lengths(poisoned, isa, options, proj):
     _check(*_both(6, 5, 4, 19, torch.float32, P=proj, **OPTIONS[options]), torch.float32)
 
 
+@pytest.mark.cpu_only(reason="the core's workspace on the CPU")
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_workspace_bounds(monkeypatch, isa, shape, threads):
@@ -167,7 +169,7 @@ def test_workspace_bounds(monkeypatch, isa, shape, threads):
         guarded.append(whole[size:])
         return whole[:size]
 
-    monkeypatch.setattr(ops, "_workspace", workspace)
+    monkeypatch.setattr(cpu_engine, "_workspace", workspace)
     torch.set_num_threads(threads)
     _both(*SHAPES[shape], torch.float32)
     _both(*SHAPES[shape][:3], 37, torch.bfloat16, P=9)
@@ -175,6 +177,7 @@ def test_workspace_bounds(monkeypatch, isa, shape, threads):
     assert all((guard == 0x5A).all() for guard in guarded)
 
 
+@pytest.mark.cpu_only(reason="OpenMP threads")
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize(
     "shape", [(5, 100, 8, 16), (5, 100, 8, 33), (6, 3, 8, 150), (4, 40, 8, 70)]
@@ -189,6 +192,7 @@ def test_threads(isa, shape, threads):
         assert all(torch.equal(a, b) for a, b in zip(first[0], again, strict=True))
 
 
+@pytest.mark.cpu_only(reason="OpenMP threads")
 def test_recurrence_does_not_depend_on_the_number_of_threads(isa):
     """Every sum runs over k in order, whichever thread and tile it falls to."""
     module = lstm_ext.LSTM(30, 150)
@@ -205,8 +209,8 @@ def test_recurrence_does_not_depend_on_the_number_of_threads(isa):
 @pytest.mark.parametrize("B", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("H", [24, 256])
 def test_batch_does_not_change_a_sequence(H, B):
-    module = lstm_ext.LSTM(16, H, dtype=torch.float64)
-    x = torch.randn(7, B, 16, dtype=torch.float64)
+    module = here(lstm_ext.LSTM(16, H, dtype=torch.float64))
+    x = here(torch.randn(7, B, 16, dtype=torch.float64))
     with torch.no_grad():
         whole = module(x)[0]
         alone = torch.cat([module(x[:, b : b + 1])[0] for b in range(B)], dim=1)
@@ -218,15 +222,15 @@ def test_extreme_values(isa):
     values = torch.tensor(
         [0.0, -0.0, 1e-30, 1e-8, 0.1, 1.0, 9.0, 20.0, 88.0, 100.0, 1e4, 1e38, float("inf")]
     )
-    values = torch.cat([values, -values, torch.tensor([float("nan")])])
+    values = here(torch.cat([values, -values, torch.tensor([float("nan")])]))
     for dtype in (torch.float32, torch.float64):
         x = values.to(dtype).view(1, -1, 1)
-        zero = torch.zeros(x.size(1), 1, dtype=dtype)
+        zero = here(torch.zeros(x.size(1), 1, dtype=dtype))
         for gate in range(4):
-            w_ih = torch.zeros(4, 1, dtype=dtype)
-            bias = torch.tensor([0.5, 0.25, 0.75, 1.0], dtype=dtype)
+            w_ih = here(torch.zeros(4, 1, dtype=dtype))
+            bias = here(torch.tensor([0.5, 0.25, 0.75, 1.0], dtype=dtype))
             w_ih[gate] = 1
-            w_hh = torch.zeros(4, 1, dtype=dtype)
+            w_hh = here(torch.zeros(4, 1, dtype=dtype))
             ours = lstm_layer(
                 x[0], zero, zero + 1, LayerWeights(w_ih, w_hh, bias), Steps.padded(1, x.size(1))
             )
@@ -243,14 +247,14 @@ def test_rounding_of_half_types(isa, dtype):
     finite = everything[everything.isfinite() & (everything.float().abs() < 1)]
     # One step with saturated gates converts both ways: c = c0 and h = tanh(c).
     n = finite.numel()
-    c0 = finite.view(n, 1)
-    w_ih = torch.zeros(4, 1, dtype=dtype)
-    bias = torch.tensor([-100.0, 100.0, 0.0, 100.0], dtype=dtype)
+    c0 = here(finite.view(n, 1))
+    zero, w = here((torch.zeros(n, 1, dtype=dtype), torch.zeros(4, 1, dtype=dtype)))
+    bias = here(torch.tensor([-100.0, 100.0, 0.0, 100.0], dtype=dtype))
     y, _, c_n, _ = lstm_layer(
-        torch.zeros(n, 1, dtype=dtype),
-        torch.zeros(n, 1, dtype=dtype),
+        zero,
+        zero,
         c0,
-        LayerWeights(w_ih, torch.zeros(4, 1, dtype=dtype), bias),
+        LayerWeights(w, w, bias),
         Steps.padded(1, n),
     )
     assert torch.equal(c_n, c0)
@@ -272,6 +276,7 @@ class _Features(Dataset):
         return self.module(self.x[index])[0]
 
 
+@pytest.mark.cpu_only(reason="worker processes by fork")
 def test_fork_after_use():
     """A DataLoader's worker runs the core after the parent's threads have."""
     torch.set_num_threads(2)
@@ -284,6 +289,7 @@ def test_fork_after_use():
         torch.testing.assert_close(got, want, **tol(torch.float32))
 
 
+@pytest.mark.cpu_only(reason="CPU kernel sets")
 def test_instruction_set_by_environment():
     code = "import lstm_ext.ops as o; print(o.cpu_isa())"
 
@@ -297,6 +303,7 @@ def test_instruction_set_by_environment():
     assert "got 'sse9'" in failed.stderr and "portable" in failed.stderr
 
 
+@pytest.mark.cpu_only(reason="OpenMP threads")
 @pytest.mark.parametrize("limit", ["OMP_THREAD_LIMIT=1", "OMP_DYNAMIC=true"])
 def test_openmp_grants_fewer_threads(limit):
     """Right numbers all the same, where nn.LSTM's training on oneDNN gives wrong ones."""
@@ -326,6 +333,7 @@ for name in truth:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.cpu_only(reason="CPU kernel sets")
 def test_unknown_instruction_set():
     before = ops.cpu_isa()
     with pytest.raises(ValueError, match="got 'mmx'"):
@@ -334,9 +342,9 @@ def test_unknown_instruction_set():
 
 
 def test_dtype_without_kernel():
-    module = lstm_ext.LSTM(3, 4).to(torch.complex64)
+    module = here(lstm_ext.LSTM(3, 4).to(torch.complex64))
     with pytest.raises(TypeError, match="no kernel for torch.complex64.*torch.float32"):
-        module(torch.zeros(2, 1, 3, dtype=torch.complex64))
+        module(here(torch.zeros(2, 1, 3, dtype=torch.complex64)))
 
 
 def test_cuda_tensor_on_a_cpu_build(monkeypatch):
@@ -354,8 +362,8 @@ def test_cuda_tensor_on_a_cpu_build(monkeypatch):
 
 def test_torch_compile_gives_the_same_numbers():
     """Not yet without graph breaks; but never other numbers."""
-    module = lstm_ext.LSTM(4, 8, 2, bidirectional=True)
-    x = torch.randn(5, 3, 4, requires_grad=True)
+    module = here(lstm_ext.LSTM(4, 8, 2, bidirectional=True))
+    x = leaf(torch.randn(5, 3, 4))
     compiled = torch.compile(module, backend="eager")
     wanted = [x, *module.parameters()]
     plain = torch.autograd.grad(module(x)[0].sum(), wanted)
@@ -364,9 +372,9 @@ def test_torch_compile_gives_the_same_numbers():
 
 
 def test_jit_trace_is_refused():
-    module = lstm_ext.LSTM(4, 8).requires_grad_(False)
+    module = here(lstm_ext.LSTM(4, 8)).requires_grad_(False)
     with pytest.raises(RuntimeError, match="torch.jit.trace"):
-        torch.jit.trace(module, (torch.randn(5, 3, 4),), check_trace=False)
+        torch.jit.trace(module, (here(torch.randn(5, 3, 4)),), check_trace=False)
 
 
 @pytest.mark.skipif(
@@ -376,12 +384,13 @@ def test_jit_trace_is_refused():
 def test_offsets_past_32_bits():
     """More than 2**31 elements of gates, read and written at their ends."""
     T, H = 2_200_000, 256  # T * 4H = 2.25e9
-    module = lstm_ext.LSTM(1, H).requires_grad_(False)
-    x = torch.randn(T, 1, 1)
+    module = here(lstm_ext.LSTM(1, H)).requires_grad_(False)
+    x = here(torch.randn(T, 1, 1))
     y = module(x)[0]
     states = module(x[: T - 5])[1]
     torch.testing.assert_close(y[T - 5 :], module(x[T - 5 :], states)[0], **tol(torch.float32))
 
 
+@pytest.mark.tf32
 def test_large_case_against_torch():
     compare(Case(T=20, B=33, I=70, H=256, layers=2, dtype=torch.float32))

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from device import DEVICE, here, leaf
 from tolerances import tol
 from torch import nn
 from torch.testing import assert_close
@@ -27,10 +28,10 @@ def outcome(call):
 @pytest.mark.parametrize("with_hx", [False, True])
 @pytest.mark.parametrize("batch", [(), (1,), (5,), (0,)])
 def test_equals_nn_lstm_cell(batch, with_hx, bias):
-    theirs = nn.LSTMCell(3, 4, bias, dtype=torch.float64)
+    theirs = here(nn.LSTMCell(3, 4, bias, dtype=torch.float64))
     ours = lstm_ext.LSTMCell.from_torch(theirs)
-    x = torch.randn(*batch, 3, dtype=torch.float64, requires_grad=True)
-    hx = [torch.randn(*batch, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    x = leaf(torch.randn(*batch, 3, dtype=torch.float64))
+    hx = [leaf(torch.randn(*batch, 4, dtype=torch.float64)) for _ in range(2)]
     inputs = [x, *theirs.parameters(), *(hx if with_hx else ())]
     results = []
     for cell in (theirs, ours):
@@ -42,10 +43,10 @@ def test_equals_nn_lstm_cell(batch, with_hx, bias):
 
 
 def test_a_sequence_of_steps_equals_the_layer():
-    cell = lstm_ext.LSTMCell(3, 4).double()
-    lstm = lstm_ext.LSTM(3, 4).double()
+    cell = here(lstm_ext.LSTMCell(3, 4).double())
+    lstm = here(lstm_ext.LSTM(3, 4).double())
     lstm.load_state_dict({f"{k}_l0": v for k, v in cell.state_dict().items()})
-    x = torch.randn(6, 2, 3, dtype=torch.float64)
+    x = here(torch.randn(6, 2, 3, dtype=torch.float64))
     hx, outputs = None, []
     for step in x:
         hx = cell(step, hx)
@@ -55,8 +56,8 @@ def test_a_sequence_of_steps_equals_the_layer():
 
 
 def test_gradcheck_and_gradgradcheck():
-    cell = lstm_ext.LSTMCell(2, 3).double()
-    inputs = [torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (2, 3, 3)]
+    cell = here(lstm_ext.LSTMCell(2, 3).double())
+    inputs = [leaf(torch.randn(2, n, dtype=torch.float64)) for n in (2, 3, 3)]
 
     def run(x, h, c):
         return cell(x, (h, c))
@@ -92,7 +93,9 @@ def test_errors(name):
     theirs = nn.LSTMCell(3, 4)
     expected = outcome(lambda: theirs(*BAD_CALLS[name]))
     assert expected[0] is not None
-    assert outcome(lambda: lstm_ext.LSTMCell.from_torch(theirs)(*BAD_CALLS[name])) == expected
+    ours, args = here(lstm_ext.LSTMCell.from_torch(theirs)), here(BAD_CALLS[name])
+    kind, text = outcome(lambda: ours(*args))
+    assert (kind, text.replace(str(DEVICE), "cpu")) == expected
 
 
 # (what nn.LSTMCell does, what we do instead, the call, why)
@@ -124,15 +127,16 @@ DIFFERENCES = [
 def test_errors_that_differ_on_purpose(theirs_raises, ours, args):
     theirs = nn.LSTMCell(3, 4)
     assert outcome(lambda: theirs(*args))[0] is theirs_raises
-    with pytest.raises(ours[0], match=ours[1]):
-        lstm_ext.LSTMCell.from_torch(theirs)(*args)
+    ours_here, args_here = here(lstm_ext.LSTMCell.from_torch(theirs)), here(args)
+    with pytest.raises(ours[0], match=ours[1].replace("at cpu", f"at {DEVICE}")):
+        ours_here(*args_here)
 
 
 def test_a_state_batched_unlike_the_input_never_passes():
-    ours = lstm_ext.LSTMCell(3, 4)
+    ours = here(lstm_ext.LSTMCell(3, 4))
     for hx in [(torch.zeros(4, 4), torch.zeros(4, 4)), (torch.zeros(4, 1), torch.zeros(4, 1))]:
         with pytest.raises(RuntimeError, match="hidden0 has inconsistent hidden_size"):
-            ours(X[0], hx)
+            ours(here(X[0]), here(hx))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -158,7 +162,7 @@ def test_device_dtype_pickle_and_deepcopy():
     cell = lstm_ext.LSTMCell(3, 4, False, "cpu", torch.float64)
     assert cell.weight_ih.dtype == torch.float64
     assert lstm_ext.LSTMCell(3, 4, device="meta").weight_hh.is_meta
-    x = torch.randn(2, 3, dtype=torch.float64)
+    cell, x = here((cell, torch.randn(2, 3, dtype=torch.float64)))
     for twin in (copy.deepcopy(cell), pickle.loads(pickle.dumps(cell))):
         assert type(twin) is lstm_ext.LSTMCell
         assert_close(twin(x), cell(x), **BITS)
@@ -167,10 +171,10 @@ def test_device_dtype_pickle_and_deepcopy():
 
 def test_autocast_reaches_the_cell():
     """nn.LSTMCell stays in float32 under autocast to bfloat16."""
-    cell = lstm_ext.LSTMCell(3, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        hn = cell(torch.randn(2, 3))
-        again = cell(torch.randn(2, 3), hn)
+    cell = here(lstm_ext.LSTMCell(3, 4))
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        hn = cell(here(torch.randn(2, 3)))
+        again = cell(here(torch.randn(2, 3)), hn)
     assert [s.dtype for s in (*hn, *again)] == [torch.bfloat16] * 4
     again[0].sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in cell.parameters())

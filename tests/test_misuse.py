@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from device import DEVICE, PLACES, here, leaf
+from layers import lstm_layer
 from tolerances import tol
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lstm_ext
-from lstm_ext import ops, reference
-from lstm_ext.autograd import lstm_layer
+from lstm_ext import cpu_engine, reference
 from lstm_ext.ops import LayerWeights
 from lstm_ext.steps import Steps
 
@@ -17,8 +18,8 @@ F64 = {"dtype": torch.float64}
 
 def test_default_device_elsewhere():
     """Tensors that the package makes for itself lie on the CPU, whatever the default device."""
-    module = lstm_ext.LSTM(3, 4, 2, bidirectional=True)
-    x, lengths = torch.randn(5, 2, 3), torch.tensor([2, 5])
+    module = here(lstm_ext.LSTM(3, 4, 2, bidirectional=True))
+    x, lengths = here(torch.randn(5, 2, 3)), torch.tensor([2, 5])
     packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
     expected = module(x, lengths=lengths)[0]
     expected_packed = module(packed)[0].data
@@ -27,14 +28,14 @@ def test_default_device_elsewhere():
         y_packed = module(packed)[0].data
         grads = torch.autograd.grad(y, list(module.parameters()), torch.ones_like(y))
     assert torch.equal(y, expected) and torch.equal(y_packed, expected_packed)
-    assert all(g.device.type == "cpu" for g in grads)
+    assert all(g.device == DEVICE for g in grads)
 
 
 def test_fake_and_functional_tensors_are_refused():
-    module = lstm_ext.LSTM(3, 4).requires_grad_(False)
-    x = torch.randn(5, 2, 3)
+    module = here(lstm_ext.LSTM(3, 4)).requires_grad_(False)
+    x = here(torch.randn(5, 2, 3))
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="traced"):
-        module(torch.randn(5, 2, 3))
+        module(torch.randn(5, 2, 3, device=DEVICE))
     with pytest.raises(RuntimeError, match="without"):
         torch.func.functionalize(lambda x: module(x)[0])(x)
     with pytest.raises(RuntimeError, match="make_fx"):
@@ -43,13 +44,14 @@ def test_fake_and_functional_tensors_are_refused():
         torch.export.export(module, (x,))
 
 
-def test_lengths_and_mask_changed_before_backward():
-    module = lstm_ext.LSTM(3, 4, bidirectional=True, **F64)
-    x = torch.randn(5, 2, 3, **F64)
+@pytest.mark.parametrize("place", PLACES)
+def test_lengths_and_mask_changed_before_backward(place):
+    module = here(lstm_ext.LSTM(3, 4, bidirectional=True, **F64))
+    x = here(torch.randn(5, 2, 3, **F64))
 
     def grads(spoil):
-        lengths = torch.tensor([2, 4])
-        mask = torch.zeros(5, 2, dtype=torch.bool)
+        lengths = torch.tensor([2, 4], device=place)
+        mask = torch.full((5, 2), False, device=place)
         mask[1, 1] = True
         y = module(x, lengths=lengths, reset_mask=mask)[0]
         if spoil:
@@ -64,20 +66,20 @@ def test_lengths_and_mask_changed_before_backward():
 def test_strided_single_bias():
     """Above the size that goes to oneDNN, which reads a bias as if it were contiguous."""
     H, B = 160, 30
-    x, zero = torch.randn(10 * B, 64), torch.zeros(B, H)
-    w_ih, w_hh = torch.randn(4 * H, 64) / 8, torch.randn(4 * H, H) / 13
-    assert x.size(0) > ops._CORE_INPUT_ROWS
-    assert x.numel() * 4 * H > ops._ONEDNN_MIN_MACS
-    for bias in (torch.randn(8 * H)[::2], torch.randn(1).expand(4 * H)):
+    x, zero = here((torch.randn(10 * B, 64), torch.zeros(B, H)))
+    w_ih, w_hh = here((torch.randn(4 * H, 64) / 8, torch.randn(4 * H, H) / 13))
+    assert x.size(0) > cpu_engine._CORE_INPUT_ROWS
+    assert x.numel() * 4 * H > cpu_engine._ONEDNN_MIN_MACS
+    for bias in (here(torch.randn(8 * H))[::2], here(torch.randn(1)).expand(4 * H)):
         ours = lstm_layer(x, zero, zero, LayerWeights(w_ih, w_hh, bias), Steps.padded(10, B))[0]
         plain = reference.lstm_layer(x.view(10, B, 64), zero, zero, w_ih, w_hh, bias)[0]
         torch.testing.assert_close(ours.view_as(plain), plain, **tol(torch.float32))
 
 
 def test_second_derivative_without_steps():
-    module = lstm_ext.LSTM(3, 4, **F64)
-    hx = [torch.randn(1, 2, 4, **F64, requires_grad=True) for _ in range(2)]
-    x = torch.randn(0, 2, 3, **F64, requires_grad=True)
+    module = here(lstm_ext.LSTM(3, 4, **F64))
+    hx = [leaf(torch.randn(1, 2, 4, **F64)) for _ in range(2)]
+    x = leaf(torch.randn(0, 2, 3, **F64))
     h_n = module(x, hx)[1][0]
     (dh0,) = torch.autograd.grad(h_n.pow(2).sum(), hx[0], create_graph=True)
     (twice,) = torch.autograd.grad(dh0.sum(), hx[0])
@@ -86,30 +88,30 @@ def test_second_derivative_without_steps():
 
 def test_second_derivative_of_an_output_without_differentiable_inputs():
     """c after one step does not depend on w_hh if h0 is zero and only w_hh is trained."""
-    module = lstm_ext.LSTM(3, 4, proj_size=2, **F64).requires_grad_(False)
+    module = here(lstm_ext.LSTM(3, 4, proj_size=2, **F64)).requires_grad_(False)
     module.weight_hr_l0.requires_grad_()
-    x = torch.randn(1, 2, 3, **F64)
+    x = here(torch.randn(1, 2, 3, **F64))
     c_n = module(x)[1][1]
     (first,) = torch.autograd.grad(c_n.sum(), module.weight_hr_l0, create_graph=True)
     assert first.abs().max() == 0
 
 
 def test_second_derivative_under_autocast():
-    module = lstm_ext.LSTM(3, 4)
-    x = torch.randn(5, 2, 3, requires_grad=True)
+    module = here(lstm_ext.LSTM(3, 4))
+    x = leaf(torch.randn(5, 2, 3))
 
     def second(inside):
         y = module(x)[0]
         (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=inside):
             return torch.autograd.grad(first.pow(2).sum(), x)[0]
 
     torch.testing.assert_close(second(True), second(False), **tol(torch.float32))
 
 
 def test_saved_tensors_come_back_in_another_layout():
-    module = lstm_ext.LSTM(3, 4, **F64)
-    x = torch.randn(5, 2, 3, **F64)
+    module = here(lstm_ext.LSTM(3, 4, **F64))
+    x = here(torch.randn(5, 2, 3, **F64))
     plain = torch.autograd.grad(module(x)[0].sum(), list(module.parameters()))
 
     def relaid(t):
@@ -123,6 +125,7 @@ def test_saved_tensors_come_back_in_another_layout():
         torch.testing.assert_close(ours, theirs, **tol(torch.float64))
 
 
+@pytest.mark.cpu_only(reason="OpenMP threads")
 def test_more_threads_than_blocks_of_few_sequences():
     """The dots' order of summation depends on the sequences at hand, never on the threads."""
     module = lstm_ext.LSTM(8, 256)
@@ -135,26 +138,27 @@ def test_more_threads_than_blocks_of_few_sequences():
     assert torch.equal(*results)
 
 
+@pytest.mark.cpu_only(reason="the core's workspace on the CPU")
 def test_one_workspace_for_calls_of_any_size():
     """The kept buffer grows; a smaller call after a larger one, and under inference mode first."""
-    ops._kept.__dict__.clear()
+    cpu_engine._kept.__dict__.clear()
     small, large = lstm_ext.LSTM(3, 4), lstm_ext.LSTM(30, 200)
     with torch.inference_mode():
         small(torch.randn(2, 1, 3))
     large(torch.randn(7, 40, 30))[0].sum().backward()
-    kept = ops._kept.buffer
+    kept = cpu_engine._kept.buffer
     assert not kept.is_inference()
     y = small(torch.randn(2, 1, 3))[0]
-    assert ops._kept.buffer is kept
+    assert cpu_engine._kept.buffer is kept
     y.sum().backward()
     assert small.weight_hh_l0.grad.isfinite().all()
 
 
 def test_lazily_negated_tensors():
     """Input, states, weights and cotangents with torch's negative bit set."""
-    module = lstm_ext.LSTM(3, 4, **F64)
-    x, h0, c0 = (torch.randn(s, **F64) for s in ((5, 2, 3), (1, 2, 4), (1, 2, 4)))
-    cotangent = torch.randn(5, 2, 4, **F64)
+    module = here(lstm_ext.LSTM(3, 4, **F64))
+    x, h0, c0 = (here(torch.randn(s, **F64)) for s in ((5, 2, 3), (1, 2, 4), (1, 2, 4)))
+    cotangent = here(torch.randn(5, 2, 4, **F64))
     names = list(dict(module.named_parameters()))
 
     def run(flip):
@@ -167,6 +171,7 @@ def test_lazily_negated_tensors():
         torch.testing.assert_close(a.resolve_neg(), b, **tol(torch.float64))
 
 
+@pytest.mark.cpu_only(reason="counts the bytes of the CPU's allocator")
 def test_second_derivative_memory_is_linear_in_the_steps():
     """Bytes allocated by the second pass: twice the steps, about twice the bytes."""
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device import PLACES, here
 from tolerances import tol
 from torch.testing import assert_close
 
@@ -14,7 +15,7 @@ X = torch.zeros(5, 2, 3)
 
 
 def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
+    return here(torch.randn(*shape, dtype=torch.float64))
 
 
 def states(module, *batch):
@@ -25,12 +26,12 @@ def states(module, *batch):
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("kwargs", [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}])
-def test_lengths_resets_and_cells_against_the_reference(kwargs, batch_first):
-    ours = lstm_ext.LSTM(
-        3, 4, batch_first=batch_first, return_cell_sequence=True, **kwargs
-    ).double()  # fmt: skip
-    x, lengths = randn(6, 4, 3), torch.tensor([3, 0, 6, 1])
-    mask = torch.rand(6, 4) < 0.3
+@pytest.mark.parametrize("place", PLACES)
+def test_lengths_resets_and_cells_against_the_reference(kwargs, batch_first, place):
+    ours = lstm_ext.LSTM(3, 4, batch_first=batch_first, return_cell_sequence=True, **kwargs)
+    ours = here(ours.double())
+    x, lengths = randn(6, 4, 3), torch.tensor([3, 0, 6, 1]).to(place)
+    mask = (torch.rand(6, 4) < 0.3).to(place)
     hx = states(ours, 4)
     flip = (lambda t: t.transpose(0, 1)) if batch_first else (lambda t: t)
     for extra in (
@@ -40,14 +41,14 @@ def test_lengths_resets_and_cells_against_the_reference(kwargs, batch_first):
     ):
         y, hn, cells = reference.lstm(
             x, hx, ours.all_weights, num_layers=ours.num_layers,
-            bidirectional=ours.bidirectional, **extra,
+            bidirectional=ours.bidirectional, **here(extra),
         )  # fmt: skip
         given = {k: flip(v) if k == "reset_mask" else v for k, v in extra.items()}
         assert_close(ours(flip(x), hx, **given), (flip(y), hn, flip(cells)), **TOL)
 
 
 def test_unbatched_lengths_and_resets():
-    ours = lstm_ext.LSTM(3, 4, 2, bidirectional=True, return_cell_sequence=True).double()
+    ours = here(lstm_ext.LSTM(3, 4, 2, bidirectional=True, return_cell_sequence=True).double())
     x, hx, mask = randn(6, 3), states(ours), torch.rand(6) < 0.3
     wide = [s[:, None] for s in hx]
     for lengths in (torch.tensor(4), torch.tensor([4])):
@@ -60,7 +61,7 @@ def test_unbatched_lengths_and_resets():
 
 
 def test_cells_of_the_last_layer_carry_gradients():
-    ours = lstm_ext.LSTM(2, 3, 2, return_cell_sequence=True).double()
+    ours = here(lstm_ext.LSTM(2, 3, 2, return_cell_sequence=True).double())
     x = randn(3, 2, 2).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: ours(x)[2], x)
 
@@ -82,7 +83,7 @@ BAD_LENGTHS = [
 @pytest.mark.parametrize("x, lengths", BAD_LENGTHS)
 def test_bad_lengths(x, lengths):
     with pytest.raises((ValueError, TypeError), match="lengths"):
-        lstm_ext.LSTM(3, 4)(x, lengths=lengths)
+        here(lstm_ext.LSTM(3, 4))(here(x), lengths=lengths)
 
 
 BAD_MASKS = [
@@ -99,11 +100,12 @@ BAD_MASKS = [
 @pytest.mark.parametrize("x, mask", BAD_MASKS)
 def test_bad_reset_masks(x, mask):
     with pytest.raises((ValueError, TypeError), match="reset_mask"):
-        lstm_ext.LSTM(3, 4)(x, reset_mask=mask)
+        here(lstm_ext.LSTM(3, 4))(here(x), reset_mask=mask)
 
 
 def test_batch_first_takes_its_reset_mask_batch_first():
-    ours = lstm_ext.LSTM(3, 4, batch_first=True)
-    ours(X.transpose(0, 1), reset_mask=torch.zeros(2, 5, dtype=torch.bool))
+    ours = here(lstm_ext.LSTM(3, 4, batch_first=True))
+    x = here(X.transpose(0, 1))
+    ours(x, reset_mask=torch.zeros(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="reset_mask"):
-        ours(X.transpose(0, 1), reset_mask=torch.zeros(5, 2, dtype=torch.bool))
+        ours(x, reset_mask=torch.zeros(5, 2, dtype=torch.bool))

@@ -12,6 +12,7 @@ import weakref
 
 import pytest
 import torch
+from device import here
 from tolerances import tol
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -31,14 +32,14 @@ CONFIGS = [
 
 def pair(*args, **kwargs):
     """An nn.LSTM in fp64 and an lstm_ext.LSTM with copies of its parameters."""
-    theirs = nn.LSTM(*args, **kwargs, dtype=torch.float64)
-    ours = lstm_ext.LSTM(*args, **kwargs, dtype=torch.float64)
+    theirs = here(nn.LSTM(*args, **kwargs, dtype=torch.float64))
+    ours = here(lstm_ext.LSTM(*args, **kwargs, dtype=torch.float64))
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
 
 def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
+    return here(torch.randn(*shape, dtype=torch.float64))
 
 
 def loss_and_grads(module, x):
@@ -49,10 +50,10 @@ def loss_and_grads(module, x):
 
 @pytest.mark.parametrize("kwargs", CONFIGS)
 def test_state_dict_both_ways(kwargs):
-    theirs, ours = nn.LSTM(3, 4, **kwargs), lstm_ext.LSTM(3, 4, **kwargs)
+    theirs, ours = here((nn.LSTM(3, 4, **kwargs), lstm_ext.LSTM(3, 4, **kwargs)))
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert ours.load_state_dict(theirs.state_dict(), strict=True).missing_keys == []
-    x = torch.randn(5, 2, 3)
+    x = here(torch.randn(5, 2, 3))
     assert_close(ours(x), theirs(x), **tol(torch.float32))
     ours.reset_parameters()
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -86,7 +87,7 @@ def test_flat_weights_and_friends(kwargs):
     for name in ("get_expected_hidden_size", "get_expected_cell_size"):
         for sizes in (None, torch.tensor([4, 2])):
             assert getattr(ours, name)(x, sizes) == getattr(theirs, name)(x, sizes)
-    hx, order = (randn(2, 3, 4), randn(2, 3, 4)), torch.tensor([2, 0, 1])
+    hx, order = (randn(2, 3, 4), randn(2, 3, 4)), here(torch.tensor([2, 0, 1]))
     assert_close(ours.permute_hidden(hx, order), theirs.permute_hidden(hx, order), **BITS)
     assert ours.permute_hidden(hx, None) is hx
     ours.check_input(x, None)
@@ -122,7 +123,7 @@ def round_trips(module):
 
 @pytest.mark.parametrize("kwargs", [*CONFIGS, {"return_cell_sequence": True}])
 def test_pickle_deepcopy_and_torch_save(kwargs):
-    ours = lstm_ext.LSTM(3, 4, **kwargs, dtype=torch.float64).eval()
+    ours = here(lstm_ext.LSTM(3, 4, **kwargs, dtype=torch.float64)).eval()
     ours.to(torch.float64)
     x = randn(5, 2, 3)
     expected = ours(x)
@@ -162,8 +163,8 @@ def test_old_pickles(kwargs):
 
 
 def test_no_weight_is_kept_alive():
-    ours = lstm_ext.LSTM(3, 4, 2, bidirectional=True)
-    ours(torch.randn(5, 2, 3))[0].sum().backward()
+    ours = here(lstm_ext.LSTM(3, 4, 2, bidirectional=True))
+    ours(here(torch.randn(5, 2, 3)))[0].sum().backward()
     old = [weakref.ref(p) for p in ours.parameters()]
     for name in ours._flat_weights_names:
         setattr(ours, name, nn.Parameter(torch.zeros_like(getattr(ours, name))))
@@ -208,8 +209,8 @@ def test_every_way_to_change_a_weight_reaches_the_next_forward():
 
 
 def test_moves_between_dtypes_and_devices():
-    ours = lstm_ext.LSTM(3, 4, 2)
-    x = torch.randn(5, 2, 3)
+    ours = here(lstm_ext.LSTM(3, 4, 2))
+    x = here(torch.randn(5, 2, 3))
     expected = ours(x)[0]
     assert_close(ours.double()(x.double())[0].float(), expected, **tol(torch.float32))
     assert_close(ours.to(torch.float32)(x)[0], expected, **BITS)
@@ -328,10 +329,10 @@ def test_subclasses():
             output, states = super().forward(input, hx)
             return 2 * output, states
 
-    ours = Loud(3, 4, batch_first=True)
-    plain = lstm_ext.LSTM(3, 4, batch_first=True)
+    ours = here(Loud(3, 4, batch_first=True))
+    plain = here(lstm_ext.LSTM(3, 4, batch_first=True))
     plain.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 5, 3)
+    x = here(torch.randn(2, 5, 3))
     assert_close(ours(x)[0], 2 * plain(x)[0], **BITS)
     assert repr(ours) == "Loud(3, 4, batch_first=True)"
 

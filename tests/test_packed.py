@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from device import PLACES, here
 from tolerances import tol
 from torch import nn
 from torch.nn.utils.rnn import (
@@ -23,12 +24,12 @@ SORTED, UNSORTED = [6, 4, 4, 1], [4, 1, 6, 4]
 
 def pair(*args, **kwargs):
     """An nn.LSTM in fp64 and the lstm_ext.LSTM that shares its parameters."""
-    theirs = nn.LSTM(*args, **kwargs, dtype=torch.float64)
+    theirs = here(nn.LSTM(*args, **kwargs, dtype=torch.float64))
     return theirs, lstm_ext.LSTM.from_torch(theirs)
 
 
 def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
+    return here(torch.randn(*shape, dtype=torch.float64))
 
 
 def states(module, batch):
@@ -78,6 +79,7 @@ def test_batch_first_does_not_matter():
     assert_close((y.data, hn), (expected.data, expected_hn), **TOL)
 
 
+@pytest.mark.cpu_only(reason="cuDNN draws other dropout masks")
 def test_dropout_draws_nn_lstms_mask_on_the_packed_rows():
     theirs, ours = pair(3, 4, 3, dropout=0.4, bidirectional=True)
     packed = pack(randn(6, 4, 3), UNSORTED)
@@ -92,15 +94,16 @@ def test_dropout_draws_nn_lstms_mask_on_the_packed_rows():
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 @pytest.mark.parametrize("kwargs", [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}])
-def test_lengths_equal_packed(kwargs, dtype, batch_first):
+@pytest.mark.parametrize("place", PLACES)
+def test_lengths_equal_packed(kwargs, dtype, batch_first, place):
     ours = lstm_ext.LSTM(3, 4, batch_first=batch_first, return_cell_sequence=True, **kwargs)
-    ours = ours.double()
+    ours = here(ours.double())
     x = (randn(4, 6, 3) if batch_first else randn(6, 4, 3)).requires_grad_()
     hx = states(ours, 4)
     unpack = {"batch_first": batch_first, "total_length": 6}
     y, hn, cells = ours(pack(x, UNSORTED, batch_first=batch_first), hx)
     packed = [pad_packed_sequence(y, **unpack)[0], *hn, pad_packed_sequence(cells, **unpack)[0]]
-    y, hn, cells = ours(x, hx, lengths=torch.tensor(UNSORTED, dtype=dtype))
+    y, hn, cells = ours(x, hx, lengths=torch.tensor(UNSORTED, dtype=dtype, device=place))
     padded = [y, *hn, cells]
     assert_close(padded, packed, **TOL)
     cotangents = [randn(*t.shape) for t in padded]
@@ -124,9 +127,9 @@ def test_zero_and_full_lengths(lengths):
 
 
 def test_nan_in_the_padding_reaches_nothing():
-    ours = lstm_ext.LSTM(3, 4, 2, bidirectional=True).double()
+    ours = here(lstm_ext.LSTM(3, 4, 2, bidirectional=True).double())
     clean, lengths = randn(6, 4, 3), torch.tensor([4, 0, 6, 1])
-    past = torch.arange(6)[:, None] >= lengths
+    past = here(torch.arange(6)[:, None] >= lengths)
     results = []
     for fill in (0.0, float("nan")):
         x = torch.where(past[:, :, None], fill, clean).requires_grad_()
@@ -140,7 +143,7 @@ def test_nan_in_the_padding_reaches_nothing():
 
 
 def test_double_backward_through_packed_input():
-    ours = lstm_ext.LSTM(2, 3, 2, bidirectional=True).double()
+    ours = here(lstm_ext.LSTM(2, 3, 2, bidirectional=True).double())
     x = randn(3, 2, 2).requires_grad_()
 
     def run(x):
@@ -173,9 +176,10 @@ def test_wrong_states_are_refused(hx, message, lengths):
     """In the words nn.LSTM has for padded input; it lets some of these pass."""
     _, ours = pair(3, 4, 2)
     with pytest.raises(RuntimeError, match=message):
-        ours(pack(randn(6, 4, 3), lengths), hx)
+        ours(pack(randn(6, 4, 3), lengths), here(hx))
 
 
+@pytest.mark.cpu_only(reason="cuDNN refuses what nn.LSTM lets pass on the CPU")
 def test_states_of_too_many_sequences_pass_nn_lstm_silently():
     theirs, ours = pair(3, 4, 2)
     packed, hx = pack(randn(6, 4, 3), UNSORTED), (H.repeat(1, 2, 1), H.repeat(1, 2, 1))
@@ -185,19 +189,20 @@ def test_states_of_too_many_sequences_pass_nn_lstm_silently():
 
 
 def test_states_that_are_no_pair():
+    module = here(lstm_ext.LSTM(3, 4, 2))
     with pytest.raises(TypeError, match=r"pair of Tensors \(h_0, c_0\), got Tensor"):
-        lstm_ext.LSTM(3, 4, 2)(pack(torch.zeros(6, 4, 3), SORTED), H.float())
+        module(pack(here(torch.zeros(6, 4, 3)), SORTED), here(H.float()))
 
 
 def test_wrong_input_gets_the_words_for_padded_input():
     """nn.LSTM reports a failing matmul here."""
-    ours = lstm_ext.LSTM(3, 4)
+    ours = here(lstm_ext.LSTM(3, 4))
     with pytest.raises(RuntimeError, match="must be equal to input_size. Expected 3, got 7"):
-        ours(pack(torch.zeros(6, 4, 7), SORTED))
+        ours(pack(here(torch.zeros(6, 4, 7)), SORTED))
     with pytest.raises(ValueError, match=r"RNN input dtype \(torch.float64\) does not match"):
-        ours(pack(torch.zeros(6, 4, 3).double(), SORTED))
+        ours(pack(here(torch.zeros(6, 4, 3).double()), SORTED))
     with pytest.raises(RuntimeError, match="input must have 2 dimensions, got 3"):
-        ours(PackedSequence(torch.zeros(5, 2, 3), torch.tensor([3, 2])))
+        ours(PackedSequence(here(torch.zeros(5, 2, 3)), torch.tensor([3, 2])))
 
 
 @pytest.mark.parametrize(
@@ -206,19 +211,19 @@ def test_wrong_input_gets_the_words_for_padded_input():
 def test_inconsistent_batch_sizes_are_refused(rows, batch_sizes):
     """The core would read past the rows; nn.LSTM overlooks missing rows and fails on the rest."""
     batch_sizes = torch.tensor(batch_sizes, dtype=torch.int64)
-    packed = PackedSequence(torch.zeros(rows, 3), batch_sizes)
+    packed = PackedSequence(here(torch.zeros(rows, 3)), batch_sizes)
     with pytest.raises(ValueError, match=f"batch_sizes: expected .* sum to {rows}, got"):
-        lstm_ext.LSTM(3, 4)(packed)
+        here(lstm_ext.LSTM(3, 4))(packed)
 
 
 def test_batch_sizes_of_another_dtype_are_refused():
-    packed = PackedSequence(torch.zeros(5, 3), torch.tensor([3, 2], dtype=torch.int32))
+    packed = PackedSequence(here(torch.zeros(5, 3)), torch.tensor([3, 2], dtype=torch.int32))
     with pytest.raises(ValueError, match="batch_sizes: expected .*torch.int64.*got .*torch.int32"):
-        lstm_ext.LSTM(3, 4)(packed)
+        here(lstm_ext.LSTM(3, 4))(packed)
 
 
 def test_lengths_and_resets_are_for_padded_input():
-    ours, packed = lstm_ext.LSTM(3, 4), pack(torch.zeros(6, 4, 3), SORTED)
+    ours, packed = here(lstm_ext.LSTM(3, 4)), pack(here(torch.zeros(6, 4, 3)), SORTED)
     with pytest.raises(ValueError, match="lengths: a PackedSequence already holds its lengths"):
         ours(packed, lengths=torch.tensor(SORTED))
     with pytest.raises(ValueError, match="reset_mask is not supported with a PackedSequence"):

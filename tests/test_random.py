@@ -7,6 +7,7 @@ import torch
 from cases import HALF, Case, compare
 
 DRAWS = 300
+pytestmark = pytest.mark.tf32
 
 
 def draw(seed: int) -> tuple[Case, int]:

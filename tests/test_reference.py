@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from device import here, leaf
 from tolerances import tol
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -19,20 +20,20 @@ def make(num_layers=1, bidirectional=False, proj_size=0, bias=True, input_size=3
     module = nn.LSTM(
         input_size, hidden_size, num_layers, bias, False, 0.0, bidirectional, proj_size
     ).double()
-    return module, {"num_layers": num_layers, "bidirectional": bidirectional}
+    return here(module), {"num_layers": num_layers, "bidirectional": bidirectional}
 
 
 def states(module, batch):
     count = module.num_layers * (1 + module.bidirectional)
     h0 = torch.randn(count, batch, module.proj_size or module.hidden_size).double()
     c0 = torch.randn(count, batch, module.hidden_size).double()
-    return h0.requires_grad_(), c0.requires_grad_()
+    return leaf(h0), leaf(c0)
 
 
 def grads(outputs, inputs, seed=1):
     """Gradients of outputs in a fixed random direction, the same for the same shapes."""
     gen = torch.Generator().manual_seed(seed)
-    cotangents = [torch.randn(o.shape, generator=gen, dtype=o.dtype) for o in outputs]
+    cotangents = [here(torch.randn(o.shape, generator=gen, dtype=o.dtype)) for o in outputs]
     return torch.autograd.grad(outputs, inputs, cotangents)
 
 
@@ -45,7 +46,7 @@ def layer_args(steps=4, batch=3, inputs=2, hidden=3, proj=0):
     ]  # fmt: skip
     if proj:
         shapes.append((p, hidden))
-    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    return [leaf(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
 
 
 @pytest.mark.parametrize("with_hx", [True, False])
@@ -55,7 +56,7 @@ def layer_args(steps=4, batch=3, inputs=2, hidden=3, proj=0):
 )
 def test_equals_nn_lstm(num_layers, bidirectional, proj_size, bias, with_hx):
     module, kw = make(num_layers, bidirectional, proj_size, bias)
-    x = torch.randn(5, 3, 3, dtype=torch.float64, requires_grad=True)
+    x = leaf(torch.randn(5, 3, 3, dtype=torch.float64))
     hx = states(module, 3) if with_hx else None
     inputs = [x, *module.parameters(), *(hx or ())]
     expected_y, expected_states = module(x, hx)
@@ -70,7 +71,7 @@ def test_equals_nn_lstm(num_layers, bidirectional, proj_size, bias, with_hx):
 def test_lengths_equal_packed(bidirectional):
     module, kw = make(2, bidirectional, proj_size=2)
     lengths = torch.tensor([2, 5, 1, 4, 5])
-    x = torch.randn(5, 5, 3, dtype=torch.float64, requires_grad=True)
+    x = leaf(torch.randn(5, 5, 3, dtype=torch.float64))
     hx = states(module, 5)
     inputs = [x, *module.parameters(), *hx]
     packed, expected_states = module(pack_padded_sequence(x, lengths, enforce_sorted=False), hx)
@@ -99,7 +100,7 @@ def test_zero_length_returns_the_initial_state(reverse):
 def test_cells_are_the_cell_states_of_every_step(reverse):
     """Against nn.LSTM run one step at a time."""
     module, _ = make()
-    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    x = here(torch.randn(5, 2, 3, dtype=torch.float64))
     hx = states(module, 2)
     _, h_n, c_n, cells = reference.lstm_layer(
         x, hx[0][0], hx[1][0], *module.all_weights[0], reverse=reverse
@@ -117,7 +118,7 @@ def test_reset_equals_cutting_the_sequence(reverse):
     """One sequence, cut by hand at its resets, each piece but the first started from zero."""
     args = layer_args(steps=7, batch=1)
     x, h0, c0, *weights = args
-    mask = torch.tensor([0, 0, 1, 0, 0, 1, 0], dtype=torch.bool)[:, None]
+    mask = here(torch.tensor([0, 0, 1, 0, 0, 1, 0], dtype=torch.bool)[:, None])
     out = reference.lstm_layer(*args, reset_mask=mask, reverse=reverse)
     # A reset at t starts a piece at t: forward pieces [0,2) [2,5) [5,7); backward, where step t
     # comes after t+1, pieces (2..] (5..2] (..5] i.e. [6,7) [3,6) [0,3).
@@ -136,7 +137,7 @@ def test_reset_equals_cutting_the_sequence(reverse):
 
 def test_reset_before_the_first_step_forgets_hx():
     args = layer_args()
-    mask = torch.zeros(4, 3, dtype=torch.bool)
+    mask = here(torch.zeros(4, 3, dtype=torch.bool))
     mask[0] = True
     zeros = [torch.zeros_like(a) for a in args[1:3]]
     out = reference.lstm_layer(*args, reset_mask=mask)
@@ -147,7 +148,7 @@ def test_reset_before_the_first_step_forgets_hx():
 def test_reset_past_a_length_does_nothing():
     args = layer_args()
     lengths = torch.tensor([2, 0, 4])
-    mask = torch.arange(4)[:, None] >= lengths
+    mask = here(torch.arange(4)[:, None] >= lengths)
     for reverse in (False, True):
         assert_close(
             reference.lstm_layer(*args, lengths=lengths, reset_mask=mask, reverse=reverse),
@@ -162,7 +163,7 @@ def test_reset_past_a_length_does_nothing():
 def test_padding_reaches_neither_values_nor_gradients(reverse, bad):
     args = layer_args()
     lengths = torch.tensor([2, 0, 4])
-    past = torch.arange(4)[:, None] >= lengths
+    past = here(torch.arange(4)[:, None] >= lengths)
     dirty = torch.where(past[:, :, None], bad, args[0].detach()).requires_grad_()
     results = []
     for x in (args[0], dirty):
@@ -182,7 +183,7 @@ def test_no_steps(proj_size):
     assert torch.equal(c_n, args[2])
     module, kw = make(2, True, proj_size)
     hx = states(module, 3)
-    y, hn, cells = reference.lstm(torch.zeros(0, 3, 3).double(), hx, module.all_weights, **kw)
+    y, hn, cells = reference.lstm(here(torch.zeros(0, 3, 3).double()), hx, module.all_weights, **kw)
     assert y.shape == (0, 3, 2 * (proj_size or 4))
     assert cells.shape == (0, 3, 8)
     assert_close(hn, hx, rtol=0, atol=0)
@@ -190,10 +191,10 @@ def test_no_steps(proj_size):
 
 def test_dropout_lies_between_the_layers_only():
     module, kw = make(2)
-    x = torch.randn(5, 3, 3, dtype=torch.float64)
+    x = here(torch.randn(5, 3, 3, dtype=torch.float64))
     first, second = ([w] for w in module.all_weights)
     dropped, _, _ = reference.lstm(x, None, module.all_weights, dropout=1.0, training=True, **kw)
-    expected, _, _ = reference.lstm(torch.zeros(5, 3, 4).double(), None, second)
+    expected, _, _ = reference.lstm(here(torch.zeros(5, 3, 4).double()), None, second)
     assert_close(dropped, expected, **TOL)
     alone = reference.lstm(x, None, first, dropout=1.0, training=True)
     assert_close(alone, reference.lstm(x, None, first), rtol=0, atol=0)
@@ -208,7 +209,7 @@ def test_gradcheck_and_gradgradcheck(proj, reverse):
     args = layer_args(steps=3, batch=2, inputs=2, hidden=3, proj=proj)
     extra = {
         "lengths": torch.tensor([2, 3]),
-        "reset_mask": torch.tensor([[0, 0], [1, 0], [0, 1]], dtype=torch.bool),
+        "reset_mask": here(torch.tensor([[0, 0], [1, 0], [0, 1]], dtype=torch.bool)),
         "reverse": reverse,
     }
 
@@ -222,5 +223,5 @@ def test_gradcheck_and_gradgradcheck(proj, reverse):
 def test_a_wrong_number_of_layers_is_refused():
     module, _ = make(2)
     with pytest.raises(ValueError, match="got 2, expected 4"):
-        reference.lstm(torch.zeros(1, 1, 3).double(), None, module.all_weights, num_layers=2,
+        reference.lstm(here(torch.zeros(1, 1, 3).double()), None, module.all_weights, num_layers=2,
                        bidirectional=True)  # fmt: skip

@@ -12,15 +12,22 @@ _TABLE = {
 }
 
 
+# One rounding to TF32, relative: 10 bits of fraction besides the leading one.
+TF32_EPS = 2.0**-11
+
+
 def tol(dtype: torch.dtype) -> dict[str, float]:
     """rtol and atol for a comparison in ``dtype``; half types are judged by assert_as_good."""
     return dict(_TABLE[dtype])
 
 
-def assert_as_good(ours: Tensor, peer: Tensor, truth: Tensor, name: str = "") -> None:
+def assert_as_good(
+    ours: Tensor, peer: Tensor, truth: Tensor, name: str = "", eps: float | None = None
+) -> None:
     """Half types: our error against the truth is at most twice the peer's in the same dtype.
 
-    One rounding of the largest element is allowed in any case: the peer may be exact by luck.
+    One rounding of the largest element, ``eps`` times it (None: of the dtype), is allowed in any
+    case: the peer may be exact by luck.
     """
     assert ours.dtype == peer.dtype and ours.shape == peer.shape == truth.shape, name
     if not truth.numel():
@@ -28,7 +35,8 @@ def assert_as_good(ours: Tensor, peer: Tensor, truth: Tensor, name: str = "") ->
     truth = truth.double()
     our_error = (ours.double() - truth).abs().max().item()
     peer_error = (peer.double() - truth).abs().max().item()
-    rounding = torch.finfo(ours.dtype).eps * truth.abs().max().item()
+    eps = torch.finfo(ours.dtype).eps if eps is None else eps
+    rounding = eps * truth.abs().max().item()
     assert our_error <= 2 * peer_error + rounding, (
         f"{name}: error {our_error:.3g}, peer's {peer_error:.3g}, one rounding {rounding:.3g}"
     )

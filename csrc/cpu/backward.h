@@ -155,7 +155,7 @@ class Backward {
       if (begin < end) std::memset(h_prev + begin, 0, (end - begin) * sizeof(S));
     } else {
       const S* from = row.first ? static_cast<const S*>(p_.h0) + row.b * P_
-                                : static_cast<const S*>(p_.y) + row.prev * P_;
+                                : static_cast<const S*>(p_.y) + row.prev * p_.y_stride;
       copy_blocks<A>(from, h_prev, columns, P_);
     }
   }

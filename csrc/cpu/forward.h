@@ -207,7 +207,7 @@ class Forward {
   // The recurrence goes on with h as the user sees it: rounded to the storage type.
   void put_h(const Row& row, int64_t j, V h, A* h_new) {
     const int64_t n = P_ - j;
-    store<A>(static_cast<S*>(p_.y) + row.row * P_ + j, h, n);
+    store<A>(static_cast<S*>(p_.y) + row.row * p_.y_stride + j, h, n);
     store_full<A>(h_new + row.b * h_stride_ + j, rounded_to<A, S>(h));
     if (row.last) store<A>(static_cast<S*>(p_.h_n) + row.b * P_ + j, h, n);
   }

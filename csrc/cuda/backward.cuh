@@ -1,0 +1,232 @@
+// Backward through time: dh = dy + dgates W_hh of the step after, the cell's derivative, dgates.
+// Weight gradients are products over all steps, made afterwards by a library. As in forward, one
+// kernel serves both families.
+//
+// The j-th step taken here is the (T - 1 - j)-th of forward; step T is the one product more that
+// makes dh0.
+#pragma once
+
+#include "cuda/block.cuh"
+
+namespace lstm_ext {
+
+// Gradient of h from the steps after: the product, and at a sequence's last step dh_n. A sequence
+// that has not reached its last step (or has left its first behind) takes no step: what it has is
+// carried. Returns the sum, and keeps the account of what is carried.
+template <class T, class Acc>
+LSTM_EXT_DEVICE Acc gradient_of_h(const BackwardArgs::Direction& d, const Steps& steps, int j,
+                                  bool active, int64_t at, Acc product) {
+  Acc sum = j > 0 ? product : Acc(0);
+  if (j == 0 && d.dh_n) sum += to_acc(as<T>(d.dh_n)[at]);
+  if (!steps.lengths) return sum;
+  if (j > 0) sum += as<Acc>(d.carry)[at];
+  as<Acc>(d.carry)[at] = active ? Acc(0) : sum;
+  return sum;
+}
+
+// The hidden units of one slice, for the sequences of one group, over the steps of the launch.
+template <class Arithmetic, int kMTiles, int kNTiles, int kHeld>
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_cell(const __grid_constant__ BackwardArgs args) {
+  using T = typename Arithmetic::Element;
+  using Acc = typename Arithmetic::Acc;
+  using CellMath = typename CellOf<Arithmetic>::type;
+  using Sum = Reduction<Arithmetic, PlainRows, kMTiles, kNTiles>;
+  constexpr int kPartialBytes = partial_bytes(kMTiles, Sum::kUnits, kNTiles, sizeof(Acc));
+
+  DYNAMIC_SHARED(memory);
+  Acc* partial = reinterpret_cast<Acc*>(memory);
+  const BlockPlace place(args.shape, args.steps.B);
+  const BackwardArgs::Direction& d = args.direction[place.direction];
+  Steps steps = args.steps;
+  steps.reverse = d.reverse;
+  const int H = args.H, K = args.K, B = int(steps.B);
+  // With a projection the gradient of h comes whole from the step's other kernel.
+  const bool projected = d.hidden;
+  const int product_K = projected ? args.hidden_K : K;
+  const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
+  const Weights<Arithmetic, PlainRows, kMTiles, kHeld> weights(
+      as<T>(projected ? d.w_hr : d.w_hh), H, product_K, unit_first, args.shape.shared,
+      memory + kPartialBytes);
+  GroupBarrier barrier(d.counters, args.shape, place);
+
+  struct Operands {
+    typename CellMath::Gates s;
+    Acc c, c_prev, dc, dy, dcell;
+  };
+  const auto here = [&](int b) { return Sum::has_cell() && b < place.row_end && unit < H; };
+  const auto load = [&](int j, int b) {
+    Operands in = {};
+    if (!here(b)) return in;
+    if (j > 0)
+      in.dc = as<Acc>(d.cells)[at(b, H, unit)];
+    else if (d.dc_n)
+      in.dc = to_acc(as<T>(d.dc_n)[at(b, H, unit)]);
+    if (j == steps.T) return in;
+    const int64_t t = steps.step_at(steps.T - 1 - j);
+    if (!steps.active(t, b)) return in;
+    const int64_t row = steps.row(t, b);
+    const Acc* gates = as<Acc>(d.gates) + at(row, 4 * H, unit);
+    in.s = {gates[0], gates[H], gates[2 * H], gates[3 * H]};
+    in.c = as<Acc>(d.c_seq)[at(row, H, unit)];
+    if (!resets(steps, t, b)) {
+      if (t == steps.first_step(b))
+        in.c_prev = to_acc(as<T>(d.c0)[at(b, H, unit)]);
+      else
+        in.c_prev = as<Acc>(d.c_seq)[at(steps.row(steps.reverse ? t + 1 : t - 1, b), H, unit)];
+    }
+    if (d.dy && !projected) in.dy = to_acc(as<T>(d.dy)[row * d.dy_stride + unit]);
+    if (d.dcells) in.dcell = to_acc(as<T>(d.dcells)[at(row, H, unit)]);
+    return in;
+  };
+  const auto finish = [&](int j, int b, Acc product, const Operands& in, T* out) {
+    const bool final = j == steps.T;
+    const int64_t t = final ? -1 : steps.step_at(steps.T - 1 - j);
+    const bool active = !final && steps.active(t, b);
+    const Acc dh = projected
+                       ? product
+                       : gradient_of_h<T>(d, steps, j, active, at(b, H, unit), product) + in.dy;
+    if (final) {
+      if (d.dh0 && !projected) as<T>(d.dh0)[at(b, H, unit)] = from_acc<T>(dh);
+      if (d.dc0 && steps.T == 0) as<T>(d.dc0)[at(b, H, unit)] = from_acc<T>(in.dc);
+      return;
+    }
+    typename CellMath::Gates da = {};
+    Acc dc = in.dc;
+    if (active) {
+      dc += in.dcell;
+      CellMath::backward(in.s, in.c, in.c_prev, dh, dc, da);
+    }
+    const bool cut = active && resets(steps, t, b);
+    if (cut) dc = 0;
+    as<Acc>(d.cells)[at(b, H, unit)] = dc;
+    if (d.dc0 && j + 1 == steps.T) as<T>(d.dc0)[at(b, H, unit)] = from_acc<T>(dc);
+    const T rounded[4] = {from_acc<T>(da.i), from_acc<T>(da.f), from_acc<T>(da.g),
+                          from_acc<T>(da.o)};
+    const bool has_row = active || !steps.offsets;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) {
+      if (has_row) as<T>(d.dgates)[at(steps.row(t, b), 4 * H, gate * H + unit)] = rounded[gate];
+      out[at(b, K, gate * H + unit)] =
+          cut ? from_acc<T>(Acc(0)) : Arithmetic::round_state(rounded[gate]);
+    }
+  };
+
+  for (int j = args.shape.first; j < args.shape.last; ++j) {
+    T* out = as<T>(d.state) + int64_t(j % 2) * B * K;
+    const T* state = projected ? as<T>(d.hidden) : as<T>(d.state) + int64_t((j + 1) % 2) * B * K;
+    Operands in = load(j, place.row_first + Sum::sequence(0));
+    if (j > args.shape.first) barrier.wait();
+    for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
+      Acc sums[kMTiles][kNTiles][4] = {};
+      if (projected || j > 0) weights.template multiply<kNTiles>(state, tile, B - 1, sums);
+#pragma unroll
+      for (int round = 0; round < Sum::kRounds; ++round) {
+        const int b = tile + Sum::sequence(round);
+        // Every thread has taken the sums of the round before.
+        if (round > 0 || tile > place.row_first) __syncthreads();
+        Sum::put(partial, sums, round);
+        __syncthreads();  // all warps' parts are there
+        const Operands now = in;
+        if (round + 1 < Sum::kRounds)
+          in = load(j, tile + Sum::sequence(round + 1));
+        else if (tile + 8 * kNTiles < place.row_end)
+          in = load(j, tile + 8 * kNTiles + Sum::sequence(0));
+        if (here(b)) {
+          Acc sum[1];
+          Sum::take(partial, sum);
+          finish(j, b, sum[0], now, out);
+        }
+      }
+    }
+    if (j + 1 < args.shape.last) barrier.arrive();
+  }
+}
+
+// The projection's part of one step: dr = dy + dgates W_hh of the step after. Step family only.
+template <class Arithmetic, int kMTiles, int kNTiles>
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_projection(const __grid_constant__ BackwardArgs args) {
+  using T = typename Arithmetic::Element;
+  using Acc = typename Arithmetic::Acc;
+  using Sum = Reduction<Arithmetic, PlainRows, kMTiles, kNTiles>;
+
+  DYNAMIC_SHARED(memory);
+  Acc* partial = reinterpret_cast<Acc*>(memory);
+  const BlockPlace place(args.shape, args.steps.B);
+  const BackwardArgs::Direction& d = args.direction[place.direction];
+  Steps steps = args.steps;
+  steps.reverse = d.reverse;
+  const int P = args.P, K = args.K, B = int(steps.B), j = args.shape.first;
+  const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
+  const Weights<Arithmetic, PlainRows, kMTiles, 0> weights(as<T>(d.w_hh), P, K, unit_first, 0,
+                                                           nullptr);
+  const bool final = j == steps.T;
+  const int64_t t = final ? -1 : steps.step_at(steps.T - 1 - j);
+  const T* state = as<T>(d.state) + int64_t((j + 1) % 2) * B * K;
+  for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
+    Acc sums[kMTiles][kNTiles][4] = {};
+    if (j > 0) weights.template multiply<kNTiles>(state, tile, B - 1, sums);
+#pragma unroll
+    for (int round = 0; round < Sum::kRounds; ++round) {
+      const int b = tile + Sum::sequence(round);
+      if (round > 0 || tile > place.row_first) __syncthreads();
+      Sum::put(partial, sums, round);
+      __syncthreads();
+      if (!Sum::has_cell() || b >= place.row_end || unit >= P) continue;
+      Acc sum[1];
+      Sum::take(partial, sum);
+      const bool active = !final && steps.active(t, b);
+      Acc dr = gradient_of_h<T>(d, steps, j, active, at(b, P, unit), sum[0]);
+      if (final) {
+        if (d.dh0) as<T>(d.dh0)[at(b, P, unit)] = from_acc<T>(dr);
+        continue;
+      }
+      if (active && d.dy) dr += to_acc(as<T>(d.dy)[steps.row(t, b) * d.dy_stride + unit]);
+      const T out = active ? from_acc<T>(dr) : from_acc<T>(Acc(0));
+      if (active || !steps.offsets) as<T>(d.dr)[at(steps.row(t, b), P, unit)] = out;
+      as<T>(d.hidden)[at(b, args.hidden_K, unit)] = Arithmetic::round_state(out);
+    }
+  }
+}
+
+// Before the first step: the barriers, the zeros past the end of a row, and, if it is wanted, the h
+// that each step started from.
+template <class Arithmetic>
+__global__ void __launch_bounds__(kThreads)
+    backward_prepare(const __grid_constant__ BackwardArgs args) {
+  using T = typename Arithmetic::Element;
+  using Acc = typename Arithmetic::Acc;
+  const T zero = from_acc<T>(Acc(0));
+  const int64_t B = args.steps.B, P = args.P, K = args.K;
+  const BackwardArgs::Direction& d = args.direction[blockIdx.y];
+  Steps steps = args.steps;
+  steps.reverse = d.reverse;
+  const int64_t start = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t stride = int64_t(gridDim.x) * kThreads;
+  for (int64_t at = start; at < args.shape.groups * kCounterStride; at += stride)
+    d.counters[at] = 0;
+  const int64_t pad = K - 4 * args.H;
+  for (int64_t b = start; b < 2 * B; b += stride)
+    for (int64_t k = 0; k < pad; ++k) as<T>(d.state)[b * K + 4 * args.H + k] = zero;
+  if (d.hidden)
+    for (int64_t at = start; at < B * args.hidden_K; at += stride) as<T>(d.hidden)[at] = zero;
+  if (!d.h_prev) return;
+  // A warp per step and sequence.
+  for (int64_t pair = start / 32; pair < steps.T * B; pair += stride / 32) {
+    const int64_t t = pair / B, b = pair % B;
+    const bool active = steps.active(t, b);
+    if (!active && steps.offsets) continue;  // a packed batch has no row for it
+    const T* from = nullptr;
+    if (active && !resets(steps, t, b)) {
+      if (t == steps.first_step(b))
+        from = as<T>(d.h0) + b * P;
+      else
+        from = as<T>(d.y) + steps.row(steps.reverse ? t + 1 : t - 1, b) * d.y_stride;
+    }
+    T* to = as<T>(d.h_prev) + steps.row(t, b) * P;
+    for (int64_t p = threadIdx.x % 32; p < P; p += 32) to[p] = from ? from[p] : zero;
+  }
+}
+
+}  // namespace lstm_ext

@@ -1,0 +1,130 @@
+#include "cuda/bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "cuda/engine.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace lstm_ext {
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+CudaProblem problem(int dtype, bool tf32, bool backward, bool projection, int directions, int64_t T,
+                    int64_t B, int64_t H, int64_t P) {
+  return {static_cast<Dtype>(dtype), tf32, backward, projection, directions, T, B, H, P};
+}
+
+CudaLayer layer(int dtype, bool tf32, int device, Address stream, int directions,
+                const Steps& steps, int64_t H, int64_t P, const CudaPlan& plan) {
+  const Dtype code = static_cast<Dtype>(dtype);
+  return {code, tf32, device, pointer(stream), directions, steps, H, P, padded(P, code), plan};
+}
+
+CudaForwardDirection forward_direction(bool reverse, Address gx, Address b_ih, Address b_hh,
+                                       Address w_hh, Address w_hr, Address h0, Address c0,
+                                       Address gates, Address c_seq, Address y, int64_t y_stride,
+                                       Address h_n, Address c_n) {
+  return {reverse,       pointer(gx), pointer(b_ih), pointer(b_hh),  pointer(w_hh),
+          pointer(w_hr), pointer(h0), pointer(c0),   pointer(gates), pointer(c_seq),
+          pointer(y),    y_stride,    pointer(h_n),  pointer(c_n)};
+}
+
+CudaBackwardDirection backward_direction(bool reverse, Address w_hh, Address w_hr, Address h0,
+                                         Address c0, Address y, int64_t y_stride, Address gates,
+                                         Address c_seq, Address dy, int64_t dy_stride, Address dh_n,
+                                         Address dc_n, Address dcells, Address dgates,
+                                         Address h_prev, Address dr, Address dh0, Address dc0) {
+  return {reverse,         pointer(w_hh), pointer(w_hr),  pointer(h0),     pointer(c0),
+          pointer(y),      y_stride,      pointer(gates), pointer(c_seq),  pointer(dy),
+          dy_stride,       pointer(dh_n), pointer(dc_n),  pointer(dcells), pointer(dgates),
+          pointer(h_prev), pointer(dr),   pointer(dh0),   pointer(dc0)};
+}
+
+template <class Direction>
+void require(const CudaLayer& layer, const std::vector<Direction>& directions) {
+  if (int64_t(directions.size()) != layer.directions)
+    throw std::invalid_argument("got " + std::to_string(directions.size()) +
+                                " directions for a layer of " + std::to_string(layer.directions));
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+  // Every argument is described in cuda/engine.h and cuda/plan.h; addresses are the device's.
+  py::class_<CudaProperties>(m, "CudaProperties", py::module_local())
+      .def(py::init([](int major, int minor, int sm_count, int64_t shared_bytes, int64_t l2_bytes) {
+             return CudaProperties{major, minor, sm_count, shared_bytes, l2_bytes};
+           }),
+           py::kw_only(), "major"_a, "minor"_a, "sm_count"_a, "shared_bytes"_a, "l2_bytes"_a)
+      .def_readonly("major", &CudaProperties::major)
+      .def_readonly("sm_count", &CudaProperties::sm_count)
+      .def_readonly("shared_bytes", &CudaProperties::shared_bytes);
+  py::class_<CudaProblem>(m, "CudaProblem", py::module_local())
+      .def(py::init(&problem), py::kw_only(), "dtype"_a, "tf32"_a, "backward"_a, "projection"_a,
+           "directions"_a, "T"_a, "B"_a, "H"_a, "P"_a);
+  py::class_<CudaPlan>(m, "CudaPlan", py::module_local())
+      .def(py::init<const CudaPlan&>())
+      .def_property(
+          "family", [](const CudaPlan& p) { return int(p.family); },
+          [](CudaPlan& p, int family) { p.family = static_cast<CudaFamily>(family); })
+      .def_readwrite("m_tiles", &CudaPlan::m_tiles)
+      .def_readwrite("n_tiles", &CudaPlan::n_tiles)
+      .def_readwrite("held", &CudaPlan::held)
+      .def_readwrite("shared", &CudaPlan::shared)
+      .def_readwrite("slices", &CudaPlan::slices)
+      .def_readwrite("groups", &CudaPlan::groups)
+      .def_readwrite("group_rows", &CudaPlan::group_rows)
+      .def_readwrite("shared_bytes", &CudaPlan::shared_bytes)
+      .def_readwrite("step_us", &CudaPlan::step_us);
+  m.def("cuda_plan", &make_cuda_plan, "problem"_a, "properties"_a,
+        "The kernels, tiles and grid for a problem on a device with these properties.");
+  m.def("cuda_plans", &all_cuda_plans, "problem"_a, "properties"_a,
+        "Every plan that could run, for tests and tuning.");
+  m.def("cuda_describe_plan", &describe, "plan"_a, "problem"_a, "A plan as a line of text.");
+  m.def(
+      "cuda_padded", [](int64_t k, int dtype) { return padded(k, static_cast<Dtype>(dtype)); },
+      "k"_a, "dtype"_a, "Elements of a row of a product's operand, padded to whole chunks.");
+
+  py::class_<CudaLayer>(m, "CudaLayer", py::module_local())
+      .def(py::init(&layer), py::kw_only(), "dtype"_a, "tf32"_a, "device"_a, "stream"_a,
+           "directions"_a, "steps"_a, "H"_a, "P"_a, "plan"_a);
+  py::class_<CudaForwardDirection>(m, "CudaForwardDirection", py::module_local())
+      .def(py::init(&forward_direction), py::kw_only(), "reverse"_a, "gx"_a, "b_ih"_a, "b_hh"_a,
+           "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "gates"_a, "c_seq"_a, "y"_a, "y_stride"_a, "h_n"_a,
+           "c_n"_a);
+  py::class_<CudaBackwardDirection>(m, "CudaBackwardDirection", py::module_local())
+      .def(py::init(&backward_direction), py::kw_only(), "reverse"_a, "w_hh"_a, "w_hr"_a, "h0"_a,
+           "c0"_a, "y"_a, "y_stride"_a, "gates"_a, "c_seq"_a, "dy"_a, "dy_stride"_a, "dh_n"_a,
+           "dc_n"_a, "dcells"_a, "dgates"_a, "h_prev"_a, "dr"_a, "dh0"_a, "dc0"_a);
+  m.def("cuda_forward_workspace", &cuda_forward_workspace, "layer"_a, "projection"_a);
+  m.def("cuda_backward_workspace", &cuda_backward_workspace, "layer"_a, "projection"_a);
+  m.def(
+      "cuda_forward",
+      [](const CudaLayer& layer, const std::vector<CudaForwardDirection>& directions,
+         Address workspace) {
+        require(layer, directions);
+        cuda_forward(layer, directions.data(), pointer(workspace));
+      },
+      "layer"_a, "directions"_a, "workspace"_a, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cuda_backward",
+      [](const CudaLayer& layer, const std::vector<CudaBackwardDirection>& directions,
+         Address workspace) {
+        require(layer, directions);
+        cuda_backward(layer, directions.data(), pointer(workspace));
+      },
+      "layer"_a, "directions"_a, "workspace"_a, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace lstm_ext

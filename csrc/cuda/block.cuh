@@ -1,0 +1,106 @@
+// What the kernels of both passes share: which block does what, the barrier between steps, and the
+// arguments that the host makes of a layer.
+#pragma once
+
+#include "cuda/engine.h"
+#include "cuda/product.cuh"
+
+namespace lstm_ext {
+
+// Blocks are numbered slice first, then group, then direction.
+struct BlockShape {
+  int slices, groups, group_rows;
+  int shared;       // chunks of weights in shared memory
+  int first, last;  // of the steps, in the order of taking them: what this launch does
+};
+
+struct BlockPlace {
+  int slice, group, direction;
+  int row_first, row_end;  // sequences of the group
+
+  LSTM_EXT_DEVICE BlockPlace(const BlockShape& shape, int B) {
+    const int block = int(blockIdx.x);
+    slice = block % shape.slices;
+    group = block / shape.slices % shape.groups;
+    direction = block / shape.slices / shape.groups;
+    row_first = group * shape.group_rows;
+    row_end = min(B, row_first + shape.group_rows);
+  }
+};
+
+// Element `column` of row `row`: the row's start may lie past 2^31.
+LSTM_EXT_DEVICE int64_t at(int64_t row, int stride, int column) { return row * stride + column; }
+
+// Counters lie a cache line apart.
+constexpr int kCounterStride = 32;
+
+// The barrier of the blocks of one group: all have the same sequences and need each other's units.
+class GroupBarrier {
+ public:
+  LSTM_EXT_DEVICE GroupBarrier(unsigned* counters, const BlockShape& shape, const BlockPlace& place)
+      : counter_(counters + place.group * kCounterStride), blocks_(unsigned(shape.slices)) {}
+
+  // What this block wrote is finished.
+  LSTM_EXT_DEVICE void arrive() {
+    __syncthreads();  // all of the block has written, and has read its partial sums
+    if (threadIdx.x == 0) arrive_at(counter_);
+  }
+  // What the other blocks wrote before they arrived, as often as this one, is visible.
+  LSTM_EXT_DEVICE void wait() {
+    target_ += blocks_;
+    if (threadIdx.x == 0) wait_until(counter_, target_);
+    __syncthreads();  // nobody reads before thread 0 has seen it
+  }
+
+ private:
+  unsigned* counter_;
+  unsigned blocks_, target_ = 0;
+};
+
+// A typed view of an address, with null kept.
+template <class T>
+LSTM_EXT_DEVICE T* as(void* p) {
+  return static_cast<T*>(p);
+}
+template <class T>
+LSTM_EXT_DEVICE const T* as(const void* p) {
+  return static_cast<const T*>(p);
+}
+
+// Whether the state is zero before step t of sequence b. Only a step that is taken resets.
+LSTM_EXT_DEVICE bool resets(const Steps& steps, int64_t t, int64_t b) {
+  return steps.reset && steps.reset[t * steps.B + b] && steps.active(t, b);
+}
+
+// ---- arguments of the kernels
+// ----------------------------------------------------------------------
+
+struct ForwardArgs {
+  struct Direction : CudaForwardDirection {
+    void* state;   // storage [2][B][K]: h as the i-th step finds it lies in [i % 2], resets applied
+    void* cells;   // acc [B][H]: c
+    void* hidden;  // storage [B][hidden_K]: o * tanh(c) before the projection; null: none
+    unsigned* counters;
+  };
+  Steps steps;
+  int H, P, K, hidden_K;
+  BlockShape shape;
+  Direction direction[kMaxDirections];
+};
+
+struct BackwardArgs {
+  struct Direction : CudaBackwardDirection {
+    void* state;   // storage [2][B][K]: dgates of the j-th step taken backwards in [j % 2], zero
+                   // where no gradient goes further back
+    void* hidden;  // storage [B][hidden_K]: gradient of h before the projection; null: none
+    void* cells;   // acc [B][H]: gradient of c
+    void* carry;   // acc [B][P]: gradient of h that waits for a sequence's last step
+    unsigned* counters;
+  };
+  Steps steps;
+  int H, P, K, hidden_K;  // K: padded(4H); hidden_K: padded(P)
+  BlockShape shape;       // steps 0 to T - 1 are the sequence's from the last taken, T makes dh0
+  Direction direction[kMaxDirections];
+};
+
+}  // namespace lstm_ext

@@ -1,0 +1,226 @@
+// From a layer's parameters to launches.
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/engine.h"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+
+namespace lstm_ext {
+namespace {
+
+const KernelSet& kernels_of(const CudaLayer& layer) {
+  switch (layer.dtype) {
+    case Dtype::kFloat64:
+      return kernels_float64();
+    case Dtype::kFloat32:
+      return layer.tf32 ? kernels_tf32() : kernels_float32();
+    case Dtype::kFloat16:
+      return kernels_float16();
+    default:
+      return kernels_bfloat16();
+  }
+}
+
+int64_t storage_bytes(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+int64_t acc_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Cuts pieces off a buffer; without a buffer it only counts.
+class Cutter {
+ public:
+  explicit Cutter(void* base) : base_(static_cast<char*>(base)) {}
+  void* take(int64_t bytes) {
+    char* piece = base_ ? base_ + used_ : nullptr;
+    used_ += ceil_div(bytes, 256) * 256;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+void cut(Cutter& cutter, const CudaLayer& l, bool projection, ForwardArgs::Direction& d) {
+  const int64_t storage = storage_bytes(l.dtype), B = l.steps.B;
+  d.state = cutter.take(2 * B * l.K * storage);
+  d.cells = cutter.take(B * l.H * acc_bytes(l.dtype));
+  d.hidden = projection ? cutter.take(B * padded(l.H, l.dtype) * storage) : nullptr;
+  d.counters = static_cast<unsigned*>(cutter.take(l.plan.groups * kCounterStride * 4));
+}
+void cut(Cutter& cutter, const CudaLayer& l, bool projection, BackwardArgs::Direction& d) {
+  const int64_t storage = storage_bytes(l.dtype), B = l.steps.B;
+  d.state = cutter.take(2 * B * padded(4 * l.H, l.dtype) * storage);
+  d.cells = cutter.take(B * l.H * acc_bytes(l.dtype));
+  d.carry = cutter.take(B * l.P * acc_bytes(l.dtype));
+  d.hidden = projection ? cutter.take(B * l.K * storage) : nullptr;
+  d.counters = static_cast<unsigned*>(cutter.take(l.plan.groups * kCounterStride * 4));
+}
+
+template <class Args>
+int64_t workspace_bytes(const CudaLayer& layer, bool projection) {
+  Cutter cutter(nullptr);
+  for (int i = 0; i < layer.directions; ++i) {
+    typename Args::Direction unused{};
+    cut(cutter, layer, projection, unused);
+  }
+  return cutter.used();
+}
+
+template <class Args, class Direction>
+Args make_args(const CudaLayer& layer, const Direction* directions, bool projection,
+               void* workspace) {
+  Args args{};
+  args.steps = layer.steps;
+  args.H = int(layer.H);
+  args.P = int(layer.P);
+  args.shape = {int(layer.plan.slices),
+                int(layer.plan.groups),
+                int(layer.plan.group_rows),
+                layer.plan.shared,
+                0,
+                0};
+  Cutter cutter(workspace);
+  for (int i = 0; i < layer.directions; ++i) {
+    static_cast<Direction&>(args.direction[i]) = directions[i];
+    cut(cutter, layer, projection, args.direction[i]);
+  }
+  return args;
+}
+
+void require_plan(const CudaLayer& layer, bool backward, bool projection) {
+  if (layer.directions < 1 || layer.directions > kMaxDirections)
+    throw std::invalid_argument("a layer has 1 or 2 directions, got " +
+                                std::to_string(layer.directions));
+  // Rows and blocks are counted in 32 bits, 16-byte pieces of a matrix in 32 bits without sign.
+  const int64_t limit = int64_t(1) << 30;
+  for (const int64_t size : {layer.steps.T, layer.steps.B, layer.H, layer.P})
+    if (size < 0 || size > limit)
+      throw std::invalid_argument("a size of a layer is at most 2^30, got " + std::to_string(size));
+  const int64_t row = padded(4 * layer.H, layer.dtype) * storage_bytes(layer.dtype) / 16;
+  if (row * std::max(layer.steps.B, layer.P) >= int64_t(1) << 32)
+    throw std::invalid_argument("the gates of a step are at most 64 GB");
+  const CudaProblem problem = {layer.dtype,   layer.tf32,    backward, projection, layer.directions,
+                               layer.steps.T, layer.steps.B, layer.H,  layer.P};
+  const std::string wrong = refuse(layer.plan, problem);
+  if (!wrong.empty())
+    throw std::invalid_argument("the plan does not fit the layer: " + wrong + " (" +
+                                describe(layer.plan, problem) + ")");
+}
+
+void make_current(int device) { check_cuda(cudaSetDevice(device), "choosing the device"); }
+
+// Enough blocks to fill any device; work: threads that have something to do.
+template <class Args>
+void prepare(void (*kernel)(Args), const CudaLayer& layer, const Args& args, int64_t work) {
+  const int64_t blocks = std::clamp<int64_t>(ceil_div(work, kThreads), 1, 1024);
+  launch(kernel, {dim3(unsigned(blocks), unsigned(layer.directions)), kThreads, 0, false},
+         layer.stream, args, "starting the recurrence");
+}
+
+LaunchShape cell_shape(const CudaLayer& layer) {
+  const CudaPlan& plan = layer.plan;
+  return {dim3(unsigned(plan.slices * plan.groups * layer.directions)), kThreads, plan.shared_bytes,
+          plan.family == CudaFamily::kGrid};
+}
+
+// The projection's kernel works on all sequences of a step with tiles of its own.
+struct Projection {
+  int n_tiles;
+  LaunchShape shape;
+  BlockShape blocks;
+};
+Projection plan_projection(const CudaLayer& layer) {
+  const Tile tile = kProjectionTiles[layer.steps.B > 8 * kProjectionTiles[0].n];
+  const int units = 16 * tile.m;
+  const int slices = int(ceil_div(layer.P, units));
+  const int groups = int(ceil_div(layer.steps.B, 8 * tile.n));
+  return {tile.n,
+          {dim3(unsigned(slices) * groups * layer.directions), kThreads,
+           partial_bytes(tile.m, units, tile.n, int(acc_bytes(layer.dtype))), false},
+          {slices, groups, 8 * tile.n, 0, 0, 0}};
+}
+
+// One launch a step, the cell's and the projection's kernel in the pass's order.
+template <class Args, class Cell, class Project>
+void step_by_step(const CudaLayer& layer, Args& args, int count, bool projection, Cell cell,
+                  Project project, bool cell_first) {
+  const LaunchShape shape = cell_shape(layer);
+  const BlockShape blocks = args.shape;
+  const Projection projected = plan_projection(layer);
+  const auto run = [&](auto kernel, const LaunchShape& launch_shape, const BlockShape& of, int i) {
+    args.shape = of;
+    args.shape.first = i;
+    args.shape.last = i + 1;
+    launch(kernel, launch_shape, layer.stream, args, "launching a step");
+  };
+  for (int i = 0; i < count; ++i) {
+    if (projection && !cell_first)
+      run(project(projected.n_tiles), projected.shape, projected.blocks, i);
+    run(cell, shape, blocks, i);
+    if (projection && cell_first)
+      run(project(projected.n_tiles), projected.shape, projected.blocks, i);
+  }
+}
+
+}  // namespace
+
+int64_t cuda_forward_workspace(const CudaLayer& layer, bool projection) {
+  return workspace_bytes<ForwardArgs>(layer, projection);
+}
+int64_t cuda_backward_workspace(const CudaLayer& layer, bool projection) {
+  return workspace_bytes<BackwardArgs>(layer, projection);
+}
+
+void cuda_forward(const CudaLayer& layer, const CudaForwardDirection* directions, void* workspace) {
+  const bool projection = directions[0].w_hr;
+  require_plan(layer, false, projection);
+  auto args = make_args<ForwardArgs>(layer, directions, projection, workspace);
+  args.K = int(layer.K);
+  args.hidden_K = int(padded(layer.H, layer.dtype));
+  if (!layer.steps.B) return;
+  make_current(layer.device);
+  const KernelSet& kernels = kernels_of(layer);
+  prepare(kernels.forward_prepare, layer, args, 32 * layer.steps.B);
+  const int T = int(layer.steps.T);
+  if (!T) return;
+  const CudaPlan& plan = layer.plan;
+  const ForwardKernel cell = kernels.forward(plan.m_tiles, plan.n_tiles, plan.held);
+  if (plan.family == CudaFamily::kGrid) {
+    args.shape.last = T;
+    launch(cell, cell_shape(layer), layer.stream, args, "launching the recurrence");
+  } else {
+    step_by_step(layer, args, T, projection, cell, kernels.forward_projection, true);
+  }
+}
+
+void cuda_backward(const CudaLayer& layer, const CudaBackwardDirection* directions,
+                   void* workspace) {
+  const bool projection = directions[0].w_hr;
+  require_plan(layer, true, projection);
+  auto args = make_args<BackwardArgs>(layer, directions, projection, workspace);
+  args.K = int(padded(4 * layer.H, layer.dtype));
+  args.hidden_K = int(layer.K);
+  if (!layer.steps.B) return;
+  make_current(layer.device);
+  const KernelSet& kernels = kernels_of(layer);
+  const int T = int(layer.steps.T);
+  prepare(kernels.backward_prepare, layer, args, 32 * std::max<int64_t>(T, 1) * layer.steps.B);
+  // The product that makes dh0 is a step of its own.
+  bool final = T == 0;
+  for (int i = 0; i < layer.directions; ++i) final = final || directions[i].dh0;
+  const int count = T + final;
+  const CudaPlan& plan = layer.plan;
+  const BackwardKernel cell = kernels.backward(plan.m_tiles, plan.n_tiles, plan.held);
+  if (plan.family == CudaFamily::kGrid) {
+    args.shape.last = count;
+    launch(cell, cell_shape(layer), layer.stream, args, "launching the recurrence");
+  } else {
+    step_by_step(layer, args, count, projection, cell, kernels.backward_projection, false);
+  }
+}
+
+}  // namespace lstm_ext

@@ -1,0 +1,214 @@
+// Forward: gates = gx + h W_hh^T, the cell, and what is kept of it. One kernel for both families:
+// launched for one step it is "step", launched for all of them, cooperatively and with weights
+// that stay, it is "grid".
+#pragma once
+
+#include "cuda/block.cuh"
+
+namespace lstm_ext {
+
+// The hidden units of one slice, for the sequences of one group, over the steps of the launch.
+template <class Arithmetic, int kMTiles, int kNTiles, int kHeld>
+__global__ void __launch_bounds__(kThreads, 1)
+    forward_cell(const __grid_constant__ ForwardArgs args) {
+  using T = typename Arithmetic::Element;
+  using Acc = typename Arithmetic::Acc;
+  using CellMath = typename CellOf<Arithmetic>::type;
+  using Sum = Reduction<Arithmetic, GateRows, kMTiles, kNTiles>;
+  constexpr int kPartialBytes = partial_bytes(kMTiles, Sum::kUnits, kNTiles, sizeof(Acc));
+
+  DYNAMIC_SHARED(memory);
+  Acc* partial = reinterpret_cast<Acc*>(memory);
+  const BlockPlace place(args.shape, args.steps.B);
+  const ForwardArgs::Direction& d = args.direction[place.direction];
+  Steps steps = args.steps;
+  steps.reverse = d.reverse;
+  const int H = args.H, K = args.K, B = int(steps.B);
+  const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
+  const Weights<Arithmetic, GateRows, kMTiles, kHeld> weights(
+      as<T>(d.w_hh), H, K, unit_first, args.shape.shared, memory + kPartialBytes);
+  GroupBarrier barrier(d.counters, args.shape, place);
+
+  Acc bias[4] = {};
+  if (unit < H)
+    for (int gate = 0; gate < 4; ++gate) {
+      if (d.b_ih) bias[gate] += to_acc(as<T>(d.b_ih)[gate * H + unit]);
+      if (d.b_hh) bias[gate] += to_acc(as<T>(d.b_hh)[gate * H + unit]);
+    }
+
+  // What a cell needs besides the product: on its way while the product runs.
+  struct Operands {
+    Acc gx[4];
+    Acc c;
+  };
+  const auto here = [&](int b) { return Sum::has_cell() && b < place.row_end && unit < H; };
+  const auto load = [&](int i, int64_t t, int b) {
+    Operands in = {};
+    if (!here(b)) return in;
+    if (i == 0)
+      in.c = to_acc(as<T>(d.c0)[at(b, H, unit)]);
+    else
+      in.c = as<Acc>(d.cells)[at(b, H, unit)];
+    if (resets(steps, t, b)) in.c = 0;
+    if (steps.active(t, b))
+      for (int gate = 0; gate < 4; ++gate)
+        in.gx[gate] = as<Acc>(d.gx)[at(steps.row(t, b), 4 * H, gate * H + unit)];
+    return in;
+  };
+  const auto finish = [&](int i, int64_t t, int b, const Acc(&sum)[4], const Operands& in,
+                          const T* state, T* next) {
+    const int64_t following = i + 1 < steps.T ? steps.step_at(i + 1) : -1;
+    if (!steps.active(t, b)) {
+      if (i == 0) as<Acc>(d.cells)[at(b, H, unit)] = in.c;
+      if (following >= 0 && !d.hidden)
+        next[at(b, K, unit)] =
+            resets(steps, following, b) ? T(from_acc<T>(Acc(0))) : state[at(b, K, unit)];
+      if (steps.offsets) return;  // a packed batch has no row for it
+      const int64_t row = steps.row(t, b);
+      if (!d.hidden) as<T>(d.y)[row * d.y_stride + unit] = from_acc<T>(Acc(0));
+      if (d.c_seq) as<Acc>(d.c_seq)[at(row, H, unit)] = 0;
+      return;
+    }
+    const int64_t row = steps.row(t, b);
+    const typename CellMath::Gates a = {sum[0] + in.gx[0] + bias[0], sum[1] + in.gx[1] + bias[1],
+                                        sum[2] + in.gx[2] + bias[2], sum[3] + in.gx[3] + bias[3]};
+    typename CellMath::Gates s;
+    Acc c, h;
+    CellMath::forward(a, in.c, s, c, h);
+    const T out = from_acc<T>(h);
+    as<Acc>(d.cells)[at(b, H, unit)] = c;
+    if (d.gates) {
+      Acc* gates = as<Acc>(d.gates) + at(row, 4 * H, unit);
+      gates[0] = s.i;
+      gates[H] = s.f;
+      gates[2 * H] = s.g;
+      gates[3 * H] = s.o;
+    }
+    if (d.c_seq) as<Acc>(d.c_seq)[at(row, H, unit)] = c;
+    const bool last = t == steps.last_step(b);
+    if (last) as<T>(d.c_n)[at(b, H, unit)] = from_acc<T>(c);
+    if (d.hidden) {
+      as<T>(d.hidden)[at(b, args.hidden_K, unit)] = Arithmetic::round_state(out);
+      return;
+    }
+    as<T>(d.y)[row * d.y_stride + unit] = out;
+    if (last) as<T>(d.h_n)[at(b, H, unit)] = out;
+    if (following >= 0)
+      next[at(b, K, unit)] =
+          resets(steps, following, b) ? T(from_acc<T>(Acc(0))) : Arithmetic::round_state(out);
+  };
+
+  for (int i = args.shape.first; i < args.shape.last; ++i) {
+    const int64_t t = steps.step_at(i);
+    const T* state = as<T>(d.state) + int64_t(i % 2) * B * K;
+    T* next = as<T>(d.state) + int64_t((i + 1) % 2) * B * K;
+    Operands in = load(i, t, place.row_first + Sum::sequence(0));
+    if (i > args.shape.first) barrier.wait();
+    for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
+      Acc sums[kMTiles][kNTiles][4];
+      weights.template multiply<kNTiles>(state, tile, B - 1, sums);
+#pragma unroll
+      for (int round = 0; round < Sum::kRounds; ++round) {
+        const int b = tile + Sum::sequence(round);
+        // Every thread has taken the sums of the round before.
+        if (round > 0 || tile > place.row_first) __syncthreads();
+        Sum::put(partial, sums, round);
+        __syncthreads();  // all warps' parts are there
+        const Operands now = in;
+        if (round + 1 < Sum::kRounds)
+          in = load(i, t, tile + Sum::sequence(round + 1));
+        else if (tile + 8 * kNTiles < place.row_end)
+          in = load(i, t, tile + 8 * kNTiles + Sum::sequence(0));
+        if (here(b)) {
+          Acc sum[4];
+          Sum::take(partial, sum);
+          finish(i, t, b, sum, now, state, next);
+        }
+      }
+    }
+    if (i + 1 < args.shape.last) barrier.arrive();
+  }
+}
+
+// The projection of one step: r = hidden W_hr^T for the outputs of one slice. Step family only.
+template <class Arithmetic, int kMTiles, int kNTiles>
+__global__ void __launch_bounds__(kThreads, 1)
+    forward_projection(const __grid_constant__ ForwardArgs args) {
+  using T = typename Arithmetic::Element;
+  using Acc = typename Arithmetic::Acc;
+  using Sum = Reduction<Arithmetic, PlainRows, kMTiles, kNTiles>;
+
+  DYNAMIC_SHARED(memory);
+  Acc* partial = reinterpret_cast<Acc*>(memory);
+  const BlockPlace place(args.shape, args.steps.B);
+  const ForwardArgs::Direction& d = args.direction[place.direction];
+  Steps steps = args.steps;
+  steps.reverse = d.reverse;
+  const int P = args.P, K = args.K, B = int(steps.B), i = args.shape.first;
+  const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
+  const Weights<Arithmetic, PlainRows, kMTiles, 0> weights(as<T>(d.w_hr), P, args.hidden_K,
+                                                           unit_first, 0, nullptr);
+  const int64_t t = steps.step_at(i), following = i + 1 < steps.T ? steps.step_at(i + 1) : -1;
+  const T* state = as<T>(d.state) + int64_t(i % 2) * B * K;
+  T* next = as<T>(d.state) + int64_t((i + 1) % 2) * B * K;
+  for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
+    Acc sums[kMTiles][kNTiles][4];
+    weights.template multiply<kNTiles>(as<T>(d.hidden), tile, B - 1, sums);
+#pragma unroll
+    for (int round = 0; round < Sum::kRounds; ++round) {
+      const int b = tile + Sum::sequence(round);
+      if (round > 0 || tile > place.row_first) __syncthreads();
+      Sum::put(partial, sums, round);
+      __syncthreads();
+      if (!Sum::has_cell() || b >= place.row_end || unit >= P) continue;
+      Acc sum[1];
+      Sum::take(partial, sum);
+      const bool active = steps.active(t, b);
+      const T out = active ? from_acc<T>(sum[0]) : from_acc<T>(Acc(0));
+      if (active || !steps.offsets) as<T>(d.y)[steps.row(t, b) * d.y_stride + unit] = out;
+      if (active && t == steps.last_step(b)) as<T>(d.h_n)[at(b, P, unit)] = out;
+      if (following < 0) continue;
+      T& to = next[at(b, K, unit)];
+      if (resets(steps, following, b))
+        to = from_acc<T>(Acc(0));
+      else
+        to = active ? Arithmetic::round_state(out) : state[at(b, K, unit)];
+    }
+  }
+}
+
+// Before the first step: the state, the zeros past its end, the barriers, and the results of
+// sequences without a step.
+template <class Arithmetic>
+__global__ void __launch_bounds__(kThreads)
+    forward_prepare(const __grid_constant__ ForwardArgs args) {
+  using T = typename Arithmetic::Element;
+  using Acc = typename Arithmetic::Acc;
+  const T zero = from_acc<T>(Acc(0));
+  const int64_t B = args.steps.B, H = args.H, P = args.P, K = args.K;
+  const ForwardArgs::Direction& d = args.direction[blockIdx.y];
+  Steps steps = args.steps;
+  steps.reverse = d.reverse;
+  const int64_t start = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t stride = int64_t(gridDim.x) * kThreads;
+  for (int64_t at = start; at < args.shape.groups * kCounterStride; at += stride)
+    d.counters[at] = 0;
+  // A warp per sequence.
+  for (int64_t b = start / 32; b < B; b += stride / 32) {
+    const int lane = threadIdx.x % 32;
+    const bool starts_at_zero = steps.T && resets(steps, steps.step_at(0), b);
+    for (int64_t k = lane; k < K; k += 32) {
+      const T h = k < P && !starts_at_zero ? as<T>(d.h0)[b * P + k] : zero;
+      as<T>(d.state)[b * K + k] = Arithmetic::round_state(h);
+      as<T>(d.state)[(B + b) * K + k] = zero;
+    }
+    if (d.hidden)
+      for (int64_t k = lane; k < args.hidden_K; k += 32)
+        as<T>(d.hidden)[b * args.hidden_K + k] = zero;
+    if (steps.T && !(steps.lengths && steps.lengths[b] == 0)) continue;
+    for (int64_t k = lane; k < P; k += 32) as<T>(d.h_n)[b * P + k] = as<T>(d.h0)[b * P + k];
+    for (int64_t k = lane; k < H; k += 32) as<T>(d.c_n)[b * H + k] = as<T>(d.c0)[b * H + k];
+  }
+}
+
+}  // namespace lstm_ext

@@ -1,0 +1,9 @@
+#include "cuda/kernels.cuh"
+
+namespace lstm_ext {
+
+const KernelSet& kernels_float16() {
+  return kernel_set<TensorFp16, kForwardTensorTiles, kBackwardTensorTiles>();
+}
+
+}  // namespace lstm_ext

@@ -1,0 +1,9 @@
+#include "cuda/kernels.cuh"
+
+namespace lstm_ext {
+
+const KernelSet& kernels_float32() {
+  return kernel_set<Scalar<float>, kForwardScalarTiles, kBackwardScalarTiles>();
+}
+
+}  // namespace lstm_ext

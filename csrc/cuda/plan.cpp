@@ -1,0 +1,201 @@
+#include "cuda/plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <stdexcept>
+
+namespace lstm_ext {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t storage_bytes(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+int64_t acc_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
+
+struct Tiles {
+  const Tile* begin;
+  const Tile* end;
+};
+template <size_t N>
+Tiles all(const Tile (&tiles)[N]) {
+  return {tiles, tiles + N};
+}
+// Whichever the device: the kernels of half types and TF32 have these tiles even where they fall
+// back to plain arithmetic.
+Tiles tiles_of(const CudaProblem& p) {
+  const bool scalar = p.dtype == Dtype::kFloat64 || (p.dtype == Dtype::kFloat32 && !p.tf32);
+  if (scalar) return p.backward ? all(kBackwardScalarTiles) : all(kForwardScalarTiles);
+  return p.backward ? all(kBackwardTensorTiles) : all(kForwardTensorTiles);
+}
+
+// The length of the cell kernel's product, and how many weight rows a unit has in it.
+int64_t product_length(const CudaProblem& p) {
+  if (!p.backward) return padded(p.P, p.dtype);
+  return p.projection ? padded(p.P, p.dtype) : padded(4 * p.H, p.dtype);
+}
+int64_t chunks_of(const CudaProblem& p) {
+  return product_length(p) * storage_bytes(p.dtype) / kChunkBytes;
+}
+
+int64_t base_shared(const CudaProblem& p, const Tile& tile) {
+  return partial_bytes(tile.m, units_of(tile.m, p.backward), tile.n, int(acc_bytes(p.dtype)));
+}
+
+// Rates in bytes or multiply-adds a microsecond, overheads in microseconds. Leads, not measured:
+// published figures of an H100, scaled by multiprocessors where that is what matters.
+struct Costs {
+  double launch = 2.2;          // one kernel after another in a stream
+  double barrier = 1.1;         // through global memory
+  double cell = 0.6;            // loads, sum over the warps, the cell's functions
+  double l2_per_sm = 41e3;      // all of them reading at once
+  double memory_per_sm = 22e3;  // HBM or GDDR, the same
+  double shared_per_sm = 200e3;
+  double tensor16 = 0.9e6, tensor32 = 0.45e6, fma32 = 0.12e6, fma64 = 0.05e6;  // per SM
+};
+
+double macs_per_us(const CudaProblem& p, const CudaProperties& device, const Costs& costs) {
+  if (p.dtype == Dtype::kFloat64) return costs.fma64;
+  if (!on_tensor_cores(p.dtype, p.tf32, device.major)) return costs.fma32;
+  return p.dtype == Dtype::kFloat32 ? costs.tensor32 : costs.tensor16;
+}
+
+// What a step takes in the cost model, and what of the plan follows from tile, family and groups.
+CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile& tile,
+                  CudaFamily family, int64_t groups) {
+  const Costs costs;
+  CudaPlan plan{};
+  plan.family = family;
+  plan.m_tiles = tile.m;
+  plan.n_tiles = tile.n;
+  plan.slices = ceil_div(p.H, units_of(tile.m, p.backward));
+  groups = std::max<int64_t>(groups, 1);  // there may be no sequence
+  plan.group_rows = std::max<int64_t>(ceil_div(ceil_div(p.B, groups), 8) * 8, 8);
+  plan.groups = std::max<int64_t>(ceil_div(p.B, plan.group_rows), 1);
+  plan.shared_bytes = base_shared(p, tile);
+
+  const int64_t chunks = chunks_of(p), of_a_warp = ceil_div(chunks, kWarps);
+  if (family == CudaFamily::kGrid) {
+    if (on_tensor_cores(p.dtype, p.tf32, device.major) && tile.held <= of_a_warp)
+      plan.held = tile.held;
+    const int64_t room =
+        (device.shared_bytes - plan.shared_bytes) / (int64_t(kWarps) * tile.m * kTileBytes);
+    plan.shared = int(std::clamp<int64_t>(of_a_warp - plan.held, 0, std::max<int64_t>(room, 0)));
+    plan.shared_bytes += int64_t(plan.shared) * kWarps * tile.m * kTileBytes;
+  }
+
+  const double row_bytes = double(product_length(p)) * double(storage_bytes(p.dtype));
+  const double weights = double(tile.m) * 16 * row_bytes;  // of a block
+  const double resident = std::min(
+      1.0, double(plan.held + plan.shared) * kWarps / double(std::max<int64_t>(chunks, 1)));
+  const double all_weights = double(plan.slices) * weights * p.directions;
+  const double stream_rate = all_weights * (1 - resident) > 0.8 * double(device.l2_bytes)
+                                 ? costs.memory_per_sm
+                                 : costs.l2_per_sm;
+  const double tiles = double(ceil_div(plan.group_rows, 8 * tile.n));
+  const double rows = std::min<double>(double(plan.group_rows), tiles * 8 * tile.n);
+  const double blocks = double(plan.slices * plan.groups * p.directions);
+  const double waves = std::max(1.0, blocks / device.sm_count);
+  const double state = rows * row_bytes / costs.l2_per_sm;
+  const double streamed = tiles * weights * (1 - resident) / stream_rate;
+  const double from_shared = tiles * weights * plan.shared * kWarps /
+                             double(std::max<int64_t>(chunks, 1)) / costs.shared_per_sm;
+  const double math =
+      tiles * 8 * tile.n * tile.m * 16 * double(product_length(p)) / macs_per_us(p, device, costs);
+  const double busy = std::max(state + streamed, std::max(from_shared, math)) + tiles * costs.cell;
+  plan.step_us =
+      family == CudaFamily::kGrid ? costs.barrier + busy : costs.launch + std::ceil(waves) * busy;
+  return plan;
+}
+
+}  // namespace
+
+bool on_tensor_cores(Dtype dtype, bool tf32, int major) {
+  if (dtype == Dtype::kFloat64) return false;
+  if (dtype == Dtype::kFloat16) return true;
+  if (dtype == Dtype::kFloat32 && !tf32) return false;
+  return major >= 8;
+}
+
+int64_t padded(int64_t k, Dtype dtype) {
+  const int64_t chunk = kChunkBytes / storage_bytes(dtype);
+  return ceil_div(k, chunk) * chunk;
+}
+
+int units_of(int m_tiles, bool backward) { return backward ? 16 * m_tiles : 4 * m_tiles; }
+
+std::vector<CudaPlan> all_cuda_plans(const CudaProblem& p, const CudaProperties& device) {
+  std::vector<CudaPlan> plans;
+  const auto add = [&](const CudaPlan& plan) {
+    if (plan.shared_bytes <= device.shared_bytes) plans.push_back(plan);
+  };
+  const Tiles tiles = tiles_of(p);
+  for (const Tile* tile = tiles.begin; tile != tiles.end; ++tile) {
+    add(try_plan(p, device, *tile, CudaFamily::kStep, ceil_div(p.B, 8 * tile->n)));
+    // A projection's two products a step would need two barriers: it has no grid kernels.
+    if (p.projection || p.T < 2) continue;
+    const int64_t slices = ceil_div(p.H, units_of(tile->m, p.backward));
+    // One block a multiprocessor: all of a cooperative launch must run at once.
+    const int64_t most = device.sm_count / (slices * p.directions);
+    for (int64_t groups = 1; groups <= std::min(most, ceil_div(p.B, 8)); ++groups)
+      add(try_plan(p, device, *tile, CudaFamily::kGrid, groups));
+  }
+  return plans;
+}
+
+CudaPlan make_cuda_plan(const CudaProblem& p, const CudaProperties& device) {
+  const std::vector<CudaPlan> plans = all_cuda_plans(p, device);
+  if (plans.empty())
+    throw std::runtime_error("no kernel fits a device with " + std::to_string(device.shared_bytes) +
+                             " bytes of shared memory a block");
+  return *std::min_element(plans.begin(), plans.end(), [](const CudaPlan& a, const CudaPlan& b) {
+    return a.step_us < b.step_us;
+  });
+}
+
+std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
+  const Tiles tiles = tiles_of(p);
+  const Tile* tile = std::find_if(tiles.begin, tiles.end, [&](const Tile& t) {
+    return t.m == plan.m_tiles && t.n == plan.n_tiles;
+  });
+  if (tile == tiles.end) return "no kernel has these tiles";
+  if (plan.slices < 1 || plan.slices * units_of(plan.m_tiles, p.backward) < p.H)
+    return "the slices do not cover the hidden units";
+  if (plan.groups < 1 || plan.group_rows < 1 || plan.groups * plan.group_rows < p.B)
+    return "the groups do not cover the batch";
+  if (plan.held != 0 && plan.held != tile->held) return "no kernel holds so many chunks";
+  const bool grid = plan.family == CudaFamily::kGrid;
+  if (!grid && (plan.held || plan.shared)) return "a step kernel keeps no weights";
+  if (grid && p.projection) return "a projection has no grid kernels";
+  if (plan.shared < 0 || plan.shared_bytes != base_shared(p, *tile) + int64_t(plan.shared) *
+                                                                          kWarps * tile->m *
+                                                                          kTileBytes)
+    return "shared_bytes is not what its parts add up to";
+  return "";
+}
+
+std::string describe(const CudaPlan& plan, const CudaProblem& p) {
+  static const char* const kDtypes[] = {"float64", "float32", "bfloat16", "float16"};
+  const bool grid = plan.family == CudaFamily::kGrid;
+  const int64_t of_a_warp = ceil_div(chunks_of(p), kWarps);
+  char text[400];
+  std::snprintf(
+      text, sizeof text,
+      "%s %s%s T %lld B %lld H %lld P %lld, %d direction%s: %s, %lld blocks (%lld slices of %d "
+      "units x %lld groups of %lld sequences), tile %dx%d, weights of a warp: %d chunks in "
+      "registers, %d in shared memory, %lld from L2; %lld bytes of shared memory; expected %.1f us "
+      "a step",
+      p.backward ? "backward" : "forward", kDtypes[int(p.dtype)], p.tf32 ? " (TF32)" : "",
+      (long long)p.T, (long long)p.B, (long long)p.H, (long long)p.P, p.directions,
+      p.directions == 1 ? "" : "s", grid ? "one cooperative launch" : "a launch a step",
+      (long long)(plan.slices * plan.groups * p.directions), (long long)plan.slices,
+      units_of(plan.m_tiles, p.backward), (long long)plan.groups, (long long)plan.group_rows,
+      plan.m_tiles * 16, plan.n_tiles * 8, plan.held, plan.shared,
+      (long long)std::max<int64_t>(0, of_a_warp - plan.held - plan.shared),
+      (long long)plan.shared_bytes, plan.step_us);
+  return text;
+}
+
+}  // namespace lstm_ext

@@ -1,0 +1,67 @@
+// Which kernels run a layer, with which tiles, on which grid: a pure function of the problem and
+// of the device's properties. No CUDA: tested without a device.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda/tiles.h"
+#include "params.h"
+
+namespace lstm_ext {
+
+struct CudaProperties {
+  int major, minor;  // compute capability
+  int sm_count;
+  int64_t shared_bytes;  // of a block, with the opt-in attribute
+  int64_t l2_bytes;
+};
+
+struct CudaProblem {
+  Dtype dtype;
+  bool tf32;
+  bool backward;
+  bool projection;
+  int directions;
+  int64_t T, B, H, P;
+};
+
+// One launch a step, or one cooperative launch for all of them with weights that stay on the SM.
+enum class CudaFamily : int { kStep = 0, kGrid = 1 };
+
+struct CudaPlan {
+  CudaFamily family;
+  int m_tiles;         // of weight rows a block; see GateRows and PlainRows
+  int n_tiles;         // of 8 sequences, multiplied at once
+  int held;            // chunks of weights a warp keeps in registers (grid)
+  int shared;          // chunks of weights a warp keeps in shared memory (grid)
+  int64_t slices;      // blocks that share the units of a direction
+  int64_t groups;      // of sequences, each with blocks and (grid) a barrier of its own
+  int64_t group_rows;  // sequences of a group
+  int64_t shared_bytes;
+  double step_us;  // what the cost model expects a step to take
+};
+
+// Whether the products run on tensor cores on such a device.
+bool on_tensor_cores(Dtype, bool tf32, int major);
+
+// Elements of k, padded to whole chunks.
+int64_t padded(int64_t k, Dtype);
+
+// Units of a block: four weight rows each in forward, one in backward.
+int units_of(int m_tiles, bool backward);
+
+// Every plan that the kernels can run and that fits the device.
+std::vector<CudaPlan> all_cuda_plans(const CudaProblem&, const CudaProperties&);
+
+// The one of them that the cost model expects to be the fastest.
+CudaPlan make_cuda_plan(const CudaProblem&, const CudaProperties&);
+
+// Empty if the kernels can run the plan, else what is wrong with it.
+std::string refuse(const CudaPlan&, const CudaProblem&);
+
+// For people: one line.
+std::string describe(const CudaPlan&, const CudaProblem&);
+
+}  // namespace lstm_ext

@@ -1,0 +1,230 @@
+// Every device instruction that the kernels use beyond plain CUDA C++, each with a twin for the
+// CPU (LSTM_EXT_EMULATED: the same kernels compiled by a C++ compiler for the tests). Kernels use
+// only these, so that what the tests run is what the device runs but for this file.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#define LSTM_EXT_DEVICE __device__ __forceinline__
+
+#ifndef LSTM_EXT_EMULATED
+// Dynamic shared memory of the block, 128-byte aligned.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#else
+#define DYNAMIC_SHARED(name) unsigned char* const name = emu::cur->b->smem
+#endif
+
+namespace lstm_ext {
+
+// ---- conversions --------------------------------------------------------------------------------
+
+template <class T>
+LSTM_EXT_DEVICE T from_acc(float x);
+template <>
+LSTM_EXT_DEVICE float from_acc<float>(float x) {
+  return x;
+}
+template <>
+LSTM_EXT_DEVICE __half from_acc<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+LSTM_EXT_DEVICE __nv_bfloat16 from_acc<__nv_bfloat16>(float x) {
+  return __float2bfloat16(x);
+}
+template <class T>
+LSTM_EXT_DEVICE T from_acc(double x) {
+  return x;  // double only: its acc type is itself
+}
+
+LSTM_EXT_DEVICE double to_acc(double x) { return x; }
+LSTM_EXT_DEVICE float to_acc(float x) { return x; }
+LSTM_EXT_DEVICE float to_acc(__half x) { return __half2float(x); }
+LSTM_EXT_DEVICE float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+LSTM_EXT_DEVICE double exact_exp(double x) { return exp(x); }
+LSTM_EXT_DEVICE float exact_exp(float x) { return expf(x); }
+LSTM_EXT_DEVICE double exact_tanh(double x) { return tanh(x); }
+LSTM_EXT_DEVICE float exact_tanh(float x) { return tanhf(x); }
+
+// Two 16-bit floats in a register, lo in the low half.
+template <class T>
+LSTM_EXT_DEVICE uint32_t pack2(float lo, float hi);
+template <>
+LSTM_EXT_DEVICE uint32_t pack2<__nv_bfloat16>(float lo, float hi) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
+  uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+template <>
+LSTM_EXT_DEVICE uint32_t pack2<__half>(float lo, float hi) {
+  const __half2 pair = __floats2half2_rn(lo, hi);
+  uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+
+#ifndef LSTM_EXT_EMULATED  // ============================ device ==================================
+
+// Rounds to TF32, ties away from zero; the low 13 bits of the result are zero.
+LSTM_EXT_DEVICE uint32_t to_tf32(float x) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+#else
+  return __float_as_uint(x);  // no TF32 here: the plan never asks for it
+#endif
+}
+
+// ---- tensor cores: d += a b, d 16x8
+// --------------------------------------------------------------- With g = lane / 4 and t = lane %
+// 4 a lane holds d (row g, columns 2t and 2t + 1), (row g + 8, the same); the fragments of a and b
+// are those of the PTX manual.
+
+template <class T>
+LSTM_EXT_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+template <>
+LSTM_EXT_DEVICE void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4],
+                                          const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else  // Turing has half the depth: the two halves of k one after the other
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%8}, "
+      "{%0,%1,%2,%3};\n"
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%6,%7}, {%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+template <>
+LSTM_EXT_DEVICE void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+LSTM_EXT_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4],
+                                      const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
+// ---- memory that other blocks write between steps
+// --------------------------------------------------
+
+// 16 bytes from L2: past L1, which does not see other blocks' writes. volatile: never moved out of
+// the loop over the steps, nor over the wait before it.
+LSTM_EXT_DEVICE uint4 load_shared_by_blocks(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+// ---- a barrier of some blocks of a grid, through a counter in global memory
+// ----------------------- Arrive after a __syncthreads(), by one thread; what the block wrote
+// before is then visible to every block that has waited (release and acquire at gpu scope,
+// cumulative over the block's barrier). The counter only grows.
+
+LSTM_EXT_DEVICE void arrive_at(unsigned* counter) {
+#if __CUDA_ARCH__ >= 700
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+#endif
+}
+LSTM_EXT_DEVICE void wait_until(const unsigned* counter, unsigned target) {
+#if __CUDA_ARCH__ >= 700
+  unsigned seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  } while (int(seen - target) < 0);  // the counter may wrap
+#endif
+}
+
+#else  // =============================== CPU twins ===============================================
+
+LSTM_EXT_DEVICE uint32_t to_tf32(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return (bits + 0x1000) & 0xffffe000u;
+}
+
+template <class T>
+LSTM_EXT_DEVICE float emulated_half(uint32_t pair, int which) {
+  const uint16_t bits = uint16_t(pair >> 16 * which);
+  T value;
+  memcpy(&value, &bits, 2);
+  return float(value);
+}
+
+// The lanes have put a [16][K] and b [8][K] in the exchange area.
+template <int K>
+EMU_UNSEEN void emulated_mma(float (&d)[4], const emu::Exchange& area, int g, int t) {
+  emu::rendezvous(~0u);
+  for (int i = 0; i < 4; ++i) {
+    const float* a = area.a + (g + i / 2 * 8) * K;
+    const float* b = area.b + (2 * t + i % 2) * K;
+    float sum = 0;
+    for (int k = 0; k < K; ++k) sum += a[k] * b[k];
+    d[i] += sum;
+  }
+}
+
+// Registers of a: (row g, k 2t), (row g + 8, k 2t), (row g, k 2t + 8), (row g + 8, k 2t + 8), two
+// k's each; of b: (k 2t, column g), (k 2t + 8, column g).
+template <class T>
+EMU_UNSEEN void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  auto& area = emu::exchange_area();
+  const int g = emu::cur->lane / 4, t = emu::cur->lane % 4;
+  for (int i = 0; i < 4; ++i)
+    for (int h = 0; h < 2; ++h)
+      area.a[(g + i % 2 * 8) * 16 + 2 * t + i / 2 * 8 + h] = emulated_half<T>(a[i], h);
+  for (int i = 0; i < 2; ++i)
+    for (int h = 0; h < 2; ++h) area.b[g * 16 + 2 * t + i * 8 + h] = emulated_half<T>(b[i], h);
+  emulated_mma<16>(d, area, g, t);
+}
+
+// Registers of a: (row g, k t), (row g + 8, k t), (row g, k t + 4), (row g + 8, k t + 4); of b:
+// (k t, column g), (k t + 4, column g). The low 13 bits are not looked at.
+EMU_UNSEEN inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4],
+                                        const uint32_t (&b)[2]) {
+  auto& area = emu::exchange_area();
+  const int g = emu::cur->lane / 4, t = emu::cur->lane % 4;
+  auto value = [](uint32_t bits) {
+    bits &= 0xffffe000u;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+  };
+  for (int i = 0; i < 4; ++i) area.a[(g + i % 2 * 8) * 8 + t + i / 2 * 4] = value(a[i]);
+  for (int i = 0; i < 2; ++i) area.b[g * 8 + t + i * 4] = value(b[i]);
+  emulated_mma<8>(d, area, g, t);
+}
+
+LSTM_EXT_DEVICE uint4 load_shared_by_blocks(const void* p) { return *static_cast<const uint4*>(p); }
+LSTM_EXT_DEVICE void arrive_at(unsigned* counter) { emu::global_arrive(counter); }
+LSTM_EXT_DEVICE void wait_until(const unsigned* counter, unsigned target) {
+  emu::global_wait(counter, target);
+}
+
+#endif
+
+}  // namespace lstm_ext

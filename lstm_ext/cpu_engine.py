@@ -1,0 +1,367 @@
+"""A layer on the native core's CPU kernels: allocation, products over all steps, calls.
+
+The input product of many rows is a library's; the recurrence, the input product of few rows and
+the products of backward are the core's. Letters as in :mod:`ops`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import torch
+from torch import Tensor
+
+from lstm_ext.engine import (
+    DTYPE_CODE,
+    Direction,
+    DirectionGrads,
+    LayerResult,
+    LayerWeights,
+    acc_dtype,
+    address,
+    native_steps,
+    rows_of,
+    without_autocast,
+)
+from lstm_ext.native import _C
+from lstm_ext.steps import Steps
+
+
+def cpu_isas() -> list[str]:
+    """Names of the CPU kernel sets that run on this machine, best first."""
+    return _C.cpu_isas()
+
+
+def cpu_isa() -> str:
+    """The CPU kernel set in use: the best, unless LSTM_EXT_CPU_ISA or select_cpu_isa chose."""
+    return _C.cpu_isa()
+
+
+def select_cpu_isa(name: str) -> None:
+    """Chooses the CPU kernel set by name, for tests and comparisons; ValueError if unknown here.
+
+    For the whole process; not while another thread runs a layer.
+    """
+    if not _C.select_cpu_isa(name):
+        raise ValueError(f"CPU kernels that run here: {', '.join(cpu_isas())}; got {name!r}")
+
+
+if _isa := os.environ.get("LSTM_EXT_CPU_ISA"):
+    select_cpu_isa(_isa)
+
+
+# oneDNN's product, which torch.compile's CPU backend calls too. torch's own float32 matmul goes to
+# MKL, which on AMD processors ran at 175-200 GFLOP/s beside this one's 430 (two Zen 5 cores,
+# 3200 x 512 x 2048).
+_onednn_linear = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if torch.backends.mkldnn.is_available()
+    else None
+)
+_ONEDNN_MIN_MACS = 1_000_000  # below, its set-up (about 12 us) costs more than it gains
+
+# Up to this many rows the core makes the input product too, on the team that is there already:
+# 10-25 % of a whole call at T 25-100, B 1-4, H 64-512 on the same machine.
+_CORE_INPUT_ROWS = 128
+# Up to this many sequences a single step is like any other; of more, packing W_hh for one use
+# costs more than a product by torch.
+_CORE_ONE_STEP_ROWS = 4
+
+
+def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (m, k) times the transpose of w (n, k), plus bias (n)."""
+    if (
+        _onednn_linear
+        and x.dtype == torch.float32
+        and x.size(0) * x.size(1) * w.size(0) >= _ONEDNN_MIN_MACS
+        and torch.backends.mkldnn.enabled
+        # With fewer threads than it asked for, oneDNN leaves parts of its result unwritten.
+        and _C.openmp_grants(torch.get_num_threads())
+    ):
+        # It reads the bias as if it were contiguous.
+        bias = None if bias is None else bias.contiguous()
+        return _onednn_linear(x, w, bias, "none", [], "")
+    return torch.nn.functional.linear(x, w, bias)
+
+
+def _matmul(a: Tensor, w: Tensor, *, a_transposed: bool = False) -> Tensor:
+    """a w for a (m, k), or transposed (k, m), and w (k, n); in a's dtype, which is w's acc type."""
+    K, M = a.shape if a_transposed else a.shape[::-1]
+    N = w.size(1)
+    out = a.new_empty(M, N) if K else a.new_zeros(M, N)
+    if not out.numel() or not K:
+        return out
+    a, w, code, threads = (
+        a.contiguous(),
+        w.contiguous(),
+        DTYPE_CODE[w.dtype],
+        torch.get_num_threads(),
+    )
+    workspace = _workspace(_C.cpu_matmul_workspace(code, threads, M, N, K, a_transposed))
+    _C.cpu_matmul(
+        dtype=code,
+        threads=threads,
+        M=M,
+        N=N,
+        K=K,
+        a_transposed=a_transposed,
+        a=address(a),
+        w=address(w),
+        out=address(out),
+        workspace=address(workspace),
+    )
+    return out
+
+
+def _allocate(like: Tensor, *size: int, zero: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows of padding are not touched by the core: then the tensor starts as zeros."""
+    return (like.new_zeros if zero else like.new_empty)(size, dtype=dtype)
+
+
+_kept = threading.local()
+_KEEP_BYTES = 64 << 20
+
+
+def _workspace(size: int) -> Tensor:
+    """Scratch for one call of the core, on the CPU, contents arbitrary.
+
+    One buffer is kept per thread, up to a limit: glibc returns large ones to the system, and taking
+    their pages anew cost up to a fifth of a call (H 1024 to 2048).
+    """
+    buffer: Tensor | None = getattr(_kept, "buffer", None)
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False):
+            buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+        if size <= _KEEP_BYTES:
+            _kept.buffer = buffer
+    return buffer
+
+
+def layer_forward(
+    x: Tensor, directions: list[Direction], steps: Steps, *, save: bool, cells: bool
+) -> LayerResult:
+    """See :func:`ops.layer_forward`."""
+    P = directions[0].h0.size(1)
+    y = _allocate(x, steps.rows, len(directions) * P, zero=steps.has_padding)
+    result = LayerResult(y, [], [], [], [])
+    for k, direction in enumerate(directions):
+        _forward(x, direction, steps, save, cells, y[:, k * P : (k + 1) * P], result)
+    return result
+
+
+def _forward(
+    x: Tensor,
+    direction: Direction,
+    steps: Steps,
+    save: bool,
+    cells: bool,
+    y: Tensor,
+    result: LayerResult,
+) -> None:
+    """Runs one direction: fills its columns y of the output, and appends to the result's lists."""
+    h0, c0, w, reverse = direction
+    H, P, I, acc = c0.size(1), h0.size(1), x.size(1), acc_dtype(x.dtype)
+    padding = steps.has_padding
+    w_hh: Tensor | None = w.w_hh
+    w_ih: Tensor | None = None  # with core_input, if the core makes the input product itself
+    core_input: Tensor | None = None
+    # One step of many sequences: h0 is known, so its product needs no packed weights either.
+    one_step = steps.T == 1 and steps.B > _CORE_ONE_STEP_ROWS and w.w_hr is None
+    if steps.rows <= _CORE_INPUT_ROWS and not one_step:
+        core_input, w_ih = x.to(acc).contiguous(), w.w_ih
+        gx = x.new_empty((steps.rows, 4 * H), dtype=acc)
+    else:
+        biases = [b.to(acc) for b in (w.b_ih, w.b_hh) if b is not None]
+        bias = sum(biases[1:], *biases[:1]) if biases else None
+        with without_autocast(x.device):
+            gx = _linear(x.to(acc), w.w_ih.to(acc), bias)
+            if one_step:
+                start = h0 if steps.reset_mask is None else h0.masked_fill(steps.reset_mask.T, 0)
+                gx.addmm_(start.to(acc), w.w_hh.to(acc).T)
+                w_hh = None
+    h_n, c_n = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
+    gates = gx if save else None  # the core reads a row's gx before it writes its gates
+    c_seq = (
+        _allocate(x, steps.rows, H, zero=padding and cells, dtype=acc) if save or cells else None
+    )
+    threads = torch.get_num_threads()
+    code = DTYPE_CODE[x.dtype]
+    workspace = _workspace(
+        _C.cpu_forward_workspace(
+            code,
+            threads,
+            steps.B,
+            H,
+            P,
+            I,
+            core_input is not None,
+            w_hh is not None,
+            w.w_hr is not None,
+        )
+    )
+    weights = LayerWeights(*(None if t is None else t.contiguous() for t in (w_ih, w_hh, *w[2:])))
+    h0, c0 = h0.contiguous(), c0.contiguous()
+    _C.cpu_forward(
+        dtype=code,
+        threads=threads,
+        steps=native_steps(_C, steps, reverse),
+        H=H,
+        P=P,
+        I=I,
+        gx=address(gx),
+        x=address(core_input),
+        w_ih=address(weights.w_ih),
+        b_ih=address(weights.b_ih),
+        b_hh=address(weights.b_hh),
+        w_hh=address(weights.w_hh),
+        w_hr=address(weights.w_hr),
+        h0=address(h0),
+        c0=address(c0),
+        gates=address(gates),
+        c_seq=address(c_seq),
+        y=address(y),
+        y_stride=y.stride(0),
+        h_n=address(h_n),
+        c_n=address(c_n),
+        workspace=address(workspace),
+    )
+    result.h_n.append(h_n)
+    result.c_n.append(c_n)
+    result.gates.append(gates)
+    result.c_seq.append(c_seq)
+
+
+def layer_backward(
+    dy: Tensor | None,
+    dcells: Tensor | None,
+    dh_n: list[Tensor | None],
+    dc_n: list[Tensor | None],
+    x: Tensor,
+    directions: list[Direction],
+    y: Tensor,
+    saved: list[tuple[Tensor, Tensor]],
+    steps: Steps,
+    *,
+    wanted_x: bool,
+    wanted: list[DirectionGrads],
+) -> tuple[Tensor | None, list[DirectionGrads]]:
+    """See :func:`ops.layer_backward`."""
+    P, H = directions[0].h0.size(1), directions[0].c0.size(1)
+    dx: Tensor | None = None
+    grads = []
+    for k, direction in enumerate(directions):
+        part, direction_grads = _backward(
+            rows_of(dy, k * P, P),
+            rows_of(dcells, k * H, H),
+            dh_n[k],
+            dc_n[k],
+            x,
+            direction,
+            rows_of(y, k * P, P),
+            *saved[k],
+            steps,
+            wanted_x,
+            wanted[k],
+        )
+        dx = part if dx is None else dx + part
+        grads.append(direction_grads)
+    return (None if dx is None else dx.to(x.dtype)), grads
+
+
+def _backward(
+    dy: Tensor | None,
+    dcells: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    direction: Direction,
+    y: Tensor,
+    gates: Tensor,
+    c_seq: Tensor,
+    steps: Steps,
+    wanted_x: bool,
+    wanted: DirectionGrads,
+) -> tuple[Tensor | None, DirectionGrads]:
+    """One direction: the gradient of x in the acc dtype, and the direction's own."""
+    h0, c0, w, reverse = direction
+    H, P, dtype = c0.size(1), h0.size(1), x.dtype
+    one_step = steps.T == 1 and w.w_hr is None  # then dh0 needs one product, without packing
+    padding = steps.has_padding
+    dh_n, dc_n, dcells = (
+        g if g is None else g.resolve_neg().contiguous() for g in (dh_n, dc_n, dcells)
+    )
+    h0, c0, gates, c_seq = (t.contiguous() for t in (h0, c0, gates, c_seq))
+    w_hh = None if one_step else w.w_hh.contiguous()
+    w_hr = None if w.w_hr is None else w.w_hr.contiguous()
+    dgates = _allocate(gates, steps.rows, 4 * H, zero=padding)
+    h_prev = y.new_empty(steps.rows, P) if wanted.w_hh else None
+    dr = None if w_hr is None else gates.new_empty(steps.rows, P)
+    dh0, dc0 = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
+    threads = torch.get_num_threads()
+    code = DTYPE_CODE[dtype]
+    workspace = _workspace(
+        _C.cpu_backward_workspace(code, threads, steps.B, H, P, w_hh is not None, w_hr is not None)
+    )
+    _C.cpu_backward(
+        dtype=code,
+        threads=threads,
+        steps=native_steps(_C, steps, reverse),
+        H=H,
+        P=P,
+        w_hh=address(w_hh),
+        w_hr=address(w_hr),
+        h0=address(h0),
+        c0=address(c0),
+        y=address(y),
+        y_stride=y.stride(0),
+        gates=address(gates),
+        c_seq=address(c_seq),
+        dy=address(dy),
+        dy_stride=0 if dy is None else dy.stride(0),
+        dh_n=address(dh_n),
+        dc_n=address(dc_n),
+        dcells=address(dcells),
+        dgates=address(dgates),
+        h_prev=address(h_prev),
+        dr=address(dr),
+        dh0=address(dh0),
+        dc0=address(dc0),
+        workspace=address(workspace),
+    )
+    with without_autocast(x.device):
+        if one_step and wanted.h0:
+            product = _matmul(dgates, w.w_hh)
+            if steps.reset_mask is not None:
+                product.masked_fill_(steps.reset_mask.T, 0)
+            dh0 += product.to(dtype)
+        dx = _matmul(dgates, w.w_ih) if wanted_x else None
+        # What lies in the padding of x, and of what the core left untouched there, may be
+        # anything, NaN too: its zero gradient must not meet it.
+        real = steps.active_rows if padding else None
+
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor if real is None else tensor.index_select(0, real)
+
+        def over_rows(left: Tensor, right: Tensor) -> Tensor:
+            return _matmul(left, right, a_transposed=True).to(dtype)
+
+        some_weight = wanted.w_ih or wanted.w_hh or wanted.b_ih or wanted.b_hh
+        dgates = rows(dgates) if some_weight else dgates
+        dw_ih = over_rows(dgates, rows(x)) if wanted.w_ih else None
+        dw_hh = over_rows(dgates, rows(h_prev)) if h_prev is not None else None
+        db = dgates.sum(0).to(dtype) if wanted.b_ih or wanted.b_hh else None
+        dw_hr = None
+        if wanted.w_hr and dr is not None:
+            cell_out = rows(gates[:, 3 * H :]) * rows(c_seq).tanh()
+            dw_hr = over_rows(rows(dr), cell_out)
+    return dx, DirectionGrads(
+        h0=dh0 if wanted.h0 else None,
+        c0=dc0 if wanted.c0 else None,
+        w_ih=dw_ih,
+        w_hh=dw_hh,
+        b_ih=db if wanted.b_ih else None,
+        # Two tensors, as for two parameters: a caller may change one in place.
+        b_hh=db.clone() if wanted.b_hh and db is not None else None,
+        w_hr=dw_hr,
+    )

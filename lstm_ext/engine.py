@@ -1,0 +1,115 @@
+"""What the engines share: a layer's parts as tuples, dtypes, addresses, autocast."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: enum Dtype of csrc/params.h
+DTYPE_CODE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class LayerWeights(NamedTuple):
+    """Weights of one direction of one layer, gates in the order i, f, g, o."""
+
+    w_ih: Tensor  # (4H, in)
+    w_hh: Tensor  # (4H, P)
+    b_ih: Tensor | None = None  # (4H)
+    b_hh: Tensor | None = None  # (4H)
+    w_hr: Tensor | None = None  # (P, H), then P < H
+
+
+class Direction(NamedTuple):
+    """One direction of a layer."""
+
+    h0: Tensor  # (B, P)
+    c0: Tensor  # (B, H)
+    w: LayerWeights
+    reverse: bool  # walks the steps from the last to the first
+
+
+class LayerResult(NamedTuple):
+    """What a layer returns; lists are over its directions."""
+
+    y: Tensor  # (rows, D*P), the directions side by side; rows of padding are 0
+    h_n: list[Tensor]  # (B, P)
+    c_n: list[Tensor]  # (B, H)
+    gates: list[Tensor | None]  # (rows, 4H) after activation, acc dtype; None: not asked for
+    c_seq: list[Tensor | None]  # (rows, H) every c_t, acc dtype; None: not asked for
+
+
+class DirectionGrads(NamedTuple):
+    """Gradients, or flags of which are wanted, of one direction's inputs."""
+
+    h0: Any
+    c0: Any
+    w_ih: Any
+    w_hh: Any
+    b_ih: Any
+    b_hh: Any
+    w_hr: Any
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums, gates and cell states are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def address(tensor: Tensor | None) -> int:
+    """The address that the core reads or writes; 0 for None.
+
+    Raises:
+        RuntimeError: the tensor has elements but no memory, as a fake or functionalized one.
+    """
+    if tensor is None:
+        return 0
+    pointer = tensor.data_ptr()
+    if pointer == 0 and tensor.numel():
+        raise RuntimeError(
+            f"lstm_ext needs tensors with memory, got a {type(tensor).__name__} without: tracing "
+            "with fake or functionalized tensors is not supported"
+        )
+    return pointer
+
+
+def native_steps(core: Any, steps: Any, reverse: bool) -> Any:
+    """The core's description of the steps, walked forwards or backwards."""
+    key = (id(core), reverse)
+    if key not in steps.native:
+        steps.native[key] = core.Steps(
+            T=steps.T,
+            B=steps.B,
+            rows=steps.rows,
+            stride_t=1 if steps.batch_first else steps.B,
+            stride_b=steps.T if steps.batch_first else 1,
+            offsets=address(steps.offsets),
+            lengths=address(steps.lengths),
+            reset=address(steps.reset_mask),
+            reverse=reverse,
+        )
+    return steps.native[key]
+
+
+def rows_of(gradient: Tensor | None, start: int, size: int) -> Tensor | None:
+    """Columns start.. of a gradient that may be None, its last dimension contiguous."""
+    if gradient is None:
+        return None
+    part = gradient[:, start : start + size].resolve_neg()
+    return part if size <= 1 or part.stride(1) == 1 else part.contiguous()
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is enabled for a device type; False for those that know no autocast."""
+    if not torch._C._is_any_autocast_enabled():  # the usual case, and much the cheapest question
+        return False
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The products run in the dtype that was chosen for the layer, whatever autocast says."""
+    if autocast_is_on(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
