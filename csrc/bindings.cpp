@@ -9,6 +9,7 @@
 #ifdef LSTM_EXT_WITH_CUDA
 #include "cuda/bindings.h"
 #include "cuda/device_info.h"
+#include "cuda/plan.h"
 #endif
 
 namespace py = pybind11;
