@@ -55,7 +55,7 @@ def choose(name: str, tf32: bool) -> None:
 
 def tf32() -> bool:
     """Whether float32 is judged as TF32: its products may have factors of 11 bits."""
-    return DEVICE.type == "cuda" and torch.backends.cudnn.allow_tf32
+    return NAME != "cpu" and torch.backends.cudnn.allow_tf32
 
 
 def here(value: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import itertools
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -22,6 +21,8 @@ from lstm_ext import ops
 from lstm_ext.cuda_engine import FAMILIES, CudaEngine
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Chooses among the plans that could run a problem.
+Pick = Callable[[list[Any], Any], Any]
 SOURCES = [
     *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("kernels_*.cu")),
     "csrc/cuda/engine.cu",
@@ -59,7 +60,7 @@ def load(mode: str = "plain") -> Any:
 class EmulatedEngine(CudaEngine):
     """The CUDA engine on tensors of the CPU, as a device with few multiprocessors."""
 
-    def __init__(self, core: Any, pick: Callable[[list[Any]], Any] | None, **properties: Any):
+    def __init__(self, core: Any, pick: Pick | None, **properties: Any):
         super().__init__(core)
         self._pick = pick
         self.picked: list[Any] = []
@@ -78,7 +79,7 @@ class EmulatedEngine(CudaEngine):
 
     def choose(self, problem: Any, device: torch.device) -> Any:
         plans = self.core.cuda_plans(problem, self._properties)
-        plan = super().choose(problem, device) if self._pick is None else self._pick(plans)
+        plan = super().choose(problem, device) if self._pick is None else self._pick(plans, problem)
         self.picked.append(plan)
         return plan
 
@@ -90,7 +91,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def installed(
-    pick: Callable[[list[Any]], Any] | None = None, *, seed: int = 0, **properties: Any
+    pick: Pick | None = None, *, seed: int = 0, **properties: Any
 ) -> Iterator[EmulatedEngine]:
     """Layers on the CPU run on the emulated CUDA kernels.
 
@@ -108,45 +109,49 @@ def installed(
         ops._engines["cpu"] = before
 
 
-def family(name: str, *, m: int | None = None, n: int | None = None, resident: int = 1):
-    """A ``pick``: plans of a family with these tiles; of several, by how much stays on the SM.
+def only(
+    family: str,
+    *,
+    forward: tuple[int, int] | None = None,
+    backward: tuple[int, int] | None = None,
+    stream: bool = False,
+) -> Pick:
+    """A ``pick``: plans of a family, with these m- and n-tiles; of several, that of most groups.
 
-    resident: 0: nothing stays (grid streams all its weights), 1: as much as fits.
+    stream: nothing of the weights stays on the multiprocessor. A problem that has no such plan (a
+    projection has no grid kernels) gets one of another kind.
     """
 
-    def pick(plans: list[Any]) -> Any:
+    def pick(plans: list[Any], problem: Any) -> Any:
+        tile = backward if problem.backward else forward
         fitting = [
             p
             for p in plans
-            if FAMILIES[p.family] == name and m in (None, p.m_tiles) and n in (None, p.n_tiles)
+            if FAMILIES[p.family] == family and tile in (None, (p.m_tiles, p.n_tiles))
         ]
-        # A projection has no grid kernels.
         plan = max(fitting or plans, key=lambda p: (p.groups, p.m_tiles, p.n_tiles))
-        if resident == 0 and plan.family:
+        if stream and plan.shared:
             plan.shared_bytes -= plan.shared * 8 * plan.m_tiles * 1024
-            plan.held = plan.shared = 0
+            plan.shared = 0
+        if stream:
+            plan.held = 0
         return plan
 
     return pick
 
 
-def all_tiles(scalar: bool, backward: bool) -> list[tuple[int, int]]:
+def problem(**facts: Any) -> Any:
+    """A CudaProblem: by default forward, bfloat16, T 2, B 64, H 64, one direction."""
+    defaults = {"dtype": 2, "tf32": False, "backward": False, "projection": False}
+    facts = defaults | {"directions": 1, "T": 2, "B": 64, "H": 64} | facts
+    return load().CudaProblem(**({"P": facts["H"]} | facts))
+
+
+def all_tiles(backward: bool, scalar: bool) -> list[tuple[int, int]]:
     """The tiles of a kind of kernel, as (m, n)."""
     core = load()
-    problem = core.CudaProblem(
-        dtype=1,
-        tf32=not scalar,
-        backward=backward,
-        projection=False,
-        directions=1,
-        T=2,
-        B=64,
-        H=64,
-        P=64,
-    )
     device = core.CudaProperties(
         major=9, minor=0, sm_count=132, shared_bytes=227 << 10, l2_bytes=50 << 20
     )
-    plans = core.cuda_plans(problem, device)
-    pairs = [(p.m_tiles, p.n_tiles) for p in plans]
-    return [pair for pair, _ in itertools.groupby(sorted(pairs))]
+    plans = core.cuda_plans(problem(dtype=1, tf32=not scalar, backward=backward), device)
+    return sorted({(p.m_tiles, p.n_tiles) for p in plans})

@@ -50,6 +50,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       memory + kPartialBytes);
   GroupBarrier barrier(d.counters, args.shape, place);
 
+  // As in forward_cell.
+  constexpr bool kAhead = Sum::kRounds <= 4;
   struct Operands {
     typename CellMath::Gates s;
     Acc c, c_prev, dc, dy, dcell;
@@ -115,7 +117,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int j = args.shape.first; j < args.shape.last; ++j) {
     T* out = as<T>(d.state) + int64_t(j % 2) * B * K;
     const T* state = projected ? as<T>(d.hidden) : as<T>(d.state) + int64_t((j + 1) % 2) * B * K;
-    Operands in = load(j, place.row_first + Sum::sequence(0));
+    Operands in = {};
+    if (kAhead) in = load(j, place.row_first + Sum::sequence(0));
     if (j > args.shape.first) barrier.wait();
     for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
       Acc sums[kMTiles][kNTiles][4] = {};
@@ -126,11 +129,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         // Every thread has taken the sums of the round before.
         if (round > 0 || tile > place.row_first) __syncthreads();
         Sum::put(partial, sums, round);
+        const Operands now = kAhead ? in : load(j, b);
         __syncthreads();  // all warps' parts are there
-        const Operands now = in;
-        if (round + 1 < Sum::kRounds)
+        if (kAhead && round + 1 < Sum::kRounds)
           in = load(j, tile + Sum::sequence(round + 1));
-        else if (tile + 8 * kNTiles < place.row_end)
+        else if (kAhead && tile + 8 * kNTiles < place.row_end)
           in = load(j, tile + 8 * kNTiles + Sum::sequence(0));
         if (here(b)) {
           Acc sum[1];
@@ -193,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 // Before the first step: the barriers, the zeros past the end of a row, and, if it is wanted, the h
 // that each step started from.
 template <class Arithmetic>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     backward_prepare(const __grid_constant__ BackwardArgs args) {
   using T = typename Arithmetic::Element;
   using Acc = typename Arithmetic::Acc;

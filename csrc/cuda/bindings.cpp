@@ -72,7 +72,8 @@ void bind_cuda(py::module_& m) {
       .def_readonly("shared_bytes", &CudaProperties::shared_bytes);
   py::class_<CudaProblem>(m, "CudaProblem", py::module_local())
       .def(py::init(&problem), py::kw_only(), "dtype"_a, "tf32"_a, "backward"_a, "projection"_a,
-           "directions"_a, "T"_a, "B"_a, "H"_a, "P"_a);
+           "directions"_a, "T"_a, "B"_a, "H"_a, "P"_a)
+      .def_readonly("backward", &CudaProblem::backward);
   py::class_<CudaPlan>(m, "CudaPlan", py::module_local())
       .def(py::init<const CudaPlan&>())
       .def_property(
@@ -91,6 +92,8 @@ void bind_cuda(py::module_& m) {
         "The kernels, tiles and grid for a problem on a device with these properties.");
   m.def("cuda_plans", &all_cuda_plans, "problem"_a, "properties"_a,
         "Every plan that could run, for tests and tuning.");
+  m.def("cuda_refuse_plan", &refuse, "plan"_a, "problem"_a,
+        "Why the kernels cannot run a plan; empty if they can.");
   m.def("cuda_describe_plan", &describe, "plan"_a, "problem"_a, "A plan as a line of text.");
   m.def(
       "cuda_padded", [](int64_t k, int dtype) { return padded(k, static_cast<Dtype>(dtype)); },

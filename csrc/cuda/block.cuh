@@ -7,7 +7,8 @@
 
 namespace lstm_ext {
 
-// Blocks are numbered slice first, then group, then direction.
+// Blocks are numbered group first, then slice, then direction: blocks that read the same weights
+// run at about the same time, so that those come from memory once and from L2 after that.
 struct BlockShape {
   int slices, groups, group_rows;
   int shared;       // chunks of weights in shared memory
@@ -20,9 +21,9 @@ struct BlockPlace {
 
   LSTM_EXT_DEVICE BlockPlace(const BlockShape& shape, int B) {
     const int block = int(blockIdx.x);
-    slice = block % shape.slices;
-    group = block / shape.slices % shape.groups;
-    direction = block / shape.slices / shape.groups;
+    group = block % shape.groups;
+    slice = block / shape.groups % shape.slices;
+    direction = block / shape.groups / shape.slices;
     row_first = group * shape.group_rows;
     row_end = min(B, row_first + shape.group_rows);
   }

@@ -36,7 +36,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (d.b_hh) bias[gate] += to_acc(as<T>(d.b_hh)[gate * H + unit]);
     }
 
-  // What a cell needs besides the product: on its way while the product runs.
+  // What a cell needs besides the product: on its way while the product runs, but where a large
+  // tile's sums take the registers.
+  constexpr bool kAhead = Sum::kRounds <= 2;
   struct Operands {
     Acc gx[4];
     Acc c;
@@ -102,7 +104,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t t = steps.step_at(i);
     const T* state = as<T>(d.state) + int64_t(i % 2) * B * K;
     T* next = as<T>(d.state) + int64_t((i + 1) % 2) * B * K;
-    Operands in = load(i, t, place.row_first + Sum::sequence(0));
+    Operands in = {};
+    if (kAhead) in = load(i, t, place.row_first + Sum::sequence(0));
     if (i > args.shape.first) barrier.wait();
     for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
       Acc sums[kMTiles][kNTiles][4];
@@ -113,11 +116,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         // Every thread has taken the sums of the round before.
         if (round > 0 || tile > place.row_first) __syncthreads();
         Sum::put(partial, sums, round);
+        const Operands now = kAhead ? in : load(i, t, b);
         __syncthreads();  // all warps' parts are there
-        const Operands now = in;
-        if (round + 1 < Sum::kRounds)
+        if (kAhead && round + 1 < Sum::kRounds)
           in = load(i, t, tile + Sum::sequence(round + 1));
-        else if (tile + 8 * kNTiles < place.row_end)
+        else if (kAhead && tile + 8 * kNTiles < place.row_end)
           in = load(i, t, tile + 8 * kNTiles + Sum::sequence(0));
         if (here(b)) {
           Acc sum[4];
@@ -180,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 // Before the first step: the state, the zeros past its end, the barriers, and the results of
 // sequences without a step.
 template <class Arithmetic>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     forward_prepare(const __grid_constant__ ForwardArgs args) {
   using T = typename Arithmetic::Element;
   using Acc = typename Arithmetic::Acc;

@@ -90,16 +90,17 @@ CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile
   const double weights = double(tile.m) * 16 * row_bytes;  // of a block
   const double resident = std::min(
       1.0, double(plan.held + plan.shared) * kWarps / double(std::max<int64_t>(chunks, 1)));
-  const double all_weights = double(plan.slices) * weights * p.directions;
-  const double stream_rate = all_weights * (1 - resident) > 0.8 * double(device.l2_bytes)
-                                 ? costs.memory_per_sm
-                                 : costs.l2_per_sm;
   const double tiles = double(ceil_div(plan.group_rows, 8 * tile.n));
   const double rows = std::min<double>(double(plan.group_rows), tiles * 8 * tile.n);
   const double blocks = double(plan.slices * plan.groups * p.directions);
   const double waves = std::max(1.0, blocks / device.sm_count);
   const double state = rows * row_bytes / costs.l2_per_sm;
-  const double streamed = tiles * weights * (1 - resident) / stream_rate;
+  const double streamed = tiles * weights * (1 - resident) / costs.l2_per_sm;
+  // Weights that do not fit L2 come from memory once a step, whoever needs them.
+  const double all_streamed = double(plan.slices) * weights * p.directions * (1 - resident);
+  const double from_memory = all_streamed > 0.8 * double(device.l2_bytes)
+                                 ? all_streamed / (costs.memory_per_sm * device.sm_count)
+                                 : 0;
   const double from_shared = tiles * weights * plan.shared * kWarps /
                              double(std::max<int64_t>(chunks, 1)) / costs.shared_per_sm;
   const double math =

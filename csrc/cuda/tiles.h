@@ -29,10 +29,10 @@ LSTM_EXT_INLINE constexpr int64_t partial_bytes(int m_tiles, int units, int n_ti
 struct Tile {
   int m, n, held;
 };
-constexpr Tile kForwardTensorTiles[] = {{2, 1, 4}, {2, 2, 4}, {2, 4, 4}, {4, 1, 2},
-                                        {4, 2, 2}, {4, 4, 2}, {8, 1, 0}, {8, 2, 0}};
-constexpr Tile kBackwardTensorTiles[] = {{1, 1, 8}, {1, 2, 8}, {1, 4, 8},
-                                         {2, 1, 4}, {2, 2, 4}, {2, 4, 4}};
+constexpr Tile kForwardTensorTiles[] = {{2, 1, 4}, {2, 2, 4}, {2, 4, 4}, {4, 1, 2}, {4, 2, 2},
+                                        {4, 4, 2}, {4, 8, 0}, {8, 1, 0}, {8, 2, 0}, {8, 4, 0}};
+constexpr Tile kBackwardTensorTiles[] = {{1, 1, 8}, {1, 2, 8}, {1, 4, 8}, {2, 1, 4},
+                                         {2, 2, 4}, {2, 4, 4}, {2, 8, 0}};
 constexpr Tile kForwardScalarTiles[] = {{2, 1, 0}, {2, 4, 0}, {4, 2, 0}};
 constexpr Tile kBackwardScalarTiles[] = {{1, 1, 0}, {1, 4, 0}, {2, 4, 0}};
 // Of the projection's kernels.

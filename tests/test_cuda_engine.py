@@ -1,0 +1,297 @@
+"""The CUDA engine on the emulator: every kernel, both families, all dtypes, several schedules.
+
+`pytest --device=emulated` runs the whole suite this way; here are the kernels one by one.
+"""
+
+import contextlib
+
+import emulated
+import pytest
+import torch
+from cases import HALF, Case, compare
+from emulated import installed, only
+from tolerances import tol
+
+import lstm_ext
+from lstm_ext import cuda_engine, ops
+
+pytestmark = pytest.mark.cpu_only(reason="the emulator runs on tensors of the CPU")
+
+# dtype, and for float32 whether its products run in TF32.
+ARITHMETIC = {
+    "float64": (torch.float64, False),
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+}
+SCALAR = ("float64", "float32")
+FAMILIES = cuda_engine.FAMILIES
+
+
+@pytest.fixture(autouse=True)
+def _tf32():
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def tiles(backward):
+    """(arithmetic, tile) of every kernel of a pass, one arithmetic for those that share tiles."""
+    for arithmetic in ("float32", "bfloat16"):
+        for tile in emulated.all_tiles(backward, arithmetic in SCALAR):
+            yield pytest.param(arithmetic, tile, id=f"{arithmetic}-{tile[0]}x{tile[1]}")
+
+
+class Problem:
+    """A layer with everything at once: two directions, lengths, resets, gradients of all."""
+
+    def __init__(self, T, B, H, I=3, P=0, dtype=torch.float64):
+        g = torch.Generator().manual_seed(1)
+
+        def draw(*size):
+            return torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)
+
+        self.module = lstm_ext.LSTM(I, H, bidirectional=True, proj_size=P).to(dtype)
+        self.x, self.h0, self.c0 = draw(T, B, I), draw(2, B, P or H), draw(2, B, H)
+        self.lengths = torch.randint(0, T + 1, (B,), generator=g)
+        self.reset_mask = torch.rand(T, B, generator=g) < 0.3
+        self.cotangents = draw(T, B, 2 * (P or H)), draw(2, B, P or H), draw(2, B, H)
+
+    def run(self):
+        """Outputs and gradients of the inputs and the weights."""
+        inputs = [t.clone().requires_grad_() for t in (self.x, self.h0, self.c0)]
+        y, states = self.module(
+            inputs[0], (inputs[1], inputs[2]), lengths=self.lengths, reset_mask=self.reset_mask
+        )
+        outputs = [y, *states]
+        grads = torch.autograd.grad(
+            outputs, inputs + list(self.module.parameters()), self.cotangents
+        )
+        return [t.detach() for t in outputs] + list(grads)
+
+
+def assert_same_bits(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("arithmetic, tile", list(tiles(backward=False)))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_tiles(family, arithmetic, tile):
+    """Every kernel gives the bits of every other: k is summed in one order, whatever the tiles."""
+    m, n = tile
+    # Two tiles of sequences and a part, two slices of units and a part.
+    problem = Problem(T=3, B=16 * n + 3, H=8 * m + 3, dtype=ARITHMETIC[arithmetic][0])
+    with installed(only("step")), torch.no_grad():
+        expected = problem.module(problem.x)[0]
+    for stream in (False, True):
+        with installed(only(family, forward=tile, stream=stream), seed=2) as engine:
+            with torch.no_grad():
+                assert torch.equal(problem.module(problem.x)[0], expected)
+            (plan,) = engine.picked
+            assert (FAMILIES[plan.family], plan.m_tiles, plan.n_tiles) == (family, *tile)
+
+
+@pytest.mark.parametrize("arithmetic, tile", list(tiles(backward=True)))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_backward_tiles(family, arithmetic, tile):
+    m, n = tile
+    problem = Problem(T=3, B=16 * n + 3, H=32 * m + 3, dtype=ARITHMETIC[arithmetic][0])
+    with installed(only("step")):
+        expected = problem.run()
+    for stream in (False, True):
+        with installed(only(family, backward=tile, stream=stream), seed=2) as engine:
+            assert_same_bits(problem.run(), expected)
+            plan = engine.picked[-1]
+            assert (FAMILIES[plan.family], plan.m_tiles, plan.n_tiles) == (family, *tile)
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_weights_in_registers_in_shared_memory_and_streamed(backward, arithmetic):
+    """A warp has chunks of each kind, and warps differ by one."""
+    dtype, torch.backends.cudnn.allow_tf32 = ARITHMETIC[arithmetic]
+    scalar = arithmetic in SCALAR
+    tile = (2, 4) if scalar else (1, 4) if backward else (4, 2)
+    H = {"bfloat16": 600, "tf32": 300, "float32": 300}[arithmetic] + (0 if backward else 220)
+
+    def mixed(plans, problem):
+        if problem.backward != backward:
+            return only("step")(plans, problem)
+        plan = only("grid", forward=tile, backward=tile)(plans, problem)
+        plan.shared_bytes -= (plan.shared - 1) * 8 * plan.m_tiles * 1024
+        plan.shared = 1
+        return plan
+
+    module = lstm_ext.LSTM(3, H).to(dtype)
+    x = torch.randn(2, 11, 3).to(dtype)
+    results = []
+    for pick in (only("step"), mixed):
+        with installed(pick, sm_count=132) as engine:
+            y, _ = module(x)
+            results.append([y.detach(), *torch.autograd.grad(y.sum(), list(module.parameters()))])
+    plan = engine.picked[backward]
+    chunks = engine.core.cuda_padded(4 * H if backward else H, 2 if dtype in HALF else 1)
+    chunks //= 32 if dtype in HALF else 16
+    assert FAMILIES[plan.family] == "grid" and (plan.held > 0) == (not scalar)
+    assert chunks > 8 * (plan.held + plan.shared) and chunks % 8
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_every_schedule_gives_the_same_bits(arithmetic, family):
+    """No result depends on the order in which blocks and warps run."""
+    dtype, tf32 = ARITHMETIC[arithmetic]
+    torch.backends.cudnn.allow_tf32 = tf32
+    problem = Problem(T=4, B=11, H=45, dtype=dtype)
+    results = []
+    for seed in range(4):
+        with installed(only(family), seed=seed):
+            results.append(problem.run())
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(
+    "T, B, H, proj", [(1, 1, 1, 0), (5, 9, 37, 0), (3, 17, 64, 0), (4, 5, 20, 7)]
+)
+def test_same_as_torch(family, dtype, T, B, H, proj):
+    with installed(only(family)):
+        compare(Case(T=T, B=B, I=6, H=H, proj=proj, dtype=dtype, bidirectional=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tf32_rounds_both_factors(family):
+    """The recurrence's factors are rounded to 11 bits, ties away from zero, and nothing else."""
+
+    def rounded(t):
+        bits = t.detach().view(torch.int32) + 0x1000
+        return (bits & ~0x1FFF).view(torch.float32)
+
+    torch.backends.cudnn.allow_tf32 = True
+    module = lstm_ext.LSTM(3, 21, bias=False)
+    h0, c0 = torch.randn(1, 5, 21), torch.randn(1, 5, 21)
+    x = torch.zeros(1, 5, 3)
+    exact = lstm_ext.LSTM(3, 21, bias=False)
+    exact.load_state_dict({k: rounded(v) for k, v in module.state_dict().items()})
+    with torch.no_grad(), installed(only(family)):
+        ours = module(x, (h0, c0))[0]
+    with torch.no_grad():
+        expected = exact(x, (rounded(h0), c0))[0]
+        plain = module(x, (h0, c0))[0]
+    torch.testing.assert_close(ours, expected, rtol=5e-6, atol=5e-6)
+    assert (ours - plain).abs().max() > 2e-5
+
+
+def test_the_setting_of_cudnn_decides_about_tf32():
+    module, x = lstm_ext.LSTM(8, 40), torch.randn(6, 3, 8)
+    with torch.no_grad(), installed():
+        exact = module(x)[0]
+        torch.backends.cudnn.allow_tf32 = True
+        assert cuda_engine.lstm_uses_tf32()
+        assert not torch.equal(module(x)[0], exact)
+        torch.backends.cudnn.allow_tf32 = False
+        assert torch.equal(module(x)[0], exact)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_products_leave_the_users_precision(before, wanted):
+    matmul = torch.backends.cuda.matmul
+    saved = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32" if before else "ieee"
+        with contextlib.suppress(ZeroDivisionError), cuda_engine._products_in(wanted):
+            assert (matmul.fp32_precision == "tf32") == wanted
+            raise ZeroDivisionError
+        assert matmul.fp32_precision == ("tf32" if before else "ieee")
+    finally:
+        matmul.fp32_precision = saved
+
+
+@pytest.mark.parametrize("T, B", [(0, 3), (3, 0), (0, 0)])
+def test_nothing_to_do(T, B):
+    module = lstm_ext.LSTM(3, 5, dtype=torch.float64)
+    x = torch.randn(T, B, 3, dtype=torch.float64, requires_grad=True)
+    hx = [torch.randn(1, B, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    results = []
+    for context in (contextlib.nullcontext(), installed()):
+        with context:
+            y, (h_n, c_n) = module(x, hx)
+            loss = y.sum() + 2 * h_n.sum() + 3 * c_n.sum()
+            grads = torch.autograd.grad(
+                loss, [x, *hx, *module.parameters()], materialize_grads=True
+            )
+        results.append([y, h_n, c_n, *grads])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, **tol(torch.float64))
+
+
+def test_old_devices_have_kernels_too():
+    """Turing: no bf16 or TF32 on its tensor cores, 64 KB of shared memory, 40 multiprocessors."""
+    for dtype in HALF:
+        with installed(major=7, minor=5, sm_count=40, shared_bytes=64 << 10) as engine:
+            compare(Case(T=4, B=20, I=3, H=50, dtype=dtype))
+        assert all(plan.shared_bytes <= 64 << 10 for plan in engine.picked)
+
+
+def test_a_launch_that_fails_is_an_exception():
+    """Here: a cooperative grid that does not fit; the text is CUDA's own."""
+    module, x = lstm_ext.LSTM(4, 64), torch.randn(3, 2, 4)
+    core = emulated.load()
+    with torch.no_grad(), installed(only("grid")):
+        core.set_device(1, 227 << 10)
+        try:
+            with pytest.raises(RuntimeError, match="launching the recurrence: too many blocks"):
+                module(x)
+        finally:
+            core.set_device(132, 227 << 10)
+        module(x)  # the error is not left behind
+
+
+def test_a_plan_that_does_not_fit_is_refused():
+    def broken(plans, problem):
+        plan = plans[0]
+        plan.slices -= 1
+        return plan
+
+    with (
+        installed(broken),
+        pytest.raises(ValueError, match="slices do not cover .*forward float32"),
+    ):
+        lstm_ext.LSTM(4, 64)(torch.randn(3, 2, 4))
+
+
+def test_verbose_tells_the_plan(monkeypatch, capfd):
+    monkeypatch.setenv("LSTM_EXT_VERBOSE", "1")
+    with torch.no_grad(), installed(only("grid")):
+        lstm_ext.LSTM(4, 64)(torch.randn(3, 2, 4))
+        lstm_ext.LSTM(4, 64)(torch.randn(3, 2, 4))  # once a shape
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "forward float32 T 3 B 2 H 64 P 64, 1 direction: one cooperative launch" in said[0]
+
+
+def test_lengths_stay_on_the_device(monkeypatch):
+    """Nothing reads a length, an offset or a mask back: that would wait for a GPU."""
+    module, x = lstm_ext.LSTM(3, 5, bidirectional=True), torch.randn(4, 6, 3)
+    lengths, mask = torch.randint(0, 5, (6,)), torch.rand(4, 6) < 0.5
+    steps = ops._engines  # the engine is in place before Steps is made
+    with installed():
+        assert steps["cpu"] is not None
+        y, _ = module(x, lengths=lengths, reset_mask=mask)
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero"):
+            monkeypatch.setattr(torch.Tensor, name, _refuse(name))
+        y.sum().backward()
+
+
+def _refuse(name):
+    def read(*args, **kwargs):
+        raise AssertionError(f"Tensor.{name} waits for the device")
+
+    return read
