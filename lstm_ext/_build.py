@@ -36,6 +36,7 @@ CUDA_BUILD_COMMAND = "LSTM_EXT_CUDA=1 pip install --force-reinstall --no-deps ."
 #: need the "a" suffix or a generation of their own.
 DEFAULT_ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
 
+OLDEST_ARCH = 75  # mma.m16n8k8, and what PyTorch's wheels support
 OLDEST_TOOLKIT = 12  # sm_90a and C++17 in device code
 
 
@@ -153,6 +154,10 @@ def architectures(asked: str, known: Collection[int]) -> tuple[str, ...]:
                 '"80;90a;120", separated by semicolons, commas or spaces'
             )
         number, suffix = int(match[1] + match[2]), match[3]
+        if number < OLDEST_ARCH:
+            raise BuildError(
+                f"LSTM_EXT_CUDA_ARCHS: the kernels need {OLDEST_ARCH} or newer, got {word}"
+            )
         if number in known and not (suffix and number < 90):
             parsed.append((number, suffix))
         elif asked.strip():

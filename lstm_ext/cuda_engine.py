@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Iterator
+import threading
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from lstm_ext.steps import Steps
 
 FAMILIES = ("step", "grid")  # enum CudaFamily of csrc/cuda/plan.h
 
-# torch 2.9 has a setting for each kind of operation; before, there is one flag for each library.
+# torch 2.9 and later have a setting for each kind of operation; before, one flag for each library.
 _get_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
 _set_precision = getattr(torch._C, "_set_fp32_precision_setter", None)
 
@@ -47,29 +47,69 @@ def lstm_uses_tf32() -> bool:
     return torch._C._get_cudnn_allow_tf32()
 
 
-@contextlib.contextmanager
-def _products_in(tf32: bool) -> Iterator[None]:
-    """torch's float32 products on CUDA at the LSTM's precision, which has a setting of its own.
+def _own_precision() -> str:
+    """The setting of float32 products on CUDA itself: "none" where it follows a wider one."""
+    effective = _get_precision("cuda", "matmul")
+    if effective != "none":
+        _set_precision("cuda", "matmul", "none")
+        if _get_precision("cuda", "matmul") == effective:
+            return "none"
+    return effective
 
-    The setting is the process's: it is put back at once, also when the product raises.
+
+class _Products:
+    """``with _Products(tf32):`` torch's float32 products on CUDA run at the LSTM's precision.
+
+    cuBLAS has a setting of its own (exact by default, where cuDNN's is TF32), and it is the
+    process's: autograd has a thread for each device, so the first who needs another setting makes
+    it, the last one puts the user's back. A float32 product of another thread meanwhile may see it.
     """
-    if _get_precision is None or _set_precision is None:
-        before = torch._C._get_cublas_allow_tf32()
-        torch._C._set_cublas_allow_tf32(tf32)
-        try:
-            yield
-        finally:
-            torch._C._set_cublas_allow_tf32(before)
-        return
-    before = _get_precision("cuda", "matmul")
-    if (before == "tf32") == tf32:
-        yield
-        return
-    _set_precision("cuda", "matmul", "tf32" if tf32 else "ieee")
-    try:
-        yield
-    finally:
-        _set_precision("cuda", "matmul", before)
+
+    _lock = threading.Lock()
+    _inside = 0
+    _before: Any = None  # the user's own setting, if it had to be changed
+
+    def __init__(self, tf32: bool) -> None:
+        self._tf32 = tf32
+
+    def __enter__(self) -> None:
+        kind = type(self)
+        with kind._lock:
+            if kind._inside == 0 and self._differs():
+                kind._before = self._read()
+                self._write("tf32" if self._tf32 else "ieee")
+            kind._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        kind = type(self)
+        with kind._lock:
+            kind._inside -= 1
+            if kind._inside == 0 and kind._before is not None:
+                self._write(kind._before)
+                kind._before = None
+
+    def _differs(self) -> bool:
+        if _get_precision is None:
+            return torch._C._get_cublas_allow_tf32() != self._tf32
+        return (_get_precision("cuda", "matmul") == "tf32") != self._tf32
+
+    @staticmethod
+    def _read() -> str:
+        if _get_precision is None:
+            return "tf32" if torch._C._get_cublas_allow_tf32() else "ieee"
+        return _own_precision()
+
+    @staticmethod
+    def _write(value: str) -> None:
+        if _set_precision is None:
+            torch._C._set_cublas_allow_tf32(value == "tf32")
+        else:
+            _set_precision("cuda", "matmul", value)
+
+
+def _products_in(dtype: torch.dtype, tf32: bool) -> contextlib.AbstractContextManager[None]:
+    """Products of layers in ``dtype``; only float32 has a choice."""
+    return _Products(tf32) if dtype == torch.float32 else contextlib.nullcontext()
 
 
 def _padded_rows(w: Tensor, size: int) -> Tensor:
@@ -112,11 +152,17 @@ class CudaEngine:
 
     def stream(self, device: torch.device) -> int:
         """The address of torch's current stream."""
-        return torch.cuda.current_stream(device).cuda_stream
+        return torch._C._cuda_getCurrentRawStream(device.index)
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Makes the device current."""
         return torch.cuda.device(device)
+
+    def _uses_tf32(self, x: Tensor) -> bool:
+        # Turing has no TF32: nn.LSTM is exact there too.
+        return (
+            x.dtype == torch.float32 and lstm_uses_tf32() and self.properties(x.device).major >= 8
+        )
 
     # --- the plan ---------------------------------------------------------------------------------
 
@@ -161,7 +207,7 @@ class CudaEngine:
         H, P = first.c0.size(1), first.h0.size(1)
         plan = self.plan(
             *(x.device, x.dtype, tf32, backward, first.w.w_hr is not None, len(directions)),
-            *(steps.T, steps.B, H, P),
+            *(min(steps.T, 2), steps.B, H, P),  # all that a plan asks is whether T < 2
         )
         return self.core.CudaLayer(
             dtype=DTYPE_CODE[x.dtype],
@@ -184,13 +230,13 @@ class CudaEngine:
         core, dtype, acc = self.core, x.dtype, acc_dtype(x.dtype)
         H, P, D = directions[0].c0.size(1), directions[0].h0.size(1), len(directions)
         code = DTYPE_CODE[dtype]
-        tf32 = dtype == torch.float32 and lstm_uses_tf32()
+        tf32 = self._uses_tf32(x)
         with self.guard(x.device), without_autocast(x.device):
             y = x.new_empty(steps.rows, D * P)
             result = LayerResult(y, [], [], [], [])
             parts, kept = [], []
             for k, (h0, c0, w, reverse) in enumerate(directions):
-                with _products_in(tf32):
+                with _products_in(dtype, tf32):
                     gx = _product(x, w.w_ih.t(), acc)
                 h_n, c_n = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
                 c_seq = x.new_empty(steps.rows, H, dtype=acc) if save or cells else None
@@ -252,7 +298,7 @@ class CudaEngine:
         core, dtype = self.core, x.dtype
         H, P = directions[0].c0.size(1), directions[0].h0.size(1)
         code = DTYPE_CODE[dtype]
-        tf32 = dtype == torch.float32 and lstm_uses_tf32()
+        tf32 = self._uses_tf32(x)
         with self.guard(x.device), without_autocast(x.device):
             parts, kept, outputs = [], [], []
             for k, (direction, want) in enumerate(zip(directions, wanted, strict=True)):
@@ -302,7 +348,7 @@ class CudaEngine:
             size = core.cuda_backward_workspace(layer, directions[0].w.w_hr is not None)
             workspace = x.new_empty(size, dtype=torch.uint8)
             core.cuda_backward(layer, parts, address(workspace))
-            with _products_in(tf32):
+            with _products_in(dtype, tf32):
                 return self._products(x, directions, steps, outputs, wanted_x, wanted)
 
     def _products(

@@ -79,10 +79,9 @@ class Steps:
         lengths = T - torch.searchsorted(
             batch_sizes.flip(0), torch.arange(B, device="cpu"), right=True
         )
-        offsets = ends - batch_sizes
-        return Steps(
-            T, B, rows=int(ends[-1]), offsets=offsets.to(device), lengths=lengths.to(device)
-        )
+        on_device = _moved(torch.cat([ends - batch_sizes, lengths]), device)
+        offsets, lengths = on_device[:T], on_device[T:]
+        return Steps(T, B, rows=int(ends[-1]), offsets=offsets, lengths=lengths)
 
     @property
     def has_padding(self) -> bool:
@@ -123,6 +122,22 @@ class Steps:
         return (x.transpose(0, 1) if self.batch_first else x).reshape(self.rows, x.size(2))
 
 
+def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """On the device; from the CPU to CUDA without waiting for what runs there.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured: its replays would not see another value.
+    """
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "lengths, reset_mask or batch sizes on the CPU cannot be captured in a CUDA graph, got "
+            "them during a capture: give lengths= and reset_mask= on the device"
+        )
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str) -> Tensor:
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths should be a tensor of integers, got {type(lengths).__name__}")
@@ -144,7 +159,7 @@ def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str
             f"Expected lengths between 0 and the number of steps, {T}, got values from "
             f"{int(copy.min())} to {int(copy.max())}"
         )
-    return copy.to(device)
+    return _moved(copy, device)
 
 
 def _checked_reset_mask(
@@ -158,4 +173,4 @@ def _checked_reset_mask(
     if reset_mask.shape != expected:
         raise ValueError(f"Expected reset_mask of size {expected}, got {tuple(reset_mask.shape)}")
     mask = (reset_mask.T if batch_first else reset_mask).detach()
-    return mask.to(device, copy=True, memory_format=torch.contiguous_format)
+    return _moved(mask.to(copy=True, memory_format=torch.contiguous_format), device)

@@ -356,7 +356,7 @@ def test_architectures(asked, result):
     [
         ("hopper", "'hopper' is no architecture"),
         ("80;sm_90", "'sm_90' is no architecture"),
-        ("70", "does not compile for 70; it knows 75, 80"),
+        ("70", "the kernels need 75 or newer, got 70"),
         ("80a", "does not compile for 80a"),
     ],
 )

@@ -199,19 +199,46 @@ def test_the_setting_of_cudnn_decides_about_tf32():
         assert torch.equal(module(x)[0], exact)
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-@pytest.mark.parametrize("before", [True, False])
-def test_products_leave_the_users_precision(before, wanted):
+@pytest.fixture
+def matmul_precision():
     matmul = torch.backends.cuda.matmul
-    saved = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "tf32" if before else "ieee"
-        with contextlib.suppress(ZeroDivisionError), cuda_engine._products_in(wanted):
-            assert (matmul.fp32_precision == "tf32") == wanted
-            raise ZeroDivisionError
-        assert matmul.fp32_precision == ("tf32" if before else "ieee")
-    finally:
-        matmul.fp32_precision = saved
+    yield matmul
+    torch.backends.fp32_precision = "none"
+    matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("before", ["tf32", "ieee", "none"])
+def test_products_leave_the_users_precision(matmul_precision, before, wanted):
+    matmul_precision.fp32_precision = before
+    products = cuda_engine._products_in(torch.float32, wanted)
+    with contextlib.suppress(ZeroDivisionError), products:
+        assert (matmul_precision.fp32_precision == "tf32") == wanted
+        raise ZeroDivisionError
+    assert matmul_precision.fp32_precision == before
+
+
+def test_products_of_two_threads(matmul_precision):
+    """The second to enter leaves last: the user's setting comes back then."""
+    first, second = (cuda_engine._products_in(torch.float32, True) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert matmul_precision.fp32_precision == "tf32"
+    second.__exit__()
+    assert matmul_precision.fp32_precision == "none"
+    with cuda_engine._products_in(torch.bfloat16, True):  # has no choice, and touches nothing
+        assert matmul_precision.fp32_precision == "none"
+
+
+def test_an_inherited_precision_stays_inherited(matmul_precision):
+    torch.backends.fp32_precision = "tf32"
+    assert matmul_precision.fp32_precision == "tf32"
+    with cuda_engine._products_in(torch.float32, False):
+        assert matmul_precision.fp32_precision == "ieee"
+    assert matmul_precision.fp32_precision == "tf32"
+    torch.backends.fp32_precision = "ieee"
+    assert matmul_precision.fp32_precision == "ieee"
 
 
 @pytest.mark.parametrize("T, B", [(0, 3), (3, 0), (0, 0)])
@@ -274,7 +301,7 @@ def test_verbose_tells_the_plan(monkeypatch, capfd):
         lstm_ext.LSTM(4, 64)(torch.randn(3, 2, 4))  # once a shape
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1
-    assert "forward float32 T 3 B 2 H 64 P 64, 1 direction: one cooperative launch" in said[0]
+    assert "forward float32 B 2 H 64 P 64, 1 direction: one cooperative launch" in said[0]
 
 
 def test_lengths_stay_on_the_device(monkeypatch):

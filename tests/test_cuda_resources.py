@@ -1,4 +1,4 @@
-"""tools/cuda_resources.py on what cuobjdump 13.2.51 printed of a build (cut to a few kernels)."""
+"""tools/cuda_resources.py on text in the form of cuobjdump 13.2.51, cut to a few kernels."""
 
 import json
 import stat
@@ -30,8 +30,8 @@ def test_parsing(resources, kernels):
     text = SAMPLE.read_text()
     assert len(kernels) == text.count(" Function ")
     found = {(resources.family(k.name), k.arch, k.registers, k.stack, k.local) for k in kernels}
-    assert ("backward_cell", "sm_90a", 255, 16, 0) in found
-    assert ("forward_prepare", "sm_80", 32, 8, 0) in found
+    assert ("backward_cell<Tf32>", "sm_90a", 255, 16, 0) in found
+    assert ("backward_cell<Tf32>", "sm_80", 255, 8, 0) in found
     assert ("probe_kernel", "sm_90a", 4, 0, 0) in found
     assert {arch for _, arch, *_ in found} == {"sm_80", "sm_90a"}, "the PTX has no figures"
     with pytest.raises(ValueError, match="no figures of f in '  REG:x'"):
@@ -41,9 +41,9 @@ def test_parsing(resources, kernels):
 @pytest.mark.parametrize(
     "name, family",
     [
-        ("void lstm_ext::cell<lstm_ext::Tf32, 1, (bool)0>(lstm_ext::Args)", "cell"),
+        ("void lstm_ext::cell<lstm_ext::Tf32, 1, 4>(lstm_ext::Args)", "cell<Tf32>"),
         ("lstm_ext::(anonymous namespace)::probe_kernel()", "probe_kernel"),
-        ("void a::step<b<float>, 4>(a::P<b<float> >, int)", "step"),
+        ("void a::step<b<float>, 4>(a::P<b<float> >, int)", "step<b<float>>"),
         ("plain", "plain"),
     ],
 )
@@ -53,12 +53,12 @@ def test_families(resources, name, family):
 
 def test_a_spill_on_sm_90a_needs_a_reason(resources, kernels):
     budget = resources.updated(kernels, {})
-    assert budget["backward_cell"]["sm_90a"] == {"registers": 255, "stack": 16, "local": 0}
+    assert budget["backward_cell<Tf32>"]["sm_90a"] == {"registers": 255, "stack": 16, "local": 0}
     ((name, arch, text, instance),) = resources.offenders(kernels, budget)
-    assert (name, arch) == ("backward_cell", "sm_90a")
+    assert (name, arch) == ("backward_cell<Tf32>", "sm_90a")
     assert text == "16 bytes of stack, and no reason in the budget"
     assert "backward_cell<" in instance
-    budget["backward_cell"]["sm_90a"]["reason"] = "two values of the tail"
+    budget["backward_cell<Tf32>"]["sm_90a"]["reason"] = "two values of the tail"
     assert resources.offenders(kernels, budget) == []
     assert resources.updated(kernels, budget) == budget, "the reason is kept"
     # Without any budget the other architectures are not judged, this rule is.
@@ -67,18 +67,30 @@ def test_a_spill_on_sm_90a_needs_a_reason(resources, kernels):
 
 def test_offenders(resources, kernels):
     budget = resources.updated(kernels, {})
-    budget["backward_cell"]["sm_90a"] |= {"registers": 200, "reason": "known"}
+    budget["backward_cell<Tf32>"]["sm_90a"] |= {"registers": 200, "reason": "known"}
     budget["gone"] = {"sm_80": {"registers": 1, "stack": 0, "local": 0}}
     budget["other_machine"] = {"sm_75": {"registers": 1, "stack": 0, "local": 0}}
     del budget["probe_kernel"]
     texts = {wrong[:3] for wrong in resources.offenders(kernels, budget)}
     assert texts == {
-        ("backward_cell", "sm_90a", "255 registers, budget 200"),
+        ("backward_cell<Tf32>", "sm_90a", "255 registers, budget 200"),
+        ("probe_kernel", "sm_80", "not in the budget"),
         ("probe_kernel", "sm_90a", "not in the budget"),
         ("gone", "sm_80", "in the budget, but no longer built"),
     }
     again = resources.updated(kernels, budget)
     assert "gone" not in again and "other_machine" in again
+
+
+def test_every_architecture_has_the_same_kernels(resources, kernels):
+    budget = resources.updated(kernels, {})
+    budget["backward_cell<Tf32>"]["sm_90a"]["reason"] = "known"
+    lost = next(k for k in kernels if k.arch == "sm_80" and "2, 4, 4" in k.name)
+    ((name, arch, text, instance),) = resources.offenders(
+        [k for k in kernels if k is not lost], budget
+    )
+    assert (name, arch, instance) == ("backward_cell<Tf32>", "sm_80", lost.name)
+    assert text == "has no such kernel, others have"
 
 
 def test_command(resources, monkeypatch, tmp_path, capsys):
@@ -92,7 +104,7 @@ def test_command(resources, monkeypatch, tmp_path, capsys):
     arguments = [str(module), "--budget", str(budget)]
     assert resources.main([*arguments, "--update"]) == 1, "a reason is missing"
     written = json.loads(budget.read_text())
-    written["backward_cell"]["sm_90a"]["reason"] = "known"
+    written["backward_cell<Tf32>"]["sm_90a"]["reason"] = "known"
     budget.write_text(json.dumps(written))
     assert resources.main(arguments) == 0
     assert "families for sm_80, sm_90a" in capsys.readouterr().out

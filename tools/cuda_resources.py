@@ -3,12 +3,13 @@
     python tools/cuda_resources.py [MODULE]            exit status 1 and a table if any is over
     python tools/cuda_resources.py [MODULE] --update   writes what was found into the budget
 
-The figures are those of cuobjdump, per kernel family (a kernel's name without its template
-arguments) and architecture: the largest of its instances. STACK is a thread's stack frame in bytes,
+The figures are those of cuobjdump, per kernel family (a kernel's name and its arithmetic) and
+architecture: the largest of its instances. STACK is a thread's stack frame in bytes,
 which is where spilled registers go; LOCAL is its local memory.
 
 On sm_90a no kernel may use either, whatever the budget's numbers, unless its entry there gives a
-"reason". --update keeps reasons and never invents one.
+"reason". --update keeps reasons and never invents one. Every architecture must have the same
+kernels: the host launches them by name.
 """
 
 from __future__ import annotations
@@ -96,16 +97,12 @@ def demangled(kernels: Sequence[Kernel]) -> list[Kernel]:
 
 
 def family(name: str) -> str:
-    """ "void lstm_ext::cell<float, 4>(Params)" -> "cell"."""
-    name = name.replace("(anonymous namespace)::", "")
-    flat, depth = "", 0
-    for char in name:
-        depth += char == "<"
-        if not depth:
-            flat += char
-        depth -= char == ">"
-    flat = flat.split("(")[0].strip()
-    return re.split(r"::|\s", flat)[-1] or name
+    """ "void lstm_ext::cell<lstm_ext::Tf32, 4>(lstm_ext::Args)" -> "cell<Tf32>"."""
+    plain = re.sub(r"\(anonymous namespace\)::|\w+::", "", name)
+    found = re.match(r"(?:void )?(\w+)(?:<((?:[^<>,]|<[^<>]*>)+)[^(]*>)?\(", plain)
+    if found is None:
+        return name
+    return f"{found[1]}<{found[2].strip()}>" if found[2] else found[1]
 
 
 def worst(kernels: Sequence[Kernel]) -> dict[tuple[str, str], dict[str, Kernel]]:
@@ -140,6 +137,10 @@ def offenders(kernels: Sequence[Kernel], budget: Mapping) -> list[tuple[str, str
                     text = f"{value} bytes of {figure}, and no reason in the budget"
                     wrong.append((name, arch, text, kernel.name))
     built = {arch for _, arch in found}
+    every = {kernel.name for kernel in kernels}
+    for arch in sorted(built):
+        for name in sorted(every - {kernel.name for kernel in kernels if kernel.arch == arch}):
+            wrong.append((family(name), arch, "has no such kernel, others have", name))
     for name, entries in sorted(budget.items()):
         for arch in entries:
             if arch in built and (name, arch) not in found:

@@ -207,8 +207,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   steps.reverse = d.reverse;
   const int64_t start = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t stride = int64_t(gridDim.x) * kThreads;
-  for (int64_t at = start; at < args.shape.groups * kCounterStride; at += stride)
-    d.counters[at] = 0;
+  for (int64_t at = start; at < args.counter_words; at += stride) d.counters[at] = 0;
   const int64_t pad = K - 4 * args.H;
   for (int64_t b = start; b < 2 * B; b += stride)
     for (int64_t k = 0; k < pad; ++k) as<T>(d.state)[b * K + 4 * args.H + k] = zero;

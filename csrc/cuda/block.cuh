@@ -85,6 +85,7 @@ struct ForwardArgs {
   };
   Steps steps;
   int H, P, K, hidden_K;
+  int64_t counter_words;  // of a direction's counters
   BlockShape shape;
   Direction direction[kMaxDirections];
 };
@@ -100,7 +101,8 @@ struct BackwardArgs {
   };
   Steps steps;
   int H, P, K, hidden_K;  // K: padded(4H); hidden_K: padded(P)
-  BlockShape shape;       // steps 0 to T - 1 are the sequence's from the last taken, T makes dh0
+  int64_t counter_words;
+  BlockShape shape;  // steps 0 to T - 1 are the sequence's from the last taken, T makes dh0
   Direction direction[kMaxDirections];
 };
 

@@ -44,12 +44,17 @@ class Cutter {
   int64_t used_ = 0;
 };
 
+// Only the blocks of one launch meet.
+int64_t counter_words(const CudaPlan& plan) {
+  return plan.family == CudaFamily::kGrid ? plan.groups * kCounterStride : 0;
+}
+
 void cut(Cutter& cutter, const CudaLayer& l, bool projection, ForwardArgs::Direction& d) {
   const int64_t storage = storage_bytes(l.dtype), B = l.steps.B;
   d.state = cutter.take(2 * B * l.K * storage);
   d.cells = cutter.take(B * l.H * acc_bytes(l.dtype));
   d.hidden = projection ? cutter.take(B * padded(l.H, l.dtype) * storage) : nullptr;
-  d.counters = static_cast<unsigned*>(cutter.take(l.plan.groups * kCounterStride * 4));
+  d.counters = static_cast<unsigned*>(cutter.take(counter_words(l.plan) * 4));
 }
 void cut(Cutter& cutter, const CudaLayer& l, bool projection, BackwardArgs::Direction& d) {
   const int64_t storage = storage_bytes(l.dtype), B = l.steps.B;
@@ -57,7 +62,7 @@ void cut(Cutter& cutter, const CudaLayer& l, bool projection, BackwardArgs::Dire
   d.cells = cutter.take(B * l.H * acc_bytes(l.dtype));
   d.carry = cutter.take(B * l.P * acc_bytes(l.dtype));
   d.hidden = projection ? cutter.take(B * l.K * storage) : nullptr;
-  d.counters = static_cast<unsigned*>(cutter.take(l.plan.groups * kCounterStride * 4));
+  d.counters = static_cast<unsigned*>(cutter.take(counter_words(l.plan) * 4));
 }
 
 template <class Args>
@@ -77,6 +82,7 @@ Args make_args(const CudaLayer& layer, const Direction* directions, bool project
   args.steps = layer.steps;
   args.H = int(layer.H);
   args.P = int(layer.P);
+  args.counter_words = counter_words(layer.plan);
   args.shape = {int(layer.plan.slices),
                 int(layer.plan.groups),
                 int(layer.plan.group_rows),
@@ -111,7 +117,13 @@ void require_plan(const CudaLayer& layer, bool backward, bool projection) {
                                 describe(layer.plan, problem) + ")");
 }
 
-void make_current(int device) { check_cuda(cudaSetDevice(device), "choosing the device"); }
+// The caller's runtime has made the device current already; ours is a copy of its own, which may
+// not know yet.
+void make_current(int device) {
+  int current = -1;
+  check_cuda(cudaGetDevice(&current), "asking for the device");
+  if (current != device) check_cuda(cudaSetDevice(device), "choosing the device");
+}
 
 // Enough blocks to fill any device; work: threads that have something to do.
 template <class Args>

@@ -194,8 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   steps.reverse = d.reverse;
   const int64_t start = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t stride = int64_t(gridDim.x) * kThreads;
-  for (int64_t at = start; at < args.shape.groups * kCounterStride; at += stride)
-    d.counters[at] = 0;
+  for (int64_t at = start; at < args.counter_words; at += stride) d.counters[at] = 0;
   // A warp per sequence.
   for (int64_t b = start / 32; b < B; b += stride / 32) {
     const int lane = threadIdx.x % 32;

@@ -3,8 +3,12 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace lstm_ext {
 
@@ -13,6 +17,21 @@ inline void check_cuda(cudaError_t error, const char* what) {
   (void)cudaGetLastError();  // do not leave it to a later check of someone else
   throw std::runtime_error(std::string("CUDA error while ") + what + ": " +
                            cudaGetErrorString(error));
+}
+
+// A kernel may have more than 48 KB of dynamic shared memory only after the runtime has been told.
+// Always the same figure, all that a block can have: two threads may launch with different sizes.
+inline void allow_shared_memory(const void* kernel, int64_t bytes, const char* what) {
+  if (bytes <= 48 * 1024) return;
+  int device = 0, most = 0;
+  check_cuda(cudaGetDevice(&device), what);
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> told;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (told.count({kernel, device})) return;
+  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), what);
+  told.insert({kernel, device});
 }
 
 struct LaunchShape {
@@ -25,10 +44,7 @@ struct LaunchShape {
 template <class Args>
 void launch(void (*kernel)(Args), const LaunchShape& shape, void* stream, const Args& args,
             const char* what) {
-  if (shape.shared_bytes > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    int(shape.shared_bytes)),
-               what);
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), shape.shared_bytes, what);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;

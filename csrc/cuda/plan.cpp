@@ -184,13 +184,13 @@ std::string describe(const CudaPlan& plan, const CudaProblem& p) {
   char text[400];
   std::snprintf(
       text, sizeof text,
-      "%s %s%s T %lld B %lld H %lld P %lld, %d direction%s: %s, %lld blocks (%lld slices of %d "
+      "%s %s%s B %lld H %lld P %lld, %d direction%s: %s, %lld blocks (%lld slices of %d "
       "units x %lld groups of %lld sequences), tile %dx%d, weights of a warp: %d chunks in "
       "registers, %d in shared memory, %lld from L2; %lld bytes of shared memory; expected %.1f us "
       "a step",
       p.backward ? "backward" : "forward", kDtypes[int(p.dtype)], p.tf32 ? " (TF32)" : "",
-      (long long)p.T, (long long)p.B, (long long)p.H, (long long)p.P, p.directions,
-      p.directions == 1 ? "" : "s", grid ? "one cooperative launch" : "a launch a step",
+      (long long)p.B, (long long)p.H, (long long)p.P, p.directions, p.directions == 1 ? "" : "s",
+      grid ? "one cooperative launch" : "a launch a step",
       (long long)(plan.slices * plan.groups * p.directions), (long long)plan.slices,
       units_of(plan.m_tiles, p.backward), (long long)plan.groups, (long long)plan.group_rows,
       plan.m_tiles * 16, plan.n_tiles * 8, plan.held, plan.shared,

@@ -24,7 +24,8 @@ struct CudaProblem {
   bool backward;
   bool projection;
   int directions;
-  int64_t T, B, H, P;
+  int64_t T;  // read only as one step or several
+  int64_t B, H, P;
 };
 
 // One launch a step, or one cooperative launch for all of them with weights that stay on the SM.

@@ -10,6 +10,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
+#error "the kernels need compute capability 7.5 or more"
+#endif
+
 #define LSTM_EXT_DEVICE __device__ __forceinline__
 
 #ifndef LSTM_EXT_EMULATED
@@ -146,17 +150,13 @@ LSTM_EXT_DEVICE uint4 load_shared_by_blocks(const void* p) {
 // cumulative over the block's barrier). The counter only grows.
 
 LSTM_EXT_DEVICE void arrive_at(unsigned* counter) {
-#if __CUDA_ARCH__ >= 700
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-#endif
 }
 LSTM_EXT_DEVICE void wait_until(const unsigned* counter, unsigned target) {
-#if __CUDA_ARCH__ >= 700
   unsigned seen;
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
   } while (int(seen - target) < 0);  // the counter may wrap
-#endif
 }
 
 #else  // =============================== CPU twins ===============================================

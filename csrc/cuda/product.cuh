@@ -96,7 +96,14 @@ struct Tensor16 : TensorLanes {
   }
 };
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+// The names are the same for every architecture, since kernels are named after them: only what they
+// stand for differs.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+// Turing: neither bf16 nor TF32 in its tensor cores.
+template <>
+struct Tensor16<__nv_bfloat16> : Scalar<__nv_bfloat16> {};
+struct Tf32 : Scalar<float> {};
+#else
 // fp32 operands rounded to TF32 (10 bits of mantissa), summed in fp32.
 struct Tf32 : TensorLanes {
   using Element = float;
@@ -120,12 +127,7 @@ struct Tf32 : TensorLanes {
     mma_m16n8k8_tf32(d, a_second, b_second);
   }
 };
-using TensorBf16 = Tensor16<__nv_bfloat16>;
-#else  // Turing: neither bf16 nor TF32 in its tensor cores
-struct Tf32 : Scalar<float> {};
-using TensorBf16 = Scalar<__nv_bfloat16>;
 #endif
-using TensorFp16 = Tensor16<__half>;
 
 // ---- which rows a tile has
 // ------------------------------------------------------------------------
@@ -336,19 +338,23 @@ struct Reduction {
     return round * kRoundTiles * 8 + threadIdx.x / kUnits;
   }
 
-  // partial: [kWarps][kRoundTiles][kMTiles][16][8].
+  // partial: [kWarps][kRoundTiles][kMTiles][16][8], the columns of a row in an order that puts what
+  // the threads of a warp take together into different banks.
+  static LSTM_EXT_DEVICE int place(int warp, int n, int m, int row, int column) {
+    const int swizzle = Rows::kGates == 4 ? (row >> 2 & 1) * 4 ^ (m >> 1 & 1) * 2 ^ (m >> 2 & 1)
+                                          : (row >> 2 & 1) * 4 ^ (row >> 3 & 1) * 2 ^ (m & 1);
+    return ((warp * kRoundTiles + n) * kMTiles + m) * 128 + row * 8 + (column ^ swizzle);
+  }
   static LSTM_EXT_DEVICE void put(Acc* partial, const Acc (&sums)[kMTiles][kNTiles][4], int round) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int n = 0; n < kRoundTiles; ++n)
 #pragma unroll
-      for (int m = 0; m < kMTiles; ++m) {
-        Acc* tile = partial + ((warp * kRoundTiles + n) * kMTiles + m) * 128;
+      for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          tile[(lane / 4 + e / 2 * 8) * 8 + lane % 4 * 2 + e % 2] =
+          partial[place(warp, n, m, lane / 4 + e / 2 * 8, lane % 4 * 2 + e % 2)] =
               sums[m][round * kRoundTiles + n][e];
-      }
   }
   // The sums of this thread's unit: the gates i, f, g, o, or one value.
   static LSTM_EXT_DEVICE void take(const Acc* partial, Acc (&out)[Rows::kGates]) {
@@ -359,8 +365,7 @@ struct Reduction {
       const int row = Rows::kGates == 4 ? gate % 2 * 8 + u % 8 : u % 16;
       Acc sum = 0;
 #pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp)
-        sum += partial[((warp * kRoundTiles + b / 8) * kMTiles + m) * 128 + row * 8 + b % 8];
+      for (int warp = 0; warp < kWarps; ++warp) sum += partial[place(warp, b / 8, m, row, b % 8)];
       out[gate] = sum;
     }
   }
@@ -396,10 +401,6 @@ struct CellOf {
 template <class T>
 struct CellOf<Scalar<T>> {
   using type = Cell<ExactMath<T>>;
-};
-template <>
-struct CellOf<Scalar<__nv_bfloat16>> {
-  using type = Cell<FastMath>;
 };
 
 }  // namespace lstm_ext

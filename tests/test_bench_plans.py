@@ -1,0 +1,57 @@
+"""bench.plans on the emulator, with a clock that counts."""
+
+import emulated
+import pytest
+import torch
+
+from bench import plans
+from bench.suites import Problem
+
+pytestmark = pytest.mark.cpu_only(reason="runs on the emulator")
+
+
+def counting_clock(work):
+    work()
+    counting_clock.calls += 1
+    return 60.0
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_every_plan_is_timed_and_checked(bidirectional):
+    class Engine(emulated.EmulatedEngine):
+        def __init__(self, core):
+            super().__init__(core, None, sm_count=12)
+
+    counting_clock.calls = 0
+    problem = Problem(3, 20, 5, 40, bidirectional=bidirectional)
+    arguments = (Engine, emulated.load(), counting_clock, problem, torch.bfloat16)
+    entries = list(plans.time_plans(*arguments, torch.device("cpu"), within=1e9, repeats=2))
+    assert counting_clock.calls == 3 * len(entries)
+    assert {entry["pass"] for entry in entries} == {"forward", "backward"}
+    assert {entry["family"] for entry in entries} == {"step", "grid"}
+    assert all(entry["same_bits"] for entry in entries)
+    assert all(entry["measured_us"] == 60 / 3 for entry in entries)
+    for name in ("forward", "backward"):
+        of_pass = [entry for entry in entries if entry["pass"] == name]
+        assert len(of_pass) > 5
+        assert [entry["chosen"] for entry in of_pass].count(True) >= 1
+        assert of_pass[0]["chosen"], "sorted by what the model expects"
+
+
+def test_only_plans_near_the_best():
+    core = emulated.load()
+    device = core.CudaProperties(
+        major=9, minor=0, sm_count=132, shared_bytes=227 << 10, l2_bytes=50 << 20
+    )
+    every = core.cuda_plans(emulated.problem(T=25, B=64, H=1024), device)
+    near = list(plans.variants(every, 1.5))
+    best = min(plan.step_us for plan in every)
+    assert 1 < len(near) < len(every)
+    assert all(plan.step_us <= 1.5 * best for plan in near)
+
+
+def test_without_a_gpu_it_says_so(capsys, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert plans.main(["--out", str(tmp_path / "plans.jsonl")]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
