@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (j > args.shape.first) barrier.wait();
     for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
       Acc sums[kMTiles][kNTiles][4] = {};
-      if (projected || j > 0) weights.template multiply<kNTiles>(state, tile, B - 1, sums);
+      if (projected || j > 0)
+        weights.template multiply<kNTiles>(state, tile, place.row_end - 1, sums);
 #pragma unroll
       for (int round = 0; round < Sum::kRounds; ++round) {
         const int b = tile + Sum::sequence(round);
@@ -167,29 +168,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool final = j == steps.T;
   const int64_t t = final ? -1 : steps.step_at(steps.T - 1 - j);
   const T* state = as<T>(d.state) + int64_t((j + 1) % 2) * B * K;
-  for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
-    Acc sums[kMTiles][kNTiles][4] = {};
-    if (j > 0) weights.template multiply<kNTiles>(state, tile, B - 1, sums);
+  const int tile = place.row_first;  // a group is one tile here
+  Acc sums[kMTiles][kNTiles][4] = {};
+  if (j > 0) weights.template multiply<kNTiles>(state, tile, place.row_end - 1, sums);
 #pragma unroll
-    for (int round = 0; round < Sum::kRounds; ++round) {
-      const int b = tile + Sum::sequence(round);
-      if (round > 0 || tile > place.row_first) __syncthreads();
-      Sum::put(partial, sums, round);
-      __syncthreads();
-      if (!Sum::has_cell() || b >= place.row_end || unit >= P) continue;
-      Acc sum[1];
-      Sum::take(partial, sum);
-      const bool active = !final && steps.active(t, b);
-      Acc dr = gradient_of_h<T>(d, steps, j, active, at(b, P, unit), sum[0]);
-      if (final) {
-        if (d.dh0) as<T>(d.dh0)[at(b, P, unit)] = from_acc<T>(dr);
-        continue;
-      }
-      if (active && d.dy) dr += to_acc(as<T>(d.dy)[steps.row(t, b) * d.dy_stride + unit]);
-      const T out = active ? from_acc<T>(dr) : from_acc<T>(Acc(0));
-      if (active || !steps.offsets) as<T>(d.dr)[at(steps.row(t, b), P, unit)] = out;
-      as<T>(d.hidden)[at(b, args.hidden_K, unit)] = Arithmetic::round_state(out);
+  for (int round = 0; round < Sum::kRounds; ++round) {
+    const int b = tile + Sum::sequence(round);
+    if (round > 0) __syncthreads();
+    Sum::put(partial, sums, round);
+    __syncthreads();
+    if (!Sum::has_cell() || b >= place.row_end || unit >= P) continue;
+    Acc sum[1];
+    Sum::take(partial, sum);
+    const bool active = !final && steps.active(t, b);
+    Acc dr = gradient_of_h<T>(d, steps, j, active, at(b, P, unit), sum[0]);
+    if (final) {
+      if (d.dh0) as<T>(d.dh0)[at(b, P, unit)] = from_acc<T>(dr);
+      continue;
     }
+    if (active && d.dy) dr += to_acc(as<T>(d.dy)[steps.row(t, b) * d.dy_stride + unit]);
+    const T out = active ? from_acc<T>(dr) : from_acc<T>(Acc(0));
+    if (active || !steps.offsets) as<T>(d.dr)[at(steps.row(t, b), P, unit)] = out;
+    as<T>(d.hidden)[at(b, args.hidden_K, unit)] = Arithmetic::round_state(out);
   }
 }
 

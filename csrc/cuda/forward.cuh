@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (i > args.shape.first) barrier.wait();
     for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
       Acc sums[kMTiles][kNTiles][4];
-      weights.template multiply<kNTiles>(state, tile, B - 1, sums);
+      weights.template multiply<kNTiles>(state, tile, place.row_end - 1, sums);
 #pragma unroll
       for (int round = 0; round < Sum::kRounds; ++round) {
         const int b = tile + Sum::sequence(round);
@@ -154,29 +154,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t t = steps.step_at(i), following = i + 1 < steps.T ? steps.step_at(i + 1) : -1;
   const T* state = as<T>(d.state) + int64_t(i % 2) * B * K;
   T* next = as<T>(d.state) + int64_t((i + 1) % 2) * B * K;
-  for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
-    Acc sums[kMTiles][kNTiles][4];
-    weights.template multiply<kNTiles>(as<T>(d.hidden), tile, B - 1, sums);
+  const int tile = place.row_first;  // a group is one tile here
+  Acc sums[kMTiles][kNTiles][4];
+  weights.template multiply<kNTiles>(as<T>(d.hidden), tile, place.row_end - 1, sums);
 #pragma unroll
-    for (int round = 0; round < Sum::kRounds; ++round) {
-      const int b = tile + Sum::sequence(round);
-      if (round > 0 || tile > place.row_first) __syncthreads();
-      Sum::put(partial, sums, round);
-      __syncthreads();
-      if (!Sum::has_cell() || b >= place.row_end || unit >= P) continue;
-      Acc sum[1];
-      Sum::take(partial, sum);
-      const bool active = steps.active(t, b);
-      const T out = active ? from_acc<T>(sum[0]) : from_acc<T>(Acc(0));
-      if (active || !steps.offsets) as<T>(d.y)[steps.row(t, b) * d.y_stride + unit] = out;
-      if (active && t == steps.last_step(b)) as<T>(d.h_n)[at(b, P, unit)] = out;
-      if (following < 0) continue;
-      T& to = next[at(b, K, unit)];
-      if (resets(steps, following, b))
-        to = from_acc<T>(Acc(0));
-      else
-        to = active ? Arithmetic::round_state(out) : state[at(b, K, unit)];
-    }
+  for (int round = 0; round < Sum::kRounds; ++round) {
+    const int b = tile + Sum::sequence(round);
+    if (round > 0) __syncthreads();
+    Sum::put(partial, sums, round);
+    __syncthreads();
+    if (!Sum::has_cell() || b >= place.row_end || unit >= P) continue;
+    Acc sum[1];
+    Sum::take(partial, sum);
+    const bool active = steps.active(t, b);
+    const T out = active ? from_acc<T>(sum[0]) : from_acc<T>(Acc(0));
+    if (active || !steps.offsets) as<T>(d.y)[steps.row(t, b) * d.y_stride + unit] = out;
+    if (active && t == steps.last_step(b)) as<T>(d.h_n)[at(b, P, unit)] = out;
+    if (following < 0) continue;
+    T& to = next[at(b, K, unit)];
+    if (resets(steps, following, b))
+      to = from_acc<T>(Acc(0));
+    else
+      to = active ? Arithmetic::round_state(out) : state[at(b, K, unit)];
   }
 }
 

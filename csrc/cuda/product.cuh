@@ -171,7 +171,7 @@ class Weights {
 
  public:
   // w: [rows][K], rows 16-byte aligned, K in whole chunks, 64 GB at most. memory: 1 KB for each
-  // warp, shared chunk and m-tile. The block meets before it uses them.
+  // warp, shared chunk and m-tile.
   LSTM_EXT_DEVICE Weights(const T* w, int H, int K, int first_unit, int shared,
                           unsigned char* memory)
       : chunks_(int(K * sizeof(T) / kChunkBytes)),

@@ -1,0 +1,342 @@
+"""The CUDA LSTM kernels, broken in one place at a time.
+
+A mutant is an edit of the source that removes a synchronisation or another precaution; one that
+nobody notices is a hole in the tests, or a precaution that is not needed.
+"""
+
+import re
+from dataclasses import dataclass
+
+from emulator.build import ROOT
+
+SOURCES = ROOT / "csrc" / "cuda"
+
+# Arguments of lstm_driver for few_kernels.cu, small: a thread costs ThreadSanitizer half a
+# millisecond. Each has at least two blocks that need each other.
+FORWARD = "forward float32 grid 2x1 0+1 1 1 3 9 21 21 lengths"  # two tiles a block
+FORWARD_BOTH = "forward float32 grid 2x1 0+0 1 2 3 5 13 13 lengths"  # both directions
+FORWARD_GROUPS = "forward float32 grid 2x1 0+0 2 1 3 9 13 13 dense"
+FORWARD_ROUNDS = "forward bfloat16 grid 8x2 0+1 1 1 3 9 33 33 lengths"  # two rounds a tile
+FORWARD_OVERLAP = "forward bfloat16 step 8x2 0+0 2 1 3 9 33 33 dense"  # tiles wider than a group
+FORWARD_PROJECTED = "forward float32 step 2x1 0+0 1 2 3 17 21 18 lengths"
+BACKWARD = "backward float32 grid 1x1 0+1 1 1 3 9 17 17 lengths"
+BACKWARD_ROUNDS = "backward float32 grid 2x4 0+1 1 1 3 9 33 33 lengths"  # four rounds a tile
+BACKWARD_PROJECTED = "backward float32 step 1x1 0+0 1 2 3 9 21 18 lengths"
+CONTROL = [
+    *(FORWARD, FORWARD_BOTH, FORWARD_GROUPS, FORWARD_ROUNDS, FORWARD_OVERLAP, FORWARD_PROJECTED),
+    *(BACKWARD, BACKWARD_ROUNDS, BACKWARD_PROJECTED),
+]
+
+RACE, WRONG, DEADLOCK = "data race", "WRONG", "deadlock"
+OVERRUN = "heap-buffer-overflow"
+SYNCHRONISATION = re.compile(
+    r"__syncthreads\(|__syncwarp\(|\barrive_at\(|\bwait_until\(|barrier\.(?:wait|arrive)\("
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """file: in csrc/cuda. edits: pairs of old and new text; the old one is found exactly once,
+    however its lines are broken, from ``where`` to the next } at the start of a line. problem: one
+    that shows it. sign: what is then said."""
+
+    name: str
+    file: str
+    where: str
+    edits: tuple[tuple[str, str], ...]
+    problem: str
+    sign: str
+
+    def spans(self, text):
+        """(start, end, replacement) of each edit in the text of the file."""
+        start = self._find(text, self.where, 0, len(text)).start()
+        end = text.index("\n}", start)
+        for old, new in self.edits:
+            found = self._find(text, old, start, end)
+            yield found.start(), found.end(), new
+
+    def _find(self, text, words, start, end):
+        pattern = re.compile(r"\s+".join(map(re.escape, words.split())))
+        found = list(pattern.finditer(text, start, end))
+        assert len(found) == 1, f"{self.name}: {words!r} is in {self.file} {len(found)} times"
+        return found[0]
+
+    def apply(self):
+        """The file's text with the edits."""
+        text = (SOURCES / self.file).read_text()
+        for start, end, new in sorted(self.spans(text), reverse=True):
+            text = text[:start] + new + text[end:]
+        return text
+
+
+def _of(file, where, *rows):
+    """Mutants of one place: rows of name, problem, sign, edits."""
+    return [
+        Mutant(f"{where.split()[-1].rstrip('(')}: {name}", file, where, tuple(edits), problem, sign)
+        for name, problem, sign, *edits in rows
+    ]
+
+
+GUARD = "if (round > 0 || tile > place.row_first) __syncthreads();"
+ROUND_GUARD = "if (round > 0) __syncthreads();"
+CELL_MEET = ("__syncthreads();  // all warps' parts are there", "")
+PROJECTION_MEET = (
+    "Sum::put(partial, sums, round); __syncthreads();",
+    "Sum::put(partial, sums, round);",
+)
+ONE_BUFFER = (("int64_t(i % 2) * B * K", "0"), ("int64_t((i + 1) % 2) * B * K", "0"))
+
+# The first of each place is among the USUAL ones.
+MUTANTS = [
+    *_of(
+        "forward.cuh",
+        "forward_cell(",
+        ("sums overwritten too early", FORWARD, RACE, (GUARD, "")),
+        ("no barrier between rounds", FORWARD_ROUNDS, RACE, ("round > 0 || ", "")),
+        ("no barrier between tiles", FORWARD, RACE, (" || tile > place.row_first", "")),
+        ("sums read too early", FORWARD, RACE, CELL_MEET),
+        (
+            "state of the next group",
+            "forward bfloat16 grid 8x2 0+0 2 1 3 9 33 33 dense",
+            RACE,
+            ("tile, place.row_end - 1, sums", "tile, B - 1, sums"),
+        ),
+        ("one buffer for the state", FORWARD, RACE, *ONE_BUFFER),
+        ("no wait", FORWARD, RACE, ("if (i > args.shape.first) barrier.wait();", "")),
+        ("no arrival", FORWARD, DEADLOCK, ("if (i + 1 < args.shape.last) barrier.arrive();", "")),
+        ("cells of the next group", FORWARD_OVERLAP, RACE, ("b < place.row_end", "b < B")),
+        (
+            "next step's reset ignored",
+            FORWARD,
+            WRONG,
+            (
+                "resets(steps, following, b) ? T(from_acc<T>(Acc(0))) : Arithmetic",
+                "false ? T(from_acc<T>(Acc(0))) : Arithmetic",
+            ),
+        ),
+        (
+            "reset after the steps not taken ignored",
+            FORWARD_BOTH,
+            WRONG,
+            (
+                "resets(steps, following, b) ? T(from_acc<T>(Acc(0))) : state",
+                "false ? T(from_acc<T>(Acc(0))) : state",
+            ),
+        ),
+        (
+            "state not kept over a step not taken",
+            FORWARD_BOTH,
+            WRONG,
+            (": state[at(b, K, unit)]", ": T(from_acc<T>(Acc(0)))"),
+        ),
+        (
+            "cell not kept over a step not taken",
+            FORWARD_BOTH,
+            WRONG,
+            ("if (i == 0) as<Acc>(d.cells)[at(b, H, unit)] = in.c;", ""),
+        ),
+        ("cell not reset", FORWARD, WRONG, ("if (resets(steps, t, b)) in.c = 0;", "")),
+        (
+            "units past the end",
+            FORWARD,
+            OVERRUN,
+            ("b < place.row_end && unit < H", "b < place.row_end"),
+        ),
+        ("sequences past the end", FORWARD, OVERRUN, ("b < place.row_end && unit < H", "unit < H")),
+    ),
+    *_of(
+        "forward.cuh",
+        "forward_projection(",
+        ("sums read too early", FORWARD_PROJECTED, RACE, PROJECTION_MEET),
+        ("sums overwritten too early", FORWARD_PROJECTED, RACE, (ROUND_GUARD, "")),
+        (
+            "next step's reset ignored",
+            FORWARD_PROJECTED,
+            WRONG,
+            ("resets(steps, following, b)", "false"),
+        ),
+        (
+            "state not kept",
+            FORWARD_PROJECTED,
+            WRONG,
+            (": state[at(b, K, unit)]", ": T(from_acc<T>(Acc(0)))"),
+        ),
+        ("outputs past the end", FORWARD_PROJECTED, OVERRUN, (" || unit >= P", "")),
+    ),
+    *_of(
+        "forward.cuh",
+        "forward_prepare(",
+        ("counters not zeroed", FORWARD, DEADLOCK, ("d.counters[at] = 0", "(void)at")),
+        (
+            "padding of the state not zeroed",
+            FORWARD,
+            WRONG,
+            ("k = lane; k < K; k += 32", "k = lane; k < P; k += 32"),
+        ),
+        (
+            "padding of the other buffer not zeroed",
+            FORWARD,
+            WRONG,
+            ("as<T>(d.state)[(B + b) * K + k] = zero;", ""),
+        ),
+        ("padding of hidden not zeroed", FORWARD_PROJECTED, WRONG, ("if (d.hidden)", "if (false)")),
+        ("first step's reset ignored", FORWARD, WRONG, (" && !starts_at_zero", "")),
+        (
+            "results of an empty sequence not made",
+            FORWARD,
+            WRONG,
+            ("&& !(steps.lengths && steps.lengths[b] == 0)", ""),
+        ),
+    ),
+    *_of(
+        "backward.cuh",
+        "backward_cell(",
+        ("sums read too early", BACKWARD, RACE, CELL_MEET),
+        ("sums overwritten too early", BACKWARD, RACE, (GUARD, "")),
+        ("no barrier between rounds", BACKWARD_ROUNDS, RACE, ("round > 0 || ", "")),
+        ("no barrier between tiles", BACKWARD, RACE, (" || tile > place.row_first", "")),
+        (
+            "one buffer for the state",
+            BACKWARD,
+            RACE,
+            ("int64_t(j % 2) * B * K", "0"),
+            ("int64_t((j + 1) % 2) * B * K", "0"),
+        ),
+        ("no wait", BACKWARD, RACE, ("if (j > args.shape.first) barrier.wait();", "")),
+        ("no arrival", BACKWARD, DEADLOCK, ("if (j + 1 < args.shape.last) barrier.arrive();", "")),
+        ("reset of the cell ignored", BACKWARD, WRONG, ("if (cut) dc = 0;", "")),
+        ("reset of the state ignored", BACKWARD, WRONG, ("cut ? from_acc<T>(Acc(0)) : ", "")),
+        ("reset of the cell before ignored", BACKWARD, WRONG, ("if (!resets(steps, t, b)) {", "{")),
+        (
+            "units past the end",
+            BACKWARD,
+            OVERRUN,
+            ("b < place.row_end && unit < H", "b < place.row_end"),
+        ),
+    ),
+    *_of(
+        "backward.cuh",
+        "backward_projection(",
+        ("sums overwritten too early", BACKWARD_PROJECTED, RACE, (ROUND_GUARD, "")),
+        ("sums read too early", BACKWARD_PROJECTED, RACE, PROJECTION_MEET),
+        ("outputs past the end", BACKWARD_PROJECTED, OVERRUN, (" || unit >= P", "")),
+    ),
+    *_of(
+        "backward.cuh",
+        "Acc gradient_of_h(",
+        ("carry not kept", BACKWARD, WRONG, ("active ? Acc(0) : sum", "Acc(0)")),
+        ("carry kept for ever", BACKWARD, WRONG, ("active ? Acc(0) : sum", "sum")),
+        ("carry not added", BACKWARD, WRONG, ("sum += as<Acc>(d.carry)[at]", "")),
+        ("carry of nothing", BACKWARD, WRONG, ("if (j > 0) sum += as", "sum += as")),
+    ),
+    *_of(
+        "backward.cuh",
+        "backward_prepare(",
+        ("counters not zeroed", BACKWARD, DEADLOCK, ("d.counters[at] = 0", "(void)at")),
+        ("padding of the state not zeroed", BACKWARD, WRONG, ("k < pad", "k < 0")),
+        ("padding of one buffer not zeroed", BACKWARD, WRONG, ("b < 2 * B", "b < B")),
+        (
+            "padding of hidden not zeroed",
+            BACKWARD_PROJECTED,
+            WRONG,
+            ("if (d.hidden)", "if (false)"),
+        ),
+        ("reset ignored", BACKWARD, WRONG, (" && !resets(steps, t, b)", "")),
+    ),
+    *_of(
+        "block.cuh",
+        "class GroupBarrier",
+        (
+            "arrives before all have written",
+            FORWARD,
+            RACE,
+            (
+                "__syncthreads();  // all of the block has written, and has read its partial sums",
+                "",
+            ),
+        ),
+        (
+            "others do not wait for thread 0",
+            FORWARD,
+            RACE,
+            ("__syncthreads();  // nobody reads before thread 0 has seen it", ""),
+        ),
+        ("nobody arrives", FORWARD, DEADLOCK, ("if (threadIdx.x == 0) arrive_at(counter_);", "")),
+        (
+            "every warp arrives",
+            FORWARD,
+            RACE,
+            (
+                "if (threadIdx.x == 0) arrive_at(counter_);",
+                "if (threadIdx.x % 32 == 0) arrive_at(counter_);",
+            ),
+        ),
+        (
+            "nobody waits",
+            FORWARD,
+            RACE,
+            ("if (threadIdx.x == 0) wait_until(counter_, target_);", ""),
+        ),
+        (
+            "waits for the generation before",
+            FORWARD,
+            RACE,
+            ("wait_until(counter_, target_)", "wait_until(counter_, target_ - blocks_)"),
+        ),
+        (
+            "waits for the first generation only",
+            FORWARD,
+            RACE,
+            ("target_ += blocks_", "target_ = blocks_"),
+        ),
+        (
+            "waits for all but one",
+            FORWARD,
+            RACE,
+            ("wait_until(counter_, target_)", "wait_until(counter_, target_ - 1)"),
+        ),
+        (
+            "one counter for all groups",
+            FORWARD_GROUPS,
+            RACE,
+            (" + place.group * kCounterStride", ""),
+        ),
+    ),
+    *_of(
+        "product.cuh",
+        "class Weights",
+        ("lanes read too early", FORWARD, RACE, ("__syncwarp();", "")),
+        ("lanes write the same", FORWARD, RACE, ("kParts == 1 || lane % 4 == 0", "true")),
+        ("warps write the same", FORWARD, RACE, (" + size_t(warp) * shared * kMTiles * 64", "")),
+        ("sequences past the end", FORWARD, RACE, ("uint32_t(min(b, last))", "uint32_t(b)")),
+    ),
+    *_of(
+        "product.cuh",
+        "struct GateRows",
+        ("rows past the end", FORWARD, OVERRUN, ("(unit < H ? unit : H - 1)", "unit")),
+    ),
+    *_of(
+        "product.cuh",
+        "struct PlainRows",
+        ("rows past the end", BACKWARD, OVERRUN, ("unit < H ? unit : H - 1", "unit")),
+    ),
+]
+# For every day: what the blocks' barrier relies on, and one of each other place.
+USUAL = [
+    *(m for m in MUTANTS if m.where == "class GroupBarrier"),
+    *{m.where: m for m in reversed(MUTANTS) if m.where != "class GroupBarrier"}.values(),
+]
+
+
+def uncovered():
+    """Places in the kernels' sources that synchronise, and that no mutant removes or alters."""
+    for path in sorted(SOURCES.glob("*.cuh")):
+        if path.name in ("primitives.cuh", "cluster.cuh"):  # they define what kernels call
+            continue
+        text = path.read_text()
+        spans = [span for m in MUTANTS if m.file == path.name for span in m.spans(text)]
+        for line in re.finditer(r"^.*$", text, re.MULTILINE):
+            for found in SYNCHRONISATION.finditer(line[0].split("//")[0]):
+                at = line.start() + found.start()
+                if not any(start <= at < end for start, end, _ in spans):
+                    yield f"{path.name}:{text.count(chr(10), 0, at) + 1}: {line[0].strip()}"
