@@ -113,6 +113,20 @@ def variants(plans: Sequence[Any], within: float) -> Iterator[Any]:
             yield plan
 
 
+def chooser_of(engine_class: Callable[[Any], CudaEngine]) -> Callable[[Any], Any]:
+    """Engines that run the plan they are told to, and list what there is."""
+
+    class Chooser(engine_class):  # type: ignore[misc, valid-type]
+        plan_to_run: Any = None
+
+        def choose(self, problem: Any, device: torch.device) -> Any:
+            self.problem = problem
+            self.plans = self.core.cuda_plans(problem, self.properties(device))
+            return self.plan_to_run or super().choose(problem, device)
+
+    return Chooser
+
+
 def time_plans(
     engine_class: Callable[[Any], CudaEngine],
     core: Any,
@@ -125,37 +139,24 @@ def time_plans(
     repeats: int,
 ) -> Iterator[dict[str, Any]]:
     """One entry a pass and plan: its description, the model's figure and the measured one."""
+    chooser = chooser_of(engine_class)
     layer = Layer(problem, dtype, device)
-    reference = engine_class(core)
-    result = layer.forward(reference)
+    result = layer.forward(chooser(core))
+
+    def run(engine: CudaEngine, backward: bool) -> tuple[torch.Tensor, ...]:
+        return layer.backward(engine, result) if backward else (layer.forward(engine).y,)
+
     for backward in (False, True):
-        expected = None
-        plans: list[Any] = []
-
-        class Chooser(engine_class):  # type: ignore[misc, valid-type]
-            """Runs the plan it is told to, and lists what there is."""
-
-            plan_to_run: Any = None
-
-            def choose(self, problem: Any, device: torch.device) -> Any:
-                plans[:] = self.core.cuda_plans(problem, self.properties(device))
-                self.problem = problem
-                return self.plan_to_run or super().choose(problem, device)
-
-        def run(engine: CudaEngine, backward: bool = backward) -> tuple[torch.Tensor, ...]:
-            if backward:
-                return layer.backward(engine, result)
-            return (layer.forward(engine).y,)
-
-        expected = run(Chooser(core))
-        chosen = min(plans, key=lambda plan: plan.step_us)
-        for plan in list(variants(plans, within)):
+        first = chooser(core)
+        expected = run(first, backward)
+        chosen = min(first.plans, key=lambda plan: plan.step_us)
+        for plan in variants(first.plans, within):
             stopwatch = Stopwatch(core, clock)
-            engine = Chooser(stopwatch)
+            engine = chooser(stopwatch)
             engine.plan_to_run = plan
-            got = run(engine)  # the first call is the warm-up
+            got = run(engine, backward)  # the first call is the warm-up
             for _ in range(repeats):
-                run(engine)
+                run(engine, backward)
             took = statistics.median(stopwatch.times[1:]) / problem.steps
             yield {
                 "problem": problem.name,
