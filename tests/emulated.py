@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pybind11
 import torch
+from emulator.build import build
 
 from lstm_ext import ops
 from lstm_ext.cuda_engine import FAMILIES, CudaEngine
@@ -35,16 +36,9 @@ SOURCES = [
 @functools.cache
 def build_module(mode: str = "plain") -> Path:
     """Path of the extension module _emulated, compiled for a mode of tests/emulator/build.py."""
-    sys.path.insert(0, str(ROOT / "tests" / "emulator"))
-    import pybind11
-
-    import build
-
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    return build.build(
-        f"_emulated{suffix}", SOURCES, mode, "shared", [*include, "-fvisibility=hidden"]
-    )
+    return build(f"_emulated{suffix}", SOURCES, mode, "shared", [*include, "-fvisibility=hidden"])
 
 
 @functools.cache

@@ -1,0 +1,143 @@
+"""What only a GPU can show: graphs, streams, hidden waits, devices. `pytest --device=cuda`."""
+
+import device
+import pytest
+import torch
+from device import here
+
+import lstm_ext
+from lstm_ext import ops
+
+pytestmark = [
+    pytest.mark.tf32,
+    pytest.mark.skipif(device.DEVICE.type != "cuda", reason="needs --device=cuda"),
+]
+
+
+def layer(**options):
+    return here(lstm_ext.LSTM(24, 40, num_layers=2, bidirectional=True, **options))
+
+
+def batch(T=7, B=5):
+    x = here(torch.randn(T, B, 24))
+    return x, here(torch.randint(0, T + 1, (B,))), here(torch.rand(T, B) < 0.2)
+
+
+def gradients(module, x, lengths, mask):
+    y, (h_n, c_n) = module(x, lengths=lengths, reset_mask=mask)
+    loss = y.square().sum() + h_n.sum() + c_n.sum()
+    return [y, *torch.autograd.grad(loss, list(module.parameters()))]
+
+
+def test_nothing_waits_for_the_device():
+    """torch raises at whatever synchronises, with lengths and masks on the device."""
+    module, (x, lengths, mask) = layer(), batch()
+    gradients(module, x, lengths, mask)  # what is asked of the device once is asked here
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(module, x, lengths, mask)
+        module(torch.nn.utils.rnn.PackedSequence(x.flatten(0, 1), torch.tensor([5] * 7)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("T", [1, 7])
+def test_captured_in_a_graph(T):
+    """Training too: replays see new input, lengths and weights."""
+    module, (x, lengths, mask) = layer(), batch(T)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            gradients(module, x, lengths, mask)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(module, x, lengths, mask)
+    for _ in range(3):
+        with torch.no_grad():
+            x.normal_()
+            lengths.random_(0, T + 1)
+            for parameter in module.parameters():
+                parameter.uniform_(-0.2, 0.2)
+        graph.replay()
+        for ours, eager in zip(captured, gradients(module, x, lengths, mask), strict=True):
+            assert torch.equal(ours, eager)
+
+
+def test_lengths_on_the_cpu_cannot_be_captured():
+    module, (x, lengths, _) = layer(), batch()
+    module(x, lengths=lengths)
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            module(x, lengths=lengths.cpu())
+
+
+def test_the_current_stream_is_used():
+    """On a stream of its own, after work that a wrong stream would not wait for."""
+    module, (x, lengths, mask) = layer(), batch()
+    expected = gradients(module, x, lengths, mask)
+    source, side = x.clone(), torch.cuda.Stream()
+    x.zero_()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)
+        x.copy_(source)
+        got = gradients(module, x, lengths, mask)
+    torch.cuda.current_stream().wait_stream(side)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_same_bits_every_time():
+    module, arguments = layer(), batch(40, 70)
+    first = gradients(module, *arguments)
+    for _ in range(10):
+        for ours, theirs in zip(gradients(module, *arguments), first, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one():
+    module, (x, lengths, mask) = layer(), batch()
+    expected = gradients(module, x, lengths, mask)
+    module, x, lengths, mask = (value.to("cuda:1") for value in (module, x, lengths, mask))
+    got = gradients(module, x, lengths, mask)
+    assert torch.cuda.current_device() == device.DEVICE.index
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs.cpu())
+
+
+def test_memory_comes_from_torch():
+    """What a call leaves behind is what its results need; scratch goes back to torch."""
+    module, (x, lengths, _) = layer(), batch()
+    with torch.no_grad():
+        kept = module(x, lengths=lengths)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        for _ in range(5):
+            kept = module(x, lengths=lengths)
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == before
+    assert kept[0].is_cuda
+
+
+def test_lengths_out_of_range_fail_an_assertion_of_the_device():
+    """In a process of its own: a failed assertion ends the use of the device."""
+    import subprocess
+    import sys
+
+    code = (
+        "import torch, lstm_ext\n"
+        "m = lstm_ext.LSTM(3, 4).cuda()\n"
+        "m(torch.zeros(2, 1, 3).cuda(), lengths=torch.tensor([5]).cuda())\n"
+        "torch.cuda.synchronize()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "lengths must lie between 0 and the number of steps, 2" in done.stderr + done.stdout
+
+
+def test_the_engine_is_there():
+    assert "cuda" in ops._engines
+    assert ops.has_native_kernels(device.DEVICE)
