@@ -102,6 +102,13 @@ def _primitives(out: Path, arch: str, environ: Mapping[str, str]) -> Part:
     return Part("primitives", (compiled, (str(program),)), skip=skip)
 
 
+def _plans(out: Path, dtype: str) -> Part:
+    """Every plan near the cost model's best, timed and checked: for tuning."""
+    file = str(out / f"plans-{dtype}.jsonl")
+    command = (sys.executable, "-m", "bench.plans", "--dtype", dtype, "--within", "1.5")
+    return Part(f"plans-{dtype}", ((*command, "--repeats", "3", "--out", file),))
+
+
 def make_parts(out: Path, arch: str, environ: Mapping[str, str]) -> list[Part]:
     """All parts, in the order in which they are run.
 
@@ -132,6 +139,8 @@ def make_parts(out: Path, arch: str, environ: Mapping[str, str]) -> list[Part]:
         Part("tests", (_pytest(out, "tests", "tests"),), hide=QUIET),
         Part("tests-tf32", (_pytest(out, "tests-tf32", "tests", "--tf32=on"),), hide=QUIET),
         *(_sanitizer(out, t, sanitizer, tf32) for t in SANITIZERS for tf32 in (False, True)),
+        Part("floor", ((python, "-m", "bench.floor", "--out", str(out / "floor.jsonl")),)),
+        *(_plans(out, dtype) for dtype in DTYPES),
     ]
     for name, arguments in SUITES:
         for dtype in DTYPES:
