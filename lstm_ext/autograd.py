@@ -71,22 +71,30 @@ def eager_layer(
             "lstm_ext cannot be traced by torch.jit.trace, torch.export or make_fx, which would "
             "record nothing of the native core. Trace the module that to_torch() returns."
         )
-    # A tensor that is negated lazily has the memory of its opposite.
-    x, directions = _map(Tensor.resolve_neg, x, directions)
+    flat = [x, *_flatten(directions)]
+    if _any_negated(flat):  # lazily: the memory is that of the opposite
+        x, directions = _map(Tensor.resolve_neg, x, directions)
+        flat = [x, *_flatten(directions)]
     ops.check_layer(x, directions, steps)
     if not ops.has_native_kernels(x.device):
         if device != "meta":
             _warn_no_kernels(device)
         return _reference_layer(x, directions, steps, cells=cells)
-    flat = _flatten(directions)
-    if _needs_autograd((x, *flat)):
+    if _needs_autograd(flat):
         reverse = tuple(d.reverse for d in directions)
-        y, all_cells, *states = LSTMLayer.apply(steps, reverse, cells, x, *flat)
+        y, all_cells, *states = LSTMLayer.apply(steps, reverse, cells, *flat)
         D = len(directions)
         return LayerOutputs(y, states[:D], states[D : 2 * D], all_cells)
     result = ops.layer_forward(x, directions, steps, save=False, cells=cells)
     all_cells = _side_by_side(result.c_seq, x.dtype) if cells else None
     return LayerOutputs(result.y, result.h_n, result.c_n, all_cells)
+
+
+def _any_negated(tensors: list[Tensor | None]) -> bool:
+    for tensor in tensors:  # a loop: a generator takes twice as long, at every call
+        if tensor is not None and tensor.is_neg():
+            return True
+    return False
 
 
 _PER_DIRECTION = 7  # tensors: h0, c0 and the five weights
@@ -103,6 +111,9 @@ def _map(function: Any, x: Tensor, directions: list[Direction]) -> tuple[Tensor,
 
 def _flatten(directions: list[Direction]) -> list[Tensor | None]:
     """The tensors of all directions, as arguments of a Function."""
+    if len(directions) == 1:
+        h0, c0, w, _ = directions[0]
+        return [h0, c0, *w]
     return [tensor for d in directions for tensor in (d.h0, d.c0, *d.w)]
 
 
@@ -136,7 +147,7 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if eligible else tensor
 
 
-def _needs_autograd(inputs: tuple[Tensor | None, ...]) -> bool:
+def _needs_autograd(inputs: list[Tensor | None]) -> bool:
     if torch.autograd.forward_ad._current_level >= 0:
         return True  # the Function refuses forward mode; going around it would drop tangents
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)

@@ -17,7 +17,6 @@ from lstm_ext.engine import (
     Direction,
     DirectionGrads,
     LayerResult,
-    LayerWeights,
     acc_dtype,
     address,
     native_steps,
@@ -146,7 +145,8 @@ def layer_forward(
     y = _allocate(x, steps.rows, len(directions) * P, zero=steps.has_padding)
     result = LayerResult(y, [], [], [], [])
     for k, direction in enumerate(directions):
-        _forward(x, direction, steps, save, cells, y[:, k * P : (k + 1) * P], result)
+        part = y if len(directions) == 1 else y[:, k * P : (k + 1) * P]
+        _forward(x, direction, steps, save, cells, part, result)
     return result
 
 
@@ -187,20 +187,20 @@ def _forward(
     )
     threads = torch.get_num_threads()
     code = DTYPE_CODE[x.dtype]
-    workspace = _workspace(
-        _C.cpu_forward_workspace(
-            code,
-            threads,
-            steps.B,
-            H,
-            P,
-            I,
-            core_input is not None,
-            w_hh is not None,
-            w.w_hr is not None,
+    has_input, has_w_hh, has_w_hr = core_input is not None, w_hh is not None, w.w_hr is not None
+    key = (_C.cpu_isa(), code, threads, H, P, I, has_input, has_w_hh, has_w_hr)
+    size = steps.native.get(key)
+    if size is None:
+        size = steps.native[key] = _C.cpu_forward_workspace(
+            code, threads, steps.B, H, P, I, has_input, has_w_hh, has_w_hr
         )
-    )
-    weights = LayerWeights(*(None if t is None else t.contiguous() for t in (w_ih, w_hh, *w[2:])))
+    workspace = _workspace(size)
+    # Kept by these names until the call is over.
+    w_ih = None if w_ih is None else w_ih.contiguous()
+    w_hh = None if w_hh is None else w_hh.contiguous()
+    b_ih = None if w.b_ih is None else w.b_ih.contiguous()
+    b_hh = None if w.b_hh is None else w.b_hh.contiguous()
+    w_hr = None if w.w_hr is None else w.w_hr.contiguous()
     h0, c0 = h0.contiguous(), c0.contiguous()
     _C.cpu_forward(
         dtype=code,
@@ -211,11 +211,11 @@ def _forward(
         I=I,
         gx=address(gx),
         x=address(core_input),
-        w_ih=address(weights.w_ih),
-        b_ih=address(weights.b_ih),
-        b_hh=address(weights.b_hh),
-        w_hh=address(weights.w_hh),
-        w_hr=address(weights.w_hr),
+        w_ih=address(w_ih),
+        b_ih=address(b_ih),
+        b_hh=address(b_hh),
+        w_hh=address(w_hh),
+        w_hr=address(w_hr),
         h0=address(h0),
         c0=address(c0),
         gates=address(gates),

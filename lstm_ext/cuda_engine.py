@@ -202,24 +202,30 @@ class CudaEngine:
 
     def _layer(
         self, x: Tensor, directions: list[Direction], steps: Steps, tf32: bool, backward: bool
-    ) -> Any:
-        first = directions[0]
-        H, P = first.c0.size(1), first.h0.size(1)
-        plan = self.plan(
-            *(x.device, x.dtype, tf32, backward, first.w.w_hr is not None, len(directions)),
-            *(min(steps.T, 2), steps.B, H, P),  # all that a plan asks is whether T < 2
-        )
-        return self.core.CudaLayer(
+    ) -> tuple[Any, int]:
+        """The core's description of a layer's call, and the bytes of scratch it needs."""
+        (_, c0, w, _), D = directions[0], len(directions)
+        H, P, projection = c0.size(1), w.w_hh.size(1), w.w_hr is not None
+        key = (self, x.device, x.dtype, tf32, backward, D, H, P, projection)
+        kept = steps.native.get(key)
+        if kept is not None:
+            return kept
+        # All that a plan asks of T is whether there is more than one step.
+        shape = (min(steps.T, 2), steps.B, H, P)
+        layer = self.core.CudaLayer(
             dtype=DTYPE_CODE[x.dtype],
             tf32=tf32,
             device=x.device.index or 0,
-            stream=self.stream(x.device),
-            directions=len(directions),
+            directions=D,
             steps=native_steps(self.core, steps, False),
             H=H,
             P=P,
-            plan=plan,
+            plan=self.plan(x.device, x.dtype, tf32, backward, projection, D, *shape),
         )
+        core = self.core
+        workspace = core.cuda_backward_workspace if backward else core.cuda_forward_workspace
+        kept = steps.native[key] = (layer, workspace(layer, projection))
+        return kept
 
     # --- forward ----------------------------------------------------------------------------------
 
@@ -261,7 +267,7 @@ class CudaEngine:
                         c0=c0,
                         gates=address(gx) if save else 0,  # a row's gx is read before they are
                         c_seq=address(c_seq),
-                        y=address(y[:, k * P :]),
+                        y=address(y) + k * P * y.element_size(),
                         y_stride=D * P,
                         h_n=address(h_n),
                         c_n=address(c_n),
@@ -271,10 +277,9 @@ class CudaEngine:
                 result.c_n.append(c_n)
                 result.gates.append(gx if save else None)
                 result.c_seq.append(c_seq)
-            layer = self._layer(x, directions, steps, tf32, backward=False)
-            size = core.cuda_forward_workspace(layer, directions[0].w.w_hr is not None)
+            layer, size = self._layer(x, directions, steps, tf32, backward=False)
             workspace = x.new_empty(size, dtype=torch.uint8)
-            core.cuda_forward(layer, parts, address(workspace))
+            core.cuda_forward(layer, parts, address(workspace), self.stream(x.device))
         return result
 
     # --- backward ---------------------------------------------------------------------------------
@@ -344,10 +349,9 @@ class CudaEngine:
                         dc0=address(dc0),
                     )
                 )
-            layer = self._layer(x, directions, steps, tf32, backward=True)
-            size = core.cuda_backward_workspace(layer, directions[0].w.w_hr is not None)
+            layer, size = self._layer(x, directions, steps, tf32, backward=True)
             workspace = x.new_empty(size, dtype=torch.uint8)
-            core.cuda_backward(layer, parts, address(workspace))
+            core.cuda_backward(layer, parts, address(workspace), self.stream(x.device))
             with _products_in(dtype, tf32):
                 return self._products(x, directions, steps, outputs, wanted_x, wanted)
 

@@ -77,9 +77,10 @@ def address(tensor: Tensor | None) -> int:
 
 def native_steps(core: Any, steps: Any, reverse: bool) -> Any:
     """The core's description of the steps, walked forwards or backwards."""
-    key = (id(core), reverse)
-    if key not in steps.native:
-        steps.native[key] = core.Steps(
+    key = (core, reverse)
+    native = steps.native.get(key)
+    if native is None:
+        native = steps.native[key] = core.Steps(
             T=steps.T,
             B=steps.B,
             rows=steps.rows,
@@ -90,14 +91,15 @@ def native_steps(core: Any, steps: Any, reverse: bool) -> Any:
             reset=address(steps.reset_mask),
             reverse=reverse,
         )
-    return steps.native[key]
+    return native
 
 
 def rows_of(gradient: Tensor | None, start: int, size: int) -> Tensor | None:
     """Columns start.. of a gradient that may be None, its last dimension contiguous."""
     if gradient is None:
         return None
-    part = gradient[:, start : start + size].resolve_neg()
+    part = gradient if gradient.size(1) == size else gradient[:, start : start + size]
+    part = part.resolve_neg()
     return part if size <= 1 or part.stride(1) == 1 else part.contiguous()
 
 

@@ -30,7 +30,7 @@ class Steps:
         self.T, self.B, self.rows = T, B, rows
         self.batch_first, self.offsets = batch_first, offsets
         self.lengths, self.reset_mask = lengths, reset_mask
-        self.native: dict[Any, Any] = {}  # the core's own descriptions, kept by the engines
+        self.native: dict[Any, Any] = {}  # what the engines derive from it and want again
 
     @staticmethod
     def padded(
@@ -54,6 +54,15 @@ class Steps:
             TypeError: a dtype other than those.
             ValueError: another shape, or a length outside 0..T.
         """
+        if lengths is None and reset_mask is None and not torch.compiler.is_compiling():
+            # The same for every call of a shape, with what the engines keep there.
+            key = (T, B, batch_first)
+            steps = _plain.get(key)
+            if steps is None:
+                if len(_plain) >= _PLAIN_KEPT:
+                    _plain.clear()
+                steps = _plain[key] = Steps(T, B, rows=T * B, batch_first=batch_first)
+            return steps
         if lengths is not None:
             lengths = _checked_lengths(lengths, T, B, device)
         if reset_mask is not None:
@@ -120,6 +129,10 @@ class Steps:
         if self.offsets is not None:
             return x[self.active().to(x.device)]
         return (x.transpose(0, 1) if self.batch_first else x).reshape(self.rows, x.size(2))
+
+
+_plain: dict[tuple[int, int, bool], Steps] = {}
+_PLAIN_KEPT = 1024
 
 
 def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:

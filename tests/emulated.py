@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pybind11
 import torch
 from emulator.build import build
 
@@ -36,7 +35,9 @@ SOURCES = [
 @functools.cache
 def build_module(mode: str = "plain") -> Path:
     """Path of the extension module _emulated, compiled for a mode of tests/emulator/build.py."""
-    include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    # torch brings pybind11's headers.
+    torch_headers = Path(torch.__file__).parent / "include"
+    include = [f"-isystem{torch_headers}", f"-I{sysconfig.get_paths()['include']}"]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     return build(f"_emulated{suffix}", SOURCES, mode, "shared", [*include, "-fvisibility=hidden"])
 

@@ -25,10 +25,10 @@ CudaProblem problem(int dtype, bool tf32, bool backward, bool projection, int di
   return {static_cast<Dtype>(dtype), tf32, backward, projection, directions, T, B, H, P};
 }
 
-CudaLayer layer(int dtype, bool tf32, int device, Address stream, int directions,
-                const Steps& steps, int64_t H, int64_t P, const CudaPlan& plan) {
+CudaLayer layer(int dtype, bool tf32, int device, int directions, const Steps& steps, int64_t H,
+                int64_t P, const CudaPlan& plan) {
   const Dtype code = static_cast<Dtype>(dtype);
-  return {code, tf32, device, pointer(stream), directions, steps, H, P, padded(P, code), plan};
+  return {code, tf32, device, nullptr, directions, steps, H, P, padded(P, code), plan};
 }
 
 CudaForwardDirection forward_direction(bool reverse, Address gx, Address b_ih, Address b_hh,
@@ -100,8 +100,8 @@ void bind_cuda(py::module_& m) {
       "k"_a, "dtype"_a, "Elements of a row of a product's operand, padded to whole chunks.");
 
   py::class_<CudaLayer>(m, "CudaLayer", py::module_local())
-      .def(py::init(&layer), py::kw_only(), "dtype"_a, "tf32"_a, "device"_a, "stream"_a,
-           "directions"_a, "steps"_a, "H"_a, "P"_a, "plan"_a);
+      .def(py::init(&layer), py::kw_only(), "dtype"_a, "tf32"_a, "device"_a, "directions"_a,
+           "steps"_a, "H"_a, "P"_a, "plan"_a);
   py::class_<CudaForwardDirection>(m, "CudaForwardDirection", py::module_local())
       .def(py::init(&forward_direction), py::kw_only(), "reverse"_a, "gx"_a, "b_ih"_a, "b_hh"_a,
            "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "gates"_a, "c_seq"_a, "y"_a, "y_stride"_a, "h_n"_a,
@@ -114,20 +114,24 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_backward_workspace", &cuda_backward_workspace, "layer"_a, "projection"_a);
   m.def(
       "cuda_forward",
-      [](const CudaLayer& layer, const std::vector<CudaForwardDirection>& directions,
-         Address workspace) {
+      [](CudaLayer layer, const std::vector<CudaForwardDirection>& directions, Address workspace,
+         Address stream) {
         require(layer, directions);
+        layer.stream = pointer(stream);
         cuda_forward(layer, directions.data(), pointer(workspace));
       },
-      "layer"_a, "directions"_a, "workspace"_a, py::call_guard<py::gil_scoped_release>());
+      "layer"_a, "directions"_a, "workspace"_a, "stream"_a,
+      py::call_guard<py::gil_scoped_release>());
   m.def(
       "cuda_backward",
-      [](const CudaLayer& layer, const std::vector<CudaBackwardDirection>& directions,
-         Address workspace) {
+      [](CudaLayer layer, const std::vector<CudaBackwardDirection>& directions, Address workspace,
+         Address stream) {
         require(layer, directions);
+        layer.stream = pointer(stream);
         cuda_backward(layer, directions.data(), pointer(workspace));
       },
-      "layer"_a, "directions"_a, "workspace"_a, py::call_guard<py::gil_scoped_release>());
+      "layer"_a, "directions"_a, "workspace"_a, "stream"_a,
+      py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace lstm_ext

@@ -106,8 +106,9 @@ CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile
   const double math =
       tiles * 8 * tile.n * tile.m * 16 * double(product_length(p)) / macs_per_us(p, device, costs);
   const double busy = std::max(state + streamed, std::max(from_shared, math)) + tiles * costs.cell;
-  plan.step_us =
-      family == CudaFamily::kGrid ? costs.barrier + busy : costs.launch + std::ceil(waves) * busy;
+  const bool grid = family == CudaFamily::kGrid;
+  plan.step_us = (grid ? costs.barrier : costs.launch) +
+                 std::max(from_memory, grid ? busy : std::ceil(waves) * busy);
   return plan;
 }
 
