@@ -21,8 +21,14 @@ BUILD_TOOLS = $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr
 LINTERS     = $(shell sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 
 CXX_FILES = find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+# CUDA, where there is a toolkit: for this machine's GPU; without one, for the architecture whose
+# kernels matter most, to see that they compile. `pip install .` builds for all.
+GPU_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+  | grep -E '^[0-9]+\.[0-9]+$$' | sort -u | paste -sd';')
+ARCHS = LSTM_EXT_CUDA_ARCHS="$${LSTM_EXT_CUDA_ARCHS:-$(or $(GPU_ARCHS),90a)}"
+
 # What an edit of a source needs; under a second when nothing changed.
-BUILD = $(BIN)/python setup.py --quiet build_ext --inplace
+BUILD = $(ARCHS) $(BIN)/python setup.py --quiet build_ext --inplace
 
 .DEFAULT_GOAL := help
 .PHONY: help build test demo bench gpu toolkit lint format wheel clean distclean
@@ -41,7 +47,7 @@ $(VENV)/.torch: | $(BIN)/python
 # One stamp an extra of pyproject.toml, older than any change there.
 $(VENV)/.extra-%: pyproject.toml $(VENV)/.torch
 	$(PIP) install --quiet $(BUILD_TOOLS)
-	$(PIP) install --quiet --no-build-isolation --editable ".[$*]"
+	$(ARCHS) $(PIP) install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@
 
 # nvcc for the build, on a machine that has an NVIDIA driver and no CUDA toolkit.
