@@ -33,19 +33,20 @@ SOURCES = [
 
 
 @functools.cache
-def build_module(mode: str = "plain") -> Path:
-    """Path of the extension module _emulated, compiled for a mode of tests/emulator/build.py."""
+def build_module() -> Path:
+    """Path of the extension module _emulated."""
     # torch brings pybind11's headers.
     torch_headers = Path(torch.__file__).parent / "include"
     include = [f"-isystem{torch_headers}", f"-I{sysconfig.get_paths()['include']}"]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    return build(f"_emulated{suffix}", SOURCES, mode, "shared", [*include, "-fvisibility=hidden"])
+    flags = [*include, "-fvisibility=hidden"]
+    return build(f"_emulated{suffix}", SOURCES, kind="shared", extra_flags=flags)
 
 
 @functools.cache
-def load(mode: str = "plain") -> Any:
+def load() -> Any:
     """The module itself."""
-    spec = importlib.util.spec_from_file_location("_emulated", build_module(mode))
+    spec = importlib.util.spec_from_file_location("_emulated", build_module())
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

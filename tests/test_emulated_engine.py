@@ -13,7 +13,10 @@ from emulated import installed, only
 from tolerances import tol
 
 import lstm_ext
-from lstm_ext import cuda_engine, ops
+from lstm_ext import cuda_engine
+from lstm_ext.autograd import lstm_layer
+from lstm_ext.ops import Direction, LayerWeights
+from lstm_ext.steps import Steps
 
 pytestmark = pytest.mark.cpu_only(reason="the emulator runs on tensors of the CPU")
 
@@ -305,16 +308,21 @@ def test_verbose_tells_the_plan(monkeypatch, capfd):
 
 
 def test_lengths_stay_on_the_device(monkeypatch):
-    """Nothing reads a length, an offset or a mask back: that would wait for a GPU."""
-    module, x = lstm_ext.LSTM(3, 5, bidirectional=True), torch.randn(4, 6, 3)
+    """Neither pass reads a length or a mask back: that would wait for a GPU.
+
+    Values on the CPU are checked there when Steps is made, which is before.
+    """
+    weights = LayerWeights(torch.randn(20, 3, requires_grad=True), torch.randn(20, 5))
+    zero = torch.zeros(6, 5)
+    directions = [Direction(zero, zero, weights, reverse) for reverse in (False, True)]
     lengths, mask = torch.randint(0, 5, (6,)), torch.rand(4, 6) < 0.5
-    steps = ops._engines  # the engine is in place before Steps is made
+    steps = Steps.padded(4, 6, lengths=lengths, reset_mask=mask)
     with installed():
-        assert steps["cpu"] is not None
-        y, _ = module(x, lengths=lengths, reset_mask=mask)
         for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero"):
             monkeypatch.setattr(torch.Tensor, name, _refuse(name))
-        y.sum().backward()
+        layer = lstm_layer(torch.randn(24, 3), directions, steps, cells=True)
+        layer.y.sum().backward()
+    assert weights.w_ih.grad is not None
 
 
 def _refuse(name):

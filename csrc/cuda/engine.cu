@@ -22,12 +22,6 @@ const KernelSet& kernels_of(const CudaLayer& layer) {
   }
 }
 
-int64_t storage_bytes(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
-int64_t acc_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Cuts pieces off a buffer; without a buffer it only counts.
 class Cutter {
  public:
