@@ -2,6 +2,9 @@
 // tensors, contiguous but for dy, that lstm_ext.ops has checked and keeps alive; 0 is null.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <iterator>
+
 #include "bind_steps.h"
 #include "build_info.h"
 #include "cpu/kernels.h"
@@ -172,8 +175,14 @@ lstm_ext::CudaProperties cuda_properties(int index) {
   if (device.error)
     throw std::runtime_error("CUDA device " + std::to_string(index) +
                              " cannot be used: " + device.error_text);
-  return {device.major, device.minor, device.sm_count, int64_t(device.shared_memory_optin),
-          int64_t(device.l2_bytes)};
+  lstm_ext::CudaProperties properties = {device.major,
+                                         device.minor,
+                                         device.sm_count,
+                                         int64_t(device.shared_memory_optin),
+                                         int64_t(device.l2_bytes),
+                                         {}};
+  std::copy(std::begin(device.clusters), std::end(device.clusters), properties.clusters.begin());
+  return properties;
 }
 #endif
 

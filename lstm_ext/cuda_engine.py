@@ -29,7 +29,7 @@ from lstm_ext.engine import (
 )
 from lstm_ext.steps import Steps
 
-FAMILIES = ("step", "grid")  # enum CudaFamily of csrc/cuda/plan.h
+FAMILIES = ("step", "grid", "cluster")  # enum CudaFamily of csrc/cuda/plan.h
 
 # torch 2.9 and later have a setting for each kind of operation; before, one flag for each library.
 _get_precision = getattr(torch._C, "_get_fp32_precision_getter", None)

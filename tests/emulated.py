@@ -20,11 +20,13 @@ from emulator.build import build
 from lstm_ext import ops
 from lstm_ext.cuda_engine import FAMILIES, CudaEngine
 
+H100 = {"major": 9, "minor": 0, "sm_count": 132, "shared_bytes": 227 << 10, "l2_bytes": 50 << 20}
+H100 |= {"clusters": [132, 66, 32, 16, 8]}
 ROOT = Path(__file__).resolve().parent.parent
 #: Chooses among the plans that could run a problem.
 Pick = Callable[[list[Any], Any], Any]
 SOURCES = [
-    *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("kernels_*.cu")),
+    *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*kernels_*.cu")),
     "csrc/cuda/engine.cu",
     "csrc/cuda/plan.cpp",
     "csrc/cuda/bindings.cpp",
@@ -61,7 +63,7 @@ class EmulatedEngine(CudaEngine):
         self._pick = pick
         self.picked: list[Any] = []
         facts = {"major": 9, "minor": 0, "sm_count": 6, "shared_bytes": 227 << 10}
-        facts |= {"l2_bytes": 50 << 20} | properties
+        facts |= {"l2_bytes": 50 << 20, "clusters": [6, 3, 1, 1, 1]} | properties
         self._properties = core.CudaProperties(**facts)
 
     def properties(self, device: torch.device) -> Any:
@@ -146,8 +148,6 @@ def problem(**facts: Any) -> Any:
 def all_tiles(backward: bool, scalar: bool) -> list[tuple[int, int]]:
     """The tiles of a kind of kernel, as (m, n)."""
     core = load()
-    device = core.CudaProperties(
-        major=9, minor=0, sm_count=132, shared_bytes=227 << 10, l2_bytes=50 << 20
-    )
+    device = core.CudaProperties(**H100)
     plans = core.cuda_plans(problem(dtype=1, tf32=not scalar, backward=backward), device)
     return sorted({(p.m_tiles, p.n_tiles) for p in plans})

@@ -40,9 +40,7 @@ def test_every_plan_is_timed_and_checked(bidirectional):
 
 def test_only_plans_near_the_best():
     core = emulated.load()
-    device = core.CudaProperties(
-        major=9, minor=0, sm_count=132, shared_bytes=227 << 10, l2_bytes=50 << 20
-    )
+    device = core.CudaProperties(**emulated.H100)
     every = core.cuda_plans(emulated.problem(T=25, B=64, H=1024), device)
     near = list(plans.variants(every, 1.5))
     best = min(plan.step_us for plan in every)

@@ -6,23 +6,9 @@
 // makes dh0.
 #pragma once
 
-#include "cuda/block.cuh"
+#include "cuda/cells.cuh"
 
 namespace lstm_ext {
-
-// Gradient of h from the steps after: the product, and at a sequence's last step dh_n. A sequence
-// that has not reached its last step (or has left its first behind) takes no step: what it has is
-// carried. Returns the sum, and keeps the account of what is carried.
-template <class T, class Acc>
-LSTM_EXT_DEVICE Acc gradient_of_h(const BackwardArgs::Direction& d, const Steps& steps, int j,
-                                  bool active, int64_t at, Acc product) {
-  Acc sum = j > 0 ? product : Acc(0);
-  if (j == 0 && d.dh_n) sum += to_acc(as<T>(d.dh_n)[at]);
-  if (!steps.lengths) return sum;
-  if (j > 0) sum += as<Acc>(d.carry)[at];
-  as<Acc>(d.carry)[at] = active ? Acc(0) : sum;
-  return sum;
-}
 
 // The hidden units of one slice, for the sequences of one group, over the steps of the launch.
 template <class Arithmetic, int kMTiles, int kNTiles, int kHeld>
@@ -30,7 +16,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     backward_cell(const __grid_constant__ BackwardArgs args) {
   using T = typename Arithmetic::Element;
   using Acc = typename Arithmetic::Acc;
-  using CellMath = typename CellOf<Arithmetic>::type;
   using Sum = Reduction<Arithmetic, PlainRows, kMTiles, kNTiles>;
   constexpr int kPartialBytes = partial_bytes(kMTiles, Sum::kUnits, kNTiles, sizeof(Acc));
 
@@ -50,68 +35,28 @@ __global__ void __launch_bounds__(kThreads, 1)
       memory + kPartialBytes);
   GroupBarrier barrier(d.counters, args.shape, place);
 
+  using Cell = BackwardUnit<Arithmetic>;
+  const Cell cell(args, d, steps, unit);
+
   // As in forward_cell.
   constexpr bool kAhead = Sum::kRounds <= 4;
-  struct Operands {
-    typename CellMath::Gates s;
-    Acc c, c_prev, dc, dy, dcell;
+  struct Operands : Cell::Operands {
+    Acc dc;
   };
   const auto here = [&](int b) { return Sum::has_cell() && b < place.row_end && unit < H; };
   const auto load = [&](int j, int b) {
-    Operands in = {};
-    if (!here(b)) return in;
-    if (j > 0)
-      in.dc = as<Acc>(d.cells)[at(b, H, unit)];
-    else if (d.dc_n)
-      in.dc = to_acc(as<T>(d.dc_n)[at(b, H, unit)]);
-    if (j == steps.T) return in;
-    const int64_t t = steps.step_at(steps.T - 1 - j);
-    if (!steps.active(t, b)) return in;
-    const int64_t row = steps.row(t, b);
-    const Acc* gates = as<Acc>(d.gates) + at(row, 4 * H, unit);
-    in.s = {gates[0], gates[H], gates[2 * H], gates[3 * H]};
-    in.c = as<Acc>(d.c_seq)[at(row, H, unit)];
-    if (!resets(steps, t, b)) {
-      if (t == steps.first_step(b))
-        in.c_prev = to_acc(as<T>(d.c0)[at(b, H, unit)]);
-      else
-        in.c_prev = as<Acc>(d.c_seq)[at(steps.row(steps.reverse ? t + 1 : t - 1, b), H, unit)];
-    }
-    if (d.dy && !projected) in.dy = to_acc(as<T>(d.dy)[row * d.dy_stride + unit]);
-    if (d.dcells) in.dcell = to_acc(as<T>(d.dcells)[at(row, H, unit)]);
-    return in;
+    if (!here(b)) return Operands{};
+    return Operands{cell.load(j, b), j == 0 ? cell.first_dc(b) : as<Acc>(d.cells)[at(b, H, unit)]};
   };
   const auto finish = [&](int j, int b, Acc product, const Operands& in, T* out) {
-    const bool final = j == steps.T;
-    const int64_t t = final ? -1 : steps.step_at(steps.T - 1 - j);
-    const bool active = !final && steps.active(t, b);
-    const Acc dh = projected
-                       ? product
-                       : gradient_of_h<T>(d, steps, j, active, at(b, H, unit), product) + in.dy;
-    if (final) {
-      if (d.dh0 && !projected) as<T>(d.dh0)[at(b, H, unit)] = from_acc<T>(dh);
-      if (d.dc0 && steps.T == 0) as<T>(d.dc0)[at(b, H, unit)] = from_acc<T>(in.dc);
-      return;
-    }
-    typename CellMath::Gates da = {};
-    Acc dc = in.dc;
-    if (active) {
-      dc += in.dcell;
-      CellMath::backward(in.s, in.c, in.c_prev, dh, dc, da);
-    }
-    const bool cut = active && resets(steps, t, b);
-    if (cut) dc = 0;
+    const bool carries = steps.lengths && !projected;
+    Acc dc = in.dc, carry = carries && j > 0 ? as<Acc>(d.carry)[at(b, H, unit)] : Acc(0);
+    const typename Cell::Result result = cell.step(j, b, product, in, dc, carry);
+    if (carries) as<Acc>(d.carry)[at(b, H, unit)] = carry;
+    if (j == steps.T) return;
     as<Acc>(d.cells)[at(b, H, unit)] = dc;
-    if (d.dc0 && j + 1 == steps.T) as<T>(d.dc0)[at(b, H, unit)] = from_acc<T>(dc);
-    const T rounded[4] = {from_acc<T>(da.i), from_acc<T>(da.f), from_acc<T>(da.g),
-                          from_acc<T>(da.o)};
-    const bool has_row = active || !steps.offsets;
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) {
-      if (has_row) as<T>(d.dgates)[at(steps.row(t, b), 4 * H, gate * H + unit)] = rounded[gate];
-      out[at(b, K, gate * H + unit)] =
-          cut ? from_acc<T>(Acc(0)) : Arithmetic::round_state(rounded[gate]);
-    }
+    for (int gate = 0; gate < 4; ++gate) out[at(b, K, gate * H + unit)] = result.dgates[gate];
   };
 
   for (int j = args.shape.first; j < args.shape.last; ++j) {
@@ -123,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
       Acc sums[kMTiles][kNTiles][4] = {};
       if (projected || j > 0)
-        weights.template multiply<kNTiles>(state, tile, place.row_end - 1, sums);
+        weights.template multiply<kNTiles>(StateInL2<T>{state}, tile, place.row_end - 1, sums);
 #pragma unroll
       for (int round = 0; round < Sum::kRounds; ++round) {
         const int b = tile + Sum::sequence(round);
@@ -170,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const T* state = as<T>(d.state) + int64_t((j + 1) % 2) * B * K;
   const int tile = place.row_first;  // a group is one tile here
   Acc sums[kMTiles][kNTiles][4] = {};
-  if (j > 0) weights.template multiply<kNTiles>(state, tile, place.row_end - 1, sums);
+  if (j > 0) weights.template multiply<kNTiles>(StateInL2<T>{state}, tile, place.row_end - 1, sums);
 #pragma unroll
   for (int round = 0; round < Sum::kRounds; ++round) {
     const int b = tile + Sum::sequence(round);
@@ -181,7 +126,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     Acc sum[1];
     Sum::take(partial, sum);
     const bool active = !final && steps.active(t, b);
-    Acc dr = gradient_of_h<T>(d, steps, j, active, at(b, P, unit), sum[0]);
+    Acc carry = steps.lengths && j > 0 ? as<Acc>(d.carry)[at(b, P, unit)] : Acc(0);
+    Acc dr = gradient_of_h<T>(d, steps, j, active, at(b, P, unit), sum[0], carry);
+    if (steps.lengths) as<Acc>(d.carry)[at(b, P, unit)] = carry;
     if (final) {
       if (d.dh0) as<T>(d.dh0)[at(b, P, unit)] = from_acc<T>(dr);
       continue;

@@ -63,10 +63,12 @@ void require(const CudaLayer& layer, const std::vector<Direction>& directions) {
 void bind_cuda(py::module_& m) {
   // Every argument is described in cuda/engine.h and cuda/plan.h; addresses are the device's.
   py::class_<CudaProperties>(m, "CudaProperties", py::module_local())
-      .def(py::init([](int major, int minor, int sm_count, int64_t shared_bytes, int64_t l2_bytes) {
-             return CudaProperties{major, minor, sm_count, shared_bytes, l2_bytes};
+      .def(py::init([](int major, int minor, int sm_count, int64_t shared_bytes, int64_t l2_bytes,
+                       const std::array<int64_t, 5>& clusters) {
+             return CudaProperties{major, minor, sm_count, shared_bytes, l2_bytes, clusters};
            }),
-           py::kw_only(), "major"_a, "minor"_a, "sm_count"_a, "shared_bytes"_a, "l2_bytes"_a)
+           py::kw_only(), "major"_a, "minor"_a, "sm_count"_a, "shared_bytes"_a, "l2_bytes"_a,
+           "clusters"_a)
       .def_readonly("major", &CudaProperties::major)
       .def_readonly("sm_count", &CudaProperties::sm_count)
       .def_readonly("shared_bytes", &CudaProperties::shared_bytes);
@@ -86,6 +88,7 @@ void bind_cuda(py::module_& m) {
       .def_readwrite("slices", &CudaPlan::slices)
       .def_readwrite("groups", &CudaPlan::groups)
       .def_readwrite("group_rows", &CudaPlan::group_rows)
+      .def_readwrite("cluster", &CudaPlan::cluster)
       .def_readwrite("shared_bytes", &CudaPlan::shared_bytes)
       .def_readwrite("step_us", &CudaPlan::step_us);
   m.def("cuda_plan", &make_cuda_plan, "problem"_a, "properties"_a,

@@ -193,10 +193,35 @@ LSTM_EXT_DEVICE void st_async(shared_addr dst, uint4 v, shared_addr mbar) {
 
 #endif
 
+// Kernels for clusters have no body elsewhere.
 #if defined(LSTM_EXT_EMULATED) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define LSTM_EXT_CLUSTERS 1
+
 LSTM_EXT_DEVICE void cluster_sync() {
   cluster_arrive();
   cluster_wait();
+}
+
+// The values of 16 / sizeof(T) lanes side by side, the first of them at a multiple, as 16 bytes:
+// every lane gets those of its own group. The whole warp calls.
+template <class T>
+LSTM_EXT_DEVICE uint4 gather_lanes(T value) {
+  const unsigned all = ~0u, lane = threadIdx.x;
+  uint32_t first = 0;
+  memcpy(&first, &value, sizeof(T));
+  unsigned step = 1;
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t other = __shfl_xor_sync(all, first, 1);
+    first = lane & 1 ? other | first << 16 : first | other << 16;
+    step = 2;
+  } else {
+    static_assert(sizeof(T) == 4, "2 or 4 bytes");
+  }
+  const uint32_t next = __shfl_xor_sync(all, first, step);
+  const uint32_t lo = lane & step ? next : first, hi = lane & step ? first : next;
+  step *= 2;
+  const uint32_t lo2 = __shfl_xor_sync(all, lo, step), hi2 = __shfl_xor_sync(all, hi, step);
+  return lane & step ? make_uint4(lo2, hi2, lo, hi) : make_uint4(lo, hi, lo2, hi2);
 }
 #endif
 

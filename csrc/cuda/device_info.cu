@@ -17,6 +17,28 @@ void set_error(CudaDeviceInfo& info, cudaError_t error) {
   if (error != cudaSuccess) (void)cudaGetLastError();  // do not leave it to a later check
 }
 
+// A size that the device refuses counts as none.
+void count_clusters(const cudaDeviceProp& prop, CudaDeviceInfo& info) {
+  (void)cudaFuncSetAttribute(probe_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  (void)cudaFuncSetAttribute(probe_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             int(prop.sharedMemPerBlockOptin));
+  for (int i = 0; i < 5; ++i) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = 1u << i;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(16);
+    config.blockDim = dim3(256);
+    config.dynamicSmemBytes = prop.sharedMemPerBlockOptin;  // so that no two share one
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    if (cudaOccupancyMaxActiveClusters(&info.clusters[i], probe_kernel, &config) != cudaSuccess)
+      info.clusters[i] = 0;
+  }
+  (void)cudaGetLastError();
+}
+
 cudaError_t query(int device, CudaDeviceInfo& info) {
   cudaDeviceProp prop{};
   if (cudaError_t error = cudaGetDeviceProperties(&prop, device)) return error;
@@ -34,6 +56,7 @@ cudaError_t query(int device, CudaDeviceInfo& info) {
   if (cudaError_t error = cudaSetDevice(device)) return error;
   cudaFuncAttributes code{};
   const cudaError_t error = cudaFuncGetAttributes(&code, probe_kernel);
+  if (error == cudaSuccess && prop.major >= 9) count_clusters(prop, info);
   const cudaError_t restored = cudaSetDevice(previous);
   if (error != cudaSuccess) return error;
   info.binary_version = code.binaryVersion;

@@ -26,6 +26,9 @@ struct CudaDeviceInfo {
   // The code of this binary that the device would run, 10 * major + minor: native code if
   // the two are equal, else compiled by the driver from PTX. 0 when there is none.
   int binary_version, ptx_version;
+  // How many clusters of 1, 2, 4, 8 and 16 blocks run at once, if each block has a multiprocessor
+  // to itself; zeros before Hopper, or without code for the device.
+  int clusters[5];
   int error;  // cudaError_t of the first query that failed; what follows it is zero
   const char* error_text;
 };

@@ -22,6 +22,17 @@ const KernelSet& kernels_of(const CudaLayer& layer) {
   }
 }
 
+const ClusterKernelSet& cluster_kernels_of(const CudaLayer& layer) {
+  switch (layer.dtype) {
+    case Dtype::kFloat32:
+      return cluster_kernels_tf32();
+    case Dtype::kFloat16:
+      return cluster_kernels_float16();
+    default:
+      return cluster_kernels_bfloat16();  // refuse() has none of float64
+  }
+}
+
 // Cuts pieces off a buffer; without a buffer it only counts.
 class Cutter {
  public:
@@ -129,8 +140,9 @@ void prepare(void (*kernel)(Args), const CudaLayer& layer, const Args& args, int
 
 LaunchShape cell_shape(const CudaLayer& layer) {
   const CudaPlan& plan = layer.plan;
-  return {dim3(unsigned(plan.slices * plan.groups * layer.directions)), kThreads, plan.shared_bytes,
-          plan.family == CudaFamily::kGrid};
+  const int64_t blocks = plan.cluster ? plan.cluster : plan.slices;
+  return {dim3(unsigned(blocks * plan.groups * layer.directions)), kThreads, plan.shared_bytes,
+          plan.family == CudaFamily::kGrid, unsigned(plan.cluster)};
 }
 
 // The projection's kernel works on all sequences of a step with tiles of its own.
@@ -194,8 +206,10 @@ void cuda_forward(const CudaLayer& layer, const CudaForwardDirection* directions
   const int T = int(layer.steps.T);
   if (!T) return;
   const CudaPlan& plan = layer.plan;
-  const ForwardKernel cell = kernels.forward(plan.m_tiles, plan.n_tiles, plan.held);
-  if (plan.family == CudaFamily::kGrid) {
+  const bool clusters = plan.family == CudaFamily::kCluster;
+  const ForwardKernel cell = (clusters ? cluster_kernels_of(layer).forward : kernels.forward)(
+      plan.m_tiles, plan.n_tiles, plan.held);
+  if (plan.family != CudaFamily::kStep) {
     args.shape.last = T;
     launch(cell, cell_shape(layer), layer.stream, args, "launching the recurrence");
   } else {
@@ -220,8 +234,10 @@ void cuda_backward(const CudaLayer& layer, const CudaBackwardDirection* directio
   for (int i = 0; i < layer.directions; ++i) final = final || directions[i].dh0;
   const int count = T + final;
   const CudaPlan& plan = layer.plan;
-  const BackwardKernel cell = kernels.backward(plan.m_tiles, plan.n_tiles, plan.held);
-  if (plan.family == CudaFamily::kGrid) {
+  const bool clusters = plan.family == CudaFamily::kCluster;
+  const BackwardKernel cell = (clusters ? cluster_kernels_of(layer).backward : kernels.backward)(
+      plan.m_tiles, plan.n_tiles, plan.held);
+  if (plan.family != CudaFamily::kStep) {
     args.shape.last = count;
     launch(cell, cell_shape(layer), layer.stream, args, "launching the recurrence");
   } else {

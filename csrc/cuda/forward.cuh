@@ -3,7 +3,7 @@
 // that stay, it is "grid".
 #pragma once
 
-#include "cuda/block.cuh"
+#include "cuda/cells.cuh"
 
 namespace lstm_ext {
 
@@ -13,7 +13,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     forward_cell(const __grid_constant__ ForwardArgs args) {
   using T = typename Arithmetic::Element;
   using Acc = typename Arithmetic::Acc;
-  using CellMath = typename CellOf<Arithmetic>::type;
   using Sum = Reduction<Arithmetic, GateRows, kMTiles, kNTiles>;
   constexpr int kPartialBytes = partial_bytes(kMTiles, Sum::kUnits, kNTiles, sizeof(Acc));
 
@@ -29,94 +28,42 @@ __global__ void __launch_bounds__(kThreads, 1)
       as<T>(d.w_hh), H, K, unit_first, args.shape.shared, memory + kPartialBytes);
   GroupBarrier barrier(d.counters, args.shape, place);
 
-  Acc bias[4] = {};
-  if (unit < H)
-    for (int gate = 0; gate < 4; ++gate) {
-      if (d.b_ih) bias[gate] += to_acc(as<T>(d.b_ih)[gate * H + unit]);
-      if (d.b_hh) bias[gate] += to_acc(as<T>(d.b_hh)[gate * H + unit]);
-    }
+  using Cell = ForwardUnit<Arithmetic>;
+  const Cell cell(args, d, steps, unit);
 
   // What a cell needs besides the product: on its way while the product runs, but where a large
   // tile's sums take the registers.
   constexpr bool kAhead = Sum::kRounds <= 2;
-  struct Operands {
-    Acc gx[4];
-    Acc c;
-  };
   const auto here = [&](int b) { return Sum::has_cell() && b < place.row_end && unit < H; };
   const auto load = [&](int i, int64_t t, int b) {
-    Operands in = {};
-    if (!here(b)) return in;
-    if (i == 0)
-      in.c = to_acc(as<T>(d.c0)[at(b, H, unit)]);
-    else
-      in.c = as<Acc>(d.cells)[at(b, H, unit)];
-    if (resets(steps, t, b)) in.c = 0;
-    if (steps.active(t, b))
-      for (int gate = 0; gate < 4; ++gate)
-        in.gx[gate] = as<Acc>(d.gx)[at(steps.row(t, b), 4 * H, gate * H + unit)];
-    return in;
+    if (!here(b)) return typename Cell::Operands{};
+    return cell.load(t, b, i == 0 ? cell.first_c(b) : as<Acc>(d.cells)[at(b, H, unit)]);
   };
-  const auto finish = [&](int i, int64_t t, int b, const Acc(&sum)[4], const Operands& in,
-                          const T* state, T* next) {
-    const int64_t following = i + 1 < steps.T ? steps.step_at(i + 1) : -1;
-    if (!steps.active(t, b)) {
-      if (i == 0) as<Acc>(d.cells)[at(b, H, unit)] = in.c;
-      if (following >= 0 && !d.hidden)
-        next[at(b, K, unit)] =
-            resets(steps, following, b) ? T(from_acc<T>(Acc(0))) : state[at(b, K, unit)];
-      if (steps.offsets) return;  // a packed batch has no row for it
-      const int64_t row = steps.row(t, b);
-      if (!d.hidden) as<T>(d.y)[row * d.y_stride + unit] = from_acc<T>(Acc(0));
-      if (d.c_seq) as<Acc>(d.c_seq)[at(row, H, unit)] = 0;
-      return;
-    }
-    const int64_t row = steps.row(t, b);
-    const typename CellMath::Gates a = {sum[0] + in.gx[0] + bias[0], sum[1] + in.gx[1] + bias[1],
-                                        sum[2] + in.gx[2] + bias[2], sum[3] + in.gx[3] + bias[3]};
-    typename CellMath::Gates s;
-    Acc c, h;
-    CellMath::forward(a, in.c, s, c, h);
-    const T out = from_acc<T>(h);
+  const auto finish = [&](int i, int64_t t, int b, const Acc(&sum)[4],
+                          const typename Cell::Operands& in, const T* state, T* next) {
+    Acc c;
+    const T h = cell.step(i, t, b, sum, in, c, [&] { return state[at(b, K, unit)]; });
     as<Acc>(d.cells)[at(b, H, unit)] = c;
-    if (d.gates) {
-      Acc* gates = as<Acc>(d.gates) + at(row, 4 * H, unit);
-      gates[0] = s.i;
-      gates[H] = s.f;
-      gates[2 * H] = s.g;
-      gates[3 * H] = s.o;
-    }
-    if (d.c_seq) as<Acc>(d.c_seq)[at(row, H, unit)] = c;
-    const bool last = t == steps.last_step(b);
-    if (last) as<T>(d.c_n)[at(b, H, unit)] = from_acc<T>(c);
-    if (d.hidden) {
-      as<T>(d.hidden)[at(b, args.hidden_K, unit)] = Arithmetic::round_state(out);
-      return;
-    }
-    as<T>(d.y)[row * d.y_stride + unit] = out;
-    if (last) as<T>(d.h_n)[at(b, H, unit)] = out;
-    if (following >= 0)
-      next[at(b, K, unit)] =
-          resets(steps, following, b) ? T(from_acc<T>(Acc(0))) : Arithmetic::round_state(out);
+    if (!d.hidden && i + 1 < steps.T) next[at(b, K, unit)] = h;
   };
 
   for (int i = args.shape.first; i < args.shape.last; ++i) {
     const int64_t t = steps.step_at(i);
     const T* state = as<T>(d.state) + int64_t(i % 2) * B * K;
     T* next = as<T>(d.state) + int64_t((i + 1) % 2) * B * K;
-    Operands in = {};
+    typename Cell::Operands in = {};
     if (kAhead) in = load(i, t, place.row_first + Sum::sequence(0));
     if (i > args.shape.first) barrier.wait();
     for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
       Acc sums[kMTiles][kNTiles][4];
-      weights.template multiply<kNTiles>(state, tile, place.row_end - 1, sums);
+      weights.template multiply<kNTiles>(StateInL2<T>{state}, tile, place.row_end - 1, sums);
 #pragma unroll
       for (int round = 0; round < Sum::kRounds; ++round) {
         const int b = tile + Sum::sequence(round);
         // Every thread has taken the sums of the round before.
         if (round > 0 || tile > place.row_first) __syncthreads();
         Sum::put(partial, sums, round);
-        const Operands now = kAhead ? in : load(i, t, b);
+        const typename Cell::Operands now = kAhead ? in : load(i, t, b);
         __syncthreads();  // all warps' parts are there
         if (kAhead && round + 1 < Sum::kRounds)
           in = load(i, t, tile + Sum::sequence(round + 1));
@@ -156,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   T* next = as<T>(d.state) + int64_t((i + 1) % 2) * B * K;
   const int tile = place.row_first;  // a group is one tile here
   Acc sums[kMTiles][kNTiles][4];
-  weights.template multiply<kNTiles>(as<T>(d.hidden), tile, place.row_end - 1, sums);
+  weights.template multiply<kNTiles>(StateInL2<T>{as<T>(d.hidden)}, tile, place.row_end - 1, sums);
 #pragma unroll
   for (int round = 0; round < Sum::kRounds; ++round) {
     const int b = tile + Sum::sequence(round);

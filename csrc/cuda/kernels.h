@@ -21,10 +21,20 @@ struct KernelSet {
   BackwardKernel backward_prepare;
 };
 
+// Those of the cluster family: tensor cores of compute capability 9 and more.
+struct ClusterKernelSet {
+  ForwardKernel (*forward)(int m_tiles, int n_tiles, int held);
+  BackwardKernel (*backward)(int m_tiles, int n_tiles, int held);
+};
+
 const KernelSet& kernels_float64();
 const KernelSet& kernels_float32();
 const KernelSet& kernels_tf32();
 const KernelSet& kernels_float16();
 const KernelSet& kernels_bfloat16();
+
+const ClusterKernelSet& cluster_kernels_tf32();
+const ClusterKernelSet& cluster_kernels_float16();
+const ClusterKernelSet& cluster_kernels_bfloat16();
 
 }  // namespace lstm_ext

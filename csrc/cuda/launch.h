@@ -19,19 +19,41 @@ inline void check_cuda(cudaError_t error, const char* what) {
                            cudaGetErrorString(error));
 }
 
+// Runs `tell` once for a kernel and the current device; from several threads, too.
+template <class Tell>
+void once_for(const void* kernel, std::set<std::pair<const void*, int>>& told, const char* what,
+              Tell tell) {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), what);
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (told.count({kernel, device})) return;
+  tell(device);
+  told.insert({kernel, device});
+}
+
 // A kernel may have more than 48 KB of dynamic shared memory only after the runtime has been told.
 // Always the same figure, all that a block can have: two threads may launch with different sizes.
 inline void allow_shared_memory(const void* kernel, int64_t bytes, const char* what) {
   if (bytes <= 48 * 1024) return;
-  int device = 0, most = 0;
-  check_cuda(cudaGetDevice(&device), what);
-  static std::mutex mutex;
   static std::set<std::pair<const void*, int>> told;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (told.count({kernel, device})) return;
-  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), what);
-  told.insert({kernel, device});
+  once_for(kernel, told, what, [&](int device) {
+    int most = 0;
+    check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+               what);
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+               what);
+  });
+}
+
+// The same for clusters of more than the 8 blocks that every GPU with clusters has.
+inline void allow_large_clusters(const void* kernel, unsigned blocks, const char* what) {
+  if (blocks <= 8) return;
+  static std::set<std::pair<const void*, int>> told;
+  once_for(kernel, told, what, [&](int) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+               what);
+  });
 }
 
 struct LaunchShape {
@@ -39,6 +61,7 @@ struct LaunchShape {
   unsigned threads;
   int64_t shared_bytes;
   bool cooperative;
+  unsigned cluster = 0;  // blocks; 0: none
 };
 
 template <class Args>
@@ -46,15 +69,22 @@ void launch(void (*kernel)(Args), const LaunchShape& shape, void* stream, const 
             const char* what) {
   allow_shared_memory(reinterpret_cast<const void*>(kernel), shape.shared_bytes, what);
   cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
+  if (shape.cluster) {
+    allow_large_clusters(reinterpret_cast<const void*>(kernel), shape.cluster, what);
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = shape.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = shape.cooperative;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = size_t(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
-  config.numAttrs = shape.cooperative ? 1 : 0;
+  config.numAttrs = shape.cluster || shape.cooperative ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, args), what);
 }
 

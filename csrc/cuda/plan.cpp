@@ -24,6 +24,18 @@ Tiles tiles_of(const CudaProblem& p) {
   return p.backward ? all(kBackwardTensorTiles) : all(kForwardTensorTiles);
 }
 
+Tiles cluster_tiles_of(const CudaProblem& p) {
+  if (p.dtype == Dtype::kFloat32)
+    return p.backward ? all(kBackwardClusterTiles32) : all(kForwardClusterTiles32);
+  return p.backward ? all(kBackwardClusterTiles16) : all(kForwardClusterTiles16);
+}
+const Tile* find(const Tiles& tiles, const CudaPlan& plan) {
+  const Tile* tile = std::find_if(tiles.begin, tiles.end, [&](const Tile& t) {
+    return t.m == plan.m_tiles && t.n == plan.n_tiles;
+  });
+  return tile == tiles.end ? nullptr : tile;
+}
+
 // The length of the cell kernel's product, and how many weight rows a unit has in it.
 int64_t product_length(const CudaProblem& p) {
   if (!p.backward) return padded(p.P, p.dtype);
@@ -40,11 +52,13 @@ int64_t base_shared(const CudaProblem& p, const Tile& tile) {
 // Rates in bytes or multiply-adds a microsecond, overheads in microseconds. Leads, not measured:
 // published figures of an H100, scaled by multiprocessors where that is what matters.
 struct Costs {
-  double launch = 2.2;          // one kernel after another in a stream
-  double barrier = 1.1;         // through global memory
-  double cell = 0.6;            // loads, sum over the warps, the cell's functions
-  double l2_per_sm = 41e3;      // all of them reading at once
-  double memory_per_sm = 22e3;  // HBM or GDDR, the same
+  double launch = 2.2;           // one kernel after another in a stream
+  double barrier = 1.1;          // through global memory
+  double cell = 0.6;             // loads, sum over the warps, the cell's functions
+  double cluster = 0.9;          // a cell, and an exchange through distributed shared memory
+  double cluster_per_sm = 25e3;  // what a block receives through it
+  double l2_per_sm = 41e3;       // all of them reading at once
+  double memory_per_sm = 22e3;   // HBM or GDDR, the same
   double shared_per_sm = 200e3;
   double tensor16 = 0.9e6, tensor32 = 0.45e6, fma32 = 0.12e6, fma64 = 0.05e6;  // per SM
 };
@@ -105,6 +119,75 @@ CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile
   return plan;
 }
 
+// What a warp of a cluster keeps of the weights, and the bytes of one of it: chunks of k, or in
+// backward m-tiles.
+struct ClusterWeights {
+  int64_t count, bytes;
+};
+ClusterWeights cluster_weights(const CudaProblem& p, const Tile& tile) {
+  if (p.backward)
+    return {ceil_div(ceil_div(p.H, 16), kWarps), tile.m * storage_bytes(p.dtype) * kTileBytes};
+  const int of_rows = warps_of_rows(tile.m);
+  return {ceil_div(chunks_of(p), kWarps / of_rows), tile.m / of_rows * kTileBytes};
+}
+int64_t base_cluster_shared(const CudaProblem& p, const Tile& tile, int64_t slices) {
+  const int64_t element = storage_bytes(p.dtype);
+  return p.backward ? backward_cluster_bytes(tile, slices, int(element))
+                    : forward_cluster_bytes(tile, product_length(p) * element);
+}
+
+// The same for the cluster family, for groups of so many sequences.
+CudaPlan try_cluster_plan(const CudaProblem& p, const CudaProperties& device, const Tile& tile,
+                          int64_t group_rows) {
+  const Costs costs;
+  CudaPlan plan{};
+  plan.family = CudaFamily::kCluster;
+  plan.m_tiles = tile.m;
+  plan.n_tiles = tile.n;
+  plan.slices = ceil_div(p.H, units_of(tile.m, p.backward));
+  int size = 0;
+  while (plan.slices > 1 << size) ++size;
+  plan.cluster = 1 << size;
+  plan.group_rows = group_rows;
+  plan.groups = std::max<int64_t>(ceil_div(p.B, group_rows), 1);
+  plan.held = tile.held;
+  const ClusterWeights weights = cluster_weights(p, tile);
+  plan.shared = int(std::max<int64_t>(weights.count - plan.held, 0));
+  const int64_t base = base_cluster_shared(p, tile, plan.slices);
+  const int64_t kept = plan.shared * kWarps * weights.bytes;
+  plan.shared_bytes = base + kept;
+  if (plan.cluster > kMostBlocksOfCluster || !device.clusters[size]) return plan;  // it cannot run
+
+  const double element = double(storage_bytes(p.dtype)), rows = 8.0 * tile.n;
+  const double received = double(group_rows) * double(p.H) * (p.backward ? 4 : element);
+  // Read and written in shared memory: the state by every warp that needs it, the weights, and what
+  // is added up.
+  const double touched =
+      double(kept) + (p.backward
+                          ? kWarps * rows * 64 * tile.m * element + received
+                          : warps_of_rows(tile.m) * rows * double(p.H) * element +
+                                2.0 * kWarps / warps_of_rows(tile.m) * tile.n * tile.m * 512);
+  const double waves =
+      std::ceil(double(plan.groups * p.directions) / double(device.clusters[size]));
+  plan.step_us =
+      waves * (costs.cluster + received / costs.cluster_per_sm + touched / costs.shared_per_sm);
+  return plan;
+}
+
+std::string refuse_cluster(const CudaPlan& plan, const CudaProblem& p, const Tile& tile) {
+  if (plan.cluster < plan.slices || plan.cluster > kMostBlocksOfCluster ||
+      (plan.cluster & (plan.cluster - 1)))
+    return "a cluster has a block for each slice, and is a power of two, 16 at most";
+  if (plan.group_rows > 8 * tile.n) return "a cluster has one tile of sequences";
+  if (plan.held != tile.held) return "no kernel holds so many chunks";
+  const ClusterWeights weights = cluster_weights(p, tile);
+  if (plan.held + plan.shared < weights.count) return "a cluster keeps all of the weights";
+  if (plan.shared < 0 || plan.shared_bytes != base_cluster_shared(p, tile, plan.slices) +
+                                                  int64_t(plan.shared) * kWarps * weights.bytes)
+    return "shared_bytes is not what its parts add up to";
+  return "";
+}
+
 }  // namespace
 
 bool on_tensor_cores(Dtype dtype, bool tf32, int major) {
@@ -137,6 +220,13 @@ std::vector<CudaPlan> all_cuda_plans(const CudaProblem& p, const CudaProperties&
     for (int64_t groups = 1; groups <= std::min(most, ceil_div(p.B, 8)); ++groups)
       add(try_plan(p, device, *tile, CudaFamily::kGrid, groups));
   }
+  if (p.projection || p.T < 2 || !on_tensor_cores(p.dtype, p.tf32, device.major)) return plans;
+  const Tiles clusters = cluster_tiles_of(p);
+  for (const Tile* tile = clusters.begin; tile != clusters.end; ++tile)
+    for (int64_t rows = 8 * tile->n; rows > 8 * (tile->n / 2); rows -= tile->n > 1 ? 8 : 2) {
+      const CudaPlan plan = try_cluster_plan(p, device, *tile, rows);
+      if (plan.step_us > 0 && rows < std::max<int64_t>(2 * p.B, 3)) add(plan);
+    }
   return plans;
 }
 
@@ -151,15 +241,17 @@ CudaPlan make_cuda_plan(const CudaProblem& p, const CudaProperties& device) {
 }
 
 std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
-  const Tiles tiles = tiles_of(p);
-  const Tile* tile = std::find_if(tiles.begin, tiles.end, [&](const Tile& t) {
-    return t.m == plan.m_tiles && t.n == plan.n_tiles;
-  });
-  if (tile == tiles.end) return "no kernel has these tiles";
+  const bool cluster = plan.family == CudaFamily::kCluster;
+  if (cluster && (p.projection || !on_tensor_cores(p.dtype, p.tf32, 9)))
+    return "clusters have neither projections nor products outside of tensor cores";
+  const Tile* tile = find(cluster ? cluster_tiles_of(p) : tiles_of(p), plan);
+  if (!tile) return "no kernel has these tiles";
   if (plan.slices < 1 || plan.slices * units_of(plan.m_tiles, p.backward) < p.H)
     return "the slices do not cover the hidden units";
   if (plan.groups < 1 || plan.group_rows < 1 || plan.groups * plan.group_rows < p.B)
     return "the groups do not cover the batch";
+  if (cluster) return refuse_cluster(plan, p, *tile);
+  if (plan.cluster) return "only the cluster family has clusters";
   if (plan.held != 0 && plan.held != tile->held) return "no kernel holds so many chunks";
   const bool grid = plan.family == CudaFamily::kGrid;
   if (!grid && (plan.held || plan.shared)) return "a step kernel keeps no weights";
@@ -173,23 +265,32 @@ std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
 
 std::string describe(const CudaPlan& plan, const CudaProblem& p) {
   static const char* const kDtypes[] = {"float64", "float32", "bfloat16", "float16"};
-  const bool grid = plan.family == CudaFamily::kGrid;
+  const bool cluster = plan.family == CudaFamily::kCluster;
+  const char* const how = cluster                            ? "clusters"
+                          : plan.family == CudaFamily::kGrid ? "one cooperative launch"
+                                                             : "a launch a step";
+  const int64_t slices = cluster ? plan.cluster : plan.slices;
   const int64_t of_a_warp = ceil_div(chunks_of(p), kWarps);
+  char weights[120];
+  if (cluster)
+    std::snprintf(weights, sizeof weights, "%d %s in registers, %d in shared memory", plan.held,
+                  p.backward ? "row tiles" : "chunks", plan.shared);
+  else
+    std::snprintf(weights, sizeof weights,
+                  "%d chunks in registers, %d in shared memory, %lld from L2", plan.held,
+                  plan.shared,
+                  (long long)std::max<int64_t>(0, of_a_warp - plan.held - plan.shared));
   char text[400];
-  std::snprintf(
-      text, sizeof text,
-      "%s %s%s B %lld H %lld P %lld, %d direction%s: %s, %lld blocks (%lld slices of %d "
-      "units x %lld groups of %lld sequences), tile %dx%d, weights of a warp: %d chunks in "
-      "registers, %d in shared memory, %lld from L2; %lld bytes of shared memory; expected %.1f us "
-      "a step",
-      p.backward ? "backward" : "forward", kDtypes[int(p.dtype)], p.tf32 ? " (TF32)" : "",
-      (long long)p.B, (long long)p.H, (long long)p.P, p.directions, p.directions == 1 ? "" : "s",
-      grid ? "one cooperative launch" : "a launch a step",
-      (long long)(plan.slices * plan.groups * p.directions), (long long)plan.slices,
-      units_of(plan.m_tiles, p.backward), (long long)plan.groups, (long long)plan.group_rows,
-      plan.m_tiles * 16, plan.n_tiles * 8, plan.held, plan.shared,
-      (long long)std::max<int64_t>(0, of_a_warp - plan.held - plan.shared),
-      (long long)plan.shared_bytes, plan.step_us);
+  std::snprintf(text, sizeof text,
+                "%s %s%s B %lld H %lld P %lld, %d direction%s: %s, %lld blocks (%lld slices of %d "
+                "units x %lld groups of %lld sequences), tile %dx%d, weights of a warp: %s; %lld "
+                "bytes of shared memory; expected %.1f us a step",
+                p.backward ? "backward" : "forward", kDtypes[int(p.dtype)], p.tf32 ? " (TF32)" : "",
+                (long long)p.B, (long long)p.H, (long long)p.P, p.directions,
+                p.directions == 1 ? "" : "s", how, (long long)(slices * plan.groups * p.directions),
+                (long long)slices, units_of(plan.m_tiles, p.backward), (long long)plan.groups,
+                (long long)plan.group_rows, plan.m_tiles * 16, plan.n_tiles * 8, weights,
+                (long long)plan.shared_bytes, plan.step_us);
   return text;
 }
 

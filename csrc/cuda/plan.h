@@ -2,6 +2,7 @@
 // of the device's properties. No CUDA: tested without a device.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -24,6 +25,9 @@ struct CudaProperties {
   int sm_count;
   int64_t shared_bytes;  // of a block, with the opt-in attribute
   int64_t l2_bytes;
+  // How many clusters of 1, 2, 4, 8 and 16 blocks run at once, with a block a multiprocessor; zeros
+  // before Hopper.
+  std::array<int64_t, 5> clusters;
 };
 
 struct CudaProblem {
@@ -36,18 +40,20 @@ struct CudaProblem {
   int64_t B, H, P;
 };
 
-// One launch a step, or one cooperative launch for all of them with weights that stay on the SM.
-enum class CudaFamily : int { kStep = 0, kGrid = 1 };
+// One launch a step; one cooperative launch for all of them, with weights that stay on the SM; or
+// one launch of clusters, each of which has all of the weights of its direction.
+enum class CudaFamily : int { kStep = 0, kGrid = 1, kCluster = 2 };
 
 struct CudaPlan {
   CudaFamily family;
   int m_tiles;         // of weight rows a block; see GateRows and PlainRows
   int n_tiles;         // of 8 sequences, multiplied at once
-  int held;            // chunks of weights a warp keeps in registers (grid)
-  int shared;          // chunks of weights a warp keeps in shared memory (grid)
+  int held;            // chunks of weights a warp keeps in registers (grid, cluster)
+  int shared;          // the same in shared memory; a cluster's backward counts both in m-tiles
   int64_t slices;      // blocks that share the units of a direction
   int64_t groups;      // of sequences, each with blocks and (grid) a barrier of its own
   int64_t group_rows;  // sequences of a group
+  int cluster;         // blocks of a cluster: the slices, up to a power of two; 0: no clusters
   int64_t shared_bytes;
   double step_us;  // what the cost model expects a step to take
 };

@@ -1,133 +1,26 @@
 // The product of a step: a tile of weight rows times a tile of the batch, split over the warps of
-// a block along k.
+// a block along k, and if kMWarps is more than 1 over the rows as well.
 //
 //   out[row][b] = sum_k weights[row][k] state[b][k]
 //
 // Weight rows are the M of the tensor cores' m16n8 tiles and sequences their N, so that a batch of
-// 8 wastes nothing. Warp w of kWarps takes the chunks w, w + kWarps, ... of k; a chunk is 64 bytes
-// of every row. Two consequences:
+// 8 wastes nothing. With kMWarps = 1, warp w of kWarps takes the chunks w, w + kWarps, ... of k; a
+// chunk is 64 bytes of every row. Two consequences:
 // - every element of the state is read by exactly one warp of a block: it goes from L2 to the
 //   registers, and is not staged in shared memory;
 // - each warp has a partial sum of the whole tile; the caller adds them up in a fixed order.
+// With more, kMWarps warps read the same element of the state, and the block has so many times
+// fewer partial sums: for blocks with many rows, whose state lies in shared memory.
 //
 // No ldmatrix: the order of k within a chunk does not matter so long as both operands share it. A
 // lane loads 16 consecutive bytes of its row, a row's four lanes 64 bytes together, and calls what
 // it got the k's that the instruction wants of it.
 #pragma once
 
-#include "cell.h"
-#include "cuda/primitives.cuh"
+#include "cuda/arithmetic.cuh"
 #include "cuda/tiles.h"
 
 namespace lstm_ext {
-
-// ---- the arithmetic of one chunk of one m16n8 tile
-// ------------------------------------------------
-//
-// An Arithmetic has: Element (of weights and state), Acc; kParts, the number of 16-byte loads of a
-// row that a lane makes per chunk, and vector(lane, part), which of a chunk's four they are;
-// kColumns, the number of sequences a lane loads for, and column(lane, j), which; round(),
-// applied to both operands; and multiply(d, lo, hi, b): lo and hi of rows g and g + 8, b[kColumns].
-// d is laid out as in primitives.cuh.
-
-template <class T>
-struct Vector16 {  // 16 bytes as elements
-  static constexpr int kSize = 16 / sizeof(T);
-  T v[kSize];
-};
-template <class T>
-LSTM_EXT_DEVICE Vector16<T> elements(const uint4& bits) {
-  Vector16<T> out;
-  memcpy(&out, &bits, 16);
-  return out;
-}
-
-// Fused multiply-adds, exact in the element's own precision. A lane loads whole chunks of rows g
-// and g + 8 and of the sequences 2t and 2t + 1.
-template <class T>
-struct Scalar {
-  using Element = T;
-  using Acc = decltype(to_acc(T()));
-  static constexpr int kParts = 4, kColumns = 2;
-
-  static LSTM_EXT_DEVICE int vector(int, int part) { return part; }
-  static LSTM_EXT_DEVICE int column(int lane, int j) { return 2 * (lane % 4) + j; }
-  static LSTM_EXT_DEVICE int slot(int lane) { return lane / 4; }  // lanes of a row share
-  static LSTM_EXT_DEVICE uint4 round(const uint4& bits) { return bits; }
-  static LSTM_EXT_DEVICE T round_state(T x) { return x; }
-
-  static LSTM_EXT_DEVICE void multiply(Acc (&d)[4], const uint4& lo, const uint4& hi,
-                                       const uint4 (&b)[kColumns]) {
-    const Vector16<T> l = elements<T>(lo), h = elements<T>(hi);
-    const Vector16<T> b0 = elements<T>(b[0]), b1 = elements<T>(b[1]);
-#pragma unroll
-    for (int k = 0; k < Vector16<T>::kSize; ++k) {
-      d[0] += to_acc(l.v[k]) * to_acc(b0.v[k]);
-      d[1] += to_acc(l.v[k]) * to_acc(b1.v[k]);
-      d[2] += to_acc(h.v[k]) * to_acc(b0.v[k]);
-      d[3] += to_acc(h.v[k]) * to_acc(b1.v[k]);
-    }
-  }
-};
-
-// Lanes of the tensor cores' layout: lane (g, t) loads the t-th 16 bytes of rows g and g + 8 and
-// of sequence g.
-struct TensorLanes {
-  static constexpr int kParts = 1, kColumns = 1;
-  static LSTM_EXT_DEVICE int vector(int lane, int) { return lane % 4; }
-  static LSTM_EXT_DEVICE int column(int lane, int) { return lane / 4; }
-  static LSTM_EXT_DEVICE int slot(int lane) { return lane; }
-};
-
-// fp16 and bf16, summed in fp32.
-template <class T>
-struct Tensor16 : TensorLanes {
-  using Element = T;
-  using Acc = float;
-  static LSTM_EXT_DEVICE uint4 round(const uint4& bits) { return bits; }
-  static LSTM_EXT_DEVICE T round_state(T x) { return x; }
-
-  static LSTM_EXT_DEVICE void multiply(float (&d)[4], const uint4& lo, const uint4& hi,
-                                       const uint4 (&b)[1]) {
-    const uint32_t a_first[4] = {lo.x, hi.x, lo.y, hi.y}, b_first[2] = {b[0].x, b[0].y};
-    const uint32_t a_second[4] = {lo.z, hi.z, lo.w, hi.w}, b_second[2] = {b[0].z, b[0].w};
-    mma_m16n8k16<T>(d, a_first, b_first);
-    mma_m16n8k16<T>(d, a_second, b_second);
-  }
-};
-
-// The names are the same for every architecture, since kernels are named after them: only what they
-// stand for differs.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-// Turing: neither bf16 nor TF32 in its tensor cores.
-template <>
-struct Tensor16<__nv_bfloat16> : Scalar<__nv_bfloat16> {};
-struct Tf32 : Scalar<float> {};
-#else
-// fp32 operands rounded to TF32 (10 bits of mantissa), summed in fp32.
-struct Tf32 : TensorLanes {
-  using Element = float;
-  using Acc = float;
-  static LSTM_EXT_DEVICE uint4 round(const uint4& bits) {
-    const Vector16<float> x = elements<float>(bits);
-    return make_uint4(to_tf32(x.v[0]), to_tf32(x.v[1]), to_tf32(x.v[2]), to_tf32(x.v[3]));
-  }
-  // The state is rounded once by who writes it, not by each of its readers.
-  static LSTM_EXT_DEVICE float round_state(float x) {
-    const uint32_t bits = to_tf32(x);
-    float out;
-    memcpy(&out, &bits, 4);
-    return out;
-  }
-  static LSTM_EXT_DEVICE void multiply(float (&d)[4], const uint4& lo, const uint4& hi,
-                                       const uint4 (&b)[1]) {
-    const uint32_t a_first[4] = {lo.x, hi.x, lo.y, hi.y}, b_first[2] = {b[0].x, b[0].y};
-    const uint32_t a_second[4] = {lo.z, hi.z, lo.w, hi.w}, b_second[2] = {b[0].z, b[0].w};
-    mma_m16n8k8_tf32(d, a_first, b_first);
-    mma_m16n8k8_tf32(d, a_second, b_second);
-  }
-};
-#endif
 
 // ---- which rows a tile has
 // ------------------------------------------------------------------------
@@ -158,10 +51,45 @@ struct PlainRows {
 // ---- the product
 // ----------------------------------------------------------------------------------
 
+// How the warps of a block share the rows (kMWarps times kMTiles m-tiles) and k.
+template <int kMTiles, int kMWarps>
+struct WarpShare {
+  static constexpr int kKWarps = kWarps / kMWarps;
+  // That a block has kWarps warps is not known to the compiler.
+  static LSTM_EXT_DEVICE int k() {
+    const int warp = threadIdx.x / 32;
+    return kMWarps == 1 ? warp : warp % kKWarps;
+  }
+  static LSTM_EXT_DEVICE int first_m() {
+    return kMWarps == 1 ? 0 : int(threadIdx.x) / 32 / kKWarps * kMTiles;
+  }
+};
+
+// The state in global memory, written by other blocks.
+template <class T>
+struct StateInL2 {
+  static constexpr bool kNear = false;
+  const T* state;  // [count][K], as long as the weights'
+  LSTM_EXT_DEVICE const uint4* rows() const { return reinterpret_cast<const uint4*>(state); }
+  LSTM_EXT_DEVICE uint32_t pitch(uint32_t of_weights) const { return of_weights; }
+  LSTM_EXT_DEVICE uint4 load(const uint4* at) const { return load_shared_by_blocks(at); }
+};
+// The state in this block's own shared memory.
+struct StateInShared {
+  static constexpr bool kNear = true;
+  const uint4* rows_;
+  uint32_t pitch_;  // of a row, in 16-byte pieces
+  LSTM_EXT_DEVICE const uint4* rows() const { return rows_; }
+  LSTM_EXT_DEVICE uint32_t pitch(uint32_t) const { return pitch_; }
+  LSTM_EXT_DEVICE uint4 load(const uint4* at) const { return *at; }
+};
+
 // A block's rows of the weights. Of the chunks of a warp the first kHeld stay in its registers, the
 // next `shared` in shared memory, the rest are read from global memory (L2) at every step.
-template <class Arithmetic, class Rows, int kMTiles, int kHeld>
+template <class Arithmetic, class Rows, int kMTiles, int kHeld, int kMWarps = 1>
 class Weights {
+  using Share = WarpShare<kMTiles, kMWarps>;
+  static constexpr int kKWarps = Share::kKWarps;
   using T = typename Arithmetic::Element;
   using Acc = typename Arithmetic::Acc;
   static constexpr int kVectors = kChunkBytes / 16;  // of a chunk of a row
@@ -177,22 +105,23 @@ class Weights {
       : chunks_(int(K * sizeof(T) / kChunkBytes)),
         shared_(shared),
         weights_(reinterpret_cast<const uint4*>(w)) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, warp = Share::k();
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        rows_[m][half] = uint32_t(Rows::row(m, half, lane / 4, first_unit, H)) * chunks_ * kVectors;
-    memory_ = reinterpret_cast<uint4*>(memory) + size_t(warp) * shared * kMTiles * 64;
+        rows_[m][half] = uint32_t(Rows::row(Share::first_m() + m, half, lane / 4, first_unit, H)) *
+                         chunks_ * kVectors;
+    memory_ = reinterpret_cast<uint4*>(memory) + size_t(threadIdx.x / 32) * shared * kMTiles * 64;
 #pragma unroll
     for (int j = 0; j < kInRegisters; ++j)
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m) {
         held_[j][m][0] = held_[j][m][1] = make_uint4(0, 0, 0, 0);
-        if (warp + j * kWarps < chunks_) load(m, warp + j * kWarps, 0, held_[j][m]);
+        if (warp + j * kKWarps < chunks_) load(m, warp + j * kKWarps, 0, held_[j][m]);
       }
     for (int j = 0; j < shared; ++j) {
-      const int chunk = warp + (kInRegisters + j) * kWarps;
+      const int chunk = warp + (kInRegisters + j) * kKWarps;
       if (chunk >= chunks_) break;
       for (int m = 0; m < kMTiles; ++m)
         for (int part = 0; part < kParts; ++part) {
@@ -208,20 +137,19 @@ class Weights {
   }
 
   // sums[m][n]: the warp's part of the product with the kNTiles * 8 sequences whose states are the
-  // rows first, first + 1, ... of state [count][K] (64 GB at most), row `last` standing in for
-  // those past the end.
-  template <int kNTiles>
-  LSTM_EXT_DEVICE void multiply(const T* state, int first, int last,
+  // rows first, first + 1, ... of the state (64 GB at most), row `last` standing in for those past
+  // the end.
+  template <int kNTiles, class State>
+  LSTM_EXT_DEVICE void multiply(const State& state, int first, int last,
                                 Acc (&sums)[kMTiles][kNTiles][4]) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const uint4* states = reinterpret_cast<const uint4*>(state);
+    const int lane = threadIdx.x % 32, warp = Share::k();
     uint32_t columns[kNTiles][kColumns];
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n)
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         const int b = first + n * 8 + Arithmetic::column(lane, j);
-        columns[n][j] = uint32_t(min(b, last)) * chunks_ * kVectors;
+        columns[n][j] = uint32_t(min(b, last)) * state.pitch(chunks_ * kVectors);
       }
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m)
@@ -230,36 +158,43 @@ class Weights {
 #pragma unroll
         for (int e = 0; e < 4; ++e) sums[m][n][e] = 0;
 
-    const int mine = (chunks_ - warp + kWarps - 1) / kWarps;  // chunks of this warp
+    static_assert(kInRegisters % kHeldGroup<State, kNTiles> == 0, "groups are whole");
+    const int mine = (chunks_ - warp + kKWarps - 1) / kKWarps;  // chunks of this warp
     if constexpr (kInRegisters > 0)
 #pragma unroll
-      for (int j = 0; j < kInRegisters; j += kHeldGroup<kNTiles>)
-        group<kRegisters, kNTiles, kHeldGroup<kNTiles>>(states, columns, j, mine, sums);
+      for (int j = 0; j < kInRegisters; j += kHeldGroup<State, kNTiles>)
+        // A cluster's blocks need not fill all that they can hold.
+        if (kMWarps == 1 || j < mine)
+          group<kRegisters, kNTiles, kHeldGroup<State, kNTiles>>(state, columns, j, mine, sums);
     const int resident = min(mine, kInRegisters + shared_);
     int j = kInRegisters;
 #pragma unroll 1
     for (; j < resident; j += kGroup<kNTiles>)
-      group<kShared, kNTiles, kGroup<kNTiles>>(states, columns, j, resident, sums);
+      group<kShared, kNTiles, kGroup<kNTiles>>(state, columns, j, resident, sums);
+    if constexpr (State::kNear) return;  // then all of the weights are, too
 #pragma unroll 1
     for (j = max(kInRegisters, resident); j < mine; j += kGroup<kNTiles>)
-      group<kGlobal, kNTiles, kGroup<kNTiles>>(states, columns, j, mine, sums);
+      group<kGlobal, kNTiles, kGroup<kNTiles>>(state, columns, j, mine, sums);
   }
 
  private:
   enum Source { kRegisters, kShared, kGlobal };
-  // Chunks whose loads are all on their way before the first is used: as many as registers allow.
-  template <int kNTiles>
+  // Chunks whose loads are all on their way before the first is used: from L2 as many as registers
+  // allow.
+  template <class State, int kNTiles>
   static constexpr int kHeldGroup =
-      kInRegisters * kNTiles <= 16 ? (kInRegisters ? kInRegisters : 1)
-                                   : (kInRegisters > 4 ? 8 : 16) / kNTiles;
+      State::kNear                   ? (kNTiles < 2 && kInRegisters % 2 == 0 ? 2 : 1)
+      : kInRegisters * kNTiles <= 16 ? (kInRegisters ? kInRegisters : 1)
+                                     : (kInRegisters > 4 ? 8 : 16) / kNTiles;
   template <int kNTiles>
   static constexpr int kGroup = kParts == 1 && 2 * kMTiles + kNTiles <= 8 ? 2 : 1;
 
   // Adds the products of the warp's chunks j, j + 1, ... of kCount, those from `end` on left out.
-  template <Source kSource, int kNTiles, int kCount>
-  LSTM_EXT_DEVICE void group(const uint4* states, const uint32_t (&columns)[kNTiles][kColumns],
+  template <Source kSource, int kNTiles, int kCount, class State>
+  LSTM_EXT_DEVICE void group(const State& state, const uint32_t (&columns)[kNTiles][kColumns],
                              int j, int end, Acc (&sums)[kMTiles][kNTiles][4]) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, warp = Share::k();
+    const uint4* states = state.rows();
     const uint4 zero = make_uint4(0, 0, 0, 0);
 #pragma unroll 1
     for (int part = 0; part < kParts; ++part) {
@@ -267,12 +202,12 @@ class Weights {
       // Loads under a predicate and products without: no branch keeps them from overlapping.
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        const int k = (warp + (j + i) * kWarps) * kVectors + Arithmetic::vector(lane, part);
+        const int k = (warp + (j + i) * kKWarps) * kVectors + Arithmetic::vector(lane, part);
 #pragma unroll
         for (int n = 0; n < kNTiles; ++n)
 #pragma unroll
           for (int c = 0; c < kColumns; ++c)
-            b[i][n][c] = j + i < end ? load_shared_by_blocks(states + columns[n][c] + k) : zero;
+            b[i][n][c] = j + i < end ? state.load(states + columns[n][c] + k) : zero;
       }
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
@@ -284,7 +219,7 @@ class Weights {
             rows[1] = held_[j + i][m][1];
           } else if (j + i < end) {
             if constexpr (kSource == kGlobal)
-              load(m, warp + (j + i) * kWarps, part, rows);
+              load(m, warp + (j + i) * kKWarps, part, rows);
             else
               for (int half = 0; half < 2; ++half)
                 rows[half] = *place(j + i - kInRegisters, m, part, half);
@@ -319,88 +254,64 @@ class Weights {
 // -----------------------------------------------------------------------
 
 // Hands each unit of a tile the sums of its gates. The partial sums go through shared memory in
-// rounds of kRoundTiles n-tiles, as many as give each thread about one unit of one sequence.
-template <class Arithmetic, class Rows, int kMTiles, int kNTiles>
+// rounds of kRoundTiles n-tiles: by default as many as give each thread about one unit of one
+// sequence.
+template <class Arithmetic, class Rows, int kMTiles, int kNTiles, int kMWarps = 1,
+          int kTilesOfRound = round_tiles(Rows::units(kMTiles * kMWarps), kNTiles)>
 struct Reduction {
   using Acc = typename Arithmetic::Acc;
-  static constexpr int kUnits = Rows::units(kMTiles);
-  static constexpr int kRoundTiles = round_tiles(kUnits, kNTiles);
+  using Share = WarpShare<kMTiles, kMWarps>;
+  static constexpr int kBlockTiles = kMTiles * kMWarps;
+  static constexpr int kUnits = Rows::units(kBlockTiles);
+  static constexpr int kRoundTiles = kTilesOfRound;
   static constexpr int kRounds = kNTiles / kRoundTiles;
   static constexpr int kCells = kRoundTiles * 8 * kUnits;  // of a round
-  static constexpr int kPerThread = (kCells + kThreads - 1) / kThreads;
-  static_assert(kPerThread == 1, "a round gives each thread one cell at most");
+  static constexpr int kStride = kThreads / kUnits * kUnits;
+  static constexpr int kPerThread = (kCells + kStride - 1) / kStride;
 
-  // The cell of this thread in a round: hidden unit and sequence within the tile. Consecutive
-  // threads have consecutive units, as they lie in memory.
-  static LSTM_EXT_DEVICE bool has_cell() { return int(threadIdx.x) < kCells; }
+  // The j-th cell of this thread in a round: sequence and, the same for all j, hidden unit within
+  // the tile. Consecutive threads have consecutive units, as they lie in memory.
+  static LSTM_EXT_DEVICE unsigned cell(int j) { return j * kStride + threadIdx.x; }
+  static LSTM_EXT_DEVICE bool has_cell(int j = 0) {
+    return (kStride == kThreads || threadIdx.x < unsigned(kStride)) && cell(j) < unsigned(kCells);
+  }
   static LSTM_EXT_DEVICE int unit() { return threadIdx.x % kUnits; }
-  static LSTM_EXT_DEVICE int sequence(int round) {
-    return round * kRoundTiles * 8 + threadIdx.x / kUnits;
+  static LSTM_EXT_DEVICE int sequence(int round, int j = 0) {
+    return round * kRoundTiles * 8 + cell(j) / kUnits;
   }
 
-  // partial: [kWarps][kRoundTiles][kMTiles][16][8], the columns of a row in an order that puts what
-  // the threads of a warp take together into different banks.
+  // partial: [kKWarps][kRoundTiles][kBlockTiles][16][8], the columns of a row in an order that puts
+  // what the threads of a warp take together into different banks.
   static LSTM_EXT_DEVICE int place(int warp, int n, int m, int row, int column) {
     const int swizzle = Rows::kGates == 4 ? (row >> 2 & 1) * 4 ^ (m >> 1 & 1) * 2 ^ (m >> 2 & 1)
                                           : (row >> 2 & 1) * 4 ^ (row >> 3 & 1) * 2 ^ (m & 1);
-    return ((warp * kRoundTiles + n) * kMTiles + m) * 128 + row * 8 + (column ^ swizzle);
+    return ((warp * kRoundTiles + n) * kBlockTiles + m) * 128 + row * 8 + (column ^ swizzle);
   }
   static LSTM_EXT_DEVICE void put(Acc* partial, const Acc (&sums)[kMTiles][kNTiles][4], int round) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, warp = Share::k();
 #pragma unroll
     for (int n = 0; n < kRoundTiles; ++n)
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          partial[place(warp, n, m, lane / 4 + e / 2 * 8, lane % 4 * 2 + e % 2)] =
-              sums[m][round * kRoundTiles + n][e];
+          partial[place(warp, n, Share::first_m() + m, lane / 4 + e / 2 * 8,
+                        lane % 4 * 2 + e % 2)] = sums[m][round * kRoundTiles + n][e];
   }
-  // The sums of this thread's unit: the gates i, f, g, o, or one value.
-  static LSTM_EXT_DEVICE void take(const Acc* partial, Acc (&out)[Rows::kGates]) {
-    const int u = unit(), b = threadIdx.x / kUnits;  // of the round
+  // The sums of this thread's j-th cell: the gates i, f, g, o, or one value.
+  static LSTM_EXT_DEVICE void take(const Acc* partial, Acc (&out)[Rows::kGates], int j = 0) {
+    const int u = unit(), b = sequence(0, j);
 #pragma unroll
     for (int gate = 0; gate < Rows::kGates; ++gate) {
       const int m = Rows::kGates == 4 ? u / 8 * 2 + gate / 2 : u / 16;
       const int row = Rows::kGates == 4 ? gate % 2 * 8 + u % 8 : u % 16;
       Acc sum = 0;
 #pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp) sum += partial[place(warp, b / 8, m, row, b % 8)];
+      for (int warp = 0; warp < Share::kKWarps; ++warp)
+        sum += partial[place(warp, b / 8, m, row, b % 8)];
       out[gate] = sum;
     }
   }
-};
-
-// ---- the cell's functions
-// -------------------------------------------------------------------------
-
-// For Cell<> of cell.h. fp32: within 2 units of the last place of the true value.
-template <class T>
-struct ExactMath {
-  using V = T;
-  static LSTM_EXT_DEVICE V sigmoid(V x) { return 1 / (1 + exact_exp(-x)); }
-  static LSTM_EXT_DEVICE V tanh(V x) { return exact_tanh(x); }
-};
-// Beside products of half types and TF32: relative error below 3e-6, a few times as fast.
-struct FastMath {
-  using V = float;
-  static LSTM_EXT_DEVICE V sigmoid(V x) { return __fdividef(1.f, 1.f + __expf(-x)); }
-  static LSTM_EXT_DEVICE V tanh(V x) {
-    const float x2 = x * x;
-    // The first terms of the series, where 1 - 2 / (1 + e^2x) would cancel.
-    const float small = x + x * x2 * (-1.f / 3 + x2 * (2.f / 15 - x2 * (17.f / 315)));
-    const float large = 1.f - __fdividef(2.f, 1.f + __expf(2.f * x));
-    return x2 < 0.0225f ? small : large;
-  }
-};
-
-template <class Arithmetic>
-struct CellOf {
-  using type = Cell<FastMath>;
-};
-template <class T>
-struct CellOf<Scalar<T>> {
-  using type = Cell<ExactMath<T>>;
 };
 
 }  // namespace lstm_ext

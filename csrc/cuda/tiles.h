@@ -38,4 +38,42 @@ constexpr Tile kBackwardScalarTiles[] = {{1, 1, 0}, {1, 4, 0}, {2, 4, 0}};
 // Of the projection's kernels.
 constexpr Tile kProjectionTiles[] = {{1, 1, 0}, {1, 4, 0}};
 
+// ---- a cluster's blocks, on tensor cores
+// ----------------------------------------------------------
+//
+// A block of `m` m-tiles by `n` n-tiles; `held` as above, but backward in m-tiles of a warp.
+
+constexpr int kMostBlocksOfCluster = 16;
+constexpr Tile kForwardClusterTiles16[] = {{4, 1, 4}, {4, 2, 4}, {4, 4, 4}, {8, 1, 8},
+                                           {8, 2, 8}, {8, 4, 4}, {12, 1, 5}};
+constexpr Tile kForwardClusterTiles32[] = {{4, 1, 4}, {4, 2, 4}, {8, 1, 8}, {8, 2, 8}};
+constexpr Tile kBackwardClusterTiles16[] = {{1, 1, 2}, {1, 2, 2}, {1, 4, 2}, {2, 1, 4},
+                                            {2, 2, 4}, {2, 4, 2}, {3, 1, 3}};
+constexpr Tile kBackwardClusterTiles32[] = {{1, 1, 2}, {1, 2, 2}, {2, 1, 2}, {2, 2, 2}};
+
+// Forward: warps that share a part of k, each with other rows; 3 or fewer m-tiles a warp.
+LSTM_EXT_INLINE constexpr int warps_of_rows(int m_tiles) { return m_tiles < 8 ? 2 : 4; }
+
+// Bytes of the two mbarriers.
+constexpr int kBarrierBytes = 128;
+
+// Bytes of a sequence's row in shared memory, from those of its elements (whole chunks). A chunk of
+// one row and that of the next lie in different banks.
+LSTM_EXT_INLINE constexpr int64_t shared_row(int64_t bytes) {
+  return bytes % 128 ? bytes : bytes + 64;
+}
+
+// Bytes of shared memory of a block besides weights. Forward: two states of all units, partial
+// sums.
+LSTM_EXT_INLINE constexpr int64_t forward_cluster_bytes(const Tile& tile, int64_t state_row) {
+  return kBarrierBytes + 2 * 8 * tile.n * shared_row(state_row) +
+         int64_t(kWarps / warps_of_rows(tile.m)) * tile.n * tile.m * 128 * 4;
+}
+// Backward: two sums of this block's units from every block, two times its own gates' gradients.
+LSTM_EXT_INLINE constexpr int64_t backward_cluster_bytes(const Tile& tile, int64_t slices,
+                                                         int element) {
+  return kBarrierBytes + 2 * slices * tile.m * tile.n * 128 * 4 +
+         2 * 8 * tile.n * shared_row(64 * tile.m * element);
+}
+
 }  // namespace lstm_ext

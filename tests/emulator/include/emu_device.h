@@ -79,5 +79,10 @@ requires(std::is_arithmetic_v<A>&& std::is_arithmetic_v<B>) constexpr auto max(A
     -> std::common_type_t<A, B> {
   return a < b ? b : a;
 }
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float x, float y) { return x / y; }

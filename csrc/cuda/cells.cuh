@@ -1,0 +1,204 @@
+// What a step of one hidden unit reads and writes besides its product: the same for every family of
+// kernels, which differ in where the product comes from, where c is kept, and how the next step
+// learns of this one's result.
+#pragma once
+
+#include "cuda/block.cuh"
+
+namespace lstm_ext {
+
+template <class Arithmetic>
+class ForwardUnit {
+  using CellMath = typename CellOf<Arithmetic>::type;
+
+ public:
+  using T = typename Arithmetic::Element;
+  using Acc = typename Arithmetic::Acc;
+  // What can be on its way while the product runs.
+  struct Operands {
+    Acc gx[4];
+    Acc c;  // before the step, resets applied
+  };
+
+  LSTM_EXT_DEVICE ForwardUnit(const ForwardArgs& args, const ForwardArgs::Direction& d,
+                              const Steps& steps, int unit)
+      : args_(args), d_(d), steps_(steps), unit_(unit) {
+    if (unit < args.H)
+      for (int gate = 0; gate < 4; ++gate) {
+        if (d.b_ih) bias_[gate] += to_acc(as<T>(d.b_ih)[gate * args.H + unit]);
+        if (d.b_hh) bias_[gate] += to_acc(as<T>(d.b_hh)[gate * args.H + unit]);
+      }
+  }
+
+  LSTM_EXT_DEVICE Acc first_c(int b) const { return to_acc(as<T>(d_.c0)[at(b, args_.H, unit_)]); }
+
+  // c: what the step before left.
+  LSTM_EXT_DEVICE Operands load(int64_t t, int b, Acc c) const {
+    Operands in = {};
+    in.c = resets(steps_, t, b) ? Acc(0) : c;
+    if (steps_.active(t, b))
+      for (int gate = 0; gate < 4; ++gate)
+        in.gx[gate] = as<Acc>(d_.gx)[at(steps_.row(t, b), 4 * args_.H, gate * args_.H + unit_)];
+    return in;
+  }
+
+  // Step t, the i-th, of sequence b, from the product's sums. c becomes that after the step.
+  // Returns the h that the next step's product reads; before() is that which this step's has read.
+  // With a projection the step's other kernel makes it, from d.hidden.
+  template <class Before>
+  LSTM_EXT_DEVICE T step(int i, int64_t t, int b, const Acc (&sum)[4], const Operands& in, Acc& c,
+                         Before before) const {
+    const int H = args_.H;
+    const T zero = from_acc<T>(Acc(0));
+    const bool reset_follows = i + 1 < steps_.T && resets(steps_, steps_.step_at(i + 1), b);
+    if (!steps_.active(t, b)) {
+      c = in.c;
+      if (!steps_.offsets) {  // a packed batch has no row for it
+        const int64_t row = steps_.row(t, b);
+        if (!d_.hidden) as<T>(d_.y)[row * d_.y_stride + unit_] = zero;
+        if (d_.c_seq) as<Acc>(d_.c_seq)[at(row, H, unit_)] = 0;
+      }
+      return reset_follows || d_.hidden ? zero : before();
+    }
+    const int64_t row = steps_.row(t, b);
+    const typename CellMath::Gates a = {sum[0] + in.gx[0] + bias_[0], sum[1] + in.gx[1] + bias_[1],
+                                        sum[2] + in.gx[2] + bias_[2], sum[3] + in.gx[3] + bias_[3]};
+    typename CellMath::Gates s;
+    Acc h;
+    CellMath::forward(a, in.c, s, c, h);
+    const T out = from_acc<T>(h);
+    if (d_.gates) {
+      Acc* gates = as<Acc>(d_.gates) + at(row, 4 * H, unit_);
+      gates[0] = s.i;
+      gates[H] = s.f;
+      gates[2 * H] = s.g;
+      gates[3 * H] = s.o;
+    }
+    if (d_.c_seq) as<Acc>(d_.c_seq)[at(row, H, unit_)] = c;
+    const bool last = t == steps_.last_step(b);
+    if (last) as<T>(d_.c_n)[at(b, H, unit_)] = from_acc<T>(c);
+    if (d_.hidden) {
+      as<T>(d_.hidden)[at(b, args_.hidden_K, unit_)] = Arithmetic::round_state(out);
+      return zero;
+    }
+    as<T>(d_.y)[row * d_.y_stride + unit_] = out;
+    if (last) as<T>(d_.h_n)[at(b, H, unit_)] = out;
+    return reset_follows ? zero : Arithmetic::round_state(out);
+  }
+
+ private:
+  const ForwardArgs& args_;
+  const ForwardArgs::Direction& d_;
+  const Steps& steps_;
+  int unit_;
+  Acc bias_[4] = {};
+};
+
+// Gradient of h from the steps after: the product, and at a sequence's last step dh_n. A sequence
+// that has not reached its last step (or has left its first behind) takes no step: what it has is
+// carried. Returns the sum, and keeps the account of what is carried.
+template <class T, class Acc>
+LSTM_EXT_DEVICE Acc gradient_of_h(const BackwardArgs::Direction& d, const Steps& steps, int j,
+                                  bool active, int64_t at, Acc product, Acc& carry) {
+  Acc sum = j > 0 ? product : Acc(0);
+  if (j == 0 && d.dh_n) sum += to_acc(as<T>(d.dh_n)[at]);
+  if (!steps.lengths) return sum;
+  if (j > 0) sum += carry;
+  carry = active ? Acc(0) : sum;
+  return sum;
+}
+
+// The j-th step taken backwards is the (T - 1 - j)-th of forward; step T is the one product more
+// that makes dh0.
+template <class Arithmetic>
+class BackwardUnit {
+  using CellMath = typename CellOf<Arithmetic>::type;
+
+ public:
+  using T = typename Arithmetic::Element;
+  using Acc = typename Arithmetic::Acc;
+  // What can be on its way while the product runs.
+  struct Operands {
+    typename CellMath::Gates s;
+    Acc c, c_prev, dy, dcell;
+  };
+
+  LSTM_EXT_DEVICE BackwardUnit(const BackwardArgs& args, const BackwardArgs::Direction& d,
+                               const Steps& steps, int unit)
+      : H_(args.H), d_(d), steps_(steps), unit_(unit) {}
+
+  // Gradient of c before the first step.
+  LSTM_EXT_DEVICE Acc first_dc(int b) const {
+    return d_.dc_n ? to_acc(as<T>(d_.dc_n)[at(b, H_, unit_)]) : Acc(0);
+  }
+
+  LSTM_EXT_DEVICE Operands load(int j, int b) const {
+    Operands in = {};
+    if (j == steps_.T) return in;
+    const int64_t t = steps_.step_at(steps_.T - 1 - j);
+    if (!steps_.active(t, b)) return in;
+    const int64_t row = steps_.row(t, b);
+    const Acc* gates = as<Acc>(d_.gates) + at(row, 4 * H_, unit_);
+    in.s = {gates[0], gates[H_], gates[2 * H_], gates[3 * H_]};
+    in.c = as<Acc>(d_.c_seq)[at(row, H_, unit_)];
+    if (!resets(steps_, t, b)) {
+      if (t == steps_.first_step(b))
+        in.c_prev = to_acc(as<T>(d_.c0)[at(b, H_, unit_)]);
+      else
+        in.c_prev = as<Acc>(d_.c_seq)[at(steps_.row(steps_.reverse ? t + 1 : t - 1, b), H_, unit_)];
+    }
+    // With a projection, dy is in the gradient that comes from the step's other kernel.
+    if (d_.dy && !d_.hidden) in.dy = to_acc(as<T>(d_.dy)[row * d_.dy_stride + unit_]);
+    if (d_.dcells) in.dcell = to_acc(as<T>(d_.dcells)[at(row, H_, unit_)]);
+    return in;
+  }
+
+  // Step j of sequence b. product: dgates W_hh of the step before in this order, or with a
+  // projection the whole gradient of h. dc and carry become those after the step. Returns the
+  // gradients of the gates i, f, g, o that the next product reads.
+  struct Result {
+    T dgates[4];
+  };
+  LSTM_EXT_DEVICE Result step(int j, int b, Acc product, const Operands& in, Acc& dc,
+                              Acc& carry) const {
+    Result result = {};
+    const bool final = j == steps_.T;
+    const int64_t t = final ? -1 : steps_.step_at(steps_.T - 1 - j);
+    const bool active = !final && steps_.active(t, b);
+    const int64_t state = at(b, H_, unit_);
+    const Acc dh = d_.hidden
+                       ? product
+                       : gradient_of_h<T>(d_, steps_, j, active, state, product, carry) + in.dy;
+    if (final) {
+      if (d_.dh0 && !d_.hidden) as<T>(d_.dh0)[state] = from_acc<T>(dh);
+      if (d_.dc0 && steps_.T == 0) as<T>(d_.dc0)[state] = from_acc<T>(dc);
+      return result;
+    }
+    typename CellMath::Gates da = {};
+    if (active) {
+      dc += in.dcell;
+      CellMath::backward(in.s, in.c, in.c_prev, dh, dc, da);
+    }
+    const bool cut = active && resets(steps_, t, b);
+    if (cut) dc = 0;
+    if (d_.dc0 && j + 1 == steps_.T) as<T>(d_.dc0)[state] = from_acc<T>(dc);
+    const T rounded[4] = {from_acc<T>(da.i), from_acc<T>(da.f), from_acc<T>(da.g),
+                          from_acc<T>(da.o)};
+    const bool has_row = active || !steps_.offsets;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) {
+      if (has_row)
+        as<T>(d_.dgates)[at(steps_.row(t, b), 4 * H_, gate * H_ + unit_)] = rounded[gate];
+      result.dgates[gate] = cut ? from_acc<T>(Acc(0)) : Arithmetic::round_state(rounded[gate]);
+    }
+    return result;
+  }
+
+ private:
+  int H_;
+  const BackwardArgs::Direction& d_;
+  const Steps& steps_;
+  int unit_;
+};
+
+}  // namespace lstm_ext

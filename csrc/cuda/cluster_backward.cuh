@@ -1,0 +1,206 @@
+// Backward, one launch for all steps on a cluster of blocks for each group of sequences.
+//
+// Forward's exchange turned round: dgates stay in the block that makes them, and each block
+// multiplies its slice of them, as k, with all rows of W_hh transposed. Every block so has a part
+// of every unit's gradient of h; it sends each part to the block that has the unit (st.async, fp32
+// straight from the product's registers), which adds the parts up in the order of the blocks: one
+// exchange a step, and the same bits every time.
+#pragma once
+
+#include "cuda/cluster_block.cuh"
+
+namespace lstm_ext {
+
+// kMTiles: m-tiles of a block's own units. Of a warp's m-tiles of the product the first kHeld stay
+// in registers, the next `shared` in shared memory, as many as there are.
+template <class Arithmetic, int kMTiles, int kNTiles, int kHeld>
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_cluster(const __grid_constant__ BackwardArgs args) {
+#ifdef LSTM_EXT_CLUSTERS
+  using T = typename Arithmetic::Element;
+  using Acc = typename Arithmetic::Acc;
+  using Cell = BackwardUnit<Arithmetic>;
+  constexpr int kUnits = 16 * kMTiles, kRows = 8 * kNTiles, kVector = 16 / sizeof(T);
+  constexpr int kChunks = 4 * kUnits * int(sizeof(T)) / kChunkBytes;  // of a block's k
+  constexpr int kStride = kThreads / kUnits * kUnits;
+  constexpr int kCells = (kUnits * kRows + kStride - 1) / kStride;
+  // n-tiles whose operands are in registers at a time.
+  constexpr int kColumns = kNTiles < 2 || kChunks > 4 ? 1 : 2;
+  // The product's columns are sent in pairs.
+  static_assert(sizeof(Acc) == 4 && kUnits % kVector == 0, "16-bit and TF32 only");
+
+  DYNAMIC_SHARED(memory);
+  const ClusterPlace place(args.shape, int(args.steps.B));
+  Mailboxes mailboxes(memory);
+  if (place.slice >= place.slices) {  // no units left for it
+    mailboxes.open();
+    mailboxes.close();
+    return;
+  }
+  const BackwardArgs::Direction& d = args.direction[place.direction];
+  Steps steps = args.steps;
+  steps.reverse = d.reverse;
+  const int H = args.H, K = args.K, slices = place.slices, shared = args.shape.shared;
+  const int unit_first = place.slice * kUnits;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, pair = lane % 4;
+
+  // Parts of this block's gradient of h: [2][slices][kMTiles][kNTiles][32 vectors].
+  uint4* const boxes = reinterpret_cast<uint4*>(memory + kBarrierBytes);
+  const int box_vectors = slices * kMTiles * kNTiles * 32;
+  // This block's dgates, gate by gate: [2][kRows][pitch]. Step j's lie in [j % 2].
+  constexpr int kPitch = int(shared_row(4 * kUnits * int64_t(sizeof(T))));
+  unsigned char* const own = reinterpret_cast<unsigned char*>(boxes + 2 * box_vectors);
+  for (int v = threadIdx.x; v < 2 * kRows * kPitch / 16; v += kThreads)
+    reinterpret_cast<uint4*>(own)[v] = make_uint4(0, 0, 0, 0);
+
+  // ---- the weights: warp w has the m-tiles w, w + kWarps, ... of all units
+
+  uint4* const kept = reinterpret_cast<uint4*>(own + 2 * kRows * kPitch) +
+                      size_t(warp) * shared * kChunks * 64 + lane;
+  const int tiles = (H + 15) / 16, mine = (tiles - warp + kWarps - 1) / kWarps;
+  // Row `half` of this lane: 16 bytes of k, which is the gates of this block's units.
+  const auto load_weights = [&](int q, int chunk, int half) {
+    const int row = (warp + q * kWarps) * 16 + half * 8 + g;
+    const int k = (chunk * 4 + pair) * kVector, unit = unit_first + k % kUnits;
+    const T* from = as<T>(d.w_hh) + at(row, K, k / kUnits * H + unit);
+    uint4 bits = make_uint4(0, 0, 0, 0);
+    if (row < H && unit < H && H % kVector == 0) {
+      bits = __ldg(reinterpret_cast<const uint4*>(from));
+    } else if (row < H) {
+      // Element by element, the last first, each shifting the ones after it up.
+      uint64_t lo = 0, hi = 0;
+#pragma unroll 1
+      for (int e = min(kVector, H - unit) - 1; e >= 0; --e) {
+        uint32_t element = 0;
+        memcpy(&element, from + e, sizeof(T));
+        hi = hi << 8 * sizeof(T) | lo >> (64 - 8 * sizeof(T));
+        lo = lo << 8 * sizeof(T) | element;
+      }
+      bits = make_uint4(uint32_t(lo), uint32_t(lo >> 32), uint32_t(hi), uint32_t(hi >> 32));
+    }
+    return Arithmetic::round(bits);
+  };
+  uint4 held[kHeld][kChunks][2];
+#pragma unroll
+  for (int q = 0; q < kHeld; ++q)
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) held[q][chunk][half] = load_weights(q, chunk, half);
+  for (int q = kHeld; q < mine; ++q)
+    for (int chunk = 0; chunk < kChunks; ++chunk)
+      for (int half = 0; half < 2; ++half)
+        kept[(((q - kHeld) * kChunks + chunk) * 2 + half) * 32] = load_weights(q, chunk, half);
+  // A lane reads only what it wrote itself.
+
+  // ---- the cells: thread by thread over the units, then over the sequences
+
+  const int u = threadIdx.x % kUnits, unit = unit_first + u;
+  const auto row_of = [&](int j) { return int(threadIdx.x) / kUnits + j * (kStride / kUnits); };
+  const auto sequence = [&](int j) { return place.row_first + row_of(j); };
+  const auto here = [&](int j) {
+    return (kStride == kThreads || threadIdx.x < kStride) && sequence(j) < place.row_end &&
+           unit < H;
+  };
+  const Cell cell(args, d, steps, unit);
+  Acc dc[kCells], carry[kCells] = {};
+#pragma unroll
+  for (int j = 0; j < kCells; ++j) dc[j] = here(j) ? cell.first_dc(sequence(j)) : Acc(0);
+
+  // Where a part lies: lane (g, pair) of the product has rows g and g + 8 and columns 2 pair and
+  // 2 pair + 1 as one vector. Vectors are numbered so that a warp's threads, which have consecutive
+  // units of a sequence, read from different banks; in odd m-tiles the two columns change places
+  // for the same reason.
+  const auto part = [&](const uint4* box, int source, int b) {
+    const int m = u / 16, word = u % 16 / 8 * 2 + (b % 2 ^ m % 2);
+    const uint4* vectors = box + ((source * kMTiles + m) * kNTiles + b / 8) * 32;
+    return reinterpret_cast<const Acc*>(vectors + b % 8 / 2 * 8 + u % 8)[word];
+  };
+  // Columns of sequences that the group does not have are not sent.
+  const int pairs = (place.rows() + 1) / 2;
+  const int own_tiles = min(max(tiles - place.slice * kMTiles, 0), kMTiles);
+  const int bytes = slices * own_tiles * pairs * 8 * 16;
+  const auto send = [&](int q, int n, int box, const Acc(&sum)[4]) {
+    if (n * 4 + pair >= pairs) return;
+    const int tile = warp + q * kWarps, m = tile % kMTiles;
+    const uint32_t bits[4] = {__float_as_uint(sum[0]), __float_as_uint(sum[1]),
+                              __float_as_uint(sum[2]), __float_as_uint(sum[3])};
+    const uint4 vector = m % 2 ? make_uint4(bits[1], bits[0], bits[3], bits[2])
+                               : make_uint4(bits[0], bits[1], bits[2], bits[3]);
+    const uint4* to =
+        boxes + box * box_vectors + ((place.slice * kMTiles + m) * kNTiles + n) * 32 + pair * 8 + g;
+    mailboxes.send(tile / kMTiles, box, shared_address(to), vector);
+  };
+
+  // The product with the dgates of step j - 1, sent as it is made.
+  const auto multiply = [&](int j) {
+    const unsigned char* gates = own + (j + 1) % 2 * (kRows * kPitch);
+#pragma unroll 1
+    for (int first = 0; first < kNTiles; first += kColumns) {
+      uint4 b[kChunks][kColumns][1];
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk)
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n)
+          b[chunk][n][0] = *reinterpret_cast<const uint4*>(gates + ((first + n) * 8 + g) * kPitch +
+                                                           (chunk * 4 + pair) * 16);
+#pragma unroll
+      for (int q = 0; q < kHeld; ++q) {
+        if (q >= mine) break;
+        Acc sums[kColumns][4] = {};
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk)
+#pragma unroll
+          for (int n = 0; n < kColumns; ++n)
+            Arithmetic::multiply(sums[n], held[q][chunk][0], held[q][chunk][1], b[chunk][n]);
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) send(q, first + n, j % 2, sums[n]);
+      }
+#pragma unroll 1
+      for (int q = kHeld; q < mine; ++q) {
+        Acc sums[kColumns][4] = {};
+        const uint4* rows = kept + (q - kHeld) * kChunks * 64;
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk)
+#pragma unroll
+          for (int n = 0; n < kColumns; ++n)
+            Arithmetic::multiply(sums[n], rows[chunk * 64], rows[chunk * 64 + 32], b[chunk][n]);
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) send(q, first + n, j % 2, sums[n]);
+      }
+    }
+  };
+
+  mailboxes.open();
+  for (int j = 0; j < args.shape.last; ++j) {
+    typename Cell::Operands in[kCells];
+#pragma unroll
+    for (int i = 0; i < kCells; ++i)
+      in[i] = here(i) ? cell.load(j, sequence(i)) : typename Cell::Operands{};
+    if (j > 0) {
+      mailboxes.expect(j % 2, bytes);
+      multiply(j);
+      mailboxes.wait(j % 2, (j - 1) / 2);
+    }
+    const uint4* box = boxes + j % 2 * box_vectors;
+#pragma unroll
+    for (int i = 0; i < kCells; ++i) {
+      if (!here(i)) continue;
+      const int row = row_of(i);
+      Acc sum = 0;
+      if (j > 0)
+        for (int source = 0; source < slices; ++source) sum += part(box, source, row);
+      const typename Cell::Result result = cell.step(j, sequence(i), sum, in[i], dc[i], carry[i]);
+      T* gates = reinterpret_cast<T*>(own + j % 2 * (kRows * kPitch) + row * kPitch);
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) gates[gate * kUnits + u] = result.dgates[gate];
+    }
+    // The next product reads these dgates; the parts just read, and the dgates before them, may be
+    // overwritten.
+    __syncthreads();
+  }
+  mailboxes.close();
+#endif
+}
+
+}  // namespace lstm_ext

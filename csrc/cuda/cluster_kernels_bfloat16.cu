@@ -1,0 +1,10 @@
+#include "cuda/cluster_kernels.cuh"
+
+namespace lstm_ext {
+
+const ClusterKernelSet& cluster_kernels_bfloat16() {
+  return cluster_kernel_set<Tensor16<__nv_bfloat16>, kForwardClusterTiles16,
+                            kBackwardClusterTiles16>();
+}
+
+}  // namespace lstm_ext
