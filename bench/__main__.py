@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bench import report
+from bench.limits import Floor
 from bench.suites import SUITES, Problem, modes_of
 from bench.timing import Row, run_row
 
@@ -64,6 +65,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rows", type=pattern, metavar="REGEX", help="only rows it is found in")
     parser.add_argument(
+        "--floor",
+        type=Path,
+        metavar="FILE",
+        help="what bench.floor measured on this GPU: rows are held against their floor",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
@@ -97,7 +104,11 @@ def progress(total: int) -> tuple[Callable[[str], None], Callable[[str], None], 
 
 
 def run(
-    work: Sequence[tuple[Problem, str]], args: argparse.Namespace, settings: dict, out: Path
+    work: Sequence[tuple[Problem, str]],
+    args: argparse.Namespace,
+    settings: dict,
+    out: Path,
+    floor: Floor | None,
 ) -> list[Row]:
     """Runs the rows, prints each as it ends, and keeps the JSON on disk up to date."""
     import lstm_ext
@@ -122,6 +133,8 @@ def run(
                 repeats=settings["repeats"],
                 min_sample=settings["min_sample_ms"] / 1e3,
             )
+            if floor is not None:
+                row.floor_us = floor.us_per_step(problem, mode, DTYPES[args.dtype].itemsize)
             rows.append(row)
             finish(report.table_row(row))
             whole = len(rows) == len(work)
@@ -140,6 +153,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.floor and args.device != "cuda":
+        parser.error("--floor belongs to --device cuda: it is what a GPU's blocks exchange")
+    try:
+        floor = Floor(args.floor) if args.floor else None
+    except FileNotFoundError:  # a part of `make gpu` that has not run
+        print(f"without floors: there is no {args.floor}", file=sys.stderr)
+        floor = None
+    except (OSError, ValueError) as error:
+        parser.error(f"--floor {args.floor}: {error}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error(
             f"--device cuda: torch {torch.__version__} sees no usable CUDA GPU here "
@@ -193,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     work = [(problem, mode) for problem in problems for mode in modes]
     try:
-        rows = run(work, args, settings, out)
+        rows = run(work, args, settings, out, floor)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1

@@ -141,6 +141,12 @@ def _timing_json(timing: Timing, row: Row) -> dict[str, object]:
     }
 
 
+def of_floor(row: Row) -> float | None:
+    """How many times the floor of a step lstm_ext takes; None where either is not known."""
+    us = us_per_step(row.ours, row)
+    return None if us is None or row.floor_us is None else us / row.floor_us
+
+
 def _row_json(row: Row) -> dict[str, object]:
     ratios = row.ratios
     return {
@@ -154,6 +160,8 @@ def _row_json(row: Row) -> dict[str, object]:
         "ratio_min": min(ratios, default=None),
         "ratio_max": max(ratios, default=None),
         "ratios": ratios,
+        "floor_us_per_step": row.floor_us,
+        "of_floor": of_floor(row),
     }
 
 
@@ -186,6 +194,7 @@ _COLUMNS = (
     ("ratio", 6, ">"),
     ("min..max", 12, ">"),
     ("µs/step", 8, ">"),
+    ("/floor", 6, ">"),
     ("GFLOP/s", 8, ">"),
 )
 
@@ -197,7 +206,7 @@ def _line(cells: tuple[str, ...]) -> str:
 
 
 def table_head() -> str:
-    """Names of the columns; µs/step and GFLOP/s are those of lstm_ext."""
+    """Names of the columns; those after the ratios are of lstm_ext."""
     head = _line(tuple(name for name, _, _ in _COLUMNS))
     return f"{head}\n{'-' * len(head)}"
 
@@ -219,6 +228,7 @@ def table_row(row: Row) -> str:
                 _number(row.ratio, 2),
                 f"{min(ratios):.2f}..{max(ratios):.2f}" if ratios else "-",
                 _number(us_per_step(row.ours, row), 2),
+                _number(of_floor(row), 2),
                 _number(gflops(row.ours, row), 1),
             )
         )

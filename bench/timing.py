@@ -37,12 +37,16 @@ class Timing:
 
 @dataclass
 class Row:
-    """One problem in one mode. ``peer`` is nn.LSTM, ``ours`` is lstm_ext.LSTM."""
+    """One problem in one mode. ``peer`` is nn.LSTM, ``ours`` is lstm_ext.LSTM.
+
+    ``floor_us``: microseconds that a step cannot do without (``bench.limits``), if measured.
+    """
 
     problem: Problem
     mode: str
     peer: Timing
     ours: Timing
+    floor_us: float | None = None
 
     @property
     def ratios(self) -> list[float]:

@@ -293,6 +293,7 @@ def test_machine_names(model, folder):
         (("--suite", "cpu", "--rows", "("), "'(' is not a regular expression"),
         (("--suite", "cpu", "--rows", "B3 "), "matches none of"),
         (("--suite", "cpu", "--out", "."), "cannot write"),
+        (("--suite", "cpu", "--floor", "f"), "--floor belongs to --device cuda"),
     ],
 )
 def test_bad_arguments_exit_with_2(arguments, message, capsys):
@@ -313,7 +314,7 @@ def test_cuda_without_a_gpu_exits_with_2(monkeypatch, capsys):
 KEYS = {"schema", "complete", "settings", "environment", "rows", "geometric_mean_ratio"}
 ROW_KEYS = {
     *("name", "mode", "problem", "flop", "nn_lstm", "lstm_ext"),
-    *("ratio", "ratio_min", "ratio_max", "ratios"),
+    *("ratio", "ratio_min", "ratio_max", "ratios", "floor_us_per_step", "of_floor"),
 }
 TIMING_KEYS = {"ms", "us_per_step", "gflops", "calls_per_sample", "samples_ms", "error"}
 

@@ -146,5 +146,6 @@ def make_parts(out: Path, arch: str, environ: Mapping[str, str]) -> list[Part]:
         for dtype in DTYPES:
             file = out / "bench" / f"{name}-{dtype}-cuda.json"
             command = (python, "-m", "bench", *arguments, "--device", "cuda", "--dtype", dtype)
+            command = (*command, "--floor", str(out / "floor.jsonl"))
             parts.append(Part(f"bench-{name}-{dtype}", ((*command, "--out", str(file)),)))
     return parts
