@@ -34,43 +34,49 @@ __global__ void __launch_bounds__(kThreads, 1)
   const ForwardArgs::Direction& d = args.direction[place.direction];
   Steps steps = args.steps;
   steps.reverse = d.reverse;
-  const int H = args.H, K = args.K, B = int(steps.B);
-  const int first = args.shape.first, last = args.shape.last;
+  const int H = args.H, K = args.K;
   const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
 
   // [2][kRows][pitch]: h as the i-th step finds it lies in [i % 2].
   const int pitch = int(shared_row(K * sizeof(T))), box_bytes = kRows * pitch;
   unsigned char* const states = memory + kBarrierBytes;
   Acc* const partial = reinterpret_cast<Acc*>(states + 2 * box_bytes);
-  const Weights<Arithmetic, GateRows, kMTiles, kHeld, kMWarps> weights(
-      as<T>(d.w_hh), H, K, unit_first, args.shape.shared,
-      reinterpret_cast<unsigned char*>(partial + Sum::kCells * 4 * (kWarps / kMWarps)));
-  const Cell cell(args, d, steps, unit);
 
-  // The state before the first step; what nobody sends stays zero.
-  for (int v = threadIdx.x; v < 2 * box_bytes / 16; v += kThreads) {
-    const int box = v / (box_bytes / 16), at_row = v % (box_bytes / 16);
-    const int b = at_row / (pitch / 16), k = at_row % (pitch / 16);
-    uint4 bits = make_uint4(0, 0, 0, 0);
-    if (box == first % 2 && b < place.rows() && k * kVector < K)
-      bits = reinterpret_cast<const uint4*>(as<T>(d.state) +
-                                            (int64_t(box) * B + place.row_first + b) * K)[k];
-    reinterpret_cast<uint4*>(states)[v] = bits;
+  // The state before the first step: a warp per sequence. What nobody sends stays zero.
+  for (int at_box = threadIdx.x; at_box < 2 * box_bytes / 16; at_box += kThreads)
+    reinterpret_cast<uint4*>(states)[at_box] = make_uint4(0, 0, 0, 0);
+  __syncthreads();
+  for (int row = threadIdx.x / 32; row < place.rows(); row += kWarps) {
+    const int b = place.row_first + row;
+    if (resets(steps, steps.step_at(0), b)) continue;
+    for (int k = threadIdx.x % 32; k < H; k += 32)
+      reinterpret_cast<T*>(states + row * pitch)[k] =
+          Arithmetic::round_state(as<T>(d.h0)[at(b, H, k)]);
   }
+
+  const Cell cell(args, d, steps, unit);
   const auto sequence = [&](int j) { return place.row_first + Sum::sequence(0, j); };
   const auto here = [&](int j) {
     return Sum::has_cell(j) && sequence(j) < place.row_end && unit < H;
   };
   Acc c[kCells];
 #pragma unroll
-  for (int j = 0; j < kCells; ++j)
-    c[j] = !here(j)     ? Acc(0)
-           : first == 0 ? cell.first_c(sequence(j))
-                        : as<Acc>(d.cells)[at(sequence(j), H, unit)];
+  for (int j = 0; j < kCells; ++j) c[j] = here(j) ? cell.first_c(sequence(j)) : Acc(0);
+  if (steps.lengths)
+    for (int j = 0; j < kCells; ++j) {
+      if (!here(j) || steps.lengths[sequence(j)]) continue;
+      const int64_t result = at(sequence(j), H, unit);  // of a sequence without a step
+      as<T>(d.h_n)[result] = as<T>(d.h0)[result];
+      as<T>(d.c_n)[result] = as<T>(d.c0)[result];
+    }
+  const Weights<Arithmetic, GateRows, kMTiles, kHeld, kMWarps> weights(
+      as<T>(d.w_hh), H, K, unit_first, args.shape.shared,
+      reinterpret_cast<unsigned char*>(partial + Sum::kCells * 4 * (kWarps / kMWarps)));
   mailboxes.open();
 
   const int bytes = place.rows() * ((H + kVector - 1) / kVector) * 16;
-  for (int i = first; i < last; ++i) {
+  for (int i = 0; i < args.shape.last; ++i) {
+    const bool goes_on = i + 1 < args.shape.last;
     const int64_t t = steps.step_at(i);
     const int box = i % 2, next = (i + 1) % 2;
     const unsigned char* state = states + box * box_bytes;
@@ -78,8 +84,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int j = 0; j < kCells; ++j)
       in[j] = here(j) ? cell.load(t, sequence(j), c[j]) : typename Cell::Operands{};
-    if (i > first) mailboxes.wait(box, (i - first - 1) / 2);
-    if (i + 1 < last) mailboxes.expect(next, bytes);
+    if (i > 0) mailboxes.wait(box, (i - 1) / 2);
+    if (goes_on) mailboxes.expect(next, bytes);
 
     Acc sums[kMTiles][kNTiles][4];
     weights.template multiply<kNTiles>(
@@ -99,17 +105,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         h = cell.step(i, t, b, sum, in[j], c[j],
                       [&] { return reinterpret_cast<const T*>(state + row * pitch)[unit]; });
       }
-      if (i + 1 < last) {
-        const uint4 vector = gather_lanes(h);
-        if (!Sum::has_cell(j) || b >= place.row_end || unit / kVector * kVector >= H) continue;
-        const shared_addr to =
-            shared_address(states + next * box_bytes + row * pitch + unit / kVector * 16);
-        for (int peer = unit % kVector; peer < place.slices; peer += kVector)
-          mailboxes.send(peer, next, to, vector);
-      } else if (last < steps.T && here(j)) {  // another launch goes on
-        as<T>(d.state)[at(int64_t(next) * B + b, K, unit)] = h;
-        as<Acc>(d.cells)[at(b, H, unit)] = c[j];
-      }
+      if (!goes_on) continue;
+      const uint4 vector = gather_lanes(h);
+      if (!Sum::has_cell(j) || b >= place.row_end || unit / kVector * kVector >= H) continue;
+      const shared_addr to =
+          shared_address(states + next * box_bytes + row * pitch + unit / kVector * 16);
+      for (int peer = unit % kVector; peer < place.slices; peer += kVector)
+        mailboxes.send(peer, next, to, vector);
     }
   }
   mailboxes.close();

@@ -202,11 +202,12 @@ void cuda_forward(const CudaLayer& layer, const CudaForwardDirection* directions
   if (!layer.steps.B) return;
   make_current(layer.device);
   const KernelSet& kernels = kernels_of(layer);
-  prepare(kernels.forward_prepare, layer, args, 32 * layer.steps.B);
-  const int T = int(layer.steps.T);
-  if (!T) return;
   const CudaPlan& plan = layer.plan;
   const bool clusters = plan.family == CudaFamily::kCluster;
+  const int T = int(layer.steps.T);
+  // A cluster begins by itself.
+  if (!clusters || !T) prepare(kernels.forward_prepare, layer, args, 32 * layer.steps.B);
+  if (!T) return;
   const ForwardKernel cell = (clusters ? cluster_kernels_of(layer).forward : kernels.forward)(
       plan.m_tiles, plan.n_tiles, plan.held);
   if (plan.family != CudaFamily::kStep) {
@@ -227,14 +228,19 @@ void cuda_backward(const CudaLayer& layer, const CudaBackwardDirection* directio
   if (!layer.steps.B) return;
   make_current(layer.device);
   const KernelSet& kernels = kernels_of(layer);
-  const int T = int(layer.steps.T);
-  prepare(kernels.backward_prepare, layer, args, 32 * std::max<int64_t>(T, 1) * layer.steps.B);
-  // The product that makes dh0 is a step of its own.
-  bool final = T == 0;
-  for (int i = 0; i < layer.directions; ++i) final = final || directions[i].dh0;
-  const int count = T + final;
   const CudaPlan& plan = layer.plan;
   const bool clusters = plan.family == CudaFamily::kCluster;
+  const int T = int(layer.steps.T);
+  // The product that makes dh0 is a step of its own.
+  bool final = T == 0, h_prev = false;
+  for (int i = 0; i < layer.directions; ++i) {
+    final = final || directions[i].dh0;
+    h_prev = h_prev || directions[i].h_prev;
+  }
+  const int count = T + final;
+  // A cluster begins by itself.
+  if (!clusters || h_prev)
+    prepare(kernels.backward_prepare, layer, args, 32 * std::max<int64_t>(T, 1) * layer.steps.B);
   const BackwardKernel cell = (clusters ? cluster_kernels_of(layer).backward : kernels.backward)(
       plan.m_tiles, plan.n_tiles, plan.held);
   if (plan.family != CudaFamily::kStep) {

@@ -169,12 +169,12 @@ class Weights {
     const int resident = min(mine, kInRegisters + shared_);
     int j = kInRegisters;
 #pragma unroll 1
-    for (; j < resident; j += kGroup<kNTiles>)
-      group<kShared, kNTiles, kGroup<kNTiles>>(state, columns, j, resident, sums);
+    for (; j < resident; j += kGroup<State, kNTiles>)
+      group<kShared, kNTiles, kGroup<State, kNTiles>>(state, columns, j, resident, sums);
     if constexpr (State::kNear) return;  // then all of the weights are, too
 #pragma unroll 1
-    for (j = max(kInRegisters, resident); j < mine; j += kGroup<kNTiles>)
-      group<kGlobal, kNTiles, kGroup<kNTiles>>(state, columns, j, mine, sums);
+    for (j = max(kInRegisters, resident); j < mine; j += kGroup<State, kNTiles>)
+      group<kGlobal, kNTiles, kGroup<State, kNTiles>>(state, columns, j, mine, sums);
   }
 
  private:
@@ -186,8 +186,9 @@ class Weights {
       State::kNear                   ? (kNTiles < 2 && kInRegisters % 2 == 0 ? 2 : 1)
       : kInRegisters * kNTiles <= 16 ? (kInRegisters ? kInRegisters : 1)
                                      : (kInRegisters > 4 ? 8 : 16) / kNTiles;
-  template <int kNTiles>
-  static constexpr int kGroup = kParts == 1 && 2 * kMTiles + kNTiles <= 8 ? 2 : 1;
+  template <class State, int kNTiles>
+  static constexpr int kGroup =
+      kParts == 1 && 2 * kMTiles + kNTiles <= (State::kNear ? 6 : 8) ? 2 : 1;
 
   // Adds the products of the warp's chunks j, j + 1, ... of kCount, those from `end` on left out.
   template <Source kSource, int kNTiles, int kCount, class State>
