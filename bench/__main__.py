@@ -65,6 +65,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rows", type=pattern, metavar="REGEX", help="only rows it is found in")
     parser.add_argument(
+        "--host",
+        action="store_true",
+        help="with --device cuda: the time of the calling thread, the GPU's work left out",
+    )
+    parser.add_argument(
         "--floor",
         type=Path,
         metavar="FILE",
@@ -74,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FILE",
-        help="default: bench/results/<machine>/<suite>-<dtype>-<device>.json",
+        help="default: bench/results/<machine>/<suite>-<dtype>-<device>[-host].json",
     )
     return parser
 
@@ -132,6 +137,7 @@ def run(
                 device=device,
                 repeats=settings["repeats"],
                 min_sample=settings["min_sample_ms"] / 1e3,
+                host=args.host,
             )
             if floor is not None:
                 row.floor_us = floor.us_per_step(problem, mode, DTYPES[args.dtype].itemsize)
@@ -153,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.host and args.device != "cuda":
+        parser.error("--host belongs to --device cuda: on a CPU the calling thread does it all")
     if args.floor and args.device != "cuda":
         parser.error("--floor belongs to --device cuda: it is what a GPU's blocks exchange")
     try:
@@ -200,11 +208,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "repeats": args.repeats or (3 if args.quick else 9),
         "min_sample_ms": 5 if args.quick else 20,
         "quick": args.quick,
+        "host": args.host,
     }
     out = args.out
     if out is None:
         folder = report.ROOT / "bench" / "results" / report.machine(torch.device(args.device))
-        out = folder / f"{args.suite}-{args.dtype}-{args.device}.json"
+        clock = "-host" if args.host else ""
+        out = folder / f"{args.suite}-{args.dtype}-{args.device}{clock}.json"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():

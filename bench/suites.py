@@ -180,7 +180,19 @@ def _cpu() -> tuple[Problem, ...]:
     )
 
 
+def _host() -> tuple[Problem, ...]:
+    # Next to nothing to compute: what a call costs the thread that makes it.
+    t, b, h = 4, 1, 64
+    return (
+        square(t, b, h),
+        square(t, b, h, num_layers=2),
+        square(t, b, h, bidirectional=True),
+        square(t, 4, h, lengths=spread(1, t, 4)),
+    )
+
+
 SUITES: dict[str, tuple[Problem, ...]] = {
+    "host": _host(),
     "cpu": _cpu(),
     "deepbench-train": _deepbench_train(),
     "deepbench-infer": _deepbench_infer(),

@@ -60,7 +60,7 @@ def others(suite):
     return [problem for problem in SUITES[suite] if not is_plain(problem)]
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", PLAIN)
 def test_suite_holds_the_plain_problems_of_the_design(suite):
     plain = [p for p in SUITES[suite] if is_plain(p)]
     assert {(p.steps, p.batch, p.hidden_size) for p in plain} == PLAIN[suite]
@@ -76,6 +76,7 @@ def test_suite_holds_the_plain_problems_of_the_design(suite):
         ("classic", 3),
         ("edges", 12),
         ("cpu", 13),
+        ("host", 4),
     ],
 )
 def test_suite_is_complete(suite, count):
@@ -84,7 +85,7 @@ def test_suite_is_complete(suite, count):
 
 
 def test_suites_are_those_of_the_design():
-    assert set(SUITES) == set(PLAIN)
+    assert set(SUITES) == {*PLAIN, "host"}
     assert not others("deepbench-train") + others("deepbench-infer") + others("flashrnn")
 
 
@@ -293,6 +294,7 @@ def test_machine_names(model, folder):
         (("--suite", "cpu", "--rows", "("), "'(' is not a regular expression"),
         (("--suite", "cpu", "--rows", "B3 "), "matches none of"),
         (("--suite", "cpu", "--out", "."), "cannot write"),
+        (("--suite", "host", "--host"), "--host belongs to --device cuda"),
         (("--suite", "cpu", "--floor", "f"), "--floor belongs to --device cuda"),
     ],
 )

@@ -44,6 +44,13 @@ def test_a_sample_lies_between_two_events_and_starts_idle(log):
     assert log == ["synchronize", "record", *calls, "record", "synchronize"]
 
 
+def test_the_time_of_the_calling_thread(log, monkeypatch):
+    """Until the last call returns; the device is idle before and is waited for after."""
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 5e-3 * log.count("call"))
+    assert timing.seconds(lambda: log.append("call"), 3, CUDA, host=True) == pytest.approx(15e-3)
+    assert log == ["synchronize", *["call"] * 3, "synchronize"]
+
+
 def test_a_sample_is_long_enough(log):
     assert timing.warm_up(lambda: log.append("call"), 20e-3, CUDA) == 10
 

@@ -16,6 +16,7 @@ MINUTES = 8.0  # of any part
 DTYPES = ("float32", "bfloat16", "float16")
 # (name, arguments of `python -m bench`), the largest suite in a part a mode.
 SUITES = (
+    ("host", ("--suite", "host", "--host")),
     ("edges", ("--suite", "edges")),
     ("deepbench-infer", ("--suite", "deepbench-infer")),
     ("deepbench-train", ("--suite", "deepbench-train")),
