@@ -48,7 +48,8 @@ struct Cell {
     s.o = Math::sigmoid(a.o);
   }
 
-  static LSTM_EXT_INLINE V forward_output(const Gates& s, V c) { return s.o * Math::tanh(c); }
+  static LSTM_EXT_INLINE V tanh_of(V c) { return Math::tanh(c); }
+  static LSTM_EXT_INLINE V forward_output(const Gates& s, V c) { return s.o * tanh_of(c); }
 
   // dh, dc: gradients of h and c from all later uses. On return da is the gradient of the
   // pre-activations and dc that of c_prev. tanh(c) is recomputed rather than saved.

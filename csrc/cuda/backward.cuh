@@ -11,7 +11,7 @@
 namespace lstm_ext {
 
 // The hidden units of one slice, for the sequences of one group, over the steps of the launch.
-template <class Arithmetic, int kMTiles, int kNTiles, int kHeld>
+template <class Arithmetic, int kMTiles, int kNTiles, int kHeld, bool kVariants>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_cell(const __grid_constant__ BackwardArgs args) {
   using T = typename Arithmetic::Element;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       memory + kPartialBytes);
   GroupBarrier barrier(d.counters, args.shape, place);
 
-  using Cell = BackwardUnit<Arithmetic>;
+  using Cell = BackwardUnit<Arithmetic, kVariants>;
   const Cell cell(args, d, steps, unit);
 
   // As in forward_cell.
@@ -49,10 +49,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     return Operands{cell.load(j, b), j == 0 ? cell.first_dc(b) : as<Acc>(d.cells)[at(b, H, unit)]};
   };
   const auto finish = [&](int j, int b, Acc product, const Operands& in, T* out) {
-    const bool carries = steps.lengths && !projected;
-    Acc dc = in.dc, carry = carries && j > 0 ? as<Acc>(d.carry)[at(b, H, unit)] : Acc(0);
+    if (kVariants && d.product) {
+      as<Acc>(d.product)[at(b, 6 * H, unit)] = product;
+      return;
+    }
+    const bool carried = carries<kVariants>(d, steps) && !projected;
+    Acc dc = in.dc, carry = carried && j > 0 ? as<Acc>(d.carry)[at(b, H, unit)] : Acc(0);
     const typename Cell::Result result = cell.step(j, b, product, in, dc, carry);
-    if (carries) as<Acc>(d.carry)[at(b, H, unit)] = carry;
+    if (carried) as<Acc>(d.carry)[at(b, H, unit)] = carry;
     if (j == steps.T) return;
     as<Acc>(d.cells)[at(b, H, unit)] = dc;
 #pragma unroll
@@ -126,14 +130,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     Acc sum[1];
     Sum::take(partial, sum);
     const bool active = !final && steps.active(t, b);
-    Acc carry = steps.lengths && j > 0 ? as<Acc>(d.carry)[at(b, P, unit)] : Acc(0);
-    Acc dr = gradient_of_h<T>(d, steps, j, active, at(b, P, unit), sum[0], carry);
-    if (steps.lengths) as<Acc>(d.carry)[at(b, P, unit)] = carry;
+    const bool carried = carries<true>(d, steps);
+    Acc carry = carried && j > 0 ? as<Acc>(d.carry)[at(b, P, unit)] : Acc(0);
+    const Acc dy =
+        active && d.dy ? to_acc(as<T>(d.dy)[steps.row(t, b) * d.dy_stride + unit]) : Acc(0);
+    const Acc dr = gradient_of_h<T, true>(d, steps, j, t, active, b, P, unit, sum[0], dy, carry);
+    if (carried) as<Acc>(d.carry)[at(b, P, unit)] = carry;
     if (final) {
       if (d.dh0) as<T>(d.dh0)[at(b, P, unit)] = from_acc<T>(dr);
       continue;
     }
-    if (active && d.dy) dr += to_acc(as<T>(d.dy)[steps.row(t, b) * d.dy_stride + unit]);
     const T out = active ? from_acc<T>(dr) : from_acc<T>(Acc(0));
     if (active || !steps.offsets) as<T>(d.dr)[at(steps.row(t, b), P, unit)] = out;
     as<T>(d.hidden)[at(b, args.hidden_K, unit)] = Arithmetic::round_state(out);
@@ -174,7 +180,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         from = as<T>(d.y) + steps.row(steps.reverse ? t + 1 : t - 1, b) * d.y_stride;
     }
     T* to = as<T>(d.h_prev) + steps.row(t, b) * P;
-    for (int64_t p = threadIdx.x % 32; p < P; p += 32) to[p] = from ? from[p] : zero;
+    const Acc* factors = as<Acc>(d.variants.h_dropout);
+    for (int64_t p = threadIdx.x % 32; p < P; p += 32) {
+      to[p] = from ? from[p] : zero;
+      if (factors && from) to[p] = from_acc<T>(to_acc(from[p]) * factors[b * P + p]);
+    }
   }
 }
 

@@ -20,35 +20,56 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-CudaProblem problem(int dtype, bool tf32, bool backward, bool projection, int directions, int64_t T,
-                    int64_t B, int64_t H, int64_t P) {
-  return {static_cast<Dtype>(dtype), tf32, backward, projection, directions, T, B, H, P};
+CudaProblem problem(int dtype, bool tf32, bool backward, bool projection, bool variants,
+                    bool normed, int directions, int64_t T, int64_t B, int64_t H, int64_t P) {
+  return {static_cast<Dtype>(dtype),
+          tf32,
+          backward,
+          projection,
+          variants,
+          normed,
+          directions,
+          T,
+          B,
+          H,
+          P};
 }
 
 CudaLayer layer(int dtype, bool tf32, int device, int directions, const Steps& steps, int64_t H,
-                int64_t P, const CudaPlan& plan) {
+                int64_t P, bool variants, bool normed, const CudaPlan& plan) {
   const Dtype code = static_cast<Dtype>(dtype);
-  return {code, tf32, device, nullptr, directions, steps, H, P, padded(P, code), plan};
+  return {code, tf32, device,          nullptr,  directions, steps,
+          H,    P,    padded(P, code), variants, normed,     plan};
 }
 
 CudaForwardDirection forward_direction(bool reverse, Address gx, Address b_ih, Address b_hh,
                                        Address w_hh, Address w_hr, Address h0, Address c0,
-                                       Address gates, Address c_seq, Address y, int64_t y_stride,
+                                       const Variants& variants, Address gates, Address c_seq,
+                                       Address norm, Address norm_r, Address y, int64_t y_stride,
                                        Address h_n, Address c_n) {
-  return {reverse,       pointer(gx), pointer(b_ih), pointer(b_hh),  pointer(w_hh),
-          pointer(w_hr), pointer(h0), pointer(c0),   pointer(gates), pointer(c_seq),
-          pointer(y),    y_stride,    pointer(h_n),  pointer(c_n)};
+  return {reverse,        pointer(gx),   pointer(b_ih),   pointer(b_hh), pointer(w_hh),
+          pointer(w_hr),  pointer(h0),   pointer(c0),     variants,      pointer(gates),
+          pointer(c_seq), pointer(norm), pointer(norm_r), pointer(y),    y_stride,
+          pointer(h_n),   pointer(c_n)};
 }
 
 CudaBackwardDirection backward_direction(bool reverse, Address w_hh, Address w_hr, Address h0,
                                          Address c0, Address y, int64_t y_stride, Address gates,
-                                         Address c_seq, Address dy, int64_t dy_stride, Address dh_n,
-                                         Address dc_n, Address dcells, Address dgates,
-                                         Address h_prev, Address dr, Address dh0, Address dc0) {
-  return {reverse,         pointer(w_hh), pointer(w_hr),  pointer(h0),     pointer(c0),
-          pointer(y),      y_stride,      pointer(gates), pointer(c_seq),  pointer(dy),
-          dy_stride,       pointer(dh_n), pointer(dc_n),  pointer(dcells), pointer(dgates),
-          pointer(h_prev), pointer(dr),   pointer(dh0),   pointer(dc0)};
+                                         Address c_seq, const Variants& variants, Address norm,
+                                         Address norm_r, Address dy, int64_t dy_stride,
+                                         Address dh_n, Address dc_n, Address dcells, Address dgates,
+                                         Address dproduct, Address cell_out, Address dpeephole,
+                                         Address dnorm, Address h_prev, Address dr, Address dh0,
+                                         Address dc0) {
+  return {reverse,           pointer(w_hh),     pointer(w_hr),
+          pointer(h0),       pointer(c0),       pointer(y),
+          y_stride,          pointer(gates),    pointer(c_seq),
+          variants,          pointer(norm),     pointer(norm_r),
+          pointer(dy),       dy_stride,         pointer(dh_n),
+          pointer(dc_n),     pointer(dcells),   pointer(dgates),
+          pointer(dproduct), pointer(cell_out), pointer(dpeephole),
+          pointer(dnorm),    pointer(h_prev),   pointer(dr),
+          pointer(dh0),      pointer(dc0)};
 }
 
 template <class Direction>
@@ -74,7 +95,7 @@ void bind_cuda(py::module_& m) {
       .def_readonly("shared_bytes", &CudaProperties::shared_bytes);
   py::class_<CudaProblem>(m, "CudaProblem", py::module_local())
       .def(py::init(&problem), py::kw_only(), "dtype"_a, "tf32"_a, "backward"_a, "projection"_a,
-           "directions"_a, "T"_a, "B"_a, "H"_a, "P"_a)
+           "variants"_a, "normed"_a, "directions"_a, "T"_a, "B"_a, "H"_a, "P"_a)
       .def_readonly("backward", &CudaProblem::backward);
   py::class_<CudaPlan>(m, "CudaPlan", py::module_local())
       .def(py::init<const CudaPlan&>())
@@ -104,15 +125,16 @@ void bind_cuda(py::module_& m) {
 
   py::class_<CudaLayer>(m, "CudaLayer", py::module_local())
       .def(py::init(&layer), py::kw_only(), "dtype"_a, "tf32"_a, "device"_a, "directions"_a,
-           "steps"_a, "H"_a, "P"_a, "plan"_a);
+           "steps"_a, "H"_a, "P"_a, "variants"_a, "normed"_a, "plan"_a);
   py::class_<CudaForwardDirection>(m, "CudaForwardDirection", py::module_local())
       .def(py::init(&forward_direction), py::kw_only(), "reverse"_a, "gx"_a, "b_ih"_a, "b_hh"_a,
-           "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "gates"_a, "c_seq"_a, "y"_a, "y_stride"_a, "h_n"_a,
-           "c_n"_a);
+           "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "variants"_a, "gates"_a, "c_seq"_a, "norm"_a,
+           "norm_r"_a, "y"_a, "y_stride"_a, "h_n"_a, "c_n"_a);
   py::class_<CudaBackwardDirection>(m, "CudaBackwardDirection", py::module_local())
       .def(py::init(&backward_direction), py::kw_only(), "reverse"_a, "w_hh"_a, "w_hr"_a, "h0"_a,
-           "c0"_a, "y"_a, "y_stride"_a, "gates"_a, "c_seq"_a, "dy"_a, "dy_stride"_a, "dh_n"_a,
-           "dc_n"_a, "dcells"_a, "dgates"_a, "h_prev"_a, "dr"_a, "dh0"_a, "dc0"_a);
+           "c0"_a, "y"_a, "y_stride"_a, "gates"_a, "c_seq"_a, "variants"_a, "norm"_a, "norm_r"_a,
+           "dy"_a, "dy_stride"_a, "dh_n"_a, "dc_n"_a, "dcells"_a, "dgates"_a, "dproduct"_a,
+           "cell_out"_a, "dpeephole"_a, "dnorm"_a, "h_prev"_a, "dr"_a, "dh0"_a, "dc0"_a);
   m.def("cuda_forward_workspace", &cuda_forward_workspace, "layer"_a, "projection"_a);
   m.def("cuda_backward_workspace", &cuda_backward_workspace, "layer"_a, "projection"_a);
   m.def(

@@ -78,9 +78,10 @@ LSTM_EXT_DEVICE bool resets(const Steps& steps, int64_t t, int64_t b) {
 
 struct ForwardArgs {
   struct Direction : CudaForwardDirection {
-    void* state;   // storage [2][B][K]: h as the i-th step finds it lies in [i % 2], resets applied
-    void* cells;   // acc [B][H]: c
-    void* hidden;  // storage [B][hidden_K]: o * tanh(c) before the projection; null: none
+    void* state;  // storage [2][B][K]: h as the i-th step finds it lies in [i % 2], resets applied
+    void* cells;  // acc [B][H]: c
+    void* product;  // acc [B][4H]: h W_hh^T, for the kernel of a layer norm; null: none
+    void* hidden;   // storage [B][hidden_K]: o * tanh(c) before the projection; null: none
     unsigned* counters;
   };
   Steps steps;
@@ -96,7 +97,10 @@ struct BackwardArgs {
                    // where no gradient goes further back
     void* hidden;  // storage [B][hidden_K]: gradient of h before the projection; null: none
     void* cells;   // acc [B][H]: gradient of c
-    void* carry;   // acc [B][P]: gradient of h that waits for a sequence's last step
+    // acc [B][6H]: the product in the first H, for the kernel of a layer norm, which puts more
+    // there; null: none.
+    void* product;
+    void* carry;  // acc [B][P]: gradient of h that waits for another step
     unsigned* counters;
   };
   Steps steps;

@@ -1,17 +1,55 @@
 // What a step of one hidden unit reads and writes besides its product: the same for every family of
 // kernels, which differ in where the product comes from, where c is kept, and how the next step
 // learns of this one's result.
+//
+// kVariants: with what params.h calls Variants. The plain LSTM's kernels do without, for they have
+// no registers to spare.
 #pragma once
 
 #include "cuda/block.cuh"
 
 namespace lstm_ext {
 
-template <class Arithmetic>
-class ForwardUnit {
-  using CellMath = typename CellOf<Arithmetic>::type;
+// The peepholes of a unit.
+template <class T, class Peephole>
+LSTM_EXT_DEVICE Peephole peephole_of(const Variants& v, int H, int unit) {
+  const T* p = as<T>(v.peephole) + unit;
+  return {to_acc(p[0]), to_acc(p[H]), to_acc(p[2 * H])};
+}
+// What part of the old h or c stays.
+template <class Acc>
+LSTM_EXT_DEVICE Acc kept_part(const uint8_t* mask, double everywhere, int64_t at) {
+  return mask ? Acc(mask[at] != 0) : Acc(everywhere);
+}
 
+// h after step t of sequence b, from the one that the step made, in column `unit` of `width`.
+template <class T, class Acc>
+LSTM_EXT_DEVICE T zoned_out_h(const ForwardArgs::Direction& d, const Steps& steps, int64_t t, int b,
+                              int width, int unit, Acc fresh) {
+  const Variants& v = d.variants;
+  if (!v.zoneout_h()) return from_acc<T>(fresh);
+  Acc old = 0;
+  if (!resets(steps, t, b)) {
+    if (t == steps.first_step(b))
+      old = to_acc(as<T>(d.h0)[at(b, width, unit)]);
+    else
+      old = to_acc(as<T>(d.y)[steps.row(steps.reverse ? t + 1 : t - 1, b) * d.y_stride + unit]);
+  }
+  const Acc keep = kept_part<Acc>(v.keep_h, v.keep_h_all, at(steps.row(t, b), width, unit));
+  return from_acc<T>(keep * old + (1 - keep) * fresh);
+}
+// h as the product reads it.
+template <class Arithmetic, class T>
+LSTM_EXT_DEVICE T product_input(const Variants& v, int b, int width, int unit, T h) {
+  using Acc = typename Arithmetic::Acc;
+  if (v.h_dropout) h = from_acc<T>(to_acc(h) * as<Acc>(v.h_dropout)[at(b, width, unit)]);
+  return Arithmetic::round_state(h);
+}
+
+template <class Arithmetic, bool kVariants = false>
+class ForwardUnit {
  public:
+  using CellMath = typename CellOf<Arithmetic>::type;
   using T = typename Arithmetic::Element;
   using Acc = typename Arithmetic::Acc;
   // What can be on its way while the product runs.
@@ -48,25 +86,53 @@ class ForwardUnit {
   template <class Before>
   LSTM_EXT_DEVICE T step(int i, int64_t t, int b, const Acc (&sum)[4], const Operands& in, Acc& c,
                          Before before) const {
-    const int H = args_.H;
+    if (!steps_.active(t, b)) return skip(i, t, b, in, c, before);
+    typename CellMath::Gates s;
+    const Acc fresh = state(t, b, sum, in, s, c);
+    return output(i, t, b, CellMath::forward_output(s, fresh));
+  }
+
+  // ---- its parts
+
+  // A step that is not taken.
+  template <class Before>
+  LSTM_EXT_DEVICE T skip(int i, int64_t t, int b, const Operands& in, Acc& c, Before before) const {
     const T zero = from_acc<T>(Acc(0));
-    const bool reset_follows = i + 1 < steps_.T && resets(steps_, steps_.step_at(i + 1), b);
-    if (!steps_.active(t, b)) {
-      c = in.c;
-      if (!steps_.offsets) {  // a packed batch has no row for it
-        const int64_t row = steps_.row(t, b);
-        if (!d_.hidden) as<T>(d_.y)[row * d_.y_stride + unit_] = zero;
-        if (d_.c_seq) as<Acc>(d_.c_seq)[at(row, H, unit_)] = 0;
-      }
-      return reset_follows || d_.hidden ? zero : before();
+    c = in.c;
+    if (!steps_.offsets) {  // a packed batch has no row for it
+      const int64_t row = steps_.row(t, b);
+      if (!d_.hidden) as<T>(d_.y)[row * d_.y_stride + unit_] = zero;
+      if (d_.c_seq) as<Acc>(d_.c_seq)[at(row, args_.H, unit_)] = 0;
     }
+    return reset_follows(i, b) || d_.hidden ? zero : before();
+  }
+
+  // Makes the gates, and c; returns c as h is made of it.
+  LSTM_EXT_DEVICE Acc state(int64_t t, int b, const Acc (&sum)[4], const Operands& in,
+                            typename CellMath::Gates& s, Acc& c) const {
+    const int H = args_.H;
     const int64_t row = steps_.row(t, b);
     const typename CellMath::Gates a = {sum[0] + in.gx[0] + bias_[0], sum[1] + in.gx[1] + bias_[1],
                                         sum[2] + in.gx[2] + bias_[2], sum[3] + in.gx[3] + bias_[3]};
-    typename CellMath::Gates s;
-    Acc h;
-    CellMath::forward(a, in.c, s, c, h);
-    const T out = from_acc<T>(h);
+    Acc fresh;
+    if constexpr (kVariants) {
+      const Variants& v = d_.variants;
+      // Not a pointer that may be null: the peepholes would have to lie in memory.
+      if (v.peephole) {
+        const auto peephole = peephole_of<T, typename CellMath::Peephole>(v, H, unit_);
+        CellMath::forward_state(a, in.c, s, fresh, &peephole);
+      } else {
+        CellMath::forward_state(a, in.c, s, fresh, nullptr);
+      }
+      c = fresh;
+      if (v.zoneout_c()) {
+        const Acc keep = kept_part<Acc>(v.keep_c, v.keep_c_all, at(row, H, unit_));
+        c = CellMath::zoneout(keep, in.c, fresh);
+      }
+    } else {
+      CellMath::forward_state(a, in.c, s, fresh, nullptr);
+      c = fresh;
+    }
     if (d_.gates) {
       Acc* gates = as<Acc>(d_.gates) + at(row, 4 * H, unit_);
       gates[0] = s.i;
@@ -75,18 +141,34 @@ class ForwardUnit {
       gates[3 * H] = s.o;
     }
     if (d_.c_seq) as<Acc>(d_.c_seq)[at(row, H, unit_)] = c;
-    const bool last = t == steps_.last_step(b);
-    if (last) as<T>(d_.c_n)[at(b, H, unit_)] = from_acc<T>(c);
+    if (t == steps_.last_step(b)) as<T>(d_.c_n)[at(b, H, unit_)] = from_acc<T>(c);
+    return fresh;
+  }
+
+  // What follows from h = o * tanh(c).
+  LSTM_EXT_DEVICE T output(int i, int64_t t, int b, Acc h) const {
+    const int H = args_.H;
     if (d_.hidden) {
-      as<T>(d_.hidden)[at(b, args_.hidden_K, unit_)] = Arithmetic::round_state(out);
-      return zero;
+      as<T>(d_.hidden)[at(b, args_.hidden_K, unit_)] = Arithmetic::round_state(from_acc<T>(h));
+      return from_acc<T>(Acc(0));
     }
-    as<T>(d_.y)[row * d_.y_stride + unit_] = out;
-    if (last) as<T>(d_.h_n)[at(b, H, unit_)] = out;
-    return reset_follows ? zero : Arithmetic::round_state(out);
+    T out;
+    if constexpr (kVariants)
+      out = zoned_out_h<T>(d_, steps_, t, b, H, unit_, h);
+    else
+      out = from_acc<T>(h);
+    as<T>(d_.y)[steps_.row(t, b) * d_.y_stride + unit_] = out;
+    if (t == steps_.last_step(b)) as<T>(d_.h_n)[at(b, H, unit_)] = out;
+    if (reset_follows(i, b)) return from_acc<T>(Acc(0));
+    if constexpr (kVariants) return product_input<Arithmetic>(d_.variants, b, H, unit_, out);
+    return Arithmetic::round_state(out);
   }
 
  private:
+  LSTM_EXT_DEVICE bool reset_follows(int i, int b) const {
+    return i + 1 < steps_.T && resets(steps_, steps_.step_at(i + 1), b);
+  }
+
   const ForwardArgs& args_;
   const ForwardArgs::Direction& d_;
   const Steps& steps_;
@@ -94,27 +176,45 @@ class ForwardUnit {
   Acc bias_[4] = {};
 };
 
-// Gradient of h from the steps after: the product, and at a sequence's last step dh_n. A sequence
-// that has not reached its last step (or has left its first behind) takes no step: what it has is
-// carried. Returns the sum, and keeps the account of what is carried.
-template <class T, class Acc>
+// Whether a gradient of h waits for another step.
+template <bool kVariants>
+LSTM_EXT_DEVICE bool carries(const BackwardArgs::Direction& d, const Steps& steps) {
+  return steps.lengths || (kVariants && d.variants.zoneout_h());
+}
+
+// Gradient of the h that step t made: from the steps after, which is the product and at a
+// sequence's last step dh_n, and from the outputs, dy. A sequence that has not reached its last
+// step (or has left its first behind) takes no step: what it has is carried; so is what reaches the
+// step before through zoneout. Column `unit` of `width`.
+template <class T, bool kVariants, class Acc>
 LSTM_EXT_DEVICE Acc gradient_of_h(const BackwardArgs::Direction& d, const Steps& steps, int j,
-                                  bool active, int64_t at, Acc product, Acc& carry) {
+                                  int64_t t, bool active, int b, int width, int unit, Acc product,
+                                  Acc dy, Acc& carry) {
+  const Variants& v = d.variants;
+  const int64_t state = at(b, width, unit);
   Acc sum = j > 0 ? product : Acc(0);
-  if (j == 0 && d.dh_n) sum += to_acc(as<T>(d.dh_n)[at]);
-  if (!steps.lengths) return sum;
+  if constexpr (kVariants)
+    if (v.h_dropout) sum *= as<Acc>(v.h_dropout)[state];
+  if (j == 0 && d.dh_n) sum += to_acc(as<T>(d.dh_n)[state]);
+  if (!carries<kVariants>(d, steps)) return sum + dy;
   if (j > 0) sum += carry;
   carry = active ? Acc(0) : sum;
+  sum += dy;
+  if constexpr (kVariants)
+    if (active && v.zoneout_h()) {
+      const Acc keep = kept_part<Acc>(v.keep_h, v.keep_h_all, at(steps.row(t, b), width, unit));
+      carry = resets(steps, t, b) ? Acc(0) : keep * sum;
+      return (1 - keep) * sum;
+    }
   return sum;
 }
 
 // The j-th step taken backwards is the (T - 1 - j)-th of forward; step T is the one product more
 // that makes dh0.
-template <class Arithmetic>
+template <class Arithmetic, bool kVariants = false>
 class BackwardUnit {
-  using CellMath = typename CellOf<Arithmetic>::type;
-
  public:
+  using CellMath = typename CellOf<Arithmetic>::type;
   using T = typename Arithmetic::Element;
   using Acc = typename Arithmetic::Acc;
   // What can be on its way while the product runs.
@@ -161,27 +261,91 @@ class BackwardUnit {
   };
   LSTM_EXT_DEVICE Result step(int j, int b, Acc product, const Operands& in, Acc& dc,
                               Acc& carry) const {
-    Result result = {};
-    const bool final = j == steps_.T;
-    const int64_t t = final ? -1 : steps_.step_at(steps_.T - 1 - j);
-    const bool active = !final && steps_.active(t, b);
-    const int64_t state = at(b, H_, unit_);
-    const Acc dh = d_.hidden
-                       ? product
-                       : gradient_of_h<T>(d_, steps_, j, active, state, product, carry) + in.dy;
-    if (final) {
+    const int64_t t = time_of(j);
+    const bool active = takes(j, b);
+    const Acc dh = gradient(j, b, product, in, carry);
+    if (j == steps_.T) {
+      const int64_t state = at(b, H_, unit_);
       if (d_.dh0 && !d_.hidden) as<T>(d_.dh0)[state] = from_acc<T>(dh);
       if (d_.dc0 && steps_.T == 0) as<T>(d_.dc0)[state] = from_acc<T>(dc);
-      return result;
+      return Result{};
     }
     typename CellMath::Gates da = {};
     if (active) {
-      dc += in.dcell;
-      CellMath::backward(in.s, in.c, in.c_prev, dh, dc, da);
+      const Acc c = made_c(in), tanh_c = CellMath::tanh_of(c);
+      const Acc through_h = CellMath::backward_output(in.s, tanh_c, dh, da);
+      put_cell_out(t, b, in.s.o * tanh_c);
+      state(t, b, in, c, through_h, dc, da);
     }
-    const bool cut = active && resets(steps_, t, b);
+    return store(j, b, da, dc);
+  }
+
+  // ---- its parts
+
+  LSTM_EXT_DEVICE int64_t time_of(int j) const {
+    return j == steps_.T ? -1 : steps_.step_at(steps_.T - 1 - j);
+  }
+  LSTM_EXT_DEVICE bool takes(int j, int b) const {
+    return j < steps_.T && steps_.active(time_of(j), b);
+  }
+
+  LSTM_EXT_DEVICE Acc gradient(int j, int b, Acc product, const Operands& in, Acc& carry) const {
+    if (d_.hidden) return product;
+    return gradient_of_h<T, kVariants>(d_, steps_, j, time_of(j), takes(j, b), b, H_, unit_,
+                                       product, in.dy, carry);
+  }
+
+  // c as h was made of it.
+  LSTM_EXT_DEVICE Acc made_c(const Operands& in) const {
+    if (kVariants && d_.variants.zoneout_c()) return in.s.f * in.c_prev + in.s.i * in.s.g;
+    return in.c;
+  }
+
+  // What W_hr was multiplied with.
+  LSTM_EXT_DEVICE void put_cell_out(int64_t t, int b, Acc out) const {
+    if (kVariants && d_.cell_out)
+      as<T>(d_.cell_out)[at(steps_.row(t, b), H_, unit_)] = from_acc<T>(out);
+  }
+
+  // From the gradient that reached c through h: what is left of da, and dc of the step before.
+  LSTM_EXT_DEVICE void state(int64_t t, int b, const Operands& in, Acc c, Acc through_h, Acc& dc,
+                             typename CellMath::Gates& da) const {
+    Acc sent = dc + in.dcell;
+    if constexpr (!kVariants) {
+      dc = sent + through_h;
+      CellMath::backward_state(in.s, in.c_prev, dc, da, nullptr);
+      return;
+    }
+    const Variants& v = d_.variants;
+    Acc kept = 0;
+    if (v.zoneout_c()) {
+      const Acc keep = kept_part<Acc>(v.keep_c, v.keep_c_all, at(steps_.row(t, b), H_, unit_));
+      kept = keep * sent;
+      sent = (1 - keep) * sent;
+    }
+    dc = sent + through_h;
+    if (v.peephole) {
+      const auto peephole = peephole_of<T, typename CellMath::Peephole>(v, H_, unit_);
+      CellMath::backward_state(in.s, in.c_prev, dc, da, &peephole);
+    } else {
+      CellMath::backward_state(in.s, in.c_prev, dc, da, nullptr);
+    }
+    if (d_.dpeephole) {
+      Acc* sums = as<Acc>(d_.dpeephole) + at(b, 3 * H_, unit_);
+      sums[0] += da.i * in.c_prev;
+      sums[H_] += da.f * in.c_prev;
+      sums[2 * H_] += da.o * c;
+    }
+    dc += kept;
+  }
+
+  // The results of a step, taken or not.
+  LSTM_EXT_DEVICE Result store(int j, int b, const typename CellMath::Gates& da, Acc& dc) const {
+    Result result = {};
+    const int64_t t = time_of(j);
+    const bool active = takes(j, b), cut = active && resets(steps_, t, b);
     if (cut) dc = 0;
-    if (d_.dc0 && j + 1 == steps_.T) as<T>(d_.dc0)[state] = from_acc<T>(dc);
+    if (d_.dc0 && j + 1 == steps_.T) as<T>(d_.dc0)[at(b, H_, unit_)] = from_acc<T>(dc);
     const T rounded[4] = {from_acc<T>(da.i), from_acc<T>(da.f), from_acc<T>(da.g),
                           from_acc<T>(da.o)};
     const bool has_row = active || !steps_.offsets;

@@ -174,14 +174,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   mailboxes.open();
   for (int j = 0; j < args.shape.last; ++j) {
     typename Cell::Operands in[kCells];
+    const auto load = [&] {
 #pragma unroll
-    for (int i = 0; i < kCells; ++i)
-      in[i] = here(i) ? cell.load(j, sequence(i)) : typename Cell::Operands{};
+      for (int i = 0; i < kCells; ++i)
+        in[i] = here(i) ? cell.load(j, sequence(i)) : typename Cell::Operands{};
+    };
+    // On their way while the product runs, but where the weights take the registers.
+    constexpr bool kEarly = kMTiles < 3;
+    if (kEarly) load();
     if (j > 0) {
       mailboxes.expect(j % 2, bytes);
       multiply(j);
-      mailboxes.wait(j % 2, (j - 1) / 2);
     }
+    if (!kEarly) load();
+    if (j > 0) mailboxes.wait(j % 2, (j - 1) / 2);
     const uint4* box = boxes + j % 2 * box_vectors;
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {

@@ -58,6 +58,7 @@ void cut(Cutter& cutter, const CudaLayer& l, bool projection, ForwardArgs::Direc
   const int64_t storage = storage_bytes(l.dtype), B = l.steps.B;
   d.state = cutter.take(2 * B * l.K * storage);
   d.cells = cutter.take(B * l.H * acc_bytes(l.dtype));
+  d.product = l.normed ? cutter.take(4 * B * l.H * acc_bytes(l.dtype)) : nullptr;
   d.hidden = projection ? cutter.take(B * padded(l.H, l.dtype) * storage) : nullptr;
   d.counters = static_cast<unsigned*>(cutter.take(counter_words(l.plan) * 4));
 }
@@ -65,6 +66,7 @@ void cut(Cutter& cutter, const CudaLayer& l, bool projection, BackwardArgs::Dire
   const int64_t storage = storage_bytes(l.dtype), B = l.steps.B;
   d.state = cutter.take(2 * B * padded(4 * l.H, l.dtype) * storage);
   d.cells = cutter.take(B * l.H * acc_bytes(l.dtype));
+  d.product = l.normed ? cutter.take(6 * B * l.H * acc_bytes(l.dtype)) : nullptr;
   d.carry = cutter.take(B * l.P * acc_bytes(l.dtype));
   d.hidden = projection ? cutter.take(B * l.K * storage) : nullptr;
   d.counters = static_cast<unsigned*>(cutter.take(counter_words(l.plan) * 4));
@@ -114,8 +116,9 @@ void require_plan(const CudaLayer& layer, bool backward, bool projection) {
   const int64_t row = padded(4 * layer.H, layer.dtype) * storage_bytes(layer.dtype) / 16;
   if (row * std::max(layer.steps.B, layer.P) >= int64_t(1) << 32)
     throw std::invalid_argument("the gates of a step are at most 64 GB");
-  const CudaProblem problem = {layer.dtype,   layer.tf32,    backward, projection, layer.directions,
-                               layer.steps.T, layer.steps.B, layer.H,  layer.P};
+  const CudaProblem problem = {layer.dtype,    layer.tf32,   backward,         projection,
+                               layer.variants, layer.normed, layer.directions, layer.steps.T,
+                               layer.steps.B,  layer.H,      layer.P};
   const std::string wrong = refuse(layer.plan, problem);
   if (!wrong.empty())
     throw std::invalid_argument("the plan does not fit the layer: " + wrong + " (" +
@@ -162,26 +165,49 @@ Projection plan_projection(const CudaLayer& layer) {
           {slices, groups, 8 * tile.n, 0, 0, 0}};
 }
 
-// One launch a step, the cell's and the projection's kernel in the pass's order.
-template <class Args, class Cell, class Project>
-void step_by_step(const CudaLayer& layer, Args& args, int count, bool projection, Cell cell,
-                  Project project, bool cell_first) {
-  const LaunchShape shape = cell_shape(layer);
+// The kernels of a step. null: not needed.
+template <class Kernel>
+struct StepKernels {
+  Kernel cell;
+  Kernel norm;                // after the cell's
+  Kernel (*projection)(int);  // the last of a step forward, the first of one backward
+};
+
+// A launch a step and kernel, in the pass's order.
+template <class Args, class Kernel>
+void step_by_step(const CudaLayer& layer, Args& args, int count, const StepKernels<Kernel>& kernels,
+                  bool backward) {
   const BlockShape blocks = args.shape;
   const Projection projected = plan_projection(layer);
-  const auto run = [&](auto kernel, const LaunchShape& launch_shape, const BlockShape& of, int i) {
-    args.shape = of;
-    args.shape.first = i;
-    args.shape.last = i + 1;
-    launch(kernel, launch_shape, layer.stream, args, "launching a step");
-  };
+  const LaunchShape norm_shape = {dim3(unsigned(layer.steps.B), unsigned(layer.directions)),
+                                  kThreads, block_sums_bytes(acc_bytes(layer.dtype)), false};
   for (int i = 0; i < count; ++i) {
-    if (projection && !cell_first)
-      run(project(projected.n_tiles), projected.shape, projected.blocks, i);
-    run(cell, shape, blocks, i);
-    if (projection && cell_first)
-      run(project(projected.n_tiles), projected.shape, projected.blocks, i);
+    const auto run = [&](Kernel kernel, const LaunchShape& shape, const BlockShape& of) {
+      args.shape = of;
+      args.shape.first = i;
+      args.shape.last = i + 1;
+      launch(kernel, shape, layer.stream, args, "launching a step");
+    };
+    const auto project = [&] {
+      if (kernels.projection)
+        run(kernels.projection(projected.n_tiles), projected.shape, projected.blocks);
+    };
+    if (backward) project();
+    run(kernels.cell, cell_shape(layer), blocks);
+    if (kernels.norm) run(kernels.norm, norm_shape, blocks);
+    if (!backward) project();
   }
+}
+
+// The kernel of the cell, of the plan's family.
+template <class Kernel>
+Kernel find_cell(const CudaLayer& layer, Kernel (*plain)(int, int, int),
+                 Kernel (*variants)(int, int, int), Kernel (*cluster)(int, int, int)) {
+  const CudaPlan& plan = layer.plan;
+  const auto find = plan.family == CudaFamily::kCluster ? cluster
+                    : layer.variants                    ? variants
+                                                        : plain;
+  return find(plan.m_tiles, plan.n_tiles, plan.held);
 }
 
 }  // namespace
@@ -208,13 +234,16 @@ void cuda_forward(const CudaLayer& layer, const CudaForwardDirection* directions
   // A cluster begins by itself.
   if (!clusters || !T) prepare(kernels.forward_prepare, layer, args, 32 * layer.steps.B);
   if (!T) return;
-  const ForwardKernel cell = (clusters ? cluster_kernels_of(layer).forward : kernels.forward)(
-      plan.m_tiles, plan.n_tiles, plan.held);
+  const ForwardKernel cell = find_cell(layer, kernels.forward, kernels.forward_variants,
+                                       cluster_kernels_of(layer).forward);
   if (plan.family != CudaFamily::kStep) {
     args.shape.last = T;
     launch(cell, cell_shape(layer), layer.stream, args, "launching the recurrence");
   } else {
-    step_by_step(layer, args, T, projection, cell, kernels.forward_projection, true);
+    step_by_step<ForwardArgs, ForwardKernel>(layer, args, T,
+                                             {cell, layer.normed ? kernels.forward_norm : nullptr,
+                                              projection ? kernels.forward_projection : nullptr},
+                                             false);
   }
 }
 
@@ -241,13 +270,17 @@ void cuda_backward(const CudaLayer& layer, const CudaBackwardDirection* directio
   // A cluster begins by itself.
   if (!clusters || h_prev)
     prepare(kernels.backward_prepare, layer, args, 32 * std::max<int64_t>(T, 1) * layer.steps.B);
-  const BackwardKernel cell = (clusters ? cluster_kernels_of(layer).backward : kernels.backward)(
-      plan.m_tiles, plan.n_tiles, plan.held);
+  const BackwardKernel cell = find_cell(layer, kernels.backward, kernels.backward_variants,
+                                        cluster_kernels_of(layer).backward);
   if (plan.family != CudaFamily::kStep) {
     args.shape.last = count;
     launch(cell, cell_shape(layer), layer.stream, args, "launching the recurrence");
   } else {
-    step_by_step(layer, args, count, projection, cell, kernels.backward_projection, false);
+    step_by_step<BackwardArgs, BackwardKernel>(
+        layer, args, count,
+        {cell, layer.normed ? kernels.backward_norm : nullptr,
+         projection ? kernels.backward_projection : nullptr},
+        true);
   }
 }
 

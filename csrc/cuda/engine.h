@@ -23,7 +23,9 @@ struct CudaLayer {
   Steps steps;  // reverse is not read: each direction has its own
   int64_t H;
   int64_t P;
-  int64_t K;  // padded(P)
+  int64_t K;      // padded(P)
+  bool variants;  // a direction has some; normed: a layer norm
+  bool normed;
   CudaPlan plan;
 };
 
@@ -36,9 +38,12 @@ struct CudaForwardDirection {
   const void* w_hr;  // storage [P, padded(H)], as w_hh; null: no projection
   const void* h0;    // storage [B, P]
   const void* c0;    // storage [B, H]
-  void* gates;       // acc [rows, 4H]; null: not saved; may be gx itself
-  void* c_seq;       // acc [rows, H]; null: not saved
-  void* y;           // storage [rows, P], row stride y_stride
+  Variants variants;
+  void* gates;  // acc [rows, 4H]; null: not saved; may be gx itself
+  void* c_seq;  // acc [rows, H]; null: not saved
+  void* norm;   // acc [rows, 4H], norm_r: acc [rows]: as in LstmForward
+  void* norm_r;
+  void* y;  // storage [rows, P], row stride y_stride
   int64_t y_stride;
   void* h_n;  // storage [B, P]
   void* c_n;  // storage [B, H]
@@ -54,16 +59,23 @@ struct CudaBackwardDirection {
   int64_t y_stride;
   const void* gates;  // acc [rows, 4H], c_seq: acc [rows, H], as forward saved them
   const void* c_seq;
+  Variants variants;
+  const void* norm;  // acc [rows, 4H], norm_r: acc [rows], as forward saved them
+  const void* norm_r;
   const void* dy;  // storage [rows, P], row stride dy_stride; null: zero
   int64_t dy_stride;
   const void* dh_n;    // storage [B, P]; null: zero
   const void* dc_n;    // storage [B, H]; null: zero
   const void* dcells;  // storage [rows, H]; null: zero
   void* dgates;        // storage [rows, 4H]
-  void* h_prev;        // storage [rows, P]: the h each step started from; null: not wanted
-  void* dr;            // storage [rows, P]: whole gradient of each h_t; null: no projection
-  void* dh0;           // storage [B, P]; null: not wanted
-  void* dc0;           // storage [B, H]; null: not wanted
+  void* dproduct;      // storage [rows, 4H], cell_out: storage [rows, H], dpeephole: acc [B, 3H],
+  void* cell_out;      // dnorm: acc [B, 6H]: as in LstmBackward
+  void* dpeephole;
+  void* dnorm;
+  void* h_prev;  // storage [rows, P]: the h each step started from; null: not wanted
+  void* dr;      // storage [rows, P]: whole gradient of each h_t; null: no projection
+  void* dh0;     // storage [B, P]; null: not wanted
+  void* dc0;     // storage [B, H]; null: not wanted
 };
 
 // Bytes of scratch, which need no particular contents; 256-byte aligned.

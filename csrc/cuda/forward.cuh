@@ -8,7 +8,7 @@
 namespace lstm_ext {
 
 // The hidden units of one slice, for the sequences of one group, over the steps of the launch.
-template <class Arithmetic, int kMTiles, int kNTiles, int kHeld>
+template <class Arithmetic, int kMTiles, int kNTiles, int kHeld, bool kVariants>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_cell(const __grid_constant__ ForwardArgs args) {
   using T = typename Arithmetic::Element;
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       as<T>(d.w_hh), H, K, unit_first, args.shape.shared, memory + kPartialBytes);
   GroupBarrier barrier(d.counters, args.shape, place);
 
-  using Cell = ForwardUnit<Arithmetic>;
+  using Cell = ForwardUnit<Arithmetic, kVariants>;
   const Cell cell(args, d, steps, unit);
 
   // What a cell needs besides the product: on its way while the product runs, but where a large
@@ -41,6 +41,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   const auto finish = [&](int i, int64_t t, int b, const Acc(&sum)[4],
                           const typename Cell::Operands& in, const T* state, T* next) {
+    if (kVariants && d.product) {
+      for (int gate = 0; gate < 4; ++gate)
+        as<Acc>(d.product)[at(b, 4 * H, gate * H + unit)] = sum[gate];
+      return;
+    }
     Acc c;
     const T h = cell.step(i, t, b, sum, in, c, [&] { return state[at(b, K, unit)]; });
     as<Acc>(d.cells)[at(b, H, unit)] = c;
@@ -114,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Acc sum[1];
     Sum::take(partial, sum);
     const bool active = steps.active(t, b);
-    const T out = active ? from_acc<T>(sum[0]) : from_acc<T>(Acc(0));
+    const T out = active ? zoned_out_h<T>(d, steps, t, b, P, unit, sum[0]) : from_acc<T>(Acc(0));
     if (active || !steps.offsets) as<T>(d.y)[steps.row(t, b) * d.y_stride + unit] = out;
     if (active && t == steps.last_step(b)) as<T>(d.h_n)[at(b, P, unit)] = out;
     if (following < 0) continue;
@@ -122,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (resets(steps, following, b))
       to = from_acc<T>(Acc(0));
     else
-      to = active ? Arithmetic::round_state(out) : state[at(b, K, unit)];
+      to = active ? product_input<Arithmetic>(d.variants, b, P, unit, out) : state[at(b, K, unit)];
   }
 }
 
@@ -147,7 +152,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const bool starts_at_zero = steps.T && resets(steps, steps.step_at(0), b);
     for (int64_t k = lane; k < K; k += 32) {
       const T h = k < P && !starts_at_zero ? as<T>(d.h0)[b * P + k] : zero;
-      as<T>(d.state)[b * K + k] = Arithmetic::round_state(h);
+      as<T>(d.state)[b * K + k] =
+          k < P ? product_input<Arithmetic>(d.variants, int(b), int(P), int(k), h) : zero;
       as<T>(d.state)[(B + b) * K + k] = zero;
     }
     if (d.hidden)

@@ -6,23 +6,24 @@
 #include "cuda/backward.cuh"
 #include "cuda/find_tile.cuh"
 #include "cuda/forward.cuh"
+#include "cuda/norm.cuh"
 
 namespace lstm_ext {
 
-template <class Arithmetic>
+template <class Arithmetic, bool kVariants = false>
 struct ForwardCells {
   using Kernel = ForwardKernel;
   template <int m, int n, int held>
   static Kernel of() {
-    return forward_cell<Arithmetic, m, n, held>;
+    return forward_cell<Arithmetic, m, n, held, kVariants>;
   }
 };
-template <class Arithmetic>
+template <class Arithmetic, bool kVariants = false>
 struct BackwardCells {
   using Kernel = BackwardKernel;
   template <int m, int n, int held>
   static Kernel of() {
-    return backward_cell<Arithmetic, m, n, held>;
+    return backward_cell<Arithmetic, m, n, held, kVariants>;
   }
 };
 
@@ -59,6 +60,10 @@ const KernelSet& kernel_set() {
                              : backward_projection<Arithmetic, kLarge.m, kLarge.n>;
       },
       backward_prepare<Arithmetic>,
+      find_tile<ForwardCells<Arithmetic, true>, kForwardFewTiles>,
+      forward_norm<Arithmetic>,
+      find_tile<BackwardCells<Arithmetic, true>, kBackwardFewTiles>,
+      backward_norm<Arithmetic>,
   };
   return set;
 }

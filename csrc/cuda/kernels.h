@@ -19,6 +19,11 @@ struct KernelSet {
   BackwardKernel (*backward)(int m_tiles, int n_tiles, int held);
   BackwardKernel (*backward_projection)(int n_tiles);
   BackwardKernel backward_prepare;
+  // With what params.h calls Variants; a layer norm's own come after each step's.
+  ForwardKernel (*forward_variants)(int m_tiles, int n_tiles, int held);
+  ForwardKernel forward_norm;
+  BackwardKernel (*backward_variants)(int m_tiles, int n_tiles, int held);
+  BackwardKernel backward_norm;
 };
 
 // Those of the cluster family: tensor cores of compute capability 9 and more.

@@ -3,7 +3,7 @@
 namespace lstm_ext {
 
 const KernelSet& kernels_float32() {
-  return kernel_set<Scalar<float>, kForwardScalarTiles, kBackwardScalarTiles>();
+  return kernel_set<Scalar<float>, kForwardFewTiles, kBackwardFewTiles>();
 }
 
 }  // namespace lstm_ext

@@ -3,7 +3,7 @@
 namespace lstm_ext {
 
 const KernelSet& kernels_float64() {
-  return kernel_set<Scalar<double>, kForwardScalarTiles, kBackwardScalarTiles>();
+  return kernel_set<Scalar<double>, kForwardFewTiles, kBackwardFewTiles>();
 }
 
 }  // namespace lstm_ext

@@ -8,6 +8,10 @@
 namespace lstm_ext {
 namespace {
 
+// With the projection's product or the sums of a layer norm, a step is more than one kernel: in one
+// launch it would need more than one barrier.
+bool steps_apart(const CudaProblem& p) { return p.projection || p.normed; }
+
 struct Tiles {
   const Tile* begin;
   const Tile* end;
@@ -20,7 +24,7 @@ Tiles all(const Tile (&tiles)[N]) {
 // back to plain arithmetic.
 Tiles tiles_of(const CudaProblem& p) {
   const bool scalar = p.dtype == Dtype::kFloat64 || (p.dtype == Dtype::kFloat32 && !p.tf32);
-  if (scalar) return p.backward ? all(kBackwardScalarTiles) : all(kForwardScalarTiles);
+  if (scalar || p.variants) return p.backward ? all(kBackwardFewTiles) : all(kForwardFewTiles);
   return p.backward ? all(kBackwardTensorTiles) : all(kForwardTensorTiles);
 }
 
@@ -212,15 +216,15 @@ std::vector<CudaPlan> all_cuda_plans(const CudaProblem& p, const CudaProperties&
   const Tiles tiles = tiles_of(p);
   for (const Tile* tile = tiles.begin; tile != tiles.end; ++tile) {
     add(try_plan(p, device, *tile, CudaFamily::kStep, ceil_div(p.B, 8 * tile->n)));
-    // A projection's two products a step would need two barriers: it has no grid kernels.
-    if (p.projection || p.T < 2) continue;
+    if (steps_apart(p) || p.T < 2) continue;
     const int64_t slices = ceil_div(p.H, units_of(tile->m, p.backward));
     // One block a multiprocessor: all of a cooperative launch must run at once.
     const int64_t most = device.sm_count / (slices * p.directions);
     for (int64_t groups = 1; groups <= std::min(most, ceil_div(p.B, 8)); ++groups)
       add(try_plan(p, device, *tile, CudaFamily::kGrid, groups));
   }
-  if (p.projection || p.T < 2 || !on_tensor_cores(p.dtype, p.tf32, device.major)) return plans;
+  if (steps_apart(p) || p.variants || p.T < 2 || !on_tensor_cores(p.dtype, p.tf32, device.major))
+    return plans;
   const Tiles clusters = cluster_tiles_of(p);
   for (const Tile* tile = clusters.begin; tile != clusters.end; ++tile)
     for (int64_t rows = 8 * tile->n; rows > 8 * (tile->n / 2); rows -= tile->n > 1 ? 8 : 2) {
@@ -242,8 +246,8 @@ CudaPlan make_cuda_plan(const CudaProblem& p, const CudaProperties& device) {
 
 std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
   const bool cluster = plan.family == CudaFamily::kCluster;
-  if (cluster && (p.projection || !on_tensor_cores(p.dtype, p.tf32, 9)))
-    return "clusters have neither projections nor products outside of tensor cores";
+  if (cluster && (p.projection || p.variants || !on_tensor_cores(p.dtype, p.tf32, 9)))
+    return "clusters have no projection, no variant, no product outside of tensor cores";
   const Tile* tile = find(cluster ? cluster_tiles_of(p) : tiles_of(p), plan);
   if (!tile) return "no kernel has these tiles";
   if (plan.slices < 1 || plan.slices * units_of(plan.m_tiles, p.backward) < p.H)
@@ -255,7 +259,7 @@ std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
   if (plan.held != 0 && plan.held != tile->held) return "no kernel holds so many chunks";
   const bool grid = plan.family == CudaFamily::kGrid;
   if (!grid && (plan.held || plan.shared)) return "a step kernel keeps no weights";
-  if (grid && p.projection) return "a projection has no grid kernels";
+  if (grid && steps_apart(p)) return "a projection or a layer norm has no grid kernels";
   if (plan.shared < 0 || plan.shared_bytes != base_shared(p, *tile) + int64_t(plan.shared) *
                                                                           kWarps * tile->m *
                                                                           kTileBytes)
@@ -281,16 +285,19 @@ std::string describe(const CudaPlan& plan, const CudaProblem& p) {
                   plan.shared,
                   (long long)std::max<int64_t>(0, of_a_warp - plan.held - plan.shared));
   char text[400];
-  std::snprintf(text, sizeof text,
-                "%s %s%s B %lld H %lld P %lld, %d direction%s: %s, %lld blocks (%lld slices of %d "
-                "units x %lld groups of %lld sequences), tile %dx%d, weights of a warp: %s; %lld "
-                "bytes of shared memory; expected %.1f us a step",
-                p.backward ? "backward" : "forward", kDtypes[int(p.dtype)], p.tf32 ? " (TF32)" : "",
-                (long long)p.B, (long long)p.H, (long long)p.P, p.directions,
-                p.directions == 1 ? "" : "s", how, (long long)(slices * plan.groups * p.directions),
-                (long long)slices, units_of(plan.m_tiles, p.backward), (long long)plan.groups,
-                (long long)plan.group_rows, plan.m_tiles * 16, plan.n_tiles * 8, weights,
-                (long long)plan.shared_bytes, plan.step_us);
+  std::snprintf(
+      text, sizeof text,
+      "%s %s%s%s B %lld H %lld P %lld, %d direction%s: %s, %lld blocks (%lld slices of %d "
+      "units x %lld groups of %lld sequences), tile %dx%d, weights of a warp: %s; %lld "
+      "bytes of shared memory; expected %.1f us a step",
+      p.backward ? "backward" : "forward", kDtypes[int(p.dtype)], p.tf32 ? " (TF32)" : "",
+      p.normed     ? " with layer norm"
+      : p.variants ? " with variants"
+                   : "",
+      (long long)p.B, (long long)p.H, (long long)p.P, p.directions, p.directions == 1 ? "" : "s",
+      how, (long long)(slices * plan.groups * p.directions), (long long)slices,
+      units_of(plan.m_tiles, p.backward), (long long)plan.groups, (long long)plan.group_rows,
+      plan.m_tiles * 16, plan.n_tiles * 8, weights, (long long)plan.shared_bytes, plan.step_us);
   return text;
 }
 

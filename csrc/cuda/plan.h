@@ -35,6 +35,8 @@ struct CudaProblem {
   bool tf32;
   bool backward;
   bool projection;
+  bool variants;  // any of params.h's Variants
+  bool normed;    // a layer norm among them
   int directions;
   int64_t T;  // read only as one step or several
   int64_t B, H, P;

@@ -33,10 +33,16 @@ constexpr Tile kForwardTensorTiles[] = {{2, 1, 4}, {2, 2, 4}, {2, 4, 4}, {4, 1, 
                                         {4, 4, 2}, {4, 8, 0}, {8, 1, 0}, {8, 2, 0}, {8, 4, 0}};
 constexpr Tile kBackwardTensorTiles[] = {{1, 1, 8}, {1, 2, 8}, {1, 4, 8}, {2, 1, 4},
                                          {2, 2, 4}, {2, 4, 4}, {2, 8, 0}};
-constexpr Tile kForwardScalarTiles[] = {{2, 1, 0}, {2, 4, 0}, {4, 2, 0}};
-constexpr Tile kBackwardScalarTiles[] = {{1, 1, 0}, {1, 4, 0}, {2, 4, 0}};
+// Outside of tensor cores; and with variants in every arithmetic.
+constexpr Tile kForwardFewTiles[] = {{2, 1, 0}, {2, 4, 0}, {4, 2, 0}};
+constexpr Tile kBackwardFewTiles[] = {{1, 1, 0}, {1, 4, 0}, {2, 4, 0}};
 // Of the projection's kernels.
 constexpr Tile kProjectionTiles[] = {{1, 1, 0}, {1, 4, 0}};
+
+// Bytes of a layer norm's sums: two values a warp.
+LSTM_EXT_INLINE constexpr int64_t block_sums_bytes(int64_t acc_bytes) {
+  return 2 * kWarps * acc_bytes;
+}
 
 // ---- a cluster's blocks, on tensor cores
 // ----------------------------------------------------------
