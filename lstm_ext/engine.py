@@ -138,7 +138,7 @@ def native_variants(core: Any, w: LayerWeights, dtype: torch.dtype) -> tuple[Any
         if plain is None:
             plain = _plain_variants[core] = core.Variants()
         return plain, None
-    h_dropout, keep_h, keep_c = masks or Masks()
+    h_dropout, keep_h, keep_c = masks or Masks()  # a mask may be empty, and its address null
     if h_dropout is not None:
         h_dropout = h_dropout.to(acc_dtype(dtype))
     tensors = [
@@ -155,8 +155,8 @@ def native_variants(core: Any, w: LayerWeights, dtype: torch.dtype) -> tuple[Any
         h_dropout=h_dropout,
         keep_h=mask_h,
         keep_c=mask_c,
-        keep_h_all=0.0 if mask_h else float(keep_h),
-        keep_c_all=0.0 if mask_c else float(keep_c),
+        keep_h_all=0.0 if isinstance(keep_h, Tensor) else keep_h,
+        keep_c_all=0.0 if isinstance(keep_c, Tensor) else keep_c,
     )
     return native, tensors
 
