@@ -2,6 +2,7 @@
 
 from lstm_ext._version import __version__
 from lstm_ext.convert import convert
-from lstm_ext.modules import LSTM, LSTMCell
+from lstm_ext.lstm_cell import LSTMCell
+from lstm_ext.modules import LSTM
 
 __all__ = ["LSTM", "LSTMCell", "__version__", "convert"]

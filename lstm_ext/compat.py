@@ -129,7 +129,6 @@ class LSTMBase(Variants, nn.RNNBase):
         self._all_weights = [[kind + suffix for kind in kinds] for suffix in self._suffixes()]
         self._flat_weights_names = list(itertools.chain.from_iterable(self._all_weights))
 
-
     def _suffixes(self) -> list[str]:
         """Of the names of parameters, an entry a layer and direction."""
         ends = ("", "_reverse") if self.bidirectional else ("",)

@@ -169,7 +169,8 @@ def lstm(
         masks: per layer, then direction: h_dropout, keep_h and keep_c as in lstm_layer.
 
     Returns:
-        output (T, B, D*P), or (T, B, P) if merged otherwise than by concat, (h_n, c_n) shaped as hx, and cells (T, B, D*H) of the last layer.
+        output (T, B, D*P), or (T, B, P) if merged otherwise than by concat; (h_n, c_n) shaped as
+        hx; and cells (T, B, D*H) of the last layer.
     """
     directions = 2 if bidirectional else 1
     if len(layers) != num_layers * directions:
