@@ -10,12 +10,12 @@ import contextlib
 import functools
 import os
 import sys
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lstm_ext.cuda_precision import lstm_uses_tf32, products_in
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,
@@ -24,92 +24,15 @@ from lstm_ext.engine import (
     acc_dtype,
     address,
     native_steps,
+    native_variants,
+    norm_input,
+    norm_input_backward,
     rows_of,
     without_autocast,
 )
 from lstm_ext.steps import Steps
 
 FAMILIES = ("step", "grid", "cluster")  # enum CudaFamily of csrc/cuda/plan.h
-
-# torch 2.9 and later have a setting for each kind of operation; before, one flag for each library.
-_get_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
-_set_precision = getattr(torch._C, "_set_fp32_precision_setter", None)
-
-
-def lstm_uses_tf32() -> bool:
-    """Whether float32 LSTMs may round the operands of their products to TF32.
-
-    The setting that nn.LSTM obeys on cuDNN: torch.backends.cudnn.allow_tf32 (on by default), or
-    torch.backends.cudnn.rnn.fp32_precision.
-    """
-    if _get_precision is not None:
-        return _get_precision("cuda", "rnn") == "tf32"
-    return torch._C._get_cudnn_allow_tf32()
-
-
-def _own_precision() -> str:
-    """The setting of float32 products on CUDA itself: "none" where it follows a wider one."""
-    effective = _get_precision("cuda", "matmul")
-    if effective != "none":
-        _set_precision("cuda", "matmul", "none")
-        if _get_precision("cuda", "matmul") == effective:
-            return "none"
-    return effective
-
-
-class _Products:
-    """``with _Products(tf32):`` torch's float32 products on CUDA run at the LSTM's precision.
-
-    cuBLAS has a setting of its own (exact by default, where cuDNN's is TF32), and it is the
-    process's: autograd has a thread for each device, so the first who needs another setting makes
-    it, the last one puts the user's back. A float32 product of another thread meanwhile may see it.
-    """
-
-    _lock = threading.Lock()
-    _inside = 0
-    _before: Any = None  # the user's own setting, if it had to be changed
-
-    def __init__(self, tf32: bool) -> None:
-        self._tf32 = tf32
-
-    def __enter__(self) -> None:
-        kind = type(self)
-        with kind._lock:
-            if kind._inside == 0 and self._differs():
-                kind._before = self._read()
-                self._write("tf32" if self._tf32 else "ieee")
-            kind._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        kind = type(self)
-        with kind._lock:
-            kind._inside -= 1
-            if kind._inside == 0 and kind._before is not None:
-                self._write(kind._before)
-                kind._before = None
-
-    def _differs(self) -> bool:
-        if _get_precision is None:
-            return torch._C._get_cublas_allow_tf32() != self._tf32
-        return (_get_precision("cuda", "matmul") == "tf32") != self._tf32
-
-    @staticmethod
-    def _read() -> str:
-        if _get_precision is None:
-            return "tf32" if torch._C._get_cublas_allow_tf32() else "ieee"
-        return _own_precision()
-
-    @staticmethod
-    def _write(value: str) -> None:
-        if _set_precision is None:
-            torch._C._set_cublas_allow_tf32(value == "tf32")
-        else:
-            _set_precision("cuda", "matmul", value)
-
-
-def _products_in(dtype: torch.dtype, tf32: bool) -> contextlib.AbstractContextManager[None]:
-    """Products of layers in ``dtype``; only float32 has a choice."""
-    return _Products(tf32) if dtype == torch.float32 else contextlib.nullcontext()
 
 
 def _padded_rows(w: Tensor, size: int) -> Tensor:
@@ -130,18 +53,6 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=dtype)
     return a.to(dtype) @ b.to(dtype)
-
-
-def _refuse_variants(directions: list[Direction]) -> None:
-    """What these kernels do not compute yet."""
-    for name in ("w_ch", "gamma_hh", "masks"):
-        if any(getattr(direction.w, name) is not None for direction in directions):
-            arguments = {"w_ch": "peephole", "gamma_hh": "layer_norm"}
-            raise NotImplementedError(
-                "lstm_ext has no CUDA kernels for peephole, layer_norm, recurrent_dropout and "
-                f"zoneout yet, got {arguments.get(name, 'recurrent_dropout or zoneout')}: run the "
-                "module on the CPU"
-            )
 
 
 class CudaEngine:
@@ -185,6 +96,8 @@ class CudaEngine:
         tf32: bool,
         backward: bool,
         projection: bool,
+        variants: bool,
+        normed: bool,
         directions: int,
         T: int,
         B: int,
@@ -196,6 +109,8 @@ class CudaEngine:
             tf32=tf32,
             backward=backward,
             projection=projection,
+            variants=variants,
+            normed=normed,
             directions=directions,
             T=T,
             B=B,
@@ -218,7 +133,9 @@ class CudaEngine:
         """The core's description of a layer's call, and the bytes of scratch it needs."""
         (_, c0, w, _), D = directions[0], len(directions)
         H, P, projection = c0.size(1), w.w_hh.size(1), w.w_hr is not None
-        key = (self, x.device, x.dtype, tf32, backward, D, H, P, projection)
+        normed = w.gamma_hh is not None
+        variants = normed or w.w_ch is not None or w.masks is not None
+        key = (self, x.device, x.dtype, tf32, backward, D, H, P, projection, variants, normed)
         kept = steps.native.get(key)
         if kept is not None:
             return kept
@@ -232,7 +149,11 @@ class CudaEngine:
             steps=native_steps(self.core, steps, False),
             H=H,
             P=P,
-            plan=self.plan(x.device, x.dtype, tf32, backward, projection, D, *shape),
+            variants=variants,
+            normed=normed,
+            plan=self.plan(
+                *(x.device, x.dtype, tf32, backward, projection, variants, normed, D), *shape
+            ),
         )
         core = self.core
         workspace = core.cuda_backward_workspace if backward else core.cuda_forward_workspace
@@ -245,29 +166,39 @@ class CudaEngine:
         self, x: Tensor, directions: list[Direction], steps: Steps, *, save: bool, cells: bool
     ) -> LayerResult:
         """See :func:`ops.layer_forward`."""
-        _refuse_variants(directions)
         core, dtype, acc = self.core, x.dtype, acc_dtype(x.dtype)
         H, P, D = directions[0].c0.size(1), directions[0].h0.size(1), len(directions)
         code = DTYPE_CODE[dtype]
         tf32 = self._uses_tf32(x)
         with self.guard(x.device), without_autocast(x.device):
             y = x.new_empty(steps.rows, D * P)
-            result = LayerResult(y, [], [], [], [])
+            result = LayerResult(y, [], [], [], [], [])
             parts, kept = [], []
             for k, (h0, c0, w, reverse) in enumerate(directions):
-                with _products_in(dtype, tf32):
+                with products_in(dtype, tf32):
                     gx = _product(x, w.w_ih.t(), acc)
+                variants, variant_tensors = native_variants(core, w, dtype)
+                biases, more, norm, norm_r = (w.b_ih, w.b_hh), (), None, None
+                if w.gamma_hh is not None:
+                    given = [b.to(acc) for b in biases if b is not None]
+                    bias = sum(given[1:], *given[:1]) if given else None
+                    gx, more = norm_input(gx, w, bias, steps)
+                    biases = (None, None)  # gx has them
+                    if save:
+                        norm = x.new_empty(steps.rows, 4 * H, dtype=acc)
+                        norm_r = x.new_empty(steps.rows, dtype=acc)
+                        more = (*more, norm, norm_r)
                 h_n, c_n = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
                 c_seq = x.new_empty(steps.rows, H, dtype=acc) if save or cells else None
                 tensors = (
                     _padded_rows(w.w_hh, core.cuda_padded(P, code)),
                     None if w.w_hr is None else _padded_rows(w.w_hr, core.cuda_padded(H, code)),
-                    *(None if b is None else b.contiguous() for b in (w.b_ih, w.b_hh)),
+                    *(None if b is None else b.contiguous() for b in biases),
                     h0.contiguous(),
                     c0.contiguous(),
                 )
                 w_hh, w_hr, b_ih, b_hh, h0, c0 = map(address, tensors)
-                kept.append((gx, tensors))  # until all is launched
+                kept.append((gx, tensors, variant_tensors))  # until all is launched
                 parts.append(
                     core.CudaForwardDirection(
                         reverse=reverse,
@@ -278,8 +209,11 @@ class CudaEngine:
                         w_hr=w_hr,
                         h0=h0,
                         c0=c0,
+                        variants=variants,
                         gates=address(gx) if save else 0,  # a row's gx is read before they are
                         c_seq=address(c_seq),
+                        norm=address(norm),
+                        norm_r=address(norm_r),
                         y=address(y) + k * P * y.element_size(),
                         y_stride=D * P,
                         h_n=address(h_n),
@@ -290,6 +224,8 @@ class CudaEngine:
                 result.c_n.append(c_n)
                 result.gates.append(gx if save else None)
                 result.c_seq.append(c_seq)
+                if save:
+                    result.more.append(more)
             layer, size = self._layer(x, directions, steps, tf32, backward=False)
             workspace = x.new_empty(size, dtype=torch.uint8)
             core.cuda_forward(layer, parts, address(workspace), self.stream(x.device))
@@ -306,7 +242,7 @@ class CudaEngine:
         x: Tensor,
         directions: list[Direction],
         y: Tensor,
-        saved: list[tuple[Tensor, Tensor]],
+        saved: list[tuple[Tensor, ...]],
         steps: Steps,
         *,
         wanted_x: bool,
@@ -321,7 +257,10 @@ class CudaEngine:
             parts, kept, outputs = [], [], []
             for k, (direction, want) in enumerate(zip(directions, wanted, strict=True)):
                 h0, c0, w, reverse = direction
-                gates, c_seq = (t.contiguous() for t in saved[k])
+                gates, c_seq, *more = (t.contiguous() for t in saved[k])
+                variants, variant_tensors = native_variants(core, w, dtype)
+                normed = w.gamma_hh is not None
+                norm, norm_r = more[3:] if normed else (None, None)
                 part_y, part_dy = rows_of(y, k * P, P), rows_of(dy, k * P, P)
                 w_hh = _padded_rows(w.w_hh.t(), core.cuda_padded(4 * H, code))
                 w_hr = (
@@ -331,14 +270,17 @@ class CudaEngine:
                     None if t is None else t.resolve_neg().contiguous()
                     for t in (h0, c0, dh_n[k], dc_n[k], rows_of(dcells, k * H, H))
                 ]
-                dgates = x.new_empty(steps.rows, 4 * H)
+                dgates = x.new_empty(steps.rows, 4 * H, dtype=acc_dtype(dtype) if normed else dtype)
                 h_prev = x.new_empty(steps.rows, P) if want.w_hh else None
                 dr = None if w_hr is None else x.new_empty(steps.rows, P)
                 dh0 = h0.new_empty(steps.B, P) if want.h0 else None
                 dc0 = c0.new_empty(steps.B, H) if want.c0 else None
+                more_outputs = self._variant_outputs(x, direction, steps, want)
+                dproduct, cell_out, dpeephole, dnorm = more_outputs
                 h0, c0, part_dh_n, part_dc_n, part_dcells = map(address, tensors)
-                kept.append((w_hh, w_hr, tensors, part_y, part_dy))  # until all is launched
-                outputs.append((dgates, h_prev, dr, dh0, dc0, gates, c_seq))
+                # Until all is launched.
+                kept.append((w_hh, w_hr, tensors, part_y, part_dy, more, variant_tensors))
+                outputs.append((dgates, h_prev, dr, dh0, dc0, gates, c_seq, more, *more_outputs))
                 parts.append(
                     core.CudaBackwardDirection(
                         reverse=reverse,
@@ -350,12 +292,19 @@ class CudaEngine:
                         y_stride=part_y.stride(0),
                         gates=address(gates),
                         c_seq=address(c_seq),
+                        variants=variants,
+                        norm=address(norm),
+                        norm_r=address(norm_r),
                         dy=address(part_dy),
                         dy_stride=0 if part_dy is None else part_dy.stride(0),
                         dh_n=part_dh_n,
                         dc_n=part_dc_n,
                         dcells=part_dcells,
                         dgates=address(dgates),
+                        dproduct=address(dproduct),
+                        cell_out=address(cell_out),
+                        dpeephole=address(dpeephole),
+                        dnorm=address(dnorm),
                         h_prev=address(h_prev),
                         dr=address(dr),
                         dh0=address(dh0),
@@ -365,8 +314,25 @@ class CudaEngine:
             layer, size = self._layer(x, directions, steps, tf32, backward=True)
             workspace = x.new_empty(size, dtype=torch.uint8)
             core.cuda_backward(layer, parts, address(workspace), self.stream(x.device))
-            with _products_in(dtype, tf32):
+            with products_in(dtype, tf32):
                 return self._products(x, directions, steps, outputs, wanted_x, wanted)
+
+    @staticmethod
+    def _variant_outputs(
+        x: Tensor, direction: Direction, steps: Steps, want: DirectionGrads
+    ) -> tuple[Tensor | None, ...]:
+        """dproduct, cell_out, dpeephole and dnorm of CudaBackwardDirection, if needed."""
+        w, H, acc = direction.w, direction.c0.size(1), acc_dtype(x.dtype)
+        normed = w.gamma_hh is not None
+        varied = normed or w.w_ch is not None or w.masks is not None
+        dnorm_wanted = want.gamma_hh or want.gamma_ch or want.beta_ch
+        return (
+            x.new_empty(steps.rows, 4 * H) if normed and want.w_hh else None,
+            # Padding has no cell, and no gradient: its rows stay zero.
+            x.new_zeros(steps.rows, H) if want.w_hr and w.w_hr is not None and varied else None,
+            x.new_zeros(steps.B, 3 * H, dtype=acc) if want.w_ch else None,
+            x.new_zeros(steps.B, 6 * H, dtype=acc) if dnorm_wanted else None,
+        )
 
     def _products(
         self,
@@ -384,30 +350,46 @@ class CudaEngine:
         # The padding of x may hold anything, NaN too: its zero gradient must not meet it.
         inputs: Tensor | None = None
         for direction, want, output in zip(directions, wanted, outputs, strict=True):
-            dgates, h_prev, dr, dh0, dc0, gates, c_seq = output
-            w = direction.w
+            dgates, h_prev, dr, dh0, dc0, gates, c_seq, more, *more_outputs = output
+            dproduct, cell_out, dpeephole, dnorm = more_outputs
+            w, H = direction.w, direction.c0.size(1)
+            dinput, dgamma_ih = dgates, None  # gradients of x W_ih^T and of its norm
+            if w.gamma_hh is not None and (wanted_x or want.w_ih or want.gamma_ih):
+                dinput, dgamma_ih = norm_input_backward(dgates, w, tuple(more[:3]))
+                dinput = dinput.to(dtype)
             if wanted_x:
-                part = _product(dgates, w.w_ih, acc)
+                part = _product(dinput, w.w_ih, acc)
                 dx = part if dx is None else dx.add_(part)
             if want.w_ih and inputs is None:
                 inputs = x if not steps.has_padding else x.masked_fill(steps.padding_rows, 0)
             db = dgates.sum(0, dtype=acc).to(dtype) if want.b_ih or want.b_hh else None
             dw_hr = None
             if want.w_hr and dr is not None:
-                hidden = gates[:, -c_seq.size(1) :] * c_seq.tanh()
-                if steps.has_padding:
-                    hidden.masked_fill_(steps.padding_rows, 0)
-                dw_hr = dr.t() @ hidden.to(dtype)
+                if cell_out is None:
+                    cell_out = gates[:, 3 * H :] * c_seq.tanh()
+                    if steps.has_padding:
+                        cell_out.masked_fill_(steps.padding_rows, 0)
+                dw_hr = dr.t() @ cell_out.to(dtype)
+
+            def summed(tensor: Tensor | None, start: int, size: int) -> Tensor:
+                return tensor[:, start : start + size].sum(0).to(dtype)
+
+            dproduct = dgates if dproduct is None else dproduct
             grads.append(
                 DirectionGrads(
                     h0=dh0,
                     c0=dc0,
-                    w_ih=dgates.t() @ inputs if want.w_ih else None,
-                    w_hh=None if h_prev is None else dgates.t() @ h_prev,
+                    w_ih=dinput.t() @ inputs if want.w_ih else None,
+                    w_hh=None if h_prev is None else dproduct.t() @ h_prev,
                     b_ih=db if want.b_ih else None,
                     # Two tensors, as for two parameters: a caller may change one in place.
                     b_hh=db.clone() if want.b_hh and db is not None else None,
                     w_hr=dw_hr,
+                    w_ch=summed(dpeephole, 0, 3 * H) if want.w_ch else None,
+                    gamma_ih=dgamma_ih.to(dtype) if want.gamma_ih else None,
+                    gamma_hh=summed(dnorm, 0, 4 * H) if want.gamma_hh else None,
+                    gamma_ch=summed(dnorm, 4 * H, H) if want.gamma_ch else None,
+                    beta_ch=summed(dnorm, 5 * H, H) if want.beta_ch else None,
                 )
             )
         return (None if dx is None else dx.to(dtype)), grads

@@ -141,6 +141,7 @@ def only(
 def problem(**facts: Any) -> Any:
     """A CudaProblem: by default forward, bfloat16, T 2, B 64, H 64, one direction."""
     defaults = {"dtype": 2, "tf32": False, "backward": False, "projection": False}
+    defaults |= {"variants": False, "normed": False}
     facts = defaults | {"directions": 1, "T": 2, "B": 64, "H": 64} | facts
     return load().CudaProblem(**({"P": facts["H"]} | facts))
 

@@ -11,10 +11,7 @@ from torch.testing import assert_close
 from variants import EVERYTHING, VARIANTS
 
 import lstm_ext
-from lstm_ext.ops import Direction, LayerWeights, Masks
-from lstm_ext.steps import Steps
 
-pytestmark = pytest.mark.cpu_only(reason="the variants' kernels")
 
 BITS = {"rtol": 0, "atol": 0}
 
@@ -155,19 +152,3 @@ def test_parameters_of_a_wrong_size():
         match = rf"Expected {name[:-3]} of size \(\d+,\), got \(5,\)"
         with pytest.raises(RuntimeError, match=match):
             twin(torch.randn(2, 1, 3))
-
-
-def test_cuda_engine_names_what_it_lacks():
-    """Until its kernels compute them: an error, never numbers of a plain LSTM."""
-    from lstm_ext.cuda_engine import CudaEngine
-
-    x, state = torch.zeros(1, 3), torch.zeros(1, 4)
-    weights = LayerWeights(torch.zeros(16, 3), torch.zeros(16, 4))
-    for change, name in (
-        ({"w_ch": torch.zeros(12)}, "peephole"),
-        ({"gamma_hh": torch.zeros(16)}, "layer_norm"),
-        ({"masks": Masks(None, 0.1, 0.0)}, "recurrent_dropout or zoneout"),
-    ):
-        directions = [Direction(state, state, weights._replace(**change), False)]
-        with pytest.raises(NotImplementedError, match=f"no CUDA kernels.*got {name}: run"):
-            CudaEngine(None).layer_forward(x, directions, Steps.padded(1, 1), save=0, cells=0)

@@ -10,7 +10,6 @@ from variants import EVERYTHING, VARIANTS
 
 import lstm_ext
 
-pytestmark = pytest.mark.cpu_only(reason="the variants' kernels")
 
 F64 = {"dtype": torch.float64}
 BITS = {"rtol": 0, "atol": 0}

@@ -18,7 +18,6 @@ from torch.testing import assert_close
 
 import lstm_ext
 
-pytestmark = pytest.mark.cpu_only(reason="the variants' kernels")
 
 T, B, I, H = 7, 5, 4, 6
 TOL = tol(torch.float32)

@@ -346,13 +346,18 @@ class BackwardUnit {
     const bool active = takes(j, b), cut = active && resets(steps_, t, b);
     if (cut) dc = 0;
     if (d_.dc0 && j + 1 == steps_.T) as<T>(d_.dc0)[at(b, H_, unit_)] = from_acc<T>(dc);
+    const Acc exact[4] = {da.i, da.f, da.g, da.o};
     const T rounded[4] = {from_acc<T>(da.i), from_acc<T>(da.f), from_acc<T>(da.g),
                           from_acc<T>(da.o)};
     const bool has_row = active || !steps_.offsets;
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) {
-      if (has_row)
-        as<T>(d_.dgates)[at(steps_.row(t, b), 4 * H_, gate * H_ + unit_)] = rounded[gate];
+      const int64_t to = has_row ? at(steps_.row(t, b), 4 * H_, gate * H_ + unit_) : 0;
+      if (kVariants && d_.product) {
+        if (has_row) as<Acc>(d_.dgates)[to] = exact[gate];
+      } else if (has_row) {
+        as<T>(d_.dgates)[to] = rounded[gate];
+      }
       result.dgates[gate] = cut ? from_acc<T>(Acc(0)) : Arithmetic::round_state(rounded[gate]);
     }
     return result;

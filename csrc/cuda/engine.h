@@ -67,7 +67,7 @@ struct CudaBackwardDirection {
   const void* dh_n;    // storage [B, P]; null: zero
   const void* dc_n;    // storage [B, H]; null: zero
   const void* dcells;  // storage [rows, H]; null: zero
-  void* dgates;        // storage [rows, 4H]
+  void* dgates;        // storage [rows, 4H]; with a layer norm acc: its derivative cancels
   void* dproduct;      // storage [rows, 4H], cell_out: storage [rows, H], dpeephole: acc [B, 3H],
   void* cell_out;      // dnorm: acc [B, 6H]: as in LstmBackward
   void* dpeephole;
