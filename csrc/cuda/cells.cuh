@@ -18,6 +18,13 @@ class ForwardUnit {
   struct Operands {
     Acc gx[4];
     Acc c;  // before the step, resets applied
+    bool active, last, reset_follows;
+  };
+  // What a step made.
+  struct Result {
+    typename CellMath::Gates s;
+    T h;     // as stored
+    T next;  // as the next step's product reads it; with a projection its other kernel makes that
   };
 
   LSTM_EXT_DEVICE ForwardUnit(const ForwardArgs& args, const ForwardArgs::Direction& d,
@@ -32,58 +39,69 @@ class ForwardUnit {
 
   LSTM_EXT_DEVICE Acc first_c(int b) const { return to_acc(as<T>(d_.c0)[at(b, args_.H, unit_)]); }
 
-  // c: what the step before left.
-  LSTM_EXT_DEVICE Operands load(int64_t t, int b, Acc c) const {
+  // c: what the step before left. Step t is the i-th.
+  LSTM_EXT_DEVICE Operands load(int i, int64_t t, int b, Acc c) const {
     Operands in = {};
+    in.active = steps_.active(t, b);
+    in.last = t == steps_.last_step(b);
+    in.reset_follows = i + 1 < steps_.T && resets(steps_, steps_.step_at(i + 1), b);
     in.c = resets(steps_, t, b) ? Acc(0) : c;
-    if (steps_.active(t, b))
-      for (int gate = 0; gate < 4; ++gate)
-        in.gx[gate] = as<Acc>(d_.gx)[at(steps_.row(t, b), 4 * args_.H, gate * args_.H + unit_)];
+    if (in.active) {
+      const Acc* gx = as<Acc>(d_.gx) + at(steps_.row(t, b), 4 * args_.H, unit_);
+      for (int gate = 0; gate < 4; ++gate) in.gx[gate] = gx[gate * args_.H];
+    }
     return in;
   }
 
-  // Step t, the i-th, of sequence b, from the product's sums. c becomes that after the step.
-  // Returns the h that the next step's product reads; before() is that which this step's has read.
-  // With a projection the step's other kernel makes it, from d.hidden.
+  // The step from the product's sums. c becomes that after the step; before() is the h that this
+  // step's product has read.
   template <class Before>
-  LSTM_EXT_DEVICE T step(int i, int64_t t, int b, const Acc (&sum)[4], const Operands& in, Acc& c,
-                         Before before) const {
-    const int H = args_.H;
+  LSTM_EXT_DEVICE Result compute(const Acc (&sum)[4], const Operands& in, Acc& c,
+                                 Before before) const {
     const T zero = from_acc<T>(Acc(0));
-    const bool reset_follows = i + 1 < steps_.T && resets(steps_, steps_.step_at(i + 1), b);
-    if (!steps_.active(t, b)) {
+    Result result = {};
+    if (!in.active) {
       c = in.c;
-      if (!steps_.offsets) {  // a packed batch has no row for it
-        const int64_t row = steps_.row(t, b);
-        if (!d_.hidden) as<T>(d_.y)[row * d_.y_stride + unit_] = zero;
-        if (d_.c_seq) as<Acc>(d_.c_seq)[at(row, H, unit_)] = 0;
-      }
-      return reset_follows || d_.hidden ? zero : before();
+      result.next = in.reset_follows || d_.hidden ? zero : before();
+      return result;
     }
-    const int64_t row = steps_.row(t, b);
     const typename CellMath::Gates a = {sum[0] + in.gx[0] + bias_[0], sum[1] + in.gx[1] + bias_[1],
                                         sum[2] + in.gx[2] + bias_[2], sum[3] + in.gx[3] + bias_[3]};
-    typename CellMath::Gates s;
     Acc h;
-    CellMath::forward(a, in.c, s, c, h);
-    const T out = from_acc<T>(h);
+    CellMath::forward(a, in.c, result.s, c, h);
+    result.h = from_acc<T>(h);
+    result.next = in.reset_follows ? zero : Arithmetic::round_state(result.h);
+    return result;
+  }
+
+  // What is kept of step t of sequence b; c: after the step.
+  LSTM_EXT_DEVICE void store(int64_t t, int b, const Operands& in, const Result& result,
+                             Acc c) const {
+    const int H = args_.H;
+    if (!in.active) {
+      if (!steps_.offsets) {  // a packed batch has no row for it
+        const int64_t row = steps_.row(t, b);
+        if (!d_.hidden) as<T>(d_.y)[row * d_.y_stride + unit_] = from_acc<T>(Acc(0));
+        if (d_.c_seq) as<Acc>(d_.c_seq)[at(row, H, unit_)] = 0;
+      }
+      return;
+    }
+    const int64_t row = steps_.row(t, b);
     if (d_.gates) {
       Acc* gates = as<Acc>(d_.gates) + at(row, 4 * H, unit_);
-      gates[0] = s.i;
-      gates[H] = s.f;
-      gates[2 * H] = s.g;
-      gates[3 * H] = s.o;
+      gates[0] = result.s.i;
+      gates[H] = result.s.f;
+      gates[2 * H] = result.s.g;
+      gates[3 * H] = result.s.o;
     }
     if (d_.c_seq) as<Acc>(d_.c_seq)[at(row, H, unit_)] = c;
-    const bool last = t == steps_.last_step(b);
-    if (last) as<T>(d_.c_n)[at(b, H, unit_)] = from_acc<T>(c);
+    if (in.last) as<T>(d_.c_n)[at(b, H, unit_)] = from_acc<T>(c);
     if (d_.hidden) {
-      as<T>(d_.hidden)[at(b, args_.hidden_K, unit_)] = Arithmetic::round_state(out);
-      return zero;
+      as<T>(d_.hidden)[at(b, args_.hidden_K, unit_)] = Arithmetic::round_state(result.h);
+      return;
     }
-    as<T>(d_.y)[row * d_.y_stride + unit_] = out;
-    if (last) as<T>(d_.h_n)[at(b, H, unit_)] = out;
-    return reset_follows ? zero : Arithmetic::round_state(out);
+    as<T>(d_.y)[row * d_.y_stride + unit_] = result.h;
+    if (in.last) as<T>(d_.h_n)[at(b, H, unit_)] = result.h;
   }
 
  private:
