@@ -51,12 +51,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto finish = [&](int j, int b, Acc product, const Operands& in, T* out) {
     const bool carries = steps.lengths && !projected;
     Acc dc = in.dc, carry = carries && j > 0 ? as<Acc>(d.carry)[at(b, H, unit)] : Acc(0);
-    const typename Cell::Result result = cell.step(j, b, product, in, dc, carry);
+    const typename Cell::Result result = cell.compute(j, b, product, in, dc, carry);
+    cell.store(j, b, result);
     if (carries) as<Acc>(d.carry)[at(b, H, unit)] = carry;
     if (j == steps.T) return;
     as<Acc>(d.cells)[at(b, H, unit)] = dc;
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) out[at(b, K, gate * H + unit)] = result.dgates[gate];
+    for (int gate = 0; gate < 4; ++gate) out[at(b, K, gate * H + unit)] = result.next[gate];
   };
 
   for (int j = args.shape.first; j < args.shape.last; ++j) {

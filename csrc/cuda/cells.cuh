@@ -139,6 +139,13 @@ class BackwardUnit {
   struct Operands {
     typename CellMath::Gates s;
     Acc c, c_prev, dy, dcell;
+    bool active, reset;
+  };
+  // The gradients of the gates i, f, g, o.
+  struct Result {
+    T dgates[4];  // as stored
+    T next[4];    // as the next product reads them
+    bool active;
   };
 
   LSTM_EXT_DEVICE BackwardUnit(const BackwardArgs& args, const BackwardArgs::Direction& d,
@@ -152,14 +159,16 @@ class BackwardUnit {
 
   LSTM_EXT_DEVICE Operands load(int j, int b) const {
     Operands in = {};
-    if (j == steps_.T) return in;
+    if (j >= steps_.T) return in;
     const int64_t t = steps_.step_at(steps_.T - 1 - j);
     if (!steps_.active(t, b)) return in;
+    in.active = true;
+    in.reset = resets(steps_, t, b);
     const int64_t row = steps_.row(t, b);
     const Acc* gates = as<Acc>(d_.gates) + at(row, 4 * H_, unit_);
     in.s = {gates[0], gates[H_], gates[2 * H_], gates[3 * H_]};
     in.c = as<Acc>(d_.c_seq)[at(row, H_, unit_)];
-    if (!resets(steps_, t, b)) {
+    if (!in.reset) {
       if (t == steps_.first_step(b))
         in.c_prev = to_acc(as<T>(d_.c0)[at(b, H_, unit_)]);
       else
@@ -172,44 +181,44 @@ class BackwardUnit {
   }
 
   // Step j of sequence b. product: dgates W_hh of the step before in this order, or with a
-  // projection the whole gradient of h. dc and carry become those after the step. Returns the
-  // gradients of the gates i, f, g, o that the next product reads.
-  struct Result {
-    T dgates[4];
-  };
-  LSTM_EXT_DEVICE Result step(int j, int b, Acc product, const Operands& in, Acc& dc,
-                              Acc& carry) const {
+  // projection the whole gradient of h. dc and carry become those after the step.
+  LSTM_EXT_DEVICE Result compute(int j, int b, Acc product, const Operands& in, Acc& dc,
+                                 Acc& carry) const {
     Result result = {};
-    const bool final = j == steps_.T;
-    const int64_t t = final ? -1 : steps_.step_at(steps_.T - 1 - j);
-    const bool active = !final && steps_.active(t, b);
     const int64_t state = at(b, H_, unit_);
     const Acc dh = d_.hidden
                        ? product
-                       : gradient_of_h<T>(d_, steps_, j, active, state, product, carry) + in.dy;
-    if (final) {
+                       : gradient_of_h<T>(d_, steps_, j, in.active, state, product, carry) + in.dy;
+    if (j == steps_.T) {
       if (d_.dh0 && !d_.hidden) as<T>(d_.dh0)[state] = from_acc<T>(dh);
       if (d_.dc0 && steps_.T == 0) as<T>(d_.dc0)[state] = from_acc<T>(dc);
       return result;
     }
     typename CellMath::Gates da = {};
-    if (active) {
+    if (in.active) {
       dc += in.dcell;
       CellMath::backward(in.s, in.c, in.c_prev, dh, dc, da);
     }
-    const bool cut = active && resets(steps_, t, b);
-    if (cut) dc = 0;
+    if (in.reset) dc = 0;
     if (d_.dc0 && j + 1 == steps_.T) as<T>(d_.dc0)[state] = from_acc<T>(dc);
-    const T rounded[4] = {from_acc<T>(da.i), from_acc<T>(da.f), from_acc<T>(da.g),
-                          from_acc<T>(da.o)};
-    const bool has_row = active || !steps_.offsets;
+    const Acc gates[4] = {da.i, da.f, da.g, da.o};
+    result.active = in.active;
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) {
-      if (has_row)
-        as<T>(d_.dgates)[at(steps_.row(t, b), 4 * H_, gate * H_ + unit_)] = rounded[gate];
-      result.dgates[gate] = cut ? from_acc<T>(Acc(0)) : Arithmetic::round_state(rounded[gate]);
+      result.dgates[gate] = from_acc<T>(gates[gate]);
+      result.next[gate] =
+          in.reset ? from_acc<T>(Acc(0)) : Arithmetic::round_state(result.dgates[gate]);
     }
     return result;
+  }
+
+  // What is kept of step j of sequence b.
+  LSTM_EXT_DEVICE void store(int j, int b, const Result& result) const {
+    if (j == steps_.T || (!result.active && steps_.offsets)) return;  // it has no row
+    const int64_t row = steps_.row(steps_.step_at(steps_.T - 1 - j), b);
+    T* dgates = as<T>(d_.dgates) + at(row, 4 * H_, unit_);
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) dgates[gate * H_] = result.dgates[gate];
   }
 
  private:

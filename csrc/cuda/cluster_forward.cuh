@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Weights<Arithmetic, GateRows, kMTiles, kHeld, kMWarps> weights(
       as<T>(d.w_hh), H, K, unit_first, args.shape.shared,
       reinterpret_cast<unsigned char*>(partial + Sum::kCells * 4 * (kWarps / kMWarps)));
-  const int part = kept(Sum::part());
+  const int part = pinned(Sum::part());
   mailboxes.open();
 
   const int bytes = place.rows() * ((H + kVector - 1) / kVector) * 16;
@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     // and this block has waited for that.
     Sum::put(partial, sums, 0);
     __syncthreads();  // all warps' parts are there, and nobody reads this state any more
-    // First what peers wait for, then what is kept.
     typename Cell::Result results[kCells];
+    // First what peers wait for, then what is kept.
 #pragma unroll
     for (int j = 0; j < kCells; ++j) {
       const int b = sequence(j), row = Sum::sequence(0, j);
@@ -105,18 +105,21 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (here(j)) {
         Acc sum[4];
         Sum::take(partial, sum, Sum::part(j, part));
-        results[j] = cell.compute(
-            sum, in[j], c[j], [&] { return reinterpret_cast<const T*>(state + row * pitch)[unit]; });
+        results[j] = cell.compute(sum, in[j], c[j], [&] {
+          return reinterpret_cast<const T*>(state + row * pitch)[unit];
+        });
       }
-      if (!goes_on) continue;
-      const uint4 vector = gather_lanes(results[j].next);
-      if (!Sum::has_cell(j) || b >= place.row_end || unit / kVector * kVector >= H) continue;
-      const shared_addr to =
-          shared_address(states + next * box_bytes + row * pitch + unit / kVector * 16);
+      if (goes_on) {
+        const uint4 vector = gather_lanes(results[j].next);
+        if (Sum::has_cell(j) && b < place.row_end && unit / kVector * kVector < H) {
+          const shared_addr to =
+              shared_address(states + next * box_bytes + row * pitch + unit / kVector * 16);
 #pragma unroll
-      for (int first = 0; first < kMostBlocksOfCluster; first += kVector)
-        if (const int peer = first + unit % kVector; peer < place.slices)
-          mailboxes.send(peer, next, to, vector);
+          for (int first = 0; first < kMostBlocksOfCluster; first += kVector)
+            if (const int peer = first + unit % kVector; peer < place.slices)
+              mailboxes.send(peer, next, to, vector);
+        }
+      }
     }
 #pragma unroll
     for (int j = 0; j < kCells; ++j)

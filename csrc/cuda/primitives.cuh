@@ -78,7 +78,7 @@ LSTM_EXT_DEVICE uint32_t pack2<__half>(float lo, float hi) {
 
 // x, which the compiler then keeps in a register: it would otherwise compute it anew where it is
 // used, in the middle of a step.
-LSTM_EXT_DEVICE int kept(int x) {
+LSTM_EXT_DEVICE int pinned(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
@@ -168,7 +168,7 @@ LSTM_EXT_DEVICE void wait_until(const unsigned* counter, unsigned target) {
 
 #else  // =============================== CPU twins ===============================================
 
-LSTM_EXT_DEVICE int kept(int x) { return x; }
+LSTM_EXT_DEVICE int pinned(int x) { return x; }
 
 LSTM_EXT_DEVICE uint32_t to_tf32(float x) {
   uint32_t bits;

@@ -167,13 +167,12 @@ class Weights {
         // A cluster's blocks need not fill all that they can hold.
         if (kMWarps == 1 || j < mine)
           group<kRegisters, kNTiles, kHeldGroup<State, kNTiles>>(state, columns, j, mine, sums,
-                                                                      second);
+                                                                 second);
     const int resident = min(mine, kInRegisters + shared_);
     int j = kInRegisters;
 #pragma unroll 1
     for (; j < resident; j += kGroup<State, kNTiles>)
-      group<kShared, kNTiles, kGroup<State, kNTiles>>(state, columns, j, resident, sums,
-                                                         second);
+      group<kShared, kNTiles, kGroup<State, kNTiles>>(state, columns, j, resident, sums, second);
     if constexpr (kSplit<State, kNTiles>) {
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m)
@@ -185,8 +184,7 @@ class Weights {
     if constexpr (State::kNear) return;  // then all of the weights are, too
 #pragma unroll 1
     for (j = max(kInRegisters, resident); j < mine; j += kGroup<State, kNTiles>)
-      group<kGlobal, kNTiles, kGroup<State, kNTiles>>(state, columns, j, mine, sums,
-                                                                      second);
+      group<kGlobal, kNTiles, kGroup<State, kNTiles>>(state, columns, j, mine, sums, second);
   }
 
  private:
@@ -321,8 +319,8 @@ struct Reduction {
           partial[place(warp, n, Share::first_m() + m, lane / 4 + e / 2 * 8,
                         lane % 4 * 2 + e % 2)] = sums[m][round * kRoundTiles + n][e];
   }
-  // Where the first gate of this thread's j-th cell lies in the first warp's sums. first: of cell 0,
-  // if that is at hand.
+  // Where the first gate of this thread's j-th cell lies in the first warp's sums. first: of cell
+  // 0, if that is at hand.
   static LSTM_EXT_DEVICE int part(int j = 0) {
     const int u = unit(), b = sequence(0, j);
     return Rows::kGates == 4 ? place(0, b / 8, u / 8 * 2, u % 8, b % 8)
@@ -333,16 +331,16 @@ struct Reduction {
     if (kSequences % 8 == 0) return first + j * (kSequences / 8) * kBlockTiles * 128;
     return j == 0 ? first : part(j);
   }
-  // The sums of the cell whose part() it is: the gates i, f, g, o, or one value. Gates and warps lie
-  // at fixed distances: what place() swizzles by is the same for them.
+  // The sums of the cell whose part() it is: the gates i, f, g, o, or one value. Gates and warps
+  // lie at fixed distances: what place() swizzles by is the same for them.
   static LSTM_EXT_DEVICE void take(const Acc* partial, Acc (&out)[Rows::kGates], int part) {
 #pragma unroll
     for (int gate = 0; gate < Rows::kGates; ++gate) {
       Acc sum = 0;
 #pragma unroll
       for (int warp = 0; warp < Share::kKWarps; ++warp)
-        sum += partial[part + warp * kRoundTiles * kBlockTiles * 128 + gate / 2 * 128 +
-                       gate % 2 * 64];
+        sum +=
+            partial[part + warp * kRoundTiles * kBlockTiles * 128 + gate / 2 * 128 + gate % 2 * 64];
       out[gate] = sum;
     }
   }
