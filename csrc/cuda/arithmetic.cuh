@@ -75,10 +75,15 @@ struct Tensor16 : TensorLanes {
 
   static LSTM_EXT_DEVICE void multiply(float (&d)[4], const uint4& lo, const uint4& hi,
                                        const uint4 (&b)[1]) {
+    multiply(d, d, lo, hi, b);
+  }
+  // The halves of the chunk to sums of their own: a product waits for the one before it in its sum.
+  static LSTM_EXT_DEVICE void multiply(float (&d)[4], float (&e)[4], const uint4& lo,
+                                       const uint4& hi, const uint4 (&b)[1]) {
     const uint32_t a_first[4] = {lo.x, hi.x, lo.y, hi.y}, b_first[2] = {b[0].x, b[0].y};
     const uint32_t a_second[4] = {lo.z, hi.z, lo.w, hi.w}, b_second[2] = {b[0].z, b[0].w};
     mma_m16n8k16<T>(d, a_first, b_first);
-    mma_m16n8k16<T>(d, a_second, b_second);
+    mma_m16n8k16<T>(e, a_second, b_second);
   }
 };
 
@@ -107,10 +112,15 @@ struct Tf32 : TensorLanes {
   }
   static LSTM_EXT_DEVICE void multiply(float (&d)[4], const uint4& lo, const uint4& hi,
                                        const uint4 (&b)[1]) {
+    multiply(d, d, lo, hi, b);
+  }
+  // The halves of the chunk to sums of their own: a product waits for the one before it in its sum.
+  static LSTM_EXT_DEVICE void multiply(float (&d)[4], float (&e)[4], const uint4& lo,
+                                       const uint4& hi, const uint4 (&b)[1]) {
     const uint32_t a_first[4] = {lo.x, hi.x, lo.y, hi.y}, b_first[2] = {b[0].x, b[0].y};
     const uint32_t a_second[4] = {lo.z, hi.z, lo.w, hi.w}, b_second[2] = {b[0].z, b[0].w};
     mma_m16n8k8_tf32(d, a_first, b_first);
-    mma_m16n8k8_tf32(d, a_second, b_second);
+    mma_m16n8k8_tf32(e, a_second, b_second);
   }
 };
 #endif

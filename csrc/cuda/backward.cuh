@@ -55,12 +55,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     const bool carried = carries<kVariants>(d, steps) && !projected;
     Acc dc = in.dc, carry = carried && j > 0 ? as<Acc>(d.carry)[at(b, H, unit)] : Acc(0);
-    const typename Cell::Result result = cell.step(j, b, product, in, dc, carry);
+    const typename Cell::Result result = cell.compute(j, b, product, in, dc, carry);
+    cell.store(j, b, result);
     if (carried) as<Acc>(d.carry)[at(b, H, unit)] = carry;
     if (j == steps.T) return;
     as<Acc>(d.cells)[at(b, H, unit)] = dc;
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) out[at(b, K, gate * H + unit)] = result.dgates[gate];
+    for (int gate = 0; gate < 4; ++gate) out[at(b, K, gate * H + unit)] = result.next[gate];
   };
 
   for (int j = args.shape.first; j < args.shape.last; ++j) {
@@ -134,7 +135,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     Acc carry = carried && j > 0 ? as<Acc>(d.carry)[at(b, P, unit)] : Acc(0);
     const Acc dy =
         active && d.dy ? to_acc(as<T>(d.dy)[steps.row(t, b) * d.dy_stride + unit]) : Acc(0);
-    const Acc dr = gradient_of_h<T, true>(d, steps, j, t, active, b, P, unit, sum[0], dy, carry);
+    const Acc dr = gradient_of_h<T, true>(d, steps, j, t, active, active && resets(steps, t, b), b,
+                                          P, unit, sum[0], dy, carry);
     if (carried) as<Acc>(d.carry)[at(b, P, unit)] = carry;
     if (final) {
       if (d.dh0) as<T>(d.dh0)[at(b, P, unit)] = from_acc<T>(dr);

@@ -56,6 +56,13 @@ class ForwardUnit {
   struct Operands {
     Acc gx[4];
     Acc c;  // before the step, resets applied
+    bool active, last, reset_follows;
+  };
+  // What a step made.
+  struct Result {
+    typename CellMath::Gates s;
+    T h;     // as stored
+    T next;  // as the next step's product reads it; with a projection its other kernel makes that
   };
 
   LSTM_EXT_DEVICE ForwardUnit(const ForwardArgs& args, const ForwardArgs::Direction& d,
@@ -70,48 +77,54 @@ class ForwardUnit {
 
   LSTM_EXT_DEVICE Acc first_c(int b) const { return to_acc(as<T>(d_.c0)[at(b, args_.H, unit_)]); }
 
-  // c: what the step before left.
-  LSTM_EXT_DEVICE Operands load(int64_t t, int b, Acc c) const {
+  // c: what the step before left. Step t is the i-th.
+  LSTM_EXT_DEVICE Operands load(int i, int64_t t, int b, Acc c) const {
     Operands in = {};
+    in.active = steps_.active(t, b);
+    in.last = t == steps_.last_step(b);
+    in.reset_follows = i + 1 < steps_.T && resets(steps_, steps_.step_at(i + 1), b);
     in.c = resets(steps_, t, b) ? Acc(0) : c;
-    if (steps_.active(t, b))
-      for (int gate = 0; gate < 4; ++gate)
-        in.gx[gate] = as<Acc>(d_.gx)[at(steps_.row(t, b), 4 * args_.H, gate * args_.H + unit_)];
+    if (in.active) {
+      const Acc* gx = as<Acc>(d_.gx) + at(steps_.row(t, b), 4 * args_.H, unit_);
+      for (int gate = 0; gate < 4; ++gate) in.gx[gate] = gx[gate * args_.H];
+    }
     return in;
   }
 
-  // Step t, the i-th, of sequence b, from the product's sums. c becomes that after the step.
-  // Returns the h that the next step's product reads; before() is that which this step's has read.
-  // With a projection the step's other kernel makes it, from d.hidden.
+  // Step t of sequence b from the product's sums. c becomes that after the step; before() is the h
+  // that this step's product has read.
   template <class Before>
-  LSTM_EXT_DEVICE T step(int i, int64_t t, int b, const Acc (&sum)[4], const Operands& in, Acc& c,
-                         Before before) const {
-    if (!steps_.active(t, b)) return skip(i, t, b, in, c, before);
-    typename CellMath::Gates s;
-    const Acc fresh = state(t, b, sum, in, s, c);
-    return output(i, t, b, CellMath::forward_output(s, fresh));
+  LSTM_EXT_DEVICE Result compute(int64_t t, int b, const Acc (&sum)[4], const Operands& in, Acc& c,
+                                 Before before) const {
+    Result result = {};
+    if (in.active) {
+      const Acc fresh = state(t, b, sum, in, result.s, c);
+      output(t, b, in, CellMath::forward_output(result.s, fresh), result);
+    } else {
+      c = in.c;
+      result.next = in.reset_follows || d_.hidden ? from_acc<T>(Acc(0)) : before();
+    }
+    return result;
   }
 
-  // ---- its parts
-
-  // A step that is not taken.
-  template <class Before>
-  LSTM_EXT_DEVICE T skip(int i, int64_t t, int b, const Operands& in, Acc& c, Before before) const {
-    const T zero = from_acc<T>(Acc(0));
-    c = in.c;
-    if (!steps_.offsets) {  // a packed batch has no row for it
+  // What is kept of step t of sequence b; c: after the step.
+  LSTM_EXT_DEVICE void store(int64_t t, int b, const Operands& in, const Result& result,
+                             Acc c) const {
+    if (in.active) {
+      store_state(t, b, in, result.s, c);
+      store_output(t, b, in, result.h);
+    } else if (!steps_.offsets) {  // a packed batch has no row for it
       const int64_t row = steps_.row(t, b);
-      if (!d_.hidden) as<T>(d_.y)[row * d_.y_stride + unit_] = zero;
+      if (!d_.hidden) as<T>(d_.y)[row * d_.y_stride + unit_] = from_acc<T>(Acc(0));
       if (d_.c_seq) as<Acc>(d_.c_seq)[at(row, args_.H, unit_)] = 0;
     }
-    return reset_follows(i, b) || d_.hidden ? zero : before();
   }
 
-  // Makes the gates, and c; returns c as h is made of it.
+  // ---- the parts of a step that is taken
+
+  // The gates, and c after the step; returns c as h is made of it.
   LSTM_EXT_DEVICE Acc state(int64_t t, int b, const Acc (&sum)[4], const Operands& in,
                             typename CellMath::Gates& s, Acc& c) const {
-    const int H = args_.H;
-    const int64_t row = steps_.row(t, b);
     const typename CellMath::Gates a = {sum[0] + in.gx[0] + bias_[0], sum[1] + in.gx[1] + bias_[1],
                                         sum[2] + in.gx[2] + bias_[2], sum[3] + in.gx[3] + bias_[3]};
     Acc fresh;
@@ -119,20 +132,39 @@ class ForwardUnit {
       const Variants& v = d_.variants;
       // Not a pointer that may be null: the peepholes would have to lie in memory.
       if (v.peephole) {
-        const auto peephole = peephole_of<T, typename CellMath::Peephole>(v, H, unit_);
+        const auto peephole = peephole_of<T, typename CellMath::Peephole>(v, args_.H, unit_);
         CellMath::forward_state(a, in.c, s, fresh, &peephole);
       } else {
         CellMath::forward_state(a, in.c, s, fresh, nullptr);
       }
       c = fresh;
       if (v.zoneout_c()) {
-        const Acc keep = kept_part<Acc>(v.keep_c, v.keep_c_all, at(row, H, unit_));
-        c = CellMath::zoneout(keep, in.c, fresh);
+        const int64_t mask = at(steps_.row(t, b), args_.H, unit_);
+        c = CellMath::zoneout(kept_part<Acc>(v.keep_c, v.keep_c_all, mask), in.c, fresh);
       }
     } else {
       CellMath::forward_state(a, in.c, s, fresh, nullptr);
       c = fresh;
     }
+    return fresh;
+  }
+  // What follows from h = o * tanh(c).
+  LSTM_EXT_DEVICE void output(int64_t t, int b, const Operands& in, Acc h, Result& result) const {
+    const T zero = from_acc<T>(Acc(0));
+    if (kVariants && !d_.hidden) {
+      result.h = zoned_out_h<T>(d_, steps_, t, b, args_.H, unit_, h);
+      result.next = in.reset_follows
+                        ? zero
+                        : product_input<Arithmetic>(d_.variants, b, args_.H, unit_, result.h);
+    } else {
+      result.h = from_acc<T>(h);
+      result.next = in.reset_follows ? zero : Arithmetic::round_state(result.h);
+    }
+  }
+  LSTM_EXT_DEVICE void store_state(int64_t t, int b, const Operands& in,
+                                   const typename CellMath::Gates& s, Acc c) const {
+    const int H = args_.H;
+    const int64_t row = steps_.row(t, b);
     if (d_.gates) {
       Acc* gates = as<Acc>(d_.gates) + at(row, 4 * H, unit_);
       gates[0] = s.i;
@@ -141,34 +173,18 @@ class ForwardUnit {
       gates[3 * H] = s.o;
     }
     if (d_.c_seq) as<Acc>(d_.c_seq)[at(row, H, unit_)] = c;
-    if (t == steps_.last_step(b)) as<T>(d_.c_n)[at(b, H, unit_)] = from_acc<T>(c);
-    return fresh;
+    if (in.last) as<T>(d_.c_n)[at(b, H, unit_)] = from_acc<T>(c);
   }
-
-  // What follows from h = o * tanh(c).
-  LSTM_EXT_DEVICE T output(int i, int64_t t, int b, Acc h) const {
-    const int H = args_.H;
+  LSTM_EXT_DEVICE void store_output(int64_t t, int b, const Operands& in, T h) const {
     if (d_.hidden) {
-      as<T>(d_.hidden)[at(b, args_.hidden_K, unit_)] = Arithmetic::round_state(from_acc<T>(h));
-      return from_acc<T>(Acc(0));
+      as<T>(d_.hidden)[at(b, args_.hidden_K, unit_)] = Arithmetic::round_state(h);
+      return;
     }
-    T out;
-    if constexpr (kVariants)
-      out = zoned_out_h<T>(d_, steps_, t, b, H, unit_, h);
-    else
-      out = from_acc<T>(h);
-    as<T>(d_.y)[steps_.row(t, b) * d_.y_stride + unit_] = out;
-    if (t == steps_.last_step(b)) as<T>(d_.h_n)[at(b, H, unit_)] = out;
-    if (reset_follows(i, b)) return from_acc<T>(Acc(0));
-    if constexpr (kVariants) return product_input<Arithmetic>(d_.variants, b, H, unit_, out);
-    return Arithmetic::round_state(out);
+    as<T>(d_.y)[steps_.row(t, b) * d_.y_stride + unit_] = h;
+    if (in.last) as<T>(d_.h_n)[at(b, args_.H, unit_)] = h;
   }
 
  private:
-  LSTM_EXT_DEVICE bool reset_follows(int i, int b) const {
-    return i + 1 < steps_.T && resets(steps_, steps_.step_at(i + 1), b);
-  }
-
   const ForwardArgs& args_;
   const ForwardArgs::Direction& d_;
   const Steps& steps_;
@@ -188,8 +204,8 @@ LSTM_EXT_DEVICE bool carries(const BackwardArgs::Direction& d, const Steps& step
 // step before through zoneout. Column `unit` of `width`.
 template <class T, bool kVariants, class Acc>
 LSTM_EXT_DEVICE Acc gradient_of_h(const BackwardArgs::Direction& d, const Steps& steps, int j,
-                                  int64_t t, bool active, int b, int width, int unit, Acc product,
-                                  Acc dy, Acc& carry) {
+                                  int64_t t, bool active, bool reset, int b, int width, int unit,
+                                  Acc product, Acc dy, Acc& carry) {
   const Variants& v = d.variants;
   const int64_t state = at(b, width, unit);
   Acc sum = j > 0 ? product : Acc(0);
@@ -203,7 +219,7 @@ LSTM_EXT_DEVICE Acc gradient_of_h(const BackwardArgs::Direction& d, const Steps&
   if constexpr (kVariants)
     if (active && v.zoneout_h()) {
       const Acc keep = kept_part<Acc>(v.keep_h, v.keep_h_all, at(steps.row(t, b), width, unit));
-      carry = resets(steps, t, b) ? Acc(0) : keep * sum;
+      carry = reset ? Acc(0) : keep * sum;
       return (1 - keep) * sum;
     }
   return sum;
@@ -221,6 +237,13 @@ class BackwardUnit {
   struct Operands {
     typename CellMath::Gates s;
     Acc c, c_prev, dy, dcell;
+    bool active, reset;
+  };
+  // The gradients of the gates i, f, g, o.
+  struct Result {
+    T dgates[4];  // as stored
+    T next[4];    // as the next product reads them
+    bool active;
   };
 
   LSTM_EXT_DEVICE BackwardUnit(const BackwardArgs& args, const BackwardArgs::Direction& d,
@@ -234,14 +257,16 @@ class BackwardUnit {
 
   LSTM_EXT_DEVICE Operands load(int j, int b) const {
     Operands in = {};
-    if (j == steps_.T) return in;
+    if (j >= steps_.T) return in;
     const int64_t t = steps_.step_at(steps_.T - 1 - j);
     if (!steps_.active(t, b)) return in;
+    in.active = true;
+    in.reset = resets(steps_, t, b);
     const int64_t row = steps_.row(t, b);
     const Acc* gates = as<Acc>(d_.gates) + at(row, 4 * H_, unit_);
     in.s = {gates[0], gates[H_], gates[2 * H_], gates[3 * H_]};
     in.c = as<Acc>(d_.c_seq)[at(row, H_, unit_)];
-    if (!resets(steps_, t, b)) {
+    if (!in.reset) {
       if (t == steps_.first_step(b))
         in.c_prev = to_acc(as<T>(d_.c0)[at(b, H_, unit_)]);
       else
@@ -254,61 +279,65 @@ class BackwardUnit {
   }
 
   // Step j of sequence b. product: dgates W_hh of the step before in this order, or with a
-  // projection the whole gradient of h. dc and carry become those after the step. Returns the
-  // gradients of the gates i, f, g, o that the next product reads.
-  struct Result {
-    T dgates[4];
-  };
-  LSTM_EXT_DEVICE Result step(int j, int b, Acc product, const Operands& in, Acc& dc,
-                              Acc& carry) const {
-    const int64_t t = time_of(j);
-    const bool active = takes(j, b);
+  // projection the whole gradient of h. dc and carry become those after the step.
+  LSTM_EXT_DEVICE Result compute(int j, int b, Acc product, const Operands& in, Acc& dc,
+                                 Acc& carry) const {
     const Acc dh = gradient(j, b, product, in, carry);
+    Result result = {};
     if (j == steps_.T) {
       const int64_t state = at(b, H_, unit_);
       if (d_.dh0 && !d_.hidden) as<T>(d_.dh0)[state] = from_acc<T>(dh);
       if (d_.dc0 && steps_.T == 0) as<T>(d_.dc0)[state] = from_acc<T>(dc);
-      return Result{};
+      return result;
     }
     typename CellMath::Gates da = {};
-    if (active) {
+    if (in.active) {
       const Acc c = made_c(in), tanh_c = CellMath::tanh_of(c);
       const Acc through_h = CellMath::backward_output(in.s, tanh_c, dh, da);
-      put_cell_out(t, b, in.s.o * tanh_c);
-      state(t, b, in, c, through_h, dc, da);
+      put_cell_out(j, b, in.s.o * tanh_c);
+      state(j, b, in, c, through_h, dc, da);
     }
-    return store(j, b, da, dc);
+    put_dc0(j, b, in, dc);
+    const Acc gates[4] = {da.i, da.f, da.g, da.o};
+    result.active = in.active;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) {
+      result.dgates[gate] = from_acc<T>(gates[gate]);
+      result.next[gate] =
+          in.reset ? from_acc<T>(Acc(0)) : Arithmetic::round_state(result.dgates[gate]);
+    }
+    return result;
   }
 
-  // ---- its parts
-
-  LSTM_EXT_DEVICE int64_t time_of(int j) const {
-    return j == steps_.T ? -1 : steps_.step_at(steps_.T - 1 - j);
+  // What is kept of step j of sequence b.
+  LSTM_EXT_DEVICE void store(int j, int b, const Result& result) const {
+    if (j == steps_.T || (!result.active && steps_.offsets)) return;  // it has no row
+    const int64_t row = steps_.row(time_of(j), b);
+    T* dgates = as<T>(d_.dgates) + at(row, 4 * H_, unit_);
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) dgates[gate * H_] = result.dgates[gate];
   }
-  LSTM_EXT_DEVICE bool takes(int j, int b) const {
-    return j < steps_.T && steps_.active(time_of(j), b);
-  }
 
+  // ---- the parts of a step
+
+  // Of the h that the step made.
   LSTM_EXT_DEVICE Acc gradient(int j, int b, Acc product, const Operands& in, Acc& carry) const {
     if (d_.hidden) return product;
-    return gradient_of_h<T, kVariants>(d_, steps_, j, time_of(j), takes(j, b), b, H_, unit_,
+    return gradient_of_h<T, kVariants>(d_, steps_, j, time_of(j), in.active, in.reset, b, H_, unit_,
                                        product, in.dy, carry);
   }
-
   // c as h was made of it.
   LSTM_EXT_DEVICE Acc made_c(const Operands& in) const {
     if (kVariants && d_.variants.zoneout_c()) return in.s.f * in.c_prev + in.s.i * in.s.g;
     return in.c;
   }
-
   // What W_hr was multiplied with.
-  LSTM_EXT_DEVICE void put_cell_out(int64_t t, int b, Acc out) const {
+  LSTM_EXT_DEVICE void put_cell_out(int j, int b, Acc out) const {
     if (kVariants && d_.cell_out)
-      as<T>(d_.cell_out)[at(steps_.row(t, b), H_, unit_)] = from_acc<T>(out);
+      as<T>(d_.cell_out)[at(steps_.row(time_of(j), b), H_, unit_)] = from_acc<T>(out);
   }
-
   // From the gradient that reached c through h: what is left of da, and dc of the step before.
-  LSTM_EXT_DEVICE void state(int64_t t, int b, const Operands& in, Acc c, Acc through_h, Acc& dc,
+  LSTM_EXT_DEVICE void state(int j, int b, const Operands& in, Acc c, Acc through_h, Acc& dc,
                              typename CellMath::Gates& da) const {
     Acc sent = dc + in.dcell;
     if constexpr (!kVariants) {
@@ -319,7 +348,8 @@ class BackwardUnit {
     const Variants& v = d_.variants;
     Acc kept = 0;
     if (v.zoneout_c()) {
-      const Acc keep = kept_part<Acc>(v.keep_c, v.keep_c_all, at(steps_.row(t, b), H_, unit_));
+      const int64_t mask = at(steps_.row(time_of(j), b), H_, unit_);
+      const Acc keep = kept_part<Acc>(v.keep_c, v.keep_c_all, mask);
       kept = keep * sent;
       sent = (1 - keep) * sent;
     }
@@ -338,32 +368,17 @@ class BackwardUnit {
     }
     dc += kept;
   }
-
-  // The results of a step, taken or not.
-  LSTM_EXT_DEVICE Result store(int j, int b, const typename CellMath::Gates& da, Acc& dc) const {
-    Result result = {};
-    const int64_t t = time_of(j);
-    const bool active = takes(j, b), cut = active && resets(steps_, t, b);
-    if (cut) dc = 0;
+  // dc after the step, resets applied.
+  LSTM_EXT_DEVICE void put_dc0(int j, int b, const Operands& in, Acc& dc) const {
+    if (in.reset) dc = 0;
     if (d_.dc0 && j + 1 == steps_.T) as<T>(d_.dc0)[at(b, H_, unit_)] = from_acc<T>(dc);
-    const Acc exact[4] = {da.i, da.f, da.g, da.o};
-    const T rounded[4] = {from_acc<T>(da.i), from_acc<T>(da.f), from_acc<T>(da.g),
-                          from_acc<T>(da.o)};
-    const bool has_row = active || !steps_.offsets;
-#pragma unroll
-    for (int gate = 0; gate < 4; ++gate) {
-      const int64_t to = has_row ? at(steps_.row(t, b), 4 * H_, gate * H_ + unit_) : 0;
-      if (kVariants && d_.product) {
-        if (has_row) as<Acc>(d_.dgates)[to] = exact[gate];
-      } else if (has_row) {
-        as<T>(d_.dgates)[to] = rounded[gate];
-      }
-      result.dgates[gate] = cut ? from_acc<T>(Acc(0)) : Arithmetic::round_state(rounded[gate]);
-    }
-    return result;
   }
 
  private:
+  LSTM_EXT_DEVICE int64_t time_of(int j) const {
+    return j == steps_.T ? -1 : steps_.step_at(steps_.T - 1 - j);
+  }
+
   int H_;
   const BackwardArgs::Direction& d_;
   const Steps& steps_;

@@ -104,9 +104,27 @@ LSTM_EXT_DEVICE bool mbarrier_try_wait(uint64_t* m, unsigned parity) {
       : "memory");
   return done;
 }
+// acquire.cluster itself would also drop the multiprocessor's L1 (CCTL.IVALL), with what global
+// memory it holds; a fence for shared memory alone does not.
 LSTM_EXT_DEVICE void mbarrier_wait(uint64_t* m, unsigned parity) {
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(m)), "r"(parity)
+        : "memory");
+  } while (!done);
+  asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
+#else
   while (!mbarrier_try_wait(m, parity)) {
   }
+#endif
 }
 
 // ---- st.async: 16 bytes into a peer's shared memory. On arrival they count at the mbarrier, which

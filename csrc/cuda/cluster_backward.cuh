@@ -111,11 +111,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   // 2 pair + 1 as one vector. Vectors are numbered so that a warp's threads, which have consecutive
   // units of a sequence, read from different banks; in odd m-tiles the two columns change places
   // for the same reason.
-  const auto part = [&](const uint4* box, int source, int b) {
+  const auto part_of = [&](int b) {
     const int m = u / 16, word = u % 16 / 8 * 2 + (b % 2 ^ m % 2);
-    const uint4* vectors = box + ((source * kMTiles + m) * kNTiles + b / 8) * 32;
-    return reinterpret_cast<const Acc*>(vectors + b % 8 / 2 * 8 + u % 8)[word];
+    return ((m * kNTiles + b / 8) * 32 + b % 8 / 2 * 8 + u % 8) * 4 + word;
   };
+  constexpr int kSource = kMTiles * kNTiles * 128;  // from one block's part to the next block's
+  const int first_part = pinned(part_of(row_of(0)));
   // Columns of sequences that the group does not have are not sent.
   const int pairs = (place.rows() + 1) / 2;
   const int own_tiles = min(max(tiles - place.slice * kMTiles, 0), kMTiles);
@@ -132,6 +133,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     mailboxes.send(tile / kMTiles, box, shared_address(to), vector);
   };
 
+  // m-tiles of a warp that are multiplied side by side: a product waits for the one before it in
+  // its sum.
+  constexpr int kTogether = kColumns > 1 ? 2 : kHeld;
+  static_assert(kHeld % kTogether == 0, "held in whole groups");
+
   // The product with the dgates of step j - 1, sent as it is made.
   const auto multiply = [&](int j) {
     const unsigned char* gates = own + (j + 1) % 2 * (kRows * kPitch);
@@ -145,16 +151,22 @@ __global__ void __launch_bounds__(kThreads, 1)
           b[chunk][n][0] = *reinterpret_cast<const uint4*>(gates + ((first + n) * 8 + g) * kPitch +
                                                            (chunk * 4 + pair) * 16);
 #pragma unroll
-      for (int q = 0; q < kHeld; ++q) {
+      for (int q = 0; q < kHeld; q += kTogether) {
         if (q >= mine) break;
-        Acc sums[kColumns][4] = {};
+        Acc sums[kTogether][kColumns][4] = {};
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk)
 #pragma unroll
-          for (int n = 0; n < kColumns; ++n)
-            Arithmetic::multiply(sums[n], held[q][chunk][0], held[q][chunk][1], b[chunk][n]);
+          for (int i = 0; i < kTogether; ++i)
 #pragma unroll
-        for (int n = 0; n < kColumns; ++n) send(q, first + n, j % 2, sums[n]);
+            for (int n = 0; n < kColumns; ++n)
+              Arithmetic::multiply(sums[i][n], held[q + i][chunk][0], held[q + i][chunk][1],
+                                   b[chunk][n]);
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+          for (int n = 0; n < kColumns; ++n)
+            if (q + i < mine) send(q + i, first + n, j % 2, sums[i][n]);
       }
 #pragma unroll 1
       for (int q = kHeld; q < mine; ++q) {
@@ -171,40 +183,57 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
+  typename Cell::Operands in[kCells];
+  typename Cell::Result results[kCells] = {};
+  const auto load = [&](int j) {
+#pragma unroll
+    for (int i = 0; i < kCells; ++i)
+      in[i] = here(i) ? cell.load(j, sequence(i)) : typename Cell::Operands{};
+  };
+  const auto store = [&](int j) {
+#pragma unroll
+    for (int i = 0; i < kCells; ++i)
+      if (here(i)) cell.store(j, sequence(i), results[i]);
+  };
+  // A step ahead, but where weights take the registers.
+  constexpr bool kAhead = kChunks <= 4;
+  if (kAhead) load(0);
   mailboxes.open();
   for (int j = 0; j < args.shape.last; ++j) {
-    typename Cell::Operands in[kCells];
-    const auto load = [&] {
+    typename Cell::Operands now[kCells];
+    const auto take = [&] {
 #pragma unroll
-      for (int i = 0; i < kCells; ++i)
-        in[i] = here(i) ? cell.load(j, sequence(i)) : typename Cell::Operands{};
+      for (int i = 0; i < kCells; ++i) now[i] = in[i];
     };
-    // On their way while the product runs, but where the weights take the registers.
-    constexpr bool kEarly = kMTiles < 3;
-    if (kEarly) load();
+    if (kAhead) take();
     if (j > 0) {
       mailboxes.expect(j % 2, bytes);
       multiply(j);
+      // While the parts are on their way: what the step before leaves, what the next one needs.
+      store(j - 1);
     }
-    if (!kEarly) load();
+    load(kAhead ? j + 1 : j);
+    if (!kAhead) take();
     if (j > 0) mailboxes.wait(j % 2, (j - 1) / 2);
-    const uint4* box = boxes + j % 2 * box_vectors;
+    const Acc* box = reinterpret_cast<const Acc*>(boxes + j % 2 * box_vectors);
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
       if (!here(i)) continue;
       const int row = row_of(i);
+      const Acc* parts = box + (i ? part_of(row) : first_part);
       Acc sum = 0;
       if (j > 0)
-        for (int source = 0; source < slices; ++source) sum += part(box, source, row);
-      const typename Cell::Result result = cell.step(j, sequence(i), sum, in[i], dc[i], carry[i]);
+        for (int source = 0; source < slices; ++source) sum += parts[source * kSource];
+      results[i] = cell.compute(j, sequence(i), sum, now[i], dc[i], carry[i]);
       T* gates = reinterpret_cast<T*>(own + j % 2 * (kRows * kPitch) + row * kPitch);
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) gates[gate * kUnits + u] = result.dgates[gate];
+      for (int gate = 0; gate < 4; ++gate) gates[gate * kUnits + u] = results[i].next[gate];
     }
     // The next product reads these dgates; the parts just read, and the dgates before them, may be
     // overwritten.
     __syncthreads();
   }
+  store(args.shape.last - 1);
   mailboxes.close();
 #endif
 }

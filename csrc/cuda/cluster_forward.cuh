@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Weights<Arithmetic, GateRows, kMTiles, kHeld, kMWarps> weights(
       as<T>(d.w_hh), H, K, unit_first, args.shape.shared,
       reinterpret_cast<unsigned char*>(partial + Sum::kCells * 4 * (kWarps / kMWarps)));
+  const int part = pinned(Sum::part());
   mailboxes.open();
 
   const int bytes = place.rows() * ((H + kVector - 1) / kVector) * 16;
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     typename Cell::Operands in[kCells];
 #pragma unroll
     for (int j = 0; j < kCells; ++j)
-      in[j] = here(j) ? cell.load(t, sequence(j), c[j]) : typename Cell::Operands{};
+      in[j] = here(j) ? cell.load(i, t, sequence(j), c[j]) : typename Cell::Operands{};
     if (i > 0) mailboxes.wait(box, (i - 1) / 2);
     if (goes_on) mailboxes.expect(next, bytes);
 
@@ -95,24 +96,34 @@ __global__ void __launch_bounds__(kThreads, 1)
     // and this block has waited for that.
     Sum::put(partial, sums, 0);
     __syncthreads();  // all warps' parts are there, and nobody reads this state any more
+    typename Cell::Result results[kCells];
+    // First what peers wait for, then what is kept.
 #pragma unroll
     for (int j = 0; j < kCells; ++j) {
       const int b = sequence(j), row = Sum::sequence(0, j);
-      T h = from_acc<T>(Acc(0));
+      results[j] = {};
       if (here(j)) {
         Acc sum[4];
-        Sum::take(partial, sum, j);
-        h = cell.step(i, t, b, sum, in[j], c[j],
-                      [&] { return reinterpret_cast<const T*>(state + row * pitch)[unit]; });
+        Sum::take(partial, sum, Sum::part(j, part));
+        results[j] = cell.compute(t, b, sum, in[j], c[j], [&] {
+          return reinterpret_cast<const T*>(state + row * pitch)[unit];
+        });
       }
-      if (!goes_on) continue;
-      const uint4 vector = gather_lanes(h);
-      if (!Sum::has_cell(j) || b >= place.row_end || unit / kVector * kVector >= H) continue;
-      const shared_addr to =
-          shared_address(states + next * box_bytes + row * pitch + unit / kVector * 16);
-      for (int peer = unit % kVector; peer < place.slices; peer += kVector)
-        mailboxes.send(peer, next, to, vector);
+      if (goes_on) {
+        const uint4 vector = gather_lanes(results[j].next);
+        if (Sum::has_cell(j) && b < place.row_end && unit / kVector * kVector < H) {
+          const shared_addr to =
+              shared_address(states + next * box_bytes + row * pitch + unit / kVector * 16);
+#pragma unroll
+          for (int first = 0; first < kMostBlocksOfCluster; first += kVector)
+            if (const int peer = first + unit % kVector; peer < place.slices)
+              mailboxes.send(peer, next, to, vector);
+        }
+      }
     }
+#pragma unroll
+    for (int j = 0; j < kCells; ++j)
+      if (here(j)) cell.store(t, sequence(j), in[j], results[j], c[j]);
   }
   mailboxes.close();
 #endif

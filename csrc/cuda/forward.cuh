@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto here = [&](int b) { return Sum::has_cell() && b < place.row_end && unit < H; };
   const auto load = [&](int i, int64_t t, int b) {
     if (!here(b)) return typename Cell::Operands{};
-    return cell.load(t, b, i == 0 ? cell.first_c(b) : as<Acc>(d.cells)[at(b, H, unit)]);
+    return cell.load(i, t, b, i == 0 ? cell.first_c(b) : as<Acc>(d.cells)[at(b, H, unit)]);
   };
   const auto finish = [&](int i, int64_t t, int b, const Acc(&sum)[4],
                           const typename Cell::Operands& in, const T* state, T* next) {
@@ -47,9 +47,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       return;
     }
     Acc c;
-    const T h = cell.step(i, t, b, sum, in, c, [&] { return state[at(b, K, unit)]; });
+    const auto result = cell.compute(t, b, sum, in, c, [&] { return state[at(b, K, unit)]; });
+    cell.store(t, b, in, result, c);
     as<Acc>(d.cells)[at(b, H, unit)] = c;
-    if (!d.hidden && i + 1 < steps.T) next[at(b, K, unit)] = h;
+    if (!d.hidden && i + 1 < steps.T) next[at(b, K, unit)] = result.next;
   };
 
   for (int i = args.shape.first; i < args.shape.last; ++i) {

@@ -79,18 +79,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto old_c = [&](const Cell& cell, int unit) {
     return i == 0 ? cell.first_c(b) : as<Acc>(d.cells)[at(b, H, unit)];
   };
-  const auto finish = [&](int unit, T h, Acc c) {
-    as<Acc>(d.cells)[at(b, H, unit)] = c;
-    if (!d.hidden && i + 1 < steps.T) next[at(b, K, unit)] = h;
+  const auto hand_on = [&](int unit, const typename Cell::Result& result) {
+    if (!d.hidden && i + 1 < steps.T) next[at(b, K, unit)] = result.next;
   };
 
   if (!steps.active(t, b)) {
     for (int unit = threadIdx.x; unit < H; unit += kThreads) {
       const Cell cell(args, d, steps, unit);
-      const typename Cell::Operands in = cell.load(t, b, old_c(cell, unit));
+      const typename Cell::Operands in = cell.load(i, t, b, old_c(cell, unit));
       Acc c;
-      const T h = cell.skip(i, t, b, in, c, [&] { return state[at(b, K, unit)]; });
-      finish(unit, h, c);
+      const auto result = cell.compute(t, b, {}, in, c, [&] { return state[at(b, K, unit)]; });
+      cell.store(t, b, in, result, c);
+      as<Acc>(d.cells)[at(b, H, unit)] = c;
+      hand_on(unit, result);
     }
     return;
   }
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();  // every product has been read by whoever summed it up
   for (int unit = threadIdx.x; unit < H; unit += kThreads) {
     const Cell cell(args, d, steps, unit);
-    const typename Cell::Operands in = cell.load(t, b, old_c(cell, unit));
+    const typename Cell::Operands in = cell.load(i, t, b, old_c(cell, unit));
     Acc normed[4], c;
     for (int gate = 0; gate < 4; ++gate) {
       const int column = gate * H + unit;
@@ -114,6 +115,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     typename CellMath::Gates s;
     product[unit] = cell.state(t, b, normed, in, s, c);
     product[H + unit] = s.o;
+    cell.store_state(t, b, in, s, c);
     as<Acc>(d.cells)[at(b, H, unit)] = c;
   }
   const RowMoments<Acc> of_c(H, v.epsilon, sums, [&](int unit) { return product[unit]; });
@@ -121,8 +123,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Acc seen = of_c.normalize(product[unit]) * to_acc(as<T>(v.gamma_ch)[unit]) +
                      to_acc(as<T>(v.beta_ch)[unit]);
     const Cell cell(args, d, steps, unit);
-    const T h = cell.output(i, t, b, product[H + unit] * CellMath::tanh_of(seen));
-    finish(unit, h, as<Acc>(d.cells)[at(b, H, unit)]);
+    const typename Cell::Operands in = cell.load(i, t, b, Acc(0));
+    typename Cell::Result result = {};
+    cell.output(t, b, in, product[H + unit] * CellMath::tanh_of(seen), result);
+    cell.store_output(t, b, in, result.h);
+    hand_on(unit, result);
   }
 }
 
@@ -169,16 +174,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int unit = threadIdx.x; unit < H; unit += kThreads) {
       const Cell cell(args, d, steps, unit);
       Acc dc = old_dc(cell, unit), carry = old_carry(unit);
-      const typename Cell::Result none = cell.step(j, b, product[unit], {}, dc, carry);
+      const typename Cell::Result none = cell.compute(j, b, product[unit], {}, dc, carry);
       put_carry(unit, carry);
       if (j == steps.T) continue;
       as<Acc>(d.cells)[at(b, H, unit)] = dc;
-      for (int gate = 0; gate < 4; ++gate) out[at(b, K, gate * H + unit)] = none.dgates[gate];
+      for (int gate = 0; gate < 4; ++gate) out[at(b, K, gate * H + unit)] = none.next[gate];
     }
-    if (d.dproduct && j < steps.T && !steps.offsets)
-      for (int k = threadIdx.x; k < 4 * H; k += kThreads)
-        as<T>(d.dproduct)[at(steps.row(steps.step_at(steps.T - 1 - j), b), 4 * H, k)] =
-            from_acc<T>(Acc(0));
+    if (j == steps.T || steps.offsets) return;  // it has no row
+    const int64_t row = steps.row(steps.step_at(steps.T - 1 - j), b);
+    for (int k = threadIdx.x; k < 4 * H; k += kThreads) {
+      as<Acc>(d.dgates)[at(row, 4 * H, k)] = 0;
+      if (d.dproduct) as<T>(d.dproduct)[at(row, 4 * H, k)] = from_acc<T>(Acc(0));
+    }
     return;
   }
 
@@ -200,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Acc tanh_c = CellMath::tanh_of(c_hat * gamma + to_acc(as<T>(v.beta_ch)[unit]));
     typename CellMath::Gates gates;
     const Acc dnormed = CellMath::backward_output(in.s, tanh_c, dh, gates);
-    cell.put_cell_out(t, b, in.s.o * tanh_c);
+    cell.put_cell_out(j, b, in.s.o * tanh_c);
     if (dnorm) {
       dnorm[4 * H + unit] += dnormed * c_hat;
       dnorm[5 * H + unit] += dnormed;
@@ -219,15 +226,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     typename CellMath::Gates gates;
     gates.o = da_o[unit];
     Acc dc = old_dc(cell, unit);
-    cell.state(t, b, in, c, through_norm(product[unit], of_c.normalize(c), over_c, H, of_c.rstd),
+    cell.state(j, b, in, c, through_norm(product[unit], of_c.normalize(c), over_c, H, of_c.rstd),
                dc, gates);
-    cell.store(j, b, gates, dc);
+    cell.put_dc0(j, b, in, dc);
     as<Acc>(d.cells)[at(b, H, unit)] = dc;
     const Acc each[4] = {gates.i, gates.f, gates.g, gates.o};
     for (int gate = 0; gate < 4; ++gate) {
       const int column = gate * H + unit;
       const Acc x_hat = as<Acc>(d.norm)[at(row, 4 * H, column)];
       const Acc scaled = each[gate] * to_acc(as<T>(v.gamma_hh)[column]);
+      as<Acc>(d.dgates)[at(row, 4 * H, column)] = each[gate];
       if (dnorm) dnorm[column] += each[gate] * x_hat;
       da[column] = scaled;
       mine.first += scaled;

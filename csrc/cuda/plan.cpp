@@ -149,7 +149,7 @@ CudaPlan try_cluster_plan(const CudaProblem& p, const CudaProperties& device, co
   plan.m_tiles = tile.m;
   plan.n_tiles = tile.n;
   plan.slices = ceil_div(p.H, units_of(tile.m, p.backward));
-  int size = 0;
+  int size = 1;  // st.async is undefined in a cluster of one block
   while (plan.slices > 1 << size) ++size;
   plan.cluster = 1 << size;
   plan.group_rows = group_rows;
@@ -179,9 +179,11 @@ CudaPlan try_cluster_plan(const CudaProblem& p, const CudaProperties& device, co
 }
 
 std::string refuse_cluster(const CudaPlan& plan, const CudaProblem& p, const Tile& tile) {
-  if (plan.cluster < plan.slices || plan.cluster > kMostBlocksOfCluster ||
+  if (plan.cluster < plan.slices || plan.cluster < 2 || plan.cluster > kMostBlocksOfCluster ||
       (plan.cluster & (plan.cluster - 1)))
-    return "a cluster has a block for each slice, and is a power of two, 16 at most";
+    return "a cluster has a block for each slice, and is a power of two from 2 to 16";
+  if ((plan.groups - 1) * plan.group_rows >= std::max<int64_t>(p.B, 1))
+    return "a group has no sequence";
   if (plan.group_rows > 8 * tile.n) return "a cluster has one tile of sequences";
   if (plan.held != tile.held) return "no kernel holds so many chunks";
   const ClusterWeights weights = cluster_weights(p, tile);

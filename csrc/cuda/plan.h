@@ -55,7 +55,7 @@ struct CudaPlan {
   int64_t slices;      // blocks that share the units of a direction
   int64_t groups;      // of sequences, each with blocks and (grid) a barrier of its own
   int64_t group_rows;  // sequences of a group
-  int cluster;         // blocks of a cluster: the slices, up to a power of two; 0: no clusters
+  int cluster;         // blocks of a cluster: the slices, up to a power of two from 2; 0: none
   int64_t shared_bytes;
   double step_us;  // what the cost model expects a step to take
 };

@@ -76,6 +76,13 @@ LSTM_EXT_DEVICE uint32_t pack2<__half>(float lo, float hi) {
 
 #ifndef LSTM_EXT_EMULATED  // ============================ device ==================================
 
+// x, which the compiler then keeps in a register: it would otherwise compute it anew where it is
+// used, in the middle of a step.
+LSTM_EXT_DEVICE int pinned(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Rounds to TF32, ties away from zero; the low 13 bits of the result are zero.
 LSTM_EXT_DEVICE uint32_t to_tf32(float x) {
 #if __CUDA_ARCH__ >= 800
@@ -160,6 +167,8 @@ LSTM_EXT_DEVICE void wait_until(const unsigned* counter, unsigned target) {
 }
 
 #else  // =============================== CPU twins ===============================================
+
+LSTM_EXT_DEVICE int pinned(int x) { return x; }
 
 LSTM_EXT_DEVICE uint32_t to_tf32(float x) {
   uint32_t bits;

@@ -157,6 +157,7 @@ class Weights {
       for (int n = 0; n < kNTiles; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) sums[m][n][e] = 0;
+    Acc second[kMTiles][kNTiles][4] = {};  // of the second halves of the chunks, with kSplit
 
     static_assert(kInRegisters % kHeldGroup<State, kNTiles> == 0, "groups are whole");
     const int mine = (chunks_ - warp + kKWarps - 1) / kKWarps;  // chunks of this warp
@@ -165,16 +166,25 @@ class Weights {
       for (int j = 0; j < kInRegisters; j += kHeldGroup<State, kNTiles>)
         // A cluster's blocks need not fill all that they can hold.
         if (kMWarps == 1 || j < mine)
-          group<kRegisters, kNTiles, kHeldGroup<State, kNTiles>>(state, columns, j, mine, sums);
+          group<kRegisters, kNTiles, kHeldGroup<State, kNTiles>>(state, columns, j, mine, sums,
+                                                                 second);
     const int resident = min(mine, kInRegisters + shared_);
     int j = kInRegisters;
 #pragma unroll 1
     for (; j < resident; j += kGroup<State, kNTiles>)
-      group<kShared, kNTiles, kGroup<State, kNTiles>>(state, columns, j, resident, sums);
+      group<kShared, kNTiles, kGroup<State, kNTiles>>(state, columns, j, resident, sums, second);
+    if constexpr (kSplit<State, kNTiles>) {
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sums[m][n][e] += second[m][n][e];
+    }
     if constexpr (State::kNear) return;  // then all of the weights are, too
 #pragma unroll 1
     for (j = max(kInRegisters, resident); j < mine; j += kGroup<State, kNTiles>)
-      group<kGlobal, kNTiles, kGroup<State, kNTiles>>(state, columns, j, mine, sums);
+      group<kGlobal, kNTiles, kGroup<State, kNTiles>>(state, columns, j, mine, sums, second);
   }
 
  private:
@@ -190,10 +200,16 @@ class Weights {
   static constexpr int kGroup =
       kParts == 1 && 2 * kMTiles + kNTiles <= (State::kNear ? 6 : 8) ? 2 : 1;
 
+  // Where a warp has few sums, each is made as two: with all else near, what a chunk costs is the
+  // wait for the product before it.
+  template <class State, int kNTiles>
+  static constexpr bool kSplit = State::kNear && kNTiles == 1;
+
   // Adds the products of the warp's chunks j, j + 1, ... of kCount, those from `end` on left out.
   template <Source kSource, int kNTiles, int kCount, class State>
   LSTM_EXT_DEVICE void group(const State& state, const uint32_t (&columns)[kNTiles][kColumns],
-                             int j, int end, Acc (&sums)[kMTiles][kNTiles][4]) const {
+                             int j, int end, Acc (&sums)[kMTiles][kNTiles][4],
+                             Acc (&second)[kMTiles][kNTiles][4]) const {
     const int lane = threadIdx.x % 32, warp = Share::k();
     const uint4* states = state.rows();
     const uint4 zero = make_uint4(0, 0, 0, 0);
@@ -226,8 +242,12 @@ class Weights {
                 rows[half] = *place(j + i - kInRegisters, m, part, half);
           }
 #pragma unroll
-          for (int n = 0; n < kNTiles; ++n)
-            Arithmetic::multiply(sums[m][n], rows[0], rows[1], b[i][n]);
+          for (int n = 0; n < kNTiles; ++n) {
+            if constexpr (kSplit<State, kNTiles>)
+              Arithmetic::multiply(sums[m][n], second[m][n], rows[0], rows[1], b[i][n]);
+            else
+              Arithmetic::multiply(sums[m][n], rows[0], rows[1], b[i][n]);
+          }
         }
     }
   }
@@ -299,19 +319,33 @@ struct Reduction {
           partial[place(warp, n, Share::first_m() + m, lane / 4 + e / 2 * 8,
                         lane % 4 * 2 + e % 2)] = sums[m][round * kRoundTiles + n][e];
   }
-  // The sums of this thread's j-th cell: the gates i, f, g, o, or one value.
-  static LSTM_EXT_DEVICE void take(const Acc* partial, Acc (&out)[Rows::kGates], int j = 0) {
+  // Where the first gate of this thread's j-th cell lies in the first warp's sums. first: of cell
+  // 0, if that is at hand.
+  static LSTM_EXT_DEVICE int part(int j = 0) {
     const int u = unit(), b = sequence(0, j);
+    return Rows::kGates == 4 ? place(0, b / 8, u / 8 * 2, u % 8, b % 8)
+                             : place(0, b / 8, u / 16, u % 16, b % 8);
+  }
+  static LSTM_EXT_DEVICE int part(int j, int first) {
+    constexpr int kSequences = kStride / kUnits;
+    if (kSequences % 8 == 0) return first + j * (kSequences / 8) * kBlockTiles * 128;
+    return j == 0 ? first : part(j);
+  }
+  // The sums of the cell whose part() it is: the gates i, f, g, o, or one value. Gates and warps
+  // lie at fixed distances: what place() swizzles by is the same for them.
+  static LSTM_EXT_DEVICE void take(const Acc* partial, Acc (&out)[Rows::kGates], int part) {
 #pragma unroll
     for (int gate = 0; gate < Rows::kGates; ++gate) {
-      const int m = Rows::kGates == 4 ? u / 8 * 2 + gate / 2 : u / 16;
-      const int row = Rows::kGates == 4 ? gate % 2 * 8 + u % 8 : u % 16;
       Acc sum = 0;
 #pragma unroll
       for (int warp = 0; warp < Share::kKWarps; ++warp)
-        sum += partial[place(warp, b / 8, m, row, b % 8)];
+        sum +=
+            partial[part + warp * kRoundTiles * kBlockTiles * 128 + gate / 2 * 128 + gate % 2 * 64];
       out[gate] = sum;
     }
+  }
+  static LSTM_EXT_DEVICE void take(const Acc* partial, Acc (&out)[Rows::kGates]) {
+    take(partial, out, part());
   }
 };
 

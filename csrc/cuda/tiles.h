@@ -52,7 +52,7 @@ LSTM_EXT_INLINE constexpr int64_t block_sums_bytes(int64_t acc_bytes) {
 constexpr int kMostBlocksOfCluster = 16;
 constexpr Tile kForwardClusterTiles16[] = {{4, 1, 4}, {4, 2, 4}, {4, 4, 4}, {8, 1, 8},
                                            {8, 2, 8}, {8, 4, 4}, {12, 1, 5}};
-constexpr Tile kForwardClusterTiles32[] = {{4, 1, 4}, {4, 2, 4}, {8, 1, 8}, {8, 2, 8}};
+constexpr Tile kForwardClusterTiles32[] = {{4, 1, 4}, {4, 2, 4}, {8, 1, 8}, {8, 2, 7}};
 constexpr Tile kBackwardClusterTiles16[] = {{1, 1, 2}, {1, 2, 2}, {1, 4, 2}, {2, 1, 4},
                                             {2, 2, 4}, {2, 4, 2}, {3, 1, 3}};
 constexpr Tile kBackwardClusterTiles32[] = {{1, 1, 2}, {1, 2, 2}, {2, 1, 2}, {2, 2, 2}};

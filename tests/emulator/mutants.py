@@ -204,8 +204,8 @@ MUTANTS = [
         ),
         ("no wait", BACKWARD, RACE, ("if (j > args.shape.first) barrier.wait();", "")),
         ("no arrival", BACKWARD, DEADLOCK, ("if (j + 1 < args.shape.last) barrier.arrive();", "")),
-        ("reset of the cell ignored", BACKWARD, WRONG, ("if (cut) dc = 0;", "")),
-        ("reset of the state ignored", BACKWARD, WRONG, ("cut ? from_acc<T>(Acc(0)) : ", "")),
+        ("reset of the cell ignored", BACKWARD, WRONG, ("if (in.reset) dc = 0;", "")),
+        ("reset of the state ignored", BACKWARD, WRONG, ("in.reset ? from_acc<T>(Acc(0)) : ", "")),
         ("reset of the cell before ignored", BACKWARD, WRONG, ("if (!resets(steps, t, b)) {", "{")),
         (
             "units past the end",
