@@ -87,10 +87,9 @@ class LSTMCell(Variants, nn.RNNCellBase):
             raise RuntimeError(
                 f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}"
             )
-        weights = [self.weight_ih, self.weight_hh]
-        weights += [self.bias_ih, self.bias_hh] if self.bias else []
+        weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
         weights += [getattr(self, name) for name in self._variant_names()]
-        check_match("parameter", weights, input)
+        check_match("parameter", [w for w in weights if w is not None], input)
         batch = input.size(0)
         if hx is None:
             h = c = input.new_zeros(batch, self.hidden_size)
@@ -100,7 +99,7 @@ class LSTMCell(Variants, nn.RNNCellBase):
             self._check_state(c, 1, batch)
             check_match("hidden", (h, c), input)
         steps = Steps.padded(1, batch)
-        direction = Direction(h, c, self._arranged(weights, False, steps, h, c), False)
+        direction = Direction(h, c, self._arranged(weights, True, False, steps, h, c), False)
         _, (h,), (c,), _ = lstm_layer(input, [direction], steps)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 

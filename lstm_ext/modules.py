@@ -331,7 +331,7 @@ class LSTM(LSTMBase):
         for weight in weights:
             if weight is None or weight.dtype != dtype or weight.device != device:
                 check_weights(names, weights, x)
-        return self._arranged(weights, bool(self.proj_size), steps, h0, c0)
+        return self._arranged(weights, self.bias, self.proj_size > 0, steps, h0, c0)
 
     # --- conversion ------------------------------------------------------------------------------
 
