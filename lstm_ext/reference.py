@@ -20,6 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def lstm_cell(a: Tensor, c_prev: Tensor) -> tuple[Tensor, Tensor]:
+    """h and c, both (B, H), from the pre-activations a (B, 4H), rows i, f, g, o, and c_prev."""
+    a_i, a_f, a_g, a_o = a.chunk(4, dim=1)  # 4 of (B, H)
+    i, f, o = a_i.sigmoid(), a_f.sigmoid(), a_o.sigmoid()  # 3 of (B, H)
+    g = a_g.tanh()  # (B, H)
+    c = f * c_prev + i * g  # (B, H)
+    return o * c.tanh(), c  # (B, H) each
+
+
 def lstm_layer(
     x: Tensor,
     h0: Tensor,
@@ -70,11 +79,7 @@ def lstm_layer(
             h_prev = torch.where(reset, 0, h)  # (B, P)
             c_prev = torch.where(reset, 0, c)  # (B, H)
         a = gx[t] + F.linear(h_prev, w_hh, b_hh)  # (B, 4H)
-        a_i, a_f, a_g, a_o = a.chunk(4, dim=1)  # 4 of (B, H)
-        i, f, o = a_i.sigmoid(), a_f.sigmoid(), a_o.sigmoid()  # 3 of (B, H)
-        g = a_g.tanh()  # (B, H)
-        c_t = f * c_prev + i * g  # (B, H)
-        h_t = o * c_t.tanh()  # (B, H)
+        h_t, c_t = lstm_cell(a, c_prev)  # (B, H) each
         if w_hr is not None:
             h_t = F.linear(h_t, w_hr)  # (B, P)
         on = active[t, :, None]  # (B, 1)
