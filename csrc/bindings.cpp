@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bind_steps.h"
+#include "bind_variants.h"
 #include "build_info.h"
 #include "cpu/kernels.h"
 #include "params.h"
@@ -48,8 +49,10 @@ T* pointer(Address address) {
 
 void cpu_forward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H, int64_t P,
                  int64_t I, Address gx, Address x, Address w_ih, Address b_ih, Address b_hh,
-                 Address w_hh, Address w_hr, Address h0, Address c0, Address gates, Address c_seq,
-                 Address y, int64_t y_stride, Address h_n, Address c_n, Address workspace) {
+                 Address w_hh, Address w_hr, Address h0, Address c0,
+                 const lstm_ext::Variants& variants, Address gates, Address c_seq, Address norm,
+                 Address norm_r, Address y, int64_t y_stride, Address h_n, Address c_n,
+                 Address workspace) {
   lstm_ext::cpu_kernels().forward({static_cast<lstm_ext::Dtype>(dtype),
                                    threads,
                                    steps,
@@ -65,8 +68,11 @@ void cpu_forward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H
                                    pointer(w_hr),
                                    pointer(h0),
                                    pointer(c0),
+                                   variants,
                                    pointer(gates),
                                    pointer(c_seq),
+                                   pointer(norm),
+                                   pointer(norm_r),
                                    pointer(y),
                                    y_stride,
                                    pointer(h_n),
@@ -75,15 +81,18 @@ void cpu_forward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H
 }
 
 void cpu_backward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H, int64_t P,
-                  Address w_hh, Address w_hr, Address h0, Address c0, Address y, int64_t y_stride,
-                  Address gates, Address c_seq, Address dy, int64_t dy_stride, Address dh_n,
-                  Address dc_n, Address dcells, Address dgates, Address h_prev, Address dr,
-                  Address dh0, Address dc0, Address workspace) {
+                  const lstm_ext::Variants& variants, Address w_hh, Address w_hr, Address h0,
+                  Address c0, Address y, int64_t y_stride, Address gates, Address c_seq,
+                  Address norm, Address norm_r, Address dy, int64_t dy_stride, Address dh_n,
+                  Address dc_n, Address dcells, Address dgates, Address dproduct, Address h_prev,
+                  Address dr, Address cell_out, Address dpeephole, Address dnorm, Address dh0,
+                  Address dc0, Address workspace) {
   lstm_ext::cpu_kernels().backward({static_cast<lstm_ext::Dtype>(dtype),
                                     threads,
                                     steps,
                                     H,
                                     P,
+                                    variants,
                                     pointer(w_hh),
                                     pointer(w_hr),
                                     pointer(h0),
@@ -92,14 +101,20 @@ void cpu_backward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t 
                                     y_stride,
                                     pointer(gates),
                                     pointer(c_seq),
+                                    pointer(norm),
+                                    pointer(norm_r),
                                     pointer(dy),
                                     dy_stride,
                                     pointer(dh_n),
                                     pointer(dc_n),
                                     pointer(dcells),
                                     pointer(dgates),
+                                    pointer(dproduct),
                                     pointer(h_prev),
                                     pointer(dr),
+                                    pointer(cell_out),
+                                    pointer(dpeephole),
+                                    pointer(dnorm),
                                     pointer(dh0),
                                     pointer(dc0),
                                     pointer(workspace)});
@@ -107,7 +122,8 @@ void cpu_backward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t 
 
 // What the workspace's size depends on; x, w_hh, w_hr: whether there are such.
 template <class Params>
-Params sizes(int dtype, int threads, int64_t B, int64_t H, int64_t P, bool w_hh, bool w_hr) {
+Params sizes(int dtype, int threads, int64_t B, int64_t H, int64_t P, bool w_hh, bool w_hr,
+             const lstm_ext::Variants& variants) {
   static const char present = 0;
   Params params{};
   params.dtype = static_cast<lstm_ext::Dtype>(dtype);
@@ -117,12 +133,13 @@ Params sizes(int dtype, int threads, int64_t B, int64_t H, int64_t P, bool w_hh,
   params.P = P;
   params.w_hh = w_hh ? &present : nullptr;
   params.w_hr = w_hr ? &present : nullptr;
+  params.variants = variants;
   return params;
 }
 
 int64_t cpu_forward_workspace(int dtype, int threads, int64_t B, int64_t H, int64_t P, int64_t I,
-                              bool x, bool w_hh, bool w_hr) {
-  auto params = sizes<lstm_ext::LstmForward>(dtype, threads, B, H, P, w_hh, w_hr);
+                              bool x, bool w_hh, bool w_hr, const lstm_ext::Variants& variants) {
+  auto params = sizes<lstm_ext::LstmForward>(dtype, threads, B, H, P, w_hh, w_hr, variants);
   static const char present = 0;
   params.I = I;
   params.x = x ? &present : nullptr;
@@ -130,9 +147,9 @@ int64_t cpu_forward_workspace(int dtype, int threads, int64_t B, int64_t H, int6
 }
 
 int64_t cpu_backward_workspace(int dtype, int threads, int64_t B, int64_t H, int64_t P, bool w_hh,
-                               bool w_hr) {
+                               bool w_hr, const lstm_ext::Variants& variants) {
   return lstm_ext::cpu_kernels().backward_workspace(
-      sizes<lstm_ext::LstmBackward>(dtype, threads, B, H, P, w_hh, w_hr));
+      sizes<lstm_ext::LstmBackward>(dtype, threads, B, H, P, w_hh, w_hr, variants));
 }
 
 void cpu_matmul(int dtype, int threads, int64_t M, int64_t N, int64_t K, bool a_transposed,
@@ -190,19 +207,21 @@ PYBIND11_MODULE(_C, m) {
   m.def("openmp_grants", &lstm_ext::openmp_grants, "threads"_a,
         "Whether OpenMP gives a team that many threads.");
   lstm_ext::bind_steps(m);
+  lstm_ext::bind_variants(m);
   // dtype codes: enum Dtype in params.h, where every argument is described.
   m.def("cpu_forward", &cpu_forward, py::kw_only(), "dtype"_a, "threads"_a, "steps"_a, "H"_a, "P"_a,
         "I"_a, "gx"_a, "x"_a, "w_ih"_a, "b_ih"_a, "b_hh"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a,
-        "gates"_a, "c_seq"_a, "y"_a, "y_stride"_a, "h_n"_a, "c_n"_a, "workspace"_a,
-        py::call_guard<py::gil_scoped_release>());
+        "variants"_a, "gates"_a, "c_seq"_a, "norm"_a, "norm_r"_a, "y"_a, "y_stride"_a, "h_n"_a,
+        "c_n"_a, "workspace"_a, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_backward", &cpu_backward, py::kw_only(), "dtype"_a, "threads"_a, "steps"_a, "H"_a,
-        "P"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "y_stride"_a, "gates"_a, "c_seq"_a,
-        "dy"_a, "dy_stride"_a, "dh_n"_a, "dc_n"_a, "dcells"_a, "dgates"_a, "h_prev"_a, "dr"_a,
+        "P"_a, "variants"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "y_stride"_a, "gates"_a,
+        "c_seq"_a, "norm"_a, "norm_r"_a, "dy"_a, "dy_stride"_a, "dh_n"_a, "dc_n"_a, "dcells"_a,
+        "dgates"_a, "dproduct"_a, "h_prev"_a, "dr"_a, "cell_out"_a, "dpeephole"_a, "dnorm"_a,
         "dh0"_a, "dc0"_a, "workspace"_a, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_forward_workspace", &cpu_forward_workspace, "dtype"_a, "threads"_a, "B"_a, "H"_a,
-        "P"_a, "I"_a, "x"_a, "w_hh"_a, "w_hr"_a);
+        "P"_a, "I"_a, "x"_a, "w_hh"_a, "w_hr"_a, "variants"_a);
   m.def("cpu_backward_workspace", &cpu_backward_workspace, "dtype"_a, "threads"_a, "B"_a, "H"_a,
-        "P"_a, "w_hh"_a, "w_hr"_a);
+        "P"_a, "w_hh"_a, "w_hr"_a, "variants"_a);
   m.def("cpu_matmul", &cpu_matmul, py::kw_only(), "dtype"_a, "threads"_a, "M"_a, "N"_a, "K"_a,
         "a_transposed"_a, "a"_a, "w"_a, "out"_a, "workspace"_a,
         py::call_guard<py::gil_scoped_release>());

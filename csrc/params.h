@@ -43,6 +43,27 @@ struct Steps {
   }
 };
 
+// What one direction has beside nn.LSTM's own. All zero: nothing. Each part is there or not on its
+// own, but the three gammas and betas, which are all there or all null.
+struct Variants {
+  const void* peephole;   // storage [3H], gates i, f, o; null: none
+  const void* gamma_hh;   // storage [4H]: factors of the normalized recurrent product, gates i, f,
+                          // g, o; null: no layer norm
+  const void* gamma_ch;   // storage [H]: factors of the normalized c, in h = o * tanh(norm(c))
+  const void* beta_ch;    // storage [H]: added to it
+  double epsilon;         // of the layer norms
+  const void* h_dropout;  // acc [B, P]: factors of h_{t-1} in the recurrent product; null: 1
+  // Zoneout: what part of h_{t-1} and c_{t-1} stays.
+  const uint8_t* keep_h;  // [rows, P] 0 or 1; null: keep_h_all everywhere
+  const uint8_t* keep_c;  // [rows, H] 0 or 1; null: keep_c_all everywhere
+  double keep_h_all;      // 0: no zoneout of h
+  double keep_c_all;      // 0: no zoneout of c
+
+  // Always inlined (see inline.h).
+  LSTM_EXT_INLINE bool zoneout_h() const { return keep_h || keep_h_all != 0; }
+  LSTM_EXT_INLINE bool zoneout_c() const { return keep_c || keep_c_all != 0; }
+};
+
 // One direction of one layer. Rows of sequences past their length are left as they are, but for
 // gx, whose every row is made if x is given.
 struct LstmForward {
@@ -62,9 +83,12 @@ struct LstmForward {
   const void* w_hr;  // storage [P, H]; null: no projection, then P = H
   const void* h0;    // storage [B, P]
   const void* c0;    // storage [B, H]
+  Variants variants;
   // saved for backward
-  void* gates;  // acc [rows, 4H] post-activation gates; null: not saved; may be gx itself
-  void* c_seq;  // acc [rows, H] every c_t; null: not saved
+  void* gates;   // acc [rows, 4H] post-activation gates; null: not saved; may be gx itself
+  void* c_seq;   // acc [rows, H] every c_t; null: not saved
+  void* norm;    // acc [rows, 4H] normalized recurrent products; null: no layer norm, or not saved
+  void* norm_r;  // acc [rows] reciprocal standard deviations of those; null as norm
   // outputs
   void* y;           // storage [rows, P], row stride y_stride
   int64_t y_stride;  // of rows, in elements
@@ -79,6 +103,7 @@ struct LstmBackward {
   Steps steps;
   int64_t H;
   int64_t P;
+  Variants variants;
   // inputs
   const void* w_hh;  // as in LstmForward; null: dh0 gets no product (the caller adds it)
   const void* w_hr;  // as in LstmForward
@@ -86,17 +111,26 @@ struct LstmBackward {
   const void* c0;    // storage [B, H]
   const void* y;  // storage [rows, P], row stride y_stride; read for h_prev only, else may be null
   int64_t y_stride;
-  const void* gates;  // acc [rows, 4H] as forward saved them
-  const void* c_seq;  // acc [rows, H] as forward saved it
-  const void* dy;     // storage [rows, P], row stride dy_stride; null: zero
+  const void* gates;   // acc [rows, 4H] as forward saved them
+  const void* c_seq;   // acc [rows, H] as forward saved it
+  const void* norm;    // acc [rows, 4H] as forward saved it; null: no layer norm
+  const void* norm_r;  // acc [rows], likewise
+  const void* dy;      // storage [rows, P], row stride dy_stride; null: zero
   int64_t dy_stride;
   const void* dh_n;    // storage [B, P]; null: zero
   const void* dc_n;    // storage [B, H]; null: zero
   const void* dcells;  // storage [rows, H]: gradient of every c_t; null: zero
   // outputs
-  void* dgates;     // acc [rows, 4H]: gradient before the activations; must not be gates
-  void* h_prev;     // storage [rows, P]: the h each step started from, for dW_hh; null: not wanted
-  void* dr;         // acc [rows, P]: whole gradient of each h_t, for dW_hr; null: no projection
+  void* dgates;    // acc [rows, 4H]: gradient before the activations; must not be gates
+  void* dproduct;  // acc [rows, 4H]: gradient of the recurrent product; null: no layer norm, then
+                   // it is dgates
+  void* h_prev;  // storage [rows, P]: what W_hh was multiplied with at each step, for dW_hh; null:
+                 // not wanted
+  void* dr;      // acc [rows, P]: gradient of each product with W_hr, for dW_hr; null: no
+                 // projection
+  void* cell_out;   // acc [rows, H]: what W_hr was multiplied with, for dW_hr; null: not wanted
+  void* dpeephole;  // acc [B, 3H]: sums over the steps, added to what is there; null: none
+  void* dnorm;      // acc [B, 6H]: likewise of gamma_hh (4H), gamma_ch and beta_ch; null: none
   void* dh0;        // storage [B, P]
   void* dc0;        // storage [B, H]
   void* workspace;  // backward_workspace() bytes, 64-byte aligned, contents irrelevant

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from lstm_ext import ops, reference
-from lstm_ext.ops import Direction, DirectionGrads, LayerWeights
+from lstm_ext.ops import Direction, DirectionGrads, LayerWeights, Masks
 from lstm_ext.steps import Steps
 
 
@@ -81,8 +81,8 @@ def eager_layer(
             _warn_no_kernels(device)
         return _reference_layer(x, directions, steps, cells=cells)
     if _needs_autograd(flat):
-        reverse = tuple(d.reverse for d in directions)
-        y, all_cells, *states = LSTMLayer.apply(steps, reverse, cells, *flat)
+        kinds = tuple((d.reverse, d.w.masks) for d in directions)
+        y, all_cells, *states = LSTMLayer.apply(steps, kinds, cells, *flat)
         D = len(directions)
         return LayerOutputs(y, states[:D], states[D : 2 * D], all_cells)
     result = ops.layer_forward(x, directions, steps, save=False, cells=cells)
@@ -97,12 +97,15 @@ def _any_negated(tensors: list[Tensor | None]) -> bool:
     return False
 
 
-_PER_DIRECTION = 7  # tensors: h0, c0 and the five weights
+#: What a direction is besides its tensors: whether it is the reverse one, and its masks, which
+#: nobody else holds.
+Kind = tuple[bool, Masks | None]
 
 
 def _map(function: Any, x: Tensor, directions: list[Direction]) -> tuple[Tensor, list[Direction]]:
     def apply(weights: LayerWeights) -> LayerWeights:
-        return LayerWeights(*(w if w is None else function(w) for w in weights))
+        *tensors, masks = weights
+        return LayerWeights(*(t if t is None else function(t) for t in tensors), masks)
 
     return function(x), [
         Direction(function(d.h0), function(d.c0), apply(d.w), d.reverse) for d in directions
@@ -113,20 +116,28 @@ def _flatten(directions: list[Direction]) -> list[Tensor | None]:
     """The tensors of all directions, as arguments of a Function."""
     if len(directions) == 1:
         h0, c0, w, _ = directions[0]
-        return [h0, c0, *w]
-    return [tensor for d in directions for tensor in (d.h0, d.c0, *d.w)]
+        return [h0, c0, *w.tensors]
+    return [tensor for d in directions for tensor in (d.h0, d.c0, *d.w.tensors)]
 
 
-def _grouped(flat: Sequence[Any]) -> list[Sequence[Any]]:
+def _grouped(flat: Sequence[Any], groups: int) -> list[Sequence[Any]]:
     """The inverse of :func:`_flatten`, a group a direction."""
-    return [flat[k : k + _PER_DIRECTION] for k in range(0, len(flat), _PER_DIRECTION)]
+    size = len(flat) // groups
+    return [flat[k * size : (k + 1) * size] for k in range(groups)]
 
 
-def _directions(flat: Sequence[Any], reverse: Sequence[bool]) -> list[Direction]:
+def _directions(flat: Sequence[Any], kinds: Sequence[Kind]) -> list[Direction]:
     return [
-        Direction(group[0], group[1], LayerWeights(*group[2:]), backwards)
-        for group, backwards in zip(_grouped(flat), reverse, strict=True)
+        Direction(h0, c0, _weights(weights, masks), reverse)
+        for (h0, c0, *weights), (reverse, masks) in zip(
+            _grouped(flat, len(kinds)), kinds, strict=True
+        )
     ]
+
+
+def _weights(tensors: list[Tensor | None], masks: Masks | None) -> LayerWeights:
+    weights = LayerWeights(*tensors)
+    return weights if masks is None else weights._replace(masks=masks)
 
 
 def _side_by_side(parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
@@ -168,13 +179,22 @@ def _reference_layer(
     def to_device(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(x.device)
 
+    def masks(w: LayerWeights) -> dict[str, Any]:
+        h_dropout, keep_h, keep_c = w.masks or Masks()
+        return {
+            "h_dropout": None if h_dropout is None else h_dropout.to(x.dtype),
+            "keep_h": steps.to_time_major(keep_h) if isinstance(keep_h, Tensor) else keep_h,
+            "keep_c": steps.to_time_major(keep_c) if isinstance(keep_c, Tensor) else keep_c,
+        }
+
     time_major = steps.to_time_major(x)
     results = [
         reference.lstm_layer(
             time_major,
             d.h0,
             d.c0,
-            *d.w,
+            *d.w.tensors,
+            **masks(d.w),
             lengths=to_device(steps.lengths),
             reset_mask=to_device(steps.reset_mask),
             reverse=d.reverse,
@@ -195,45 +215,47 @@ def _reference_layer(
 class LSTMLayer(Function):
     """Forward and backward on the native core.
 
-    Saved: the activated gates and c_t, both results of forward, the output, and references to
-    the inputs (no copies): a second derivative needs them whichever of them require grad.
+    Saved: the activated gates and c_t, both results of forward, with a layer norm what was
+    normalized, the output, and references to the inputs (no copies): a second derivative needs
+    them whichever of them require grad.
     """
 
     @staticmethod
     def forward(
         steps: Steps,
-        reverse: tuple[bool, ...],
+        kinds: tuple[Kind, ...],
         cells: bool,
         x: Tensor,
         *flat: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        """y, cells or None, then h_n, c_n, gates and c_seq of each direction.
+        """y, cells or None, then h_n, c_n, gates and c_seq of each direction, and all else saved.
 
         A c_seq that is also the second result is None.
         """
-        result = ops.layer_forward(x, _directions(flat, reverse), steps, save=True, cells=cells)
+        result = ops.layer_forward(x, _directions(flat, kinds), steps, save=True, cells=cells)
         c_seq = result.c_seq
         all_cells = _side_by_side(c_seq, x.dtype) if cells else None
         if all_cells is not None and all_cells is c_seq[0]:
             c_seq = [None]  # one tensor, output and saved at once
-        return result.y, all_cells, *result.h_n, *result.c_n, *result.gates, *c_seq
+        more = [tensor for direction in result.more for tensor in direction]
+        return result.y, all_cells, *result.h_n, *result.c_n, *result.gates, *c_seq, *more
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.steps, ctx.reverse, _, *tensors = inputs
-        D = len(ctx.reverse)
+        ctx.steps, ctx.kinds, _, *tensors = inputs
+        D = len(ctx.kinds)
         y, all_cells = output[:2]
-        gates, c_seq = output[2 + 2 * D : 2 + 3 * D], output[2 + 3 * D :]
-        ctx.mark_non_differentiable(*(t for t in (*gates, *c_seq) if t is not None))
+        saved = output[2 + 2 * D :]
+        ctx.mark_non_differentiable(*(t for t in saved if t is not None))
         ctx.set_materialize_grads(False)
-        saved = (all_cells if c is None else c for c in c_seq)
-        ctx.save_for_backward(*tensors, y, *gates, *saved)
+        # The only None is a c_seq.
+        ctx.save_for_backward(*tensors, y, *(all_cells if t is None else t for t in saved))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
-        D = len(ctx.reverse)
+        grads = grad_outputs[: 2 + 2 * len(ctx.kinds)]
         wanted = ctx.needs_input_grad[3:]
-        arguments = (ctx.steps, ctx.reverse, wanted, *grad_outputs[: 2 + 2 * D], *ctx.saved_tensors)
+        arguments = (ctx.steps, ctx.kinds, wanted, *grads, *ctx.saved_tensors)
         # With create_graph the gradients must themselves be differentiable.
         run = LSTMLayerBackward.apply if torch.is_grad_enabled() else LSTMLayerBackward.forward
         return (None, None, None, *run(*arguments))
@@ -244,38 +266,42 @@ class LSTMLayerBackward(Function):
 
     @staticmethod
     def forward(
-        steps: Steps, reverse: tuple[bool, ...], wanted: tuple[bool, ...], *tensors: Tensor | None
+        steps: Steps, kinds: tuple[Kind, ...], wanted: tuple[bool, ...], *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """tensors: gradients of y, cells, h_n, c_n; x and the directions; y, gates, c_seq."""
-        D = len(reverse)
-        dy, dcells, *states = tensors[: 2 + 2 * D]
-        x, *flat = tensors[2 + 2 * D : -1 - 2 * D]
-        y, *saved = tensors[-1 - 2 * D :]
+        """tensors: gradients of y, cells, h_n, c_n; x and the directions; y, gates, c_seq, more."""
+        D, inputs = len(kinds), 2 + 2 * len(kinds)
+        dy, dcells, *states = tensors[:inputs]
+        x, *flat = tensors[inputs : inputs + len(wanted)]
+        y, *saved = tensors[inputs + len(wanted) :]
+        more = _grouped(saved[2 * D :], D)
         dx, grads = ops.layer_backward(
             dy,
             dcells,
             states[:D],
             states[D:],
             x,
-            _directions(flat, reverse),
+            _directions(flat, kinds),
             y,
-            list(zip(saved[:D], saved[D:], strict=True)),
+            [(saved[k], saved[D + k], *more[k]) for k in range(D)],
             steps,
             wanted_x=wanted[0],
-            wanted=[DirectionGrads(*group) for group in _grouped(wanted[1:])],
+            wanted=[DirectionGrads(*group) for group in _grouped(wanted[1:], D)],
         )
-        return (dx, *(grad for direction in grads for grad in direction))
+        count = len(flat) // D
+        return (dx, *(grad for direction in grads for grad in direction[:count]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.steps, ctx.reverse, ctx.wanted, *tensors = inputs
+        ctx.steps, ctx.kinds, ctx.wanted, *tensors = inputs
         # All but the results of forward: they are recomputed.
-        ctx.save_for_backward(*tensors[: -1 - 2 * len(ctx.reverse)])
+        kept = 2 + 2 * len(ctx.kinds) + len(ctx.wanted)
+        ctx.save_for_backward(*tensors[:kept])
+        ctx.recomputed = len(tensors) - kept
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
-        return (*[None] * 3, *_second_order(ctx, second), *[None] * (1 + 2 * len(ctx.reverse)))
+        return (*[None] * 3, *_second_order(ctx, second), *[None] * ctx.recomputed)
 
 
 def _second_order(ctx: FunctionCtx, second: tuple[Tensor | None, ...]) -> list[Tensor | None]:
@@ -285,13 +311,13 @@ def _second_order(ctx: FunctionCtx, second: tuple[Tensor | None, ...]) -> list[T
     that is itself a function of x counts as an input of its own.
     """
     create_graph = torch.is_grad_enabled()
-    outputs_count = 2 + 2 * len(ctx.reverse)
+    outputs_count = 2 + 2 * len(ctx.kinds)
     with torch.enable_grad(), ops.without_autocast(ctx.saved_tensors[outputs_count].device):
         tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
         grad_outputs, (x, *flat) = tensors[:outputs_count], tensors[outputs_count:]
         layer = _reference_layer(
             x,
-            _directions(flat, ctx.reverse),
+            _directions(flat, ctx.kinds),
             ctx.steps,
             cells=grad_outputs[1] is not None,
         )

@@ -14,14 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from .variants import Variants
+
 States = tuple[Tensor, Tensor]
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-class LSTMBase(nn.RNNBase):
+class LSTMBase(Variants, nn.RNNBase):
     """nn.LSTM's methods and attributes other than forward, without its flat list of weights."""
 
-    return_cell_sequence: bool
+    # On the class for what was made from an nn.LSTM.
+    merge_mode: str | None = "concat"
+    return_cell_sequence: bool = False
 
     # --- nn.LSTM's checks, callable on their own as there ----------------------------------------
 
@@ -63,9 +67,9 @@ class LSTMBase(nn.RNNBase):
         return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (
-            ", return_cell_sequence=True" if self.return_cell_sequence else ""
-        )
+        merge = "" if self.merge_mode == "concat" else f", merge_mode={self.merge_mode!r}"
+        cells = ", return_cell_sequence=True" if self.return_cell_sequence else ""
+        return super().extra_repr() + merge + self._variants_repr() + cells
 
     # --- what nn.RNNBase keeps beside the parameters, and this class does not ---------------------
 
@@ -110,19 +114,25 @@ class LSTMBase(nn.RNNBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take nn.LSTM's attributes of any age: names are made anew, kept weights are dropped."""
-        state = {"proj_size": 0, "return_cell_sequence": False, **state}
+        state = {"proj_size": 0, **state}
         for name in ("all_weights", "_flat_weights", "_flat_weight_refs"):
             state.pop(name, None)
         nn.Module.__setstate__(self, state)
         kinds = ["weight_ih", "weight_hh"]
         kinds += ["bias_ih", "bias_hh"] if self.bias else []
         kinds += ["weight_hr"] if self.proj_size else []
-        self._all_weights = [
-            [f"{kind}_l{layer}{suffix}" for kind in kinds]
-            for layer in range(self.num_layers)
-            for suffix in ("", "_reverse")[: 2 if self.bidirectional else 1]
-        ]
+        kinds += self._variant_names()
+        self._name_weights(kinds)
+
+    def _name_weights(self, kinds: list[str]) -> None:
+        """kinds: the names of a layer's parameters, without their suffix."""
+        self._all_weights = [[kind + suffix for kind in kinds] for suffix in self._suffixes()]
         self._flat_weights_names = list(itertools.chain.from_iterable(self._all_weights))
+
+    def _suffixes(self) -> list[str]:
+        """Of the names of parameters, an entry a layer and direction."""
+        ends = ("", "_reverse") if self.bidirectional else ("",)
+        return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in ends]
 
 
 def check_pair(hx: Any, op: str = "lstm") -> None:
@@ -200,3 +210,16 @@ def adopt(new: _Module, module: nn.Module, expected: type[nn.Module], **extra: A
         for key, hook in new._load_state_dict_pre_hooks.items()
     )
     return new
+
+
+def check_none(peer: str, own: dict[str, Any]) -> None:
+    """Raise ValueError if there is anything that peer, a class of torch.nn, has not."""
+    for name, value in own.items():
+        raise ValueError(f"to_torch: {peer} has no {name}; got {value!r}")
+
+
+def forget(module: _Module, *names: str) -> _Module:
+    """module, a torch.nn one that was adopted, without the attributes it would not have."""
+    for name in (*names, *Variants.__annotations__):
+        module.__dict__.pop(name, None)
+    return module

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from lstm_ext.engine import (
     DTYPE_CODE,
+    LAYER_NORM_EPSILON,
     Direction,
     DirectionGrads,
     LayerResult,
+    LayerWeights,
     acc_dtype,
     address,
     native_steps,
+    native_variants,
     rows_of,
     without_autocast,
 )
@@ -143,7 +146,7 @@ def layer_forward(
     """See :func:`ops.layer_forward`."""
     P = directions[0].h0.size(1)
     y = _allocate(x, steps.rows, len(directions) * P, zero=steps.has_padding)
-    result = LayerResult(y, [], [], [], [])
+    result = LayerResult(y, [], [], [], [], [])
     for k, direction in enumerate(directions):
         part = y if len(directions) == 1 else y[:, k * P : (k + 1) * P]
         _forward(x, direction, steps, save, cells, part, result)
@@ -166,34 +169,49 @@ def _forward(
     w_hh: Tensor | None = w.w_hh
     w_ih: Tensor | None = None  # with core_input, if the core makes the input product itself
     core_input: Tensor | None = None
+    normed = w.gamma_hh is not None
+    variants, kept = native_variants(_C, w, x.dtype)
+    more: tuple[Tensor, ...] = ()
     # One step of many sequences: h0 is known, so its product needs no packed weights either.
-    one_step = steps.T == 1 and steps.B > _CORE_ONE_STEP_ROWS and w.w_hr is None
-    if steps.rows <= _CORE_INPUT_ROWS and not one_step:
+    one_step = steps.T == 1 and steps.B > _CORE_ONE_STEP_ROWS and w.w_hr is None and not normed
+    if steps.rows <= _CORE_INPUT_ROWS and not one_step and not normed:
         core_input, w_ih = x.to(acc).contiguous(), w.w_ih
         gx = x.new_empty((steps.rows, 4 * H), dtype=acc)
     else:
         biases = [b.to(acc) for b in (w.b_ih, w.b_hh) if b is not None]
         bias = sum(biases[1:], *biases[:1]) if biases else None
         with without_autocast(x.device):
-            gx = _linear(x.to(acc), w.w_ih.to(acc), bias)
+            gx = _linear(x.to(acc), w.w_ih.to(acc), None if normed else bias)
+            if normed:
+                gx, more = _norm_input(gx, w, bias, steps)
             if one_step:
                 start = h0 if steps.reset_mask is None else h0.masked_fill(steps.reset_mask.T, 0)
-                gx.addmm_(start.to(acc), w.w_hh.to(acc).T)
+                start = start.to(acc)
+                if w.masks is not None and w.masks.h_dropout is not None:
+                    start = start * w.masks.h_dropout
+                gx.addmm_(start, w.w_hh.to(acc).T)
                 w_hh = None
     h_n, c_n = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
     gates = gx if save else None  # the core reads a row's gx before it writes its gates
     c_seq = (
         _allocate(x, steps.rows, H, zero=padding and cells, dtype=acc) if save or cells else None
     )
+    norm = norm_r = None
+    if save and normed:
+        norm = _allocate(x, steps.rows, 4 * H, zero=False, dtype=acc)
+        norm_r = x.new_empty(steps.rows, dtype=acc)
+        more = (*more, norm, norm_r)
     threads = torch.get_num_threads()
     code = DTYPE_CODE[x.dtype]
     has_input, has_w_hh, has_w_hr = core_input is not None, w_hh is not None, w.w_hr is not None
     key = (_C.cpu_isa(), code, threads, H, P, I, has_input, has_w_hh, has_w_hr)
-    size = steps.native.get(key)
+    size = steps.native.get(key) if kept is None else None
     if size is None:
-        size = steps.native[key] = _C.cpu_forward_workspace(
-            code, threads, steps.B, H, P, I, has_input, has_w_hh, has_w_hr
+        size = _C.cpu_forward_workspace(
+            code, threads, steps.B, H, P, I, has_input, has_w_hh, has_w_hr, variants
         )
+        if kept is None:
+            steps.native[key] = size
     workspace = _workspace(size)
     # Kept by these names until the call is over.
     w_ih = None if w_ih is None else w_ih.contiguous()
@@ -218,8 +236,11 @@ def _forward(
         w_hr=address(w_hr),
         h0=address(h0),
         c0=address(c0),
+        variants=variants,
         gates=address(gates),
         c_seq=address(c_seq),
+        norm=address(norm),
+        norm_r=address(norm_r),
         y=address(y),
         y_stride=y.stride(0),
         h_n=address(h_n),
@@ -230,6 +251,33 @@ def _forward(
     result.c_n.append(c_n)
     result.gates.append(gates)
     result.c_seq.append(c_seq)
+    if save:
+        result.more.append(more)
+
+
+def _norm_input(
+    product: Tensor, w: LayerWeights, bias: Tensor | None, steps: Steps
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """gamma_ih * LN(product) + bias, and what backward needs; product: (rows, 4H) acc."""
+    if steps.has_padding:
+        product.masked_fill_(steps.padding_rows, 0)  # whatever x holds there
+    gamma = w.gamma_ih.to(product.dtype)
+    gx, mean, rstd = torch.native_layer_norm(
+        product, product.shape[1:], gamma, bias, LAYER_NORM_EPSILON
+    )
+    return gx, (product, mean, rstd)
+
+
+def _norm_input_backward(
+    dgates: Tensor, w: LayerWeights, saved: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Gradients (rows, 4H) of the product x W_ih^T, and (4H) of gamma_ih; acc dtype."""
+    product, mean, rstd = saved
+    gamma = w.gamma_ih.to(product.dtype)
+    dproduct, dgamma, _ = torch.ops.aten.native_layer_norm_backward(
+        dgates, product, product.shape[1:], mean, rstd, gamma, None, (True, True, False)
+    )
+    return dproduct, dgamma
 
 
 def layer_backward(
@@ -240,7 +288,7 @@ def layer_backward(
     x: Tensor,
     directions: list[Direction],
     y: Tensor,
-    saved: list[tuple[Tensor, Tensor]],
+    saved: list[tuple[Tensor, ...]],
     steps: Steps,
     *,
     wanted_x: bool,
@@ -259,7 +307,7 @@ def layer_backward(
             x,
             direction,
             rows_of(y, k * P, P),
-            *saved[k],
+            saved[k],
             steps,
             wanted_x,
             wanted[k],
@@ -277,8 +325,7 @@ def _backward(
     x: Tensor,
     direction: Direction,
     y: Tensor,
-    gates: Tensor,
-    c_seq: Tensor,
+    saved: tuple[Tensor, ...],
     steps: Steps,
     wanted_x: bool,
     wanted: DirectionGrads,
@@ -286,22 +333,34 @@ def _backward(
     """One direction: the gradient of x in the acc dtype, and the direction's own."""
     h0, c0, w, reverse = direction
     H, P, dtype = c0.size(1), h0.size(1), x.dtype
-    one_step = steps.T == 1 and w.w_hr is None  # then dh0 needs one product, without packing
+    normed = w.gamma_hh is not None
+    variants, kept = native_variants(_C, w, dtype)
+    # Then dh0 needs one product, without packing.
+    one_step = steps.T == 1 and w.w_hr is None and not normed
     padding = steps.has_padding
     dh_n, dc_n, dcells = (
         g if g is None else g.resolve_neg().contiguous() for g in (dh_n, dc_n, dcells)
     )
-    h0, c0, gates, c_seq = (t.contiguous() for t in (h0, c0, gates, c_seq))
+    gates, c_seq, *more = (t.contiguous() for t in saved)
+    h0, c0 = h0.contiguous(), c0.contiguous()
+    norm, norm_r = more[3:] if normed else (None, None)
     w_hh = None if one_step else w.w_hh.contiguous()
     w_hr = None if w.w_hr is None else w.w_hr.contiguous()
     dgates = _allocate(gates, steps.rows, 4 * H, zero=padding)
     h_prev = y.new_empty(steps.rows, P) if wanted.w_hh else None
+    dproduct = gates.new_empty(steps.rows, 4 * H) if normed else None
     dr = None if w_hr is None else gates.new_empty(steps.rows, P)
+    cell_out = gates.new_empty(steps.rows, H) if wanted.w_hr and w_hr is not None else None
+    dpeephole = gates.new_zeros(steps.B, 3 * H) if wanted.w_ch else None
+    wanted_norm = wanted.gamma_hh or wanted.gamma_ch or wanted.beta_ch
+    dnorm = gates.new_zeros(steps.B, 6 * H) if wanted_norm else None
     dh0, dc0 = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
     threads = torch.get_num_threads()
     code = DTYPE_CODE[dtype]
     workspace = _workspace(
-        _C.cpu_backward_workspace(code, threads, steps.B, H, P, w_hh is not None, w_hr is not None)
+        _C.cpu_backward_workspace(
+            code, threads, steps.B, H, P, w_hh is not None, w_hr is not None, variants
+        )
     )
     _C.cpu_backward(
         dtype=code,
@@ -309,6 +368,7 @@ def _backward(
         steps=native_steps(_C, steps, reverse),
         H=H,
         P=P,
+        variants=variants,
         w_hh=address(w_hh),
         w_hr=address(w_hr),
         h0=address(h0),
@@ -317,14 +377,20 @@ def _backward(
         y_stride=y.stride(0),
         gates=address(gates),
         c_seq=address(c_seq),
+        norm=address(norm),
+        norm_r=address(norm_r),
         dy=address(dy),
         dy_stride=0 if dy is None else dy.stride(0),
         dh_n=address(dh_n),
         dc_n=address(dc_n),
         dcells=address(dcells),
         dgates=address(dgates),
+        dproduct=address(dproduct),
         h_prev=address(h_prev),
         dr=address(dr),
+        cell_out=address(cell_out),
+        dpeephole=address(dpeephole),
+        dnorm=address(dnorm),
         dh0=address(dh0),
         dc0=address(dc0),
         workspace=address(workspace),
@@ -332,10 +398,15 @@ def _backward(
     with without_autocast(x.device):
         if one_step and wanted.h0:
             product = _matmul(dgates, w.w_hh)
+            if w.masks is not None and w.masks.h_dropout is not None:
+                product *= w.masks.h_dropout
             if steps.reset_mask is not None:
                 product.masked_fill_(steps.reset_mask.T, 0)
             dh0 += product.to(dtype)
-        dx = _matmul(dgates, w.w_ih) if wanted_x else None
+        dinput, dgamma_ih = dgates, None  # gradients of x W_ih^T and of its norm
+        if normed and (wanted_x or wanted.w_ih or wanted.gamma_ih):
+            dinput, dgamma_ih = _norm_input_backward(dgates, w, tuple(more[:3]))
+        dx = _matmul(dinput, w.w_ih) if wanted_x else None
         # What lies in the padding of x, and of what the core left untouched there, may be
         # anything, NaN too: its zero gradient must not meet it.
         real = steps.active_rows if padding else None
@@ -346,15 +417,19 @@ def _backward(
         def over_rows(left: Tensor, right: Tensor) -> Tensor:
             return _matmul(left, right, a_transposed=True).to(dtype)
 
-        some_weight = wanted.w_ih or wanted.w_hh or wanted.b_ih or wanted.b_hh
-        dgates = rows(dgates) if some_weight else dgates
-        dw_ih = over_rows(dgates, rows(x)) if wanted.w_ih else None
-        dw_hh = over_rows(dgates, rows(h_prev)) if h_prev is not None else None
+        def summed(tensor: Tensor, start: int, size: int) -> Tensor:
+            return tensor[:, start : start + size].sum(0).to(dtype)
+
+        if wanted.w_ih or wanted.w_hh or wanted.b_ih or wanted.b_hh:
+            dgates = rows(dgates)
+        if not normed:
+            dinput = dproduct = dgates
+        elif padding:
+            dinput, dproduct = rows(dinput), rows(dproduct)
         db = dgates.sum(0).to(dtype) if wanted.b_ih or wanted.b_hh else None
-        dw_hr = None
-        if wanted.w_hr and dr is not None:
-            cell_out = rows(gates[:, 3 * H :]) * rows(c_seq).tanh()
-            dw_hr = over_rows(rows(dr), cell_out)
+        dw_ih = over_rows(dinput, rows(x)) if wanted.w_ih else None
+        dw_hh = over_rows(dproduct, rows(h_prev)) if h_prev is not None else None
+        dw_hr = over_rows(rows(dr), rows(cell_out)) if cell_out is not None else None
     return dx, DirectionGrads(
         h0=dh0 if wanted.h0 else None,
         c0=dc0 if wanted.c0 else None,
@@ -364,4 +439,9 @@ def _backward(
         # Two tensors, as for two parameters: a caller may change one in place.
         b_hh=db.clone() if wanted.b_hh and db is not None else None,
         w_hr=dw_hr,
+        w_ch=summed(dpeephole, 0, 3 * H) if wanted.w_ch else None,
+        gamma_ih=dgamma_ih.to(dtype) if wanted.gamma_ih else None,
+        gamma_hh=summed(dnorm, 0, 4 * H) if wanted.gamma_hh else None,
+        gamma_ch=summed(dnorm, 4 * H, H) if wanted.gamma_ch else None,
+        beta_ch=summed(dnorm, 5 * H, H) if wanted.beta_ch else None,
     )

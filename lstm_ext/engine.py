@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,14 +13,39 @@ from torch import Tensor
 DTYPE_CODE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
+#: Of the layer norms: torch's own default, which Haste's formula uses.
+LAYER_NORM_EPSILON = 1e-5
+
+
+class Masks(NamedTuple):
+    """What dropout and zoneout do to the state of one direction of one layer."""
+
+    h_dropout: Tensor | None = None  # (B, P) acc dtype: factors of h_{t-1} in W_hh h_{t-1}
+    # What part of the old state stays: a number everywhere, or 0 and 1, bool.
+    keep_h: Tensor | float = 0.0  # (rows, P)
+    keep_c: Tensor | float = 0.0  # (rows, H)
+
+
 class LayerWeights(NamedTuple):
-    """Weights of one direction of one layer, gates in the order i, f, g, o."""
+    """Weights of one direction of one layer, gates in the order i, f, g, o, and its masks."""
 
     w_ih: Tensor  # (4H, in)
     w_hh: Tensor  # (4H, P)
     b_ih: Tensor | None = None  # (4H)
     b_hh: Tensor | None = None  # (4H)
     w_hr: Tensor | None = None  # (P, H), then P < H
+    w_ch: Tensor | None = None  # (3H) peepholes of i, f, o
+    # Layer norm, all four or none:
+    gamma_ih: Tensor | None = None  # (4H)
+    gamma_hh: Tensor | None = None  # (4H)
+    gamma_ch: Tensor | None = None  # (H)
+    beta_ch: Tensor | None = None  # (H)
+    masks: Masks | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the masks; of an LSTM as nn.LSTM has it, only the five that it has too."""
+        return self[: 5 if self.w_ch is None and self.gamma_ih is None else 10]
 
 
 class Direction(NamedTuple):
@@ -39,6 +65,8 @@ class LayerResult(NamedTuple):
     c_n: list[Tensor]  # (B, H)
     gates: list[Tensor | None]  # (rows, 4H) after activation, acc dtype; None: not asked for
     c_seq: list[Tensor | None]  # (rows, H) every c_t, acc dtype; None: not asked for
+    # What backward needs besides, a tuple of tensors each; empty if nowhere anything.
+    more: Sequence[tuple[Tensor, ...]] = ()
 
 
 class DirectionGrads(NamedTuple):
@@ -51,6 +79,11 @@ class DirectionGrads(NamedTuple):
     b_ih: Any
     b_hh: Any
     w_hr: Any
+    w_ch: Any = None
+    gamma_ih: Any = None
+    gamma_hh: Any = None
+    gamma_ch: Any = None
+    beta_ch: Any = None
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,6 +125,43 @@ def native_steps(core: Any, steps: Any, reverse: bool) -> Any:
             reverse=reverse,
         )
     return native
+
+
+def native_variants(core: Any, w: LayerWeights, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The core's description of what w has beside nn.LSTM's weights; and what to keep meanwhile.
+
+    dtype: of the layer.
+    """
+    masks = w.masks
+    if masks is None and w.w_ch is None and w.gamma_hh is None:
+        plain = _plain_variants.get(core)
+        if plain is None:
+            plain = _plain_variants[core] = core.Variants()
+        return plain, None
+    h_dropout, keep_h, keep_c = masks or Masks()
+    if h_dropout is not None:
+        h_dropout = h_dropout.to(acc_dtype(dtype))
+    tensors = [
+        t.contiguous() if isinstance(t, Tensor) else None
+        for t in (w.w_ch, w.gamma_hh, w.gamma_ch, w.beta_ch, h_dropout, keep_h, keep_c)
+    ]
+    peephole, gamma_hh, gamma_ch, beta_ch, h_dropout, mask_h, mask_c = map(address, tensors)
+    native = core.Variants(
+        peephole=peephole,
+        gamma_hh=gamma_hh,
+        gamma_ch=gamma_ch,
+        beta_ch=beta_ch,
+        epsilon=LAYER_NORM_EPSILON,
+        h_dropout=h_dropout,
+        keep_h=mask_h,
+        keep_c=mask_c,
+        keep_h_all=0.0 if mask_h else float(keep_h),
+        keep_c_all=0.0 if mask_c else float(keep_c),
+    )
+    return native, tensors
+
+
+_plain_variants: dict[Any, Any] = {}
 
 
 def rows_of(gradient: Tensor | None, start: int, size: int) -> Tensor | None:

@@ -20,11 +20,14 @@ from .compat import (
     adopt,
     check_batch_sizes,
     check_match,
+    check_none,
     check_pair,
     check_weights,
+    forget,
 )
 from .ops import Direction, LayerWeights
 from .steps import Steps
+from .variants import Variants, check_bool, check_merge_mode, merged
 
 __all__ = ["LSTM", "LSTMCell"]
 
@@ -46,12 +49,41 @@ class LSTM(LSTMBase):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
         device, dtype: as :class:`torch.nn.LSTM`.
+        merge_mode: what becomes of the two directions' outputs, in every layer: "concat", as
+            nn.LSTM; "sum", "mul" or "ave" (mean), then a deeper layer's input has P features;
+            None: a pair of outputs, of a single layer (Keras' Bidirectional).
+        peephole: the gates see the cell, by ``weight_ch_l{k}`` (3H,), rows i, f, o (ONNX LSTM,
+            after Gers et al. 2002): a_i += p_i c_{t-1}, a_f += p_f c_{t-1}, a_o += p_o c_t.
+        layer_norm: with LN(v) = (v - mean(v)) / sqrt(var(v) + 1e-5) over all rows (Haste's
+            LayerNormLSTM, after Ba et al. 2016),
+            a_t = gamma_ih LN(W_ih x_t) + gamma_hh LN(W_hh h_{t-1}) + b_ih + b_hh and
+            h_t = o_t * tanh(gamma_ch LN(c_t) + beta_ch), by ``gamma_ih_l{k}`` and
+            ``gamma_hh_l{k}`` (4H,), ``gamma_ch_l{k}`` and ``beta_ch_l{k}`` (H,).
+        recurrent_dropout: while training, the probability that an element of h_{t-1} is zero in
+            W_hh h_{t-1}, the others scaled by 1/(1-p); one mask for all steps of a sequence (Gal
+            & Ghahramani 2016).
+        weight_dropout: while training, the same of an element of W_hh, for the whole call
+            (DropConnect, Wan et al. 2013).
+        zoneout: the probability that a unit keeps its old value at a step, a number for h and c
+            or a pair (h, c); while not training its expectation, z old + (1-z) new (Krueger et al.
+            2017; Haste's zoneout=z is (z, 0)). h_t is made of c_t before zoneout. Rounded to a
+            multiple of 2**-16.
+        forget_bias: initial value of the forget gate's bias, b_if + b_hf; None: as the others.
         return_cell_sequence: return every c_t of the last layer as a third result.
+
+    The masks of dropout and zoneout come from torch's generator, layer by layer, the same for a
+    batch-first layout: torch.manual_seed repeats them bit for bit.
 
     Parameters and their names are nn.LSTM's: per layer k and direction (``_reverse`` for the
     second) ``weight_ih_l{k}`` (4H, in), ``weight_hh_l{k}`` (4H, P), ``bias_ih_l{k}`` and
     ``bias_hh_l{k}`` (4H,), ``weight_hr_l{k}`` (P, H) with proj_size; in is input_size for k = 0,
-    else D*P. All are drawn from U(-1/sqrt(H), 1/sqrt(H)).
+    else D*P. All, ``weight_ch`` too, are drawn from U(-1/sqrt(H), 1/sqrt(H)); gammas start at 1,
+    beta at 0.
+
+    Raises:
+        TypeError, ValueError: nn.LSTM's own for what it refuses; ValueError for a probability
+            outside of 0..1, an unknown merge_mode, one but "concat" with a single direction, None
+            with several layers, or a forget_bias without bias.
     """
 
     def __init__(
@@ -67,6 +99,13 @@ class LSTM(LSTMBase):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
+        merge_mode: str | None = "concat",
+        peephole: bool = False,
+        layer_norm: bool = False,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        forget_bias: float | None = None,
         return_cell_sequence: bool = False,
     ) -> None:
         super().__init__(
@@ -82,10 +121,21 @@ class LSTM(LSTMBase):
             device,
             dtype,
         )
-        if not isinstance(return_cell_sequence, bool):
-            got = type(return_cell_sequence).__name__
-            raise TypeError(f"return_cell_sequence should be of type bool, got: {got}")
-        self.return_cell_sequence = return_cell_sequence
+        self._set_variants(
+            peephole, layer_norm, recurrent_dropout, weight_dropout, zoneout, forget_bias
+        )
+        check_merge_mode(merge_mode, bidirectional, num_layers)
+        check_bool("return_cell_sequence", return_cell_sequence)
+        self.merge_mode, self.return_cell_sequence = merge_mode, return_cell_sequence
+        for k, suffix in enumerate(self._suffixes()):
+            w_ih, w_hh = (getattr(self, name) for name in self._all_weights[k][:2])
+            if merge_mode not in ("concat", None) and w_ih.size(1) != w_hh.size(1) and k > 1:
+                size = (w_ih.size(0), w_hh.size(1))
+                setattr(self, self._all_weights[k][0], self._new_parameter(w_ih, *size))
+            self._add_parameters(suffix, w_hh)
+            self._all_weights[k] += self._variant_names(suffix)
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._reset_variants()
 
     # --- forward ---------------------------------------------------------------------------------
 
@@ -124,7 +174,9 @@ class LSTM(LSTMBase):
         Returns:
             output, (h_n, c_n), exactly as nn.LSTM: output shaped as the input with D*P features (a
             PackedSequence for one), the states shaped as hx. With return_cell_sequence also cells:
-            c_t of the last layer, shaped as output with D*H features.
+            c_t of the last layer, shaped as output with D*H features. merge_mode "sum", "mul" and
+            "ave" give an output of P features, and the same states and cells; None gives pairs,
+            one of each direction, for output and cells.
 
         Raises:
             ValueError, RuntimeError, TypeError: nn.LSTM's own for what it refuses; ValueError for
@@ -182,9 +234,12 @@ class LSTM(LSTMBase):
         y = y.view(*shape, y.size(1))
         if not batched:
             h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
-        if cells is None:
-            return y, (h_n, c_n)
-        return y, (h_n, c_n), cells.view(*shape, cells.size(1))
+        if cells is not None:
+            cells = cells.view(*shape, cells.size(1))
+        if self.merge_mode is None:
+            y = y.chunk(2, dim=-1)
+            cells = None if cells is None else cells.chunk(2, dim=-1)
+        return (y, (h_n, c_n)) if cells is None else (y, (h_n, c_n), cells)
 
     def _forward_packed(self, input: PackedSequence, hx: States | None):
         data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -199,16 +254,23 @@ class LSTM(LSTMBase):
         y, h_n, c_n, cells = self._layers(
             data, hx, Steps.packed(batch_sizes, data.device), packed=True
         )
-        output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+
+        def pack(rows: Tensor) -> PackedSequence | tuple[PackedSequence, ...]:
+            parts = (rows,) if self.merge_mode is not None else rows.chunk(2, dim=1)
+            packed = [
+                PackedSequence(part, batch_sizes, sorted_indices, unsorted_indices)
+                for part in parts
+            ]
+            return packed[0] if self.merge_mode is not None else tuple(packed)
+
         states = self.permute_hidden((h_n, c_n), unsorted_indices)
-        if cells is None:
-            return output, states
-        return output, states, PackedSequence(cells, batch_sizes, sorted_indices, unsorted_indices)
+        return (pack(y), states) if cells is None else (pack(y), states, pack(cells))
 
     def _layers(
         self, x: Tensor, hx: States | None, steps: Steps, packed: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """All layers on the rows of x (rows, in): y (rows, D*P), h_n, c_n, cells (rows, D*H)."""
+        """All layers on the rows of x (rows, in): y (rows, D*P) or, merged, (rows, P); h_n, c_n,
+        cells (rows, D*H)."""
         directions = 2 if self.bidirectional else 1
         count = len(self._all_weights)  # one entry a layer and direction
         if hx is None:
@@ -226,7 +288,10 @@ class LSTM(LSTMBase):
                 x,
                 [
                     Direction(
-                        h0[i], c0[i], self._layer_weights(i, x), directions == 2 and i % 2 == 1
+                        h0[i],
+                        c0[i],
+                        self._layer_weights(i, x, steps, h0[i], c0[i]),
+                        directions == 2 and i % 2 == 1,
                     )
                     for i in indices
                 ],
@@ -235,6 +300,8 @@ class LSTM(LSTMBase):
             )
             h_n += h
             c_n += c
+            if self.merge_mode not in ("concat", None):
+                x = merged(x, self.merge_mode)
             if self.dropout and self.training and not last:
                 x = self._drop(x, steps, packed)
         return (
@@ -253,8 +320,10 @@ class LSTM(LSTMBase):
         x = x.view(steps.B, steps.T, x.size(1)) * mask.transpose(0, 1)
         return x.reshape(steps.rows, x.size(2))
 
-    def _layer_weights(self, index: int, x: Tensor) -> LayerWeights:
-        """The tensors of one layer and direction, as they are now."""
+    def _layer_weights(
+        self, index: int, x: Tensor, steps: Steps, h0: Tensor, c0: Tensor
+    ) -> LayerWeights:
+        """The tensors of one layer and direction, as they are now, and masks drawn for a call."""
         names, parameters = self._all_weights[index], self._parameters
         # getattr finds every kind of replaced weight, but is slow for a plain parameter.
         weights = [parameters[n] if n in parameters else getattr(self, n) for n in names]
@@ -262,10 +331,7 @@ class LSTM(LSTMBase):
         for weight in weights:
             if weight is None or weight.dtype != dtype or weight.device != device:
                 check_weights(names, weights, x)
-        w_hr = weights.pop() if self.proj_size else None
-        if self.bias:
-            return LayerWeights(*weights, w_hr)
-        return LayerWeights(*weights, None, None, w_hr)
+        return self._arranged(weights, bool(self.proj_size), steps, h0, c0)
 
     # --- conversion ------------------------------------------------------------------------------
 
@@ -283,26 +349,38 @@ class LSTM(LSTMBase):
         """An nn.LSTM that shares the Parameters, hooks and training flag of this module.
 
         Raises:
-            ValueError: nn.LSTM has no return_cell_sequence.
+            ValueError: nn.LSTM has no return_cell_sequence, merge_mode and no variant that is in
+                use here. (forget_bias is none: what it did is in the parameters.)
             TypeError: this is a subclass, is parametrized, or its forward was replaced.
         """
+        own = {} if self.merge_mode == "concat" else {"merge_mode": self.merge_mode}
+        own |= self._variants()
         if self.return_cell_sequence:
-            raise ValueError("to_torch: nn.LSTM has no return_cell_sequence; got True")
+            own["return_cell_sequence"] = True
+        check_none("nn.LSTM", own)
         module = nn.LSTM.__new__(nn.LSTM)
         module = adopt(module, self, LSTM, _flat_weights=self._flat_weights)
-        del module.return_cell_sequence
+        forget(module, "merge_mode", "return_cell_sequence")
         module.flatten_parameters()
         return module
 
 
-class LSTMCell(nn.RNNCellBase):
+class LSTMCell(Variants, nn.RNNCellBase):
     r"""A drop-in replacement for :class:`torch.nn.LSTMCell`: one step of an LSTM.
 
     Args:
         input_size, hidden_size, bias, device, dtype: as :class:`torch.nn.LSTMCell`.
+        peephole, layer_norm, zoneout, forget_bias: as :class:`LSTM`.
+        recurrent_dropout, weight_dropout: as :class:`LSTM`, but a cell does not know where a
+            sequence begins: every call draws a mask of its own.
 
     Parameters, gate order and formula are those of :class:`LSTM` without projection:
-    ``weight_ih`` (4H, input_size), ``weight_hh`` (4H, H), ``bias_ih`` and ``bias_hh`` (4H,).
+    ``weight_ih`` (4H, input_size), ``weight_hh`` (4H, H), ``bias_ih`` and ``bias_hh`` (4H,); of
+    the variants ``weight_ch`` (3H,), ``gamma_ih`` and ``gamma_hh`` (4H,), ``gamma_ch`` and
+    ``beta_ch`` (H,).
+
+    Raises:
+        TypeError, ValueError: as :class:`LSTM`.
     """
 
     def __init__(
@@ -312,8 +390,23 @@ class LSTMCell(nn.RNNCellBase):
         bias: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        peephole: bool = False,
+        layer_norm: bool = False,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        forget_bias: float | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        self._set_variants(
+            peephole, layer_norm, recurrent_dropout, weight_dropout, zoneout, forget_bias
+        )
+        self._add_parameters("", self.weight_hh)
+        self._reset_variants()
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self._variants_repr()
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         """Take one step.
@@ -345,8 +438,10 @@ class LSTMCell(nn.RNNCellBase):
             raise RuntimeError(
                 f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}"
             )
-        weights = LayerWeights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, None)
-        check_match("parameter", [w for w in weights if w is not None], input)
+        weights = [self.weight_ih, self.weight_hh]
+        weights += [self.bias_ih, self.bias_hh] if self.bias else []
+        weights += [getattr(self, name) for name in self._variant_names()]
+        check_match("parameter", weights, input)
         batch = input.size(0)
         if hx is None:
             h = c = input.new_zeros(batch, self.hidden_size)
@@ -355,8 +450,9 @@ class LSTMCell(nn.RNNCellBase):
             self._check_state(h, 0, batch)
             self._check_state(c, 1, batch)
             check_match("hidden", (h, c), input)
-        directions = [Direction(h, c, weights, False)]
-        _, (h,), (c,), _ = lstm_layer(input, directions, Steps.padded(1, batch))
+        steps = Steps.padded(1, batch)
+        direction = Direction(h, c, self._arranged(weights, False, steps, h, c), False)
+        _, (h,), (c,), _ = lstm_layer(input, [direction], steps)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
     def _check_state(self, state: Tensor, k: int, batch: int) -> None:
@@ -386,6 +482,8 @@ class LSTMCell(nn.RNNCellBase):
         """An nn.LSTMCell that shares the Parameters, hooks and training flag of this module.
 
         Raises:
+            ValueError: nn.LSTMCell has no variant that is in use here.
             TypeError: this is a subclass, is parametrized, or its forward was replaced.
         """
-        return adopt(nn.LSTMCell.__new__(nn.LSTMCell), self, LSTMCell)
+        check_none("nn.LSTMCell", self._variants())
+        return forget(adopt(nn.LSTMCell.__new__(nn.LSTMCell), self, LSTMCell))

@@ -24,6 +24,8 @@ from lstm_ext.engine import (
     DirectionGrads,
     LayerResult,
     LayerWeights,
+    Masks,
+    acc_dtype,
     autocast_is_on,
     without_autocast,
 )
@@ -35,6 +37,8 @@ __all__ = [
     "DirectionGrads",
     "LayerResult",
     "LayerWeights",
+    "Masks",
+    "acc_dtype",
     "autocast_is_on",
     "check_layer",
     "cpu_isa",
@@ -69,7 +73,7 @@ class Engine(Protocol):
         x: Tensor,
         directions: list[Direction],
         y: Tensor,
-        saved: list[tuple[Tensor, Tensor]],
+        saved: list[tuple[Tensor, ...]],
         steps: Steps,
         *,
         wanted_x: bool,
@@ -106,6 +110,11 @@ _DIRECTION_INPUTS = (
     "bias_ih",
     "bias_hh",
     "weight_hr",
+    "weight_ch",
+    "gamma_ih",
+    "gamma_hh",
+    "gamma_ch",
+    "beta_ch",
 )
 
 
@@ -126,9 +135,10 @@ def check_layer(x: Tensor, directions: list[Direction], steps: Steps) -> None:
         raise RuntimeError(f"Expected input rows of size {(steps.rows, I)}, got {tuple(x.shape)}")
     H, P = directions[0].c0.size(-1), directions[0].h0.size(-1)
     sizes = ((steps.B, P), (steps.B, H), (4 * H, I), (4 * H, P), (4 * H,), (4 * H,), (P, H))
+    sizes += ((3 * H,), (4 * H,), (4 * H,), (H,), (H,))
     for direction in directions:
-        tensors = (direction.h0, direction.c0, *direction.w)
-        for k, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
+        tensors = (direction.h0, direction.c0, *direction.w.tensors)
+        for k, (tensor, size) in enumerate(zip(tensors, sizes, strict=False)):
             if tensor is None:
                 continue
             if tensor.shape != size:
@@ -142,6 +152,14 @@ def check_layer(x: Tensor, directions: list[Direction], steps: Steps) -> None:
         if direction.w.w_hr is None and P != H:
             got = tuple(direction.h0.shape)
             raise RuntimeError(f"Expected h0 of size {(steps.B, H)}, got {got}")
+        if direction.w.masks is not None:
+            _check_masks(direction.w.masks, ((steps.B, P), (steps.rows, P), (steps.rows, H)))
+
+
+def _check_masks(masks: Masks, sizes: tuple[tuple[int, int], ...]) -> None:
+    for name, mask, size in zip(Masks._fields, masks, sizes, strict=True):
+        if isinstance(mask, Tensor) and mask.shape != size:
+            raise RuntimeError(f"Expected {name} of size {size}, got {tuple(mask.shape)}")
 
 
 def layer_forward(
@@ -164,7 +182,7 @@ def layer_backward(*arguments: Any, **wanted: Any) -> tuple[Tensor | None, list[
     Args:
         dy (rows, D*P), dcells (rows, D*H): gradients of the outputs, None for zero; dh_n (B, P)
             and dc_n (B, H) likewise, a list over the directions. The rest: inputs and results of
-            :func:`layer_forward` with ``save``, ``saved`` as pairs (gates, c_seq).
+            :func:`layer_forward` with ``save``, ``saved`` as (gates, c_seq, *more) of each.
         wanted_x, wanted: which gradients to make, a flag each.
     """
     x: Tensor = arguments[4]

@@ -37,21 +37,11 @@ def lstm_cell(
     Returns:
         The states after it, (rows, C) each; those of a row that takes no step are as before.
     """
-    if w_ch is None:
-        return _cell(a, h, c, steps)
-    w_i, w_f, w_o = w_ch.chunk(3)
-    none = torch.zeros_like(c)
-    a = a + torch.cat([w_i * c, w_f * c, none, none], dim=1)
-    # o must see the new c: once for c, whose h is of no use, and again for h.
-    _, c_new = _cell(a, h, c, steps)
-    return _cell(a + torch.cat([none, none, none, w_o * c_new], dim=1), h, c, steps)
-
-
-def _cell(a: Tensor, h: Tensor, c: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
     if _must_be_seen() or not ops.has_native_kernels(a.device) or a.device.type != "cpu":
-        return _formula(a, h, c, steps)
+        return _formula(a, h, c, w_ch, steps)
     a, h, c = (t.resolve_neg().contiguous() for t in (a, h, c))
-    return PointwiseCell.apply(steps, a, h, c)
+    w_ch = None if w_ch is None else w_ch.resolve_neg().contiguous()
+    return PointwiseCell.apply(steps, a, h, c, w_ch)
 
 
 def _must_be_seen() -> bool:
@@ -65,8 +55,10 @@ def _must_be_seen() -> bool:
     )
 
 
-def _formula(a: Tensor, h: Tensor, c: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
-    h_new, c_new = reference.lstm_cell(a, c)
+def _formula(
+    a: Tensor, h: Tensor, c: Tensor, w_ch: Tensor | None, steps: Steps
+) -> tuple[Tensor, Tensor]:
+    h_new, c_new = reference.lstm_cell(a, c, w_ch)
     if steps.lengths is None:
         return h_new, c_new
     on = steps.active().T  # (rows, 1)
@@ -78,8 +70,10 @@ class PointwiseCell(Function):
     second derivative needs the pre-activations, and to keep both would double the memory."""
 
     @staticmethod
-    def forward(steps: Steps, a: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        return _native_forward(steps, a, h, c, None)
+    def forward(
+        steps: Steps, a: Tensor, h: Tensor, c: Tensor, w_ch: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return _native_forward(steps, a, h, c, w_ch, None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -89,39 +83,43 @@ class PointwiseCell(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        a, h, c = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: the gradients must be differentiable
-            return None, *_formula_backward(ctx.steps, grads, (a, h, c))
-        return None, *_native_backward(ctx.steps, grads, a, h, c)
+        # With create_graph the gradients must be differentiable.
+        run = _formula_backward if torch.is_grad_enabled() else _native_backward
+        return None, *run(ctx.steps, grads, *ctx.saved_tensors)
 
 
 def _formula_backward(
-    steps: Steps, grads: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]
+    steps: Steps, grads: tuple[Tensor | None, ...], *inputs: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     # Views, so that an input that is a function of another counts as one of its own.
-    inputs = tuple(t.view_as(t) if t.requires_grad else t for t in inputs)
-    outputs = _formula(*inputs, steps)
+    a, h, c, w_ch = views = [None if t is None else t.view_as(t) for t in inputs]
+    outputs = _formula(a, h, c, w_ch, steps)
     used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-    wanted = [t for t in inputs if t.requires_grad]
-    made = iter(
-        torch.autograd.grad(
-            [o for o, _ in used], wanted, [g for _, g in used], create_graph=True, allow_unused=True
+    wanted = [k for k, t in enumerate(views) if t is not None and t.requires_grad]
+    results: list[Tensor | None] = [None] * len(views)
+    if used:
+        made = torch.autograd.grad(
+            [o for o, _ in used],
+            [views[k] for k in wanted],
+            [g for _, g in used],
+            create_graph=True,
+            allow_unused=True,
         )
-        if used
-        else [None] * len(wanted)
-    )
-    return tuple(next(made) if t.requires_grad else None for t in inputs)
+        for k, gradient in zip(wanted, made, strict=True):
+            results[k] = gradient
+    return tuple(results)
 
 
 def _native_forward(
-    steps: Steps, a: Tensor, h: Tensor, c: Tensor, gates: Tensor | None
+    steps: Steps, a: Tensor, h: Tensor, c: Tensor, w_ch: Tensor | None, gates: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The new h and c. Rows of ``gates`` (rows, 4C) that take the step get the activated gates."""
     rows, C = c.shape
     code, threads = DTYPE_CODE[a.dtype], torch.get_num_threads()
+    variants = _C.Variants(peephole=address(w_ch))
     h_new, c_new = torch.empty_like(h), torch.empty_like(c)
     workspace = _workspace(
-        _C.cpu_forward_workspace(code, threads, rows, C, C, 0, False, False, False)
+        _C.cpu_forward_workspace(code, threads, rows, C, C, 0, False, False, False, variants)
     )
     _C.cpu_forward(
         dtype=code,
@@ -139,8 +137,11 @@ def _native_forward(
         w_hr=0,
         h0=address(h),
         c0=address(c),
+        variants=variants,
         gates=address(gates),
         c_seq=address(c_new),
+        norm=0,
+        norm_r=0,
         # One step: what it puts out is also the last state.
         y=address(h_new),
         y_stride=C,
@@ -152,23 +153,33 @@ def _native_forward(
 
 
 def _native_backward(
-    steps: Steps, grads: tuple[Tensor | None, ...], a: Tensor, h: Tensor, c: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a, h and c."""
+    steps: Steps,
+    grads: tuple[Tensor | None, ...],
+    a: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w_ch: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a, h, c and w_ch."""
     rows, C = c.shape
     code, threads = DTYPE_CODE[a.dtype], torch.get_num_threads()
+    variants = _C.Variants(peephole=address(w_ch))
     dh, dc = (None if g is None else g.resolve_neg().contiguous() for g in grads)
     gates = torch.empty_like(a)
-    _, c_new = _native_forward(steps, a, h, c, gates)
+    _, c_new = _native_forward(steps, a, h, c, w_ch, gates)
     da = torch.empty_like(a) if steps.lengths is None else torch.zeros_like(a)
+    dw_ch = None if w_ch is None else a.new_zeros(rows, 3 * C)
     dh0, dc0 = torch.empty_like(h), torch.empty_like(c)
-    workspace = _workspace(_C.cpu_backward_workspace(code, threads, rows, C, C, False, False))
+    workspace = _workspace(
+        _C.cpu_backward_workspace(code, threads, rows, C, C, False, False, variants)
+    )
     _C.cpu_backward(
         dtype=code,
         threads=threads,
         steps=native_steps(_C, steps, False),
         H=C,
         P=C,
+        variants=variants,
         w_hh=0,
         w_hr=0,
         h0=0,
@@ -177,16 +188,22 @@ def _native_backward(
         y_stride=C,
         gates=address(gates),
         c_seq=address(c_new),
+        norm=0,
+        norm_r=0,
         dy=0,
         dy_stride=0,
         dh_n=address(dh),
         dc_n=address(dc),
         dcells=0,
         dgates=address(da),
+        dproduct=0,
         h_prev=0,
         dr=0,
+        cell_out=0,
+        dpeephole=address(dw_ch),
+        dnorm=0,
         dh0=address(dh0),
         dc0=address(dc0),
         workspace=address(workspace),
     )
-    return da, dh0, dc0
+    return da, dh0, dc0, None if dw_ch is None else dw_ch.sum(0)

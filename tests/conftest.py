@@ -2,7 +2,7 @@ import device
 import pytest
 import torch
 
-from lstm_ext import ops
+from lstm_ext import cpu_engine, ops
 
 
 def pytest_addoption(parser):
@@ -75,3 +75,23 @@ def isa(request):
         ops.select_cpu_isa(request.param)
     yield request.param
     ops.select_cpu_isa(before)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every tensor that torch allocates without a value starts as NaN, workspaces as 0xff."""
+    monkeypatch.setattr(cpu_engine, "_workspace", lambda size: torch.empty(size, dtype=torch.uint8))
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3, device=device.DEVICE).isnan().all()
+    assert (torch.empty(3, dtype=torch.uint8, device=device.DEVICE) == 255).all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """What modules run from here on."""
+    from variants import Recorder  # here, because modules are imported after the device is chosen
+
+    return Recorder(monkeypatch)

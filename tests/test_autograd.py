@@ -131,10 +131,11 @@ def test_gradient_penalty_with_frozen_weights():
     torch.testing.assert_close(ours, theirs, **tol(torch.float64))
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(13))
 def test_only_what_is_wanted_is_computed(index, monkeypatch):
     steps = Steps.padded(T, B)
-    inputs = [t.detach() for t in _inputs(steps, True)]
+    variants = [leaf(torch.randn(n * H, **F64)) for n in (3, 4, 4, 1, 1)]
+    inputs = [t.detach() for t in (*_inputs(steps, True), *variants)]
     inputs[index].requires_grad_()
     seen = []
     backward = ops.layer_backward
@@ -147,7 +148,7 @@ def test_only_what_is_wanted_is_computed(index, monkeypatch):
     y = _function(steps, False)(*inputs)[0]
     y.sum().backward()
     ((dx, (grads,)),) = seen
-    assert [g is not None for g in (dx, *grads)] == [i == index for i in range(8)]
+    assert [g is not None for g in (dx, *grads)] == [i == index for i in range(13)]
     assert inputs[index].grad.shape == inputs[index].shape
 
 

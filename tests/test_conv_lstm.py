@@ -348,23 +348,29 @@ def test_same_bits_at_every_run(dims):
 @pytest.mark.cpu_only(reason="elsewhere the formula itself runs")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("peephole", [False, True], ids=["plain", "peephole"])
 @pytest.mark.parametrize("lengths", [False, True], ids=["all", "some"])
-def test_native_cell_matches_the_formula(isa, lengths, dtype, threads):
+def test_native_cell_matches_the_formula(isa, lengths, peephole, dtype, threads):
     torch.set_num_threads(threads)
     for rows, width in ((1, 1), (7, 5), (130, 17), (300, 32)):
         mask = (torch.rand(rows) < 0.5).long() if lengths else None
         steps = Steps.padded(1, rows, lengths=mask)
-        inputs = [torch.randn(rows, n * width, dtype=dtype).requires_grad_() for n in (4, 1, 1)]
+        a, h, c = (torch.randn(rows, n * width, dtype=dtype) for n in (4, 1, 1))
+        inputs = [t.requires_grad_() for t in (a, h, c)]
+        w_ch = torch.randn(3 * width, dtype=dtype, requires_grad=True) if peephole else None
+        if peephole:
+            inputs.append(w_ch)
         cotangents = [torch.randn(rows, width, dtype=dtype) for _ in range(2)]
+        native = pointwise.lstm_cell(a, h, c, steps, w_ch)
+        formula = pointwise._formula(a, h, c, w_ch, steps)
+        assert native[0].grad_fn.name() == "PointwiseCellBackward" != formula[0].grad_fn.name()
         results = []
-        for function in (pointwise.lstm_cell, pointwise._formula):
-            outputs = function(*inputs, steps)
+        for outputs in (native, formula):
             gradients = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
-            none = torch.zeros_like(inputs[1])
-            results.append([*outputs, *(none if g is None else g for g in gradients)])
-        assert outputs[0].grad_fn.name() != "PointwiseCellBackward"
+            zero = torch.zeros_like(h)
+            results.append([*outputs, *(zero if g is None else g for g in gradients)])
         for got, want in zip(*results, strict=True):
-            torch.testing.assert_close(got, want, **tol(dtype))
+            _close(got, want)
 
 
 def test_the_native_cell_is_what_runs(monkeypatch):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from cases import HALF, Case, compare
-from device import DEVICE, here, leaf
+from device import here, leaf
 from layers import lstm_layer
 from tolerances import assert_as_good, tol
 from torch.utils.data import DataLoader, Dataset
@@ -131,18 +131,6 @@ def test_lengths_with_few_rows_left(isa):
     options = {"lengths": torch.tensor([5, 1, 3, 4])}
     for reverse in (False, True):
         _check(*_both(5, 4, 8, 256, torch.float32, reverse=reverse, **options), torch.float32)
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Every tensor that torch allocates without a value starts as NaN, workspaces as 0xff."""
-    monkeypatch.setattr(cpu_engine, "_workspace", lambda size: torch.empty(size, dtype=torch.uint8))
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3, device=DEVICE).isnan().all()
-    assert (torch.empty(3, dtype=torch.uint8, device=DEVICE) == 255).all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

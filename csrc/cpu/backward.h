@@ -3,11 +3,13 @@
 // Steps are walked against the order forward took them. Each thread owns a slice of the hidden
 // units: it turns dh_t, dc_t into its columns of dgates_t, waits for the others' columns, and
 // multiplies all of dgates_t with its columns of W_hh to get its slice of dh_{t-1}. One barrier a
-// step (two with a projection): dgates has memory of its own for every step.
+// step (two with a projection): dgates has memory of its own for every step. With a layer norm
+// the cell is walked by whole sequences instead, as in forward: a barrier more.
 //
 // Weight gradients are not formed here: they are one matrix product each over all steps.
 #pragma once
 
+#include "norm.h"
 #include "sequence.h"
 
 namespace lstm_ext {
@@ -18,6 +20,7 @@ class Backward {
   using V = Vec<A>;
   using LstmCell = Cell<Math<A>>;
   static constexpr int L = Lanes<A>::kCount;
+  static constexpr int kNormRows = 3;
 
  public:
   explicit Backward(const LstmBackward& p)
@@ -26,6 +29,7 @@ class Backward {
         H_(p.H),
         P_(p.P),
         K_(p.w_hh ? 4 * p.H : 0),
+        normed_(p.variants.gamma_hh),
         h_stride_(blocks_of<A>(p.P) * L),
         c_stride_(blocks_of<A>(p.H) * L) {
     Arena arena(p.workspace);
@@ -35,6 +39,8 @@ class Backward {
     packed_hr_ = arena.take<A>(p.w_hr ? blocks_of<A>(H_) * P_ * L : 0);
     dh_ = arena.take<A>(B_ * h_stride_);
     dc_ = arena.take<A>(B_ * c_stride_);
+    dout_ = arena.take<A>(normed_ && p.w_hr ? B_ * c_stride_ : 0);
+    norm_rows_ = arena.take<A>(normed_ ? p.threads * kNormRows * c_stride_ : 0);
     Member<A>::take(arena, p.threads, B_, members_);
     workspace_ = arena.used();
   }
@@ -73,34 +79,53 @@ class Backward {
       }
       if (p_.w_hr) {
         through_projection(m, count, meet, plan);
-      } else {
+      } else if (!normed_) {
         for (int64_t r = 0; r < count; ++r) {
           for (int64_t u = m.units.begin; u < m.units.end; ++u) {
-            cell(m.rows[r], u * L, dh_total(m.rows[r], u * L));
+            cell(m.rows[r], u * L, dh_fresh(m.rows[r], u * L));
           }
         }
       }
       meet.wait(plan.slices);
-      const A* dgates = static_cast<const A*>(p_.dgates);
-      for (int64_t r = 0; r < count; ++r) m.a[r] = dgates + m.rows[r].row * 4 * H_;
+      if (normed_) {
+        const Range own = share(count, plan.slices, m.slice);
+        for (int64_t r = own.begin; r < own.end; ++r) normed_cell(m.rows[r], thread);
+        meet.wait(plan.slices);
+      }
+      const A* da = static_cast<const A*>(normed_ ? p_.dproduct : p_.dgates);
+      for (int64_t r = 0; r < count; ++r) m.a[r] = da + m.rows[r].row * 4 * H_;
       for_panels(m.proj, m, count, K_, packed_hh_,
                  [&](int64_t block, int vectors, int64_t r, const A* sums) {
                    const Row& row = m.rows[r];
-                   A* dh = dh_ + row.b * h_stride_ + block * L;
                    for (int v = 0; v < vectors; ++v) {
-                     store_full<A>(dh + v * L,
-                                   row.reset ? broadcast<A>(A(0)) : load_full<A>(sums + v * L));
+                     put_dh(row, (block + v) * L, load_full<A>(sums + v * L));
                    }
                  });
     }
     finish(m);
   }
 
-  // Gradient of h_t in columns j .. j+L: what later steps sent back and what the output received.
-  V dh_total(const Row& row, int64_t j) const {
-    V dh = load_full<A>(dh_ + row.b * h_stride_ + j);
+  // Gradient of h_t in columns j .. j+L, what later steps sent back and what the output received,
+  // as it reaches what was made at this step; what reaches h_{t-1} through zoneout waits in dh_.
+  V dh_fresh(const Row& row, int64_t j) {
+    A* sent = dh_ + row.b * h_stride_ + j;
+    V dh = load_full<A>(sent);
     if (p_.dy) dh += load<A>(static_cast<const S*>(p_.dy) + row.row * p_.dy_stride + j, P_ - j);
-    return dh;
+    if (!p_.variants.zoneout_h()) return dh;
+    const V keep = keep_h<A>(p_.variants, P_, row.row, j);
+    store_full<A>(sent, keep * dh);
+    return (1 - keep) * dh;
+  }
+
+  // product: the gradient of what W_hh was multiplied with.
+  void put_dh(const Row& row, int64_t j, V product) {
+    const Variants& v = p_.variants;
+    A* dh = dh_ + row.b * h_stride_ + j;
+    if (v.h_dropout) {
+      product *= load<A>(static_cast<const A*>(v.h_dropout) + row.b * P_ + j, P_ - j);
+    }
+    if (v.zoneout_h()) product += load_full<A>(dh);
+    store_full<A>(dh, row.reset ? broadcast<A>(A(0)) : product);
   }
 
   // dr_t, then its product with W_hr gives the gradient of o * tanh(c).
@@ -109,7 +134,7 @@ class Backward {
     for (int64_t r = 0; r < count; ++r) {
       const Row& row = m.rows[r];
       for (int64_t j = m.proj.begin * L; j < m.proj.end * L; j += L) {
-        store<A>(dr + row.row * P_ + j, dh_total(row, j), P_ - j);
+        store<A>(dr + row.row * P_ + j, dh_fresh(row, j), P_ - j);
       }
       m.a[r] = dr + row.row * P_;
     }
@@ -117,35 +142,150 @@ class Backward {
     for_panels(m.units, m, count, P_, packed_hr_,
                [&](int64_t block, int vectors, int64_t r, const A* sums) {
                  for (int v = 0; v < vectors; ++v) {
-                   cell(m.rows[r], (block + v) * L, load_full<A>(sums + v * L));
+                   const int64_t j = (block + v) * L;
+                   const V dout = load_full<A>(sums + v * L);
+                   if (normed_) {
+                     store_full<A>(dout_ + m.rows[r].b * c_stride_ + j, dout);
+                   } else {
+                     cell(m.rows[r], j, dout);
+                   }
                  }
                });
   }
 
-  void cell(const Row& row, int64_t j, V dh) {
+  // What forward had at units j .. j+L.
+  struct Step {
+    typename LstmCell::Gates s;
+    V c_prev;
+    V c;  // before zoneout
+  };
+
+  Step load_step(const Row& row, int64_t j) const {
     const int64_t n = H_ - j;
     const A* gates = static_cast<const A*>(p_.gates) + row.row * 4 * H_ + j;
     const A* c_seq = static_cast<const A*>(p_.c_seq);
-    const typename LstmCell::Gates s{load<A>(gates, n), load<A>(gates + H_, n),
-                                     load<A>(gates + 2 * H_, n), load<A>(gates + 3 * H_, n)};
-    const V c = load<A>(c_seq + row.row * H_ + j, n);
-    V c_prev = broadcast<A>(A(0));
+    Step step{{load<A>(gates, n), load<A>(gates + H_, n), load<A>(gates + 2 * H_, n),
+               load<A>(gates + 3 * H_, n)},
+              broadcast<A>(A(0)),
+              load<A>(c_seq + row.row * H_ + j, n)};
     if (row.first && !row.reset) {
-      c_prev = load<A>(static_cast<const S*>(p_.c0) + row.b * H_ + j, n);
+      step.c_prev = load<A>(static_cast<const S*>(p_.c0) + row.b * H_ + j, n);
     } else if (!row.reset) {
-      c_prev = load<A>(c_seq + row.prev * H_ + j, n);
+      step.c_prev = load<A>(c_seq + row.prev * H_ + j, n);
     }
-    A* dc_state = dc_ + row.b * c_stride_ + j;
-    V dc = load_full<A>(dc_state);
-    if (p_.dcells) dc += load<A>(static_cast<const S*>(p_.dcells) + row.row * H_ + j, n);
+    if (p_.variants.zoneout_c()) step.c = step.s.f * step.c_prev + step.s.i * step.s.g;
+    return step;
+  }
+
+  // dout: gradient of o * tanh(c).
+  void cell(const Row& row, int64_t j, V dout) {
+    const Step step = load_step(row, j);
+    const V tanh_c = Math<A>::tanh(step.c);
     typename LstmCell::Gates da;
-    LstmCell::backward(s, c, c_prev, dh, dc, da);
+    const V dc = LstmCell::backward_output(step.s, tanh_c, dout, da);
+    put_cell_out(row, j, step.s.o * tanh_c);
+    state(row, j, step, dc, da);
+  }
+
+  void put_cell_out(const Row& row, int64_t j, V out) {
+    if (p_.cell_out) store<A>(static_cast<A*>(p_.cell_out) + row.row * H_ + j, out, H_ - j);
+  }
+
+  // dc: gradient of c through h. Stores what is left of da, and the gradient of c_prev.
+  void state(const Row& row, int64_t j, const Step& step, V dc, typename LstmCell::Gates& da) {
+    const int64_t n = H_ - j;
+    const Variants& v = p_.variants;
+    A* dc_state = dc_ + row.b * c_stride_ + j;
+    V sent = load_full<A>(dc_state);
+    if (p_.dcells) sent += load<A>(static_cast<const S*>(p_.dcells) + row.row * H_ + j, n);
+    V kept = broadcast<A>(A(0));
+    if (v.zoneout_c()) {
+      const V keep = keep_c<A>(v, H_, row.row, j);
+      kept = keep * sent;
+      sent = (1 - keep) * sent;
+    }
+    dc += sent;
+    if (v.peephole) {
+      const auto peephole = load_peephole<A, S>(v, H_, j);
+      LstmCell::backward_state(step.s, step.c_prev, dc, da, &peephole);
+      if (p_.dpeephole) {
+        A* sums = static_cast<A*>(p_.dpeephole) + row.b * 3 * H_ + j;
+        add_to(sums, da.i * step.c_prev, n);
+        add_to(sums + H_, da.f * step.c_prev, n);
+        add_to(sums + 2 * H_, da.o * step.c, n);
+      }
+    } else {
+      LstmCell::backward_state(step.s, step.c_prev, dc, da, nullptr);
+    }
+    if (v.zoneout_c()) dc += kept;
     store_full<A>(dc_state, row.reset ? broadcast<A>(A(0)) : dc);
     A* dgates = static_cast<A*>(p_.dgates) + row.row * 4 * H_ + j;
     store<A>(dgates, da.i, n);
     store<A>(dgates + H_, da.f, n);
     store<A>(dgates + 2 * H_, da.g, n);
     store<A>(dgates + 3 * H_, da.o, n);
+  }
+
+  static void add_to(A* sums, V v, int64_t n) { store<A>(sums, load<A>(sums, n) + v, n); }
+
+  // One sequence's units, all of them, with h = o * tanh(gamma * c_hat + beta), then the norm of
+  // the recurrent product.
+  void normed_cell(const Row& row, int thread) {
+    const Variants& v = p_.variants;
+    const S* gamma_hh = static_cast<const S*>(v.gamma_hh);
+    const S* gamma_ch = static_cast<const S*>(v.gamma_ch);
+    const S* beta_ch = static_cast<const S*>(v.beta_ch);
+    const A* norm = static_cast<const A*>(p_.norm) + row.row * 4 * H_;
+    A* dgates = static_cast<A*>(p_.dgates) + row.row * 4 * H_;
+    A* dproduct = static_cast<A*>(p_.dproduct) + row.row * 4 * H_;
+    A* dnorm = p_.dnorm ? static_cast<A*>(p_.dnorm) + row.b * 6 * H_ : nullptr;
+    A* c_row = norm_rows_ + thread * kNormRows * c_stride_;
+    A* dc_hat_row = c_row + c_stride_;
+    A* da_o_row = dc_hat_row + c_stride_;
+
+    for (int64_t j = 0; j < H_; j += L) store_full<A>(c_row + j, load_step(row, j).c);
+    const auto of_c = Moments<A>::of(c_row, H_, v.epsilon);
+    NormGradient<A> through_c;
+    for (int64_t j = 0; j < H_; j += L) {
+      const int64_t n = H_ - j;
+      const Step step = load_step(row, j);
+      const V c_hat = of_c.normalize(step.c), gamma = load<A>(gamma_ch + j, n);
+      const V tanh_c = Math<A>::tanh(c_hat * gamma + load<A>(beta_ch + j, n));
+      const V dout = p_.w_hr ? load_full<A>(dout_ + row.b * c_stride_ + j) : dh_fresh(row, j);
+      typename LstmCell::Gates da;
+      const V dnormed = LstmCell::backward_output(step.s, tanh_c, dout, da);
+      put_cell_out(row, j, step.s.o * tanh_c);
+      if (dnorm) {
+        add_to(dnorm + 4 * H_ + j, dnormed * c_hat, n);
+        add_to(dnorm + 5 * H_ + j, dnormed, n);
+      }
+      through_c.add(dnormed * gamma, c_hat, n);
+      store_full<A>(c_row + j, c_hat);
+      store_full<A>(dc_hat_row + j, dnormed * gamma);
+      store_full<A>(da_o_row + j, da.o);
+    }
+    through_c.finish(H_, of_c.rstd);
+    NormGradient<A> through_product;
+    for (int64_t j = 0; j < H_; j += L) {
+      const int64_t n = H_ - j;
+      typename LstmCell::Gates da;
+      da.o = load_full<A>(da_o_row + j);
+      const V dc = through_c.gradient(load_full<A>(dc_hat_row + j), load_full<A>(c_row + j));
+      state(row, j, load_step(row, j), dc, da);
+      const V gates[4] = {da.i, da.f, da.g, da.o};
+      for (int gate = 0; gate < 4; ++gate) {
+        const int64_t column = gate * H_ + j;
+        const V x_hat = load<A>(norm + column, n);
+        through_product.add(gates[gate] * load<A>(gamma_hh + column, n), x_hat, n);
+        if (dnorm) add_to(dnorm + column, gates[gate] * x_hat, n);
+      }
+    }
+    through_product.finish(4 * H_, static_cast<const A*>(p_.norm_r)[row.row]);
+    for (int64_t j = 0; j < 4 * H_; j += L) {
+      const int64_t n = 4 * H_ - j;
+      const V d = load<A>(dgates + j, n) * load<A>(gamma_hh + j, n);
+      store<A>(dproduct + j, through_product.gradient(d, load<A>(norm + j, n)), n);
+    }
   }
 
   void put_h_prev(const Row& row, Range columns) {
@@ -156,7 +296,11 @@ class Backward {
     } else {
       const S* from = row.first ? static_cast<const S*>(p_.h0) + row.b * P_
                                 : static_cast<const S*>(p_.y) + row.prev * p_.y_stride;
-      copy_blocks<A>(from, h_prev, columns, P_);
+      if (!p_.variants.h_dropout) return copy_blocks<A>(from, h_prev, columns, P_);
+      const A* factors = static_cast<const A*>(p_.variants.h_dropout) + row.b * P_;
+      for (int64_t j = columns.begin * L; j < columns.end * L; j += L) {
+        store<A>(h_prev + j, load<A>(from + j, P_ - j) * load<A>(factors + j, P_ - j), P_ - j);
+      }
     }
   }
 
@@ -189,7 +333,8 @@ class Backward {
 
   const LstmBackward& p_;
   const int64_t B_, H_, P_;
-  const int64_t K_;  // length of the recurrent product: 4H, or 0 without one
+  const int64_t K_;    // length of the recurrent product: 4H, or 0 without one
+  const bool normed_;  // layer norm
   const int64_t h_stride_, c_stride_;
   Member<A>* members_;
   Barrier* barriers_;  // one a group, then one for the whole team
@@ -197,6 +342,8 @@ class Backward {
   A* packed_hr_;       // [blocks of H][P][lanes]
   A* dh_;              // [B, h_stride_]: gradient of h sent back by the steps walked so far
   A* dc_;              // [B, c_stride_]: the same of c
+  A* dout_;            // [B, c_stride_]: gradients of o * tanh(norm(c)), through the projection
+  A* norm_rows_;       // [threads][kNormRows][c_stride_]: of the row at hand
   int64_t workspace_;
 };
 

@@ -4,9 +4,14 @@
 // sequences are few: dots.h) with every sequence's h, applies the cell while the sums are in L1,
 // and writes its slice of h. One barrier a step (two with a projection), because h has two buffers:
 // the one written at a step was last read at the step before.
+//
+// A layer norm needs whole rows: there the product goes to memory, the threads meet, and each
+// applies the cell to sequences of its own, so that one barrier more is all it takes and sums do
+// not depend on the number of threads.
 #pragma once
 
 #include "dots.h"
+#include "norm.h"
 #include "sequence.h"
 
 namespace lstm_ext {
@@ -27,6 +32,7 @@ class Forward {
         K_(p.w_hh ? p.P : 0),
         dots_(B_ <= kDotsMaxRows<A> && dots_suit<A>(K_)),
         input_dots_(p.x && dots_suit<A>(p.I)),
+        normed_(p.variants.gamma_hh),
         h_stride_((blocks_of<A>(p.P) + 1) * L),  // one block more: no power of two between rows
         c_stride_(blocks_of<A>(p.H) * L) {
     Arena arena(p.workspace);
@@ -40,6 +46,9 @@ class Forward {
     c_ = arena.take<A>(B_ * c_stride_);
     cell_out_ = arena.take<A>(p.w_hr ? B_ * c_stride_ : 0);
     zeros_ = arena.take<A>(P_);
+    h_kept_ = arena.take<A>(p.variants.zoneout_h() ? B_ * h_stride_ : 0);
+    product_ = arena.take<A>(normed_ ? B_ * 4 * H_ : 0);
+    norm_rows_ = arena.take<A>(normed_ ? p.threads * 2 * c_stride_ : 0);
     Member<A>::take(arena, p.threads, B_, members_);
     workspace_ = arena.used();
   }
@@ -82,14 +91,19 @@ class Forward {
       }
       if (dots_) {
         each_dots(m, int(count), static_cast<const S*>(p_.w_hh), K_,
-                  [&](int64_t j, int r, const A* sums) { cell(m.rows[r], j, sums, h_new); });
+                  [&](int64_t j, int r, const A* sums) { take(m.rows[r], j, sums, h_new); });
       } else {
         for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, K_, packed_hh_,
                    [&](int64_t block, int, int64_t r, const A* sums) {
-                     cell(m.rows[r], block / 4 * L, sums, h_new);
+                     take(m.rows[r], block / 4 * L, sums, h_new);
                    });
       }
       meet.wait(plan.slices);
+      if (normed_) {
+        const Range own = share(count, plan.slices, m.slice);
+        for (int64_t r = own.begin; r < own.end; ++r) normed_cell(m.rows[r], thread, h_new);
+        meet.wait(plan.slices);
+      }
       if (!p_.w_hr) continue;
       for (int64_t r = 0; r < count; ++r) m.a[r] = cell_out_ + m.rows[r].b * c_stride_;
       for_panels(m.proj, m, count, H_, packed_hr_,
@@ -158,8 +172,9 @@ class Forward {
       const bool no_steps = p_.steps.T == 0 || (p_.steps.lengths && p_.steps.lengths[b] == 0);
       for (int64_t j = m.proj.begin * L; j < m.proj.end * L; j += L) {
         const V h = load<A>(h0 + b * P_ + j, P_ - j);
-        store_full<A>(h_[0] + b * h_stride_ + j, h);
-        store_full<A>(h_[1] + b * h_stride_ + j, h);
+        if (p_.variants.zoneout_h()) store_full<A>(h_kept_ + b * h_stride_ + j, h);
+        store_full<A>(h_[0] + b * h_stride_ + j, dropped(h, b, j));
+        store_full<A>(h_[1] + b * h_stride_ + j, dropped(h, b, j));
       }
       for (int64_t j = m.units.begin * L; j < m.units.end * L; j += L) {
         store_full<A>(c_ + b * c_stride_ + j, load<A>(c0 + b * H_ + j, H_ - j));
@@ -171,23 +186,74 @@ class Forward {
     }
   }
 
-  // Units j .. j+L of one sequence. gates may be gx itself: all four are read before any is
-  // written.
-  void cell(const Row& row, int64_t j, const A* sums, A* h_new) {
+  // Units j .. j+L of the product with one sequence's h.
+  void take(const Row& row, int64_t j, const A* sums, A* h_new) {
+    const V product[4] = {load_full<A>(sums), load_full<A>(sums + L), load_full<A>(sums + 2 * L),
+                          load_full<A>(sums + 3 * L)};
+    if (!normed_) return cell(row, j, product, h_new);
+    A* to = product_ + row.b * 4 * H_ + j;
+    for (int gate = 0; gate < 4; ++gate) store<A>(to + gate * H_, product[gate], H_ - j);
+  }
+
+  void cell(const Row& row, int64_t j, const V (&product)[4], A* h_new) {
+    V c;
+    const V o = state(row, j, product, c);
+    put_output(row, j, o * Math<A>::tanh(c), h_new);
+  }
+
+  // One sequence's units, all of them: norm(product), and h = o * tanh(norm(c)).
+  void normed_cell(const Row& row, int thread, A* h_new) {
+    const Variants& v = p_.variants;
+    const A* product = product_ + row.b * 4 * H_;
+    const auto of_product = Moments<A>::of(product, 4 * H_, v.epsilon);
+    A* c_row = norm_rows_ + thread * 2 * c_stride_;
+    A* o_row = c_row + c_stride_;
+    const S* gamma_hh = static_cast<const S*>(v.gamma_hh);
+    for (int64_t j = 0; j < H_; j += L) {
+      const int64_t n = H_ - j;
+      V normed[4];
+      for (int gate = 0; gate < 4; ++gate) {
+        const int64_t column = gate * H_ + j;
+        const V x = of_product.normalize(load<A>(product + column, n));
+        if (p_.norm) store<A>(static_cast<A*>(p_.norm) + row.row * 4 * H_ + column, x, n);
+        normed[gate] = x * load<A>(gamma_hh + column, n);
+      }
+      V c;
+      store_full<A>(o_row + j, state(row, j, normed, c));
+      store_full<A>(c_row + j, c);
+    }
+    if (p_.norm_r) static_cast<A*>(p_.norm_r)[row.row] = of_product.rstd;
+    const auto of_c = Moments<A>::of(c_row, H_, v.epsilon);
+    for (int64_t j = 0; j < H_; j += L) {
+      const int64_t n = H_ - j;
+      const V c = of_c.normalize(load_full<A>(c_row + j)) *
+                      load<A>(static_cast<const S*>(v.gamma_ch) + j, n) +
+                  load<A>(static_cast<const S*>(v.beta_ch) + j, n);
+      put_output(row, j, load_full<A>(o_row + j) * Math<A>::tanh(c), h_new);
+    }
+  }
+
+  // The cell up to c, which is returned before zoneout, and o. gates may be gx itself: all four
+  // are read before any is written.
+  V state(const Row& row, int64_t j, const V (&product)[4], V& c) {
     const int64_t n = H_ - j;
     const A* gx = static_cast<const A*>(p_.gx) + row.row * 4 * H_ + j;
     const typename LstmCell::Gates a{
-        load<A>(gx, n) + load_full<A>(sums),
-        load<A>(gx + H_, n) + load_full<A>(sums + L),
-        load<A>(gx + 2 * H_, n) + load_full<A>(sums + 2 * L),
-        load<A>(gx + 3 * H_, n) + load_full<A>(sums + 3 * L),
+        load<A>(gx, n) + product[0],
+        load<A>(gx + H_, n) + product[1],
+        load<A>(gx + 2 * H_, n) + product[2],
+        load<A>(gx + 3 * H_, n) + product[3],
     };
     A* c_state = c_ + row.b * c_stride_ + j;
     const V c_prev = row.reset ? broadcast<A>(A(0)) : load_full<A>(c_state);
     typename LstmCell::Gates s;
-    V c, h;
-    LstmCell::forward(a, c_prev, s, c, h);
-    store_full<A>(c_state, c);
+    const Variants& v = p_.variants;
+    if (v.peephole) {
+      const auto peephole = load_peephole<A, S>(v, H_, j);
+      LstmCell::forward_state(a, c_prev, s, c, &peephole);
+    } else {
+      LstmCell::forward_state(a, c_prev, s, c, nullptr);
+    }
     if (p_.gates) {
       A* gates = static_cast<A*>(p_.gates) + row.row * 4 * H_ + j;
       store<A>(gates, s.i, n);
@@ -195,21 +261,41 @@ class Forward {
       store<A>(gates + 2 * H_, s.g, n);
       store<A>(gates + 3 * H_, s.o, n);
     }
-    if (p_.c_seq) store<A>(static_cast<A*>(p_.c_seq) + row.row * H_ + j, c, n);
-    if (row.last) store<A>(static_cast<S*>(p_.c_n) + row.b * H_ + j, c, n);
+    const V c_next = v.zoneout_c() ? LstmCell::zoneout(keep_c<A>(v, H_, row.row, j), c_prev, c) : c;
+    store_full<A>(c_state, c_next);
+    if (p_.c_seq) store<A>(static_cast<A*>(p_.c_seq) + row.row * H_ + j, c_next, n);
+    if (row.last) store<A>(static_cast<S*>(p_.c_n) + row.b * H_ + j, c_next, n);
+    return s.o;
+  }
+
+  // out: o * tanh(c).
+  void put_output(const Row& row, int64_t j, V out, A* h_new) {
     if (p_.w_hr) {
-      store_full<A>(cell_out_ + row.b * c_stride_ + j, h);
+      store_full<A>(cell_out_ + row.b * c_stride_ + j, out);
     } else {
-      put_h(row, j, h, h_new);
+      put_h(row, j, out, h_new);
     }
   }
 
   // The recurrence goes on with h as the user sees it: rounded to the storage type.
   void put_h(const Row& row, int64_t j, V h, A* h_new) {
     const int64_t n = P_ - j;
+    const Variants& v = p_.variants;
+    if (v.zoneout_h()) {
+      A* kept = h_kept_ + row.b * h_stride_ + j;
+      const V h_prev = row.reset ? broadcast<A>(A(0)) : load_full<A>(kept);
+      h = LstmCell::zoneout(keep_h<A>(v, P_, row.row, j), h_prev, h);
+      store_full<A>(kept, rounded_to<A, S>(h));
+    }
     store<A>(static_cast<S*>(p_.y) + row.row * p_.y_stride + j, h, n);
-    store_full<A>(h_new + row.b * h_stride_ + j, rounded_to<A, S>(h));
+    store_full<A>(h_new + row.b * h_stride_ + j, dropped(rounded_to<A, S>(h), row.b, j));
     if (row.last) store<A>(static_cast<S*>(p_.h_n) + row.b * P_ + j, h, n);
+  }
+
+  // h as the recurrent product sees it.
+  V dropped(V h, int64_t b, int64_t j) const {
+    if (!p_.variants.h_dropout) return h;
+    return h * load<A>(static_cast<const A*>(p_.variants.h_dropout) + b * P_ + j, P_ - j);
   }
 
   const LstmForward& p_;
@@ -217,6 +303,7 @@ class Forward {
   const int64_t K_;        // length of the recurrent product: P, or 0 without one
   const bool dots_;        // few sequences: W_hh is read as it lies, not packed
   const bool input_dots_;  // the same of W_ih
+  const bool normed_;      // layer norm
   const int64_t h_stride_, c_stride_;
   Member<A>* members_;
   Barrier* barriers_;  // one a group, then one for the whole team
@@ -227,6 +314,9 @@ class Forward {
   A* c_;               // [B, c_stride_]
   A* cell_out_;        // [B, c_stride_]: o * tanh(c) before the projection
   A* zeros_;           // [P]: the h of a sequence that was reset
+  A* h_kept_;          // [B, h_stride_]: the last h, for zoneout
+  A* product_;         // [B, 4H]: recurrent products that wait for their norm
+  A* norm_rows_;       // [threads][2][c_stride_]: c and o of the row at hand
   int64_t workspace_;
 };
 

@@ -72,6 +72,26 @@ static inline int64_t collect(const Steps& s, int64_t t, Range batch, Row* rows)
   return count;
 }
 
+// Units j .. j+L of what variants give to the cell.
+template <class A, class S>
+LSTM_EXT_INLINE typename Cell<Math<A>>::Peephole load_peephole(const Variants& v, int64_t H,
+                                                               int64_t j) {
+  const S* p = static_cast<const S*>(v.peephole) + j;
+  return {load<A>(p, H - j), load<A>(p + H, H - j), load<A>(p + 2 * H, H - j)};
+}
+
+template <class A>
+LSTM_EXT_INLINE Vec<A> keep_h(const Variants& v, int64_t P, int64_t row, int64_t j) {
+  if (v.keep_h) return load_flags<A>(v.keep_h + row * P + j, P - j);
+  return broadcast<A>(A(v.keep_h_all));
+}
+
+template <class A>
+LSTM_EXT_INLINE Vec<A> keep_c(const Variants& v, int64_t H, int64_t row, int64_t j) {
+  if (v.keep_c) return load_flags<A>(v.keep_c + row * H + j, H - j);
+  return broadcast<A>(A(v.keep_c_all));
+}
+
 // What one thread owns and its scratch.
 template <class A>
 struct Member {

@@ -185,6 +185,19 @@ LSTM_EXT_INLINE Vec<A> load(const S* p, int64_t n) {
   return load_full<A>(part);
 }
 
+// n flags as 0 or 1, the lanes from n on as 0.
+template <class A>
+LSTM_EXT_INLINE Vec<A> load_flags(const uint8_t* p, int64_t n) {
+  typedef uint8_t Bytes __attribute__((vector_size(Lanes<A>::kCount)));
+  Bytes bytes{};
+  if (n >= Lanes<A>::kCount) {
+    std::memcpy(&bytes, p, sizeof bytes);
+  } else {
+    std::memcpy(&bytes, p, n);
+  }
+  return __builtin_convertvector(bytes, Vec<A>);
+}
+
 template <class A, class S>
 LSTM_EXT_INLINE void store(S* p, Vec<A> v, int64_t n) {
   if (n >= Lanes<A>::kCount) return store_full<A>(p, v);

@@ -1,0 +1,214 @@
+"""What LSTM and LSTMCell have beyond torch.nn's: arguments, parameters, masks, merging."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lstm_ext.ops import LayerWeights, Masks, acc_dtype
+from lstm_ext.steps import Steps
+
+MERGE_MODES = ("concat", "sum", "mul", "ave", None)
+
+#: Parameters beside nn.LSTM's, by the argument that brings them: in multiples of H.
+_PARAMETERS = {
+    "peephole": {"weight_ch": 3},
+    "layer_norm": {"gamma_ih": 4, "gamma_hh": 4, "gamma_ch": 1, "beta_ch": 1},
+}
+
+
+class Variants(nn.Module):
+    """The variants of one layer and direction; LSTM and LSTMCell derive from it.
+
+    The attributes on the class are those of torch.nn's own modules, also for what was made from
+    one or was pickled before there were variants.
+    """
+
+    peephole: bool = False
+    layer_norm: bool = False
+    recurrent_dropout: float = 0.0
+    weight_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    forget_bias: float | None = None
+
+    def _set_variants(
+        self,
+        peephole: bool,
+        layer_norm: bool,
+        recurrent_dropout: float,
+        weight_dropout: float,
+        zoneout: float | tuple[float, float],
+        forget_bias: float | None,
+    ) -> None:
+        """Checks and keeps the arguments; torch.nn's own come before, by its constructor."""
+        for name, flag in (("peephole", peephole), ("layer_norm", layer_norm)):
+            check_bool(name, flag)
+        _check_probability("recurrent_dropout", recurrent_dropout)
+        _check_probability("weight_dropout", weight_dropout)
+        if isinstance(zoneout, (tuple, list)):
+            if len(zoneout) != 2:
+                raise ValueError(
+                    f"zoneout should be a number or a pair (h, c), got {len(zoneout)} numbers"
+                )
+            zoneout = tuple(zoneout)
+        for part in zoneout if isinstance(zoneout, tuple) else (zoneout,):
+            _check_probability("zoneout", part, "keeping its old value")
+        if forget_bias is not None:
+            if not isinstance(forget_bias, numbers.Real) or isinstance(forget_bias, bool):
+                got = type(forget_bias).__name__
+                raise TypeError(f"forget_bias should be a number or None, got: {got}")
+            if not self.bias:
+                raise ValueError(
+                    f"forget_bias is the initial value of a bias, got {forget_bias} with bias=False"
+                )
+        self.peephole, self.layer_norm = peephole, layer_norm
+        self.recurrent_dropout, self.weight_dropout = recurrent_dropout, weight_dropout
+        self.zoneout, self.forget_bias = zoneout, forget_bias
+
+    def _variants(self) -> dict[str, Any]:
+        """Those in use, by argument; forget_bias is none, being only how a bias starts."""
+        names = ("peephole", "layer_norm", "recurrent_dropout", "weight_dropout", "zoneout")
+        values = {name: getattr(self, name) for name in names}
+        if _pair(self.zoneout) == (0, 0):
+            del values["zoneout"]
+        return {name: value for name, value in values.items() if value}
+
+    def _variants_repr(self) -> str:
+        parts = self._variants()
+        if self.forget_bias is not None:
+            parts["forget_bias"] = self.forget_bias
+        return "".join(f", {name}={value}" for name, value in parts.items())
+
+    def _variant_names(self, suffix: str = "") -> list[str]:
+        """The names of the parameters beside torch.nn's, in LayerWeights' order."""
+        return [
+            name + suffix
+            for flag, parameters in _PARAMETERS.items()
+            if getattr(self, flag)
+            for name in parameters
+        ]
+
+    def _new_parameter(self, like: Tensor, *size: int) -> nn.Parameter:
+        """Drawn as torch.nn draws those of an LSTM."""
+        bound = self.hidden_size**-0.5
+        return nn.Parameter(nn.init.uniform_(like.detach().new_empty(size), -bound, bound))
+
+    def _add_parameters(self, suffix: str, like: Tensor) -> None:
+        for flag, parameters in _PARAMETERS.items():
+            if getattr(self, flag):
+                for name, multiple in parameters.items():
+                    size = multiple * self.hidden_size
+                    self.register_parameter(name + suffix, self._new_parameter(like, size))
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew: U(-1/sqrt(H), 1/sqrt(H)); gammas 1, betas 0, forget_bias."""
+        super().reset_parameters()
+        self._reset_variants()
+
+    @torch.no_grad()
+    def _reset_variants(self) -> None:
+        H = self.hidden_size
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.startswith("gamma_"):
+                parameter.fill_(1)
+            elif name.startswith("beta_"):
+                parameter.zero_()
+            elif self.forget_bias is not None and name.startswith("bias_"):
+                # The gate sees the sum of its two biases.
+                start = self.forget_bias if name.startswith("bias_ih") else 0.0
+                parameter[H : 2 * H].fill_(start)
+
+    def _masks(self, steps: Steps, h0: Tensor, c0: Tensor) -> Masks | None:
+        """Masks of one direction of one layer, drawn from torch's generator; None if none."""
+        keep_h, keep_c = _pair(self.zoneout)
+        dropout = self.recurrent_dropout if self.training else 0.0
+        if not (dropout or keep_h or keep_c):
+            return None
+        ones = h0.new_ones(h0.shape, dtype=acc_dtype(h0.dtype)) if dropout else None
+        return Masks(
+            None if ones is None else F.dropout(ones, dropout),
+            _flags(keep_h, steps, h0) if self.training and keep_h else keep_h,
+            _flags(keep_c, steps, c0) if self.training and keep_c else keep_c,
+        )
+
+    def _arranged(
+        self, weights: list[Tensor], projection: bool, steps: Steps, h0: Tensor, c0: Tensor
+    ) -> LayerWeights:
+        """The parameters of one direction, in the order of their names, and its masks."""
+        w_ih, w_hh, *rest = weights
+        b_ih = b_hh = w_hr = w_ch = None
+        if self.weight_dropout and self.training:
+            w_hh = F.dropout(w_hh, self.weight_dropout)
+        if self.bias:
+            b_ih, b_hh, *rest = rest
+        if projection:
+            w_hr, *rest = rest
+        if self.peephole:
+            w_ch, *rest = rest
+        weights = LayerWeights(w_ih, w_hh, b_ih, b_hh, w_hr, w_ch, *rest)
+        masks = self._masks(steps, h0, c0)
+        return weights if masks is None else weights._replace(masks=masks)
+
+
+def _pair(zoneout: float | tuple[float, float]) -> tuple[float, float]:
+    return zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
+
+
+_LEVELS = 1 << 16
+
+
+def _flags(p: float, steps: Steps, state: Tensor) -> Tensor:
+    """bool (rows, n): true with probability p, rounded to a multiple of 2**-16.
+
+    Drawn time-first whatever the layout, four to a 64-bit number: a fourth of bernoulli_'s time.
+    """
+    n = state.size(1)
+    count = steps.rows * n
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=state.device)
+    bits = words.random_(-(2**63), None).view(torch.int16)[:count]
+    level = round(p * _LEVELS)
+    flags = bits < level - _LEVELS // 2 if level < _LEVELS else torch.ones_like(bits).bool()
+    flags = flags.view(steps.rows, n)
+    if not steps.batch_first or steps.offsets is not None:
+        return flags
+    return steps.from_time_major(flags.view(steps.T, steps.B, n))
+
+
+def merged(y: Tensor, mode: str | None) -> Tensor:
+    """The two directions of y (rows, 2P) in one of Keras' modes but concat and None."""
+    forward, backward = y.chunk(2, dim=1)
+    if mode == "mul":
+        return forward * backward
+    total = forward + backward
+    return total if mode == "sum" else total / 2
+
+
+def check_merge_mode(mode: str | None, bidirectional: bool, num_layers: int) -> None:
+    """Raise ValueError for a mode that does not exist or has nothing to merge."""
+    if mode not in MERGE_MODES:
+        names = ", ".join(map(repr, MERGE_MODES))
+        raise ValueError(f"merge_mode should be one of {names}, got {mode!r}")
+    if mode != "concat" and not bidirectional:
+        raise ValueError(f"merge_mode={mode!r} needs two directions, got bidirectional=False")
+    if mode is None and num_layers > 1:
+        raise ValueError(
+            "merge_mode=None gives a pair of outputs, which a further layer cannot take: expected "
+            f"num_layers=1, got {num_layers}"
+        )
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+
+
+def _check_probability(name: str, value: Any, event: str = "being zeroed") -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(
+            f"{name} should be a number in range [0, 1] representing the probability of an "
+            f"element {event}, got {value!r}"
+        )
