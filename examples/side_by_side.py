@@ -26,9 +26,11 @@ import lstm_ext
 PEER, OURS = "nn.LSTM", "lstm_ext.LSTM"
 COLOURS = {PEER: ("#9ecae1", 5), OURS: ("#08306b", 1.2)}  # and line width: ours lies on the peer's
 
-# How far two right implementations may drift apart: see char_lm.py, where it was measured. Their
-# sums run in another order, so they differ by rounding from the first step, and training magnifies
-# that.
+# How far two right implementations may drift apart. Their sums run in another order, so they
+# differ by rounding from the first step, and training magnifies that. Measured over 300 steps of
+# char_lm.py with five pairs of seed and rate, in nats: nn.LSTM with oneDNN against nn.LSTM without
+# it was apart by at most 4.8e-7 in the first 30 steps and 4.5e-2 over all; lstm_ext against either
+# by at most 4.8e-7 and 4.2e-2.
 EARLY_STEPS, EARLY_LIMIT = 30, 1e-5
 LIMIT = 0.1
 
@@ -142,7 +144,12 @@ def ratio_of(peer: list[float], ours: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(peer, ours, strict=True))
 
 
-def report(learners: list[Learner], scores: dict[str, float] | None = None, unit: str = "") -> bool:
+def report(
+    learners: list[Learner],
+    scores: dict[str, float] | None = None,
+    unit: str = "",
+    limit: float = LIMIT,
+) -> bool:
     """Losses, times and scores of a pair in a few lines; whether their curves agree."""
     for learner in learners:
         tenth = max(len(learner.losses) // 10, 1)
@@ -151,7 +158,7 @@ def report(learners: list[Learner], scores: dict[str, float] | None = None, unit
         print(f"{learner.name:13} loss {first:.4f} -> {last:.4f}{score}")
     peer, ours = learners
     print(f"training step, nn.LSTM's time over lstm_ext's: {ratio_of(peer.times, ours.times):.2f}")
-    return curves_agree(peer, ours)
+    return curves_agree(peer, ours, limit=limit)
 
 
 def ends(values: list[float], count: int) -> tuple[list[float], list[float]]:
