@@ -11,7 +11,8 @@ from lstm_ext.conv import (
     ConvLSTM3dCell,
 )
 from lstm_ext.convert import convert
-from lstm_ext.modules import LSTM, LSTMCell
+from lstm_ext.lstm_cell import LSTMCell
+from lstm_ext.modules import LSTM
 
 __all__ = [
     "CNNLSTM",

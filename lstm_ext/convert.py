@@ -6,7 +6,8 @@ import warnings
 
 from torch import nn
 
-from .modules import LSTM, LSTMCell
+from .lstm_cell import LSTMCell
+from .modules import LSTM
 
 _REPLACEMENTS = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from lstm_ext.engine import (
     DTYPE_CODE,
-    LAYER_NORM_EPSILON,
     Direction,
     DirectionGrads,
     LayerResult,
-    LayerWeights,
     acc_dtype,
     address,
     native_steps,
     native_variants,
+    norm_input,
+    norm_input_backward,
     rows_of,
     without_autocast,
 )
@@ -183,7 +183,7 @@ def _forward(
         with without_autocast(x.device):
             gx = _linear(x.to(acc), w.w_ih.to(acc), None if normed else bias)
             if normed:
-                gx, more = _norm_input(gx, w, bias, steps)
+                gx, more = norm_input(gx, w, bias, steps)
             if one_step:
                 start = h0 if steps.reset_mask is None else h0.masked_fill(steps.reset_mask.T, 0)
                 start = start.to(acc)
@@ -253,31 +253,6 @@ def _forward(
     result.c_seq.append(c_seq)
     if save:
         result.more.append(more)
-
-
-def _norm_input(
-    product: Tensor, w: LayerWeights, bias: Tensor | None, steps: Steps
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """gamma_ih * LN(product) + bias, and what backward needs; product: (rows, 4H) acc."""
-    if steps.has_padding:
-        product.masked_fill_(steps.padding_rows, 0)  # whatever x holds there
-    gamma = w.gamma_ih.to(product.dtype)
-    gx, mean, rstd = torch.native_layer_norm(
-        product, product.shape[1:], gamma, bias, LAYER_NORM_EPSILON
-    )
-    return gx, (product, mean, rstd)
-
-
-def _norm_input_backward(
-    dgates: Tensor, w: LayerWeights, saved: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
-    """Gradients (rows, 4H) of the product x W_ih^T, and (4H) of gamma_ih; acc dtype."""
-    product, mean, rstd = saved
-    gamma = w.gamma_ih.to(product.dtype)
-    dproduct, dgamma, _ = torch.ops.aten.native_layer_norm_backward(
-        dgates, product, product.shape[1:], mean, rstd, gamma, None, (True, True, False)
-    )
-    return dproduct, dgamma
 
 
 def layer_backward(
@@ -405,7 +380,7 @@ def _backward(
             dh0 += product.to(dtype)
         dinput, dgamma_ih = dgates, None  # gradients of x W_ih^T and of its norm
         if normed and (wanted_x or wanted.w_ih or wanted.gamma_ih):
-            dinput, dgamma_ih = _norm_input_backward(dgates, w, tuple(more[:3]))
+            dinput, dgamma_ih = norm_input_backward(dgates, w, tuple(more[:3]))
         dx = _matmul(dinput, w.w_ih) if wanted_x else None
         # What lies in the padding of x, and of what the core left untouched there, may be
         # anything, NaN too: its zero gradient must not meet it.

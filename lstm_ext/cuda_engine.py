@@ -132,6 +132,18 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
+def _refuse_variants(directions: list[Direction]) -> None:
+    """What these kernels do not compute yet."""
+    for name in ("w_ch", "gamma_hh", "masks"):
+        if any(getattr(direction.w, name) is not None for direction in directions):
+            arguments = {"w_ch": "peephole", "gamma_hh": "layer_norm"}
+            raise NotImplementedError(
+                "lstm_ext has no CUDA kernels for peephole, layer_norm, recurrent_dropout and "
+                f"zoneout yet, got {arguments.get(name, 'recurrent_dropout or zoneout')}: run the "
+                "module on the CPU"
+            )
+
+
 class CudaEngine:
     """The kernels of one native module, for torch's CUDA devices.
 
@@ -233,6 +245,7 @@ class CudaEngine:
         self, x: Tensor, directions: list[Direction], steps: Steps, *, save: bool, cells: bool
     ) -> LayerResult:
         """See :func:`ops.layer_forward`."""
+        _refuse_variants(directions)
         core, dtype, acc = self.core, x.dtype, acc_dtype(x.dtype)
         H, P, D = directions[0].c0.size(1), directions[0].h0.size(1), len(directions)
         code = DTYPE_CODE[dtype]

@@ -138,7 +138,7 @@ def native_variants(core: Any, w: LayerWeights, dtype: torch.dtype) -> tuple[Any
         if plain is None:
             plain = _plain_variants[core] = core.Variants()
         return plain, None
-    h_dropout, keep_h, keep_c = masks or Masks()
+    h_dropout, keep_h, keep_c = masks or Masks()  # a mask may be empty, and its address null
     if h_dropout is not None:
         h_dropout = h_dropout.to(acc_dtype(dtype))
     tensors = [
@@ -155,13 +155,45 @@ def native_variants(core: Any, w: LayerWeights, dtype: torch.dtype) -> tuple[Any
         h_dropout=h_dropout,
         keep_h=mask_h,
         keep_c=mask_c,
-        keep_h_all=0.0 if mask_h else float(keep_h),
-        keep_c_all=0.0 if mask_c else float(keep_c),
+        keep_h_all=0.0 if isinstance(keep_h, Tensor) else keep_h,
+        keep_c_all=0.0 if isinstance(keep_c, Tensor) else keep_c,
     )
     return native, tensors
 
 
 _plain_variants: dict[Any, Any] = {}
+
+
+def norm_input(
+    product: Tensor, w: LayerWeights, bias: Tensor | None, steps: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Layer norm of the input product over all steps.
+
+    Args:
+        product: (rows, 4H) acc, x W_ih^T. bias: (4H) acc, b_ih + b_hh, or None.
+
+    Returns:
+        gamma_ih * LN(product) + bias, and what :func:`norm_input_backward` needs.
+    """
+    if steps.has_padding:
+        product.masked_fill_(steps.padding_rows, 0)  # whatever x holds there
+    gamma = w.gamma_ih.to(product.dtype)
+    gx, mean, rstd = torch.native_layer_norm(
+        product, product.shape[1:], gamma, bias, LAYER_NORM_EPSILON
+    )
+    return gx, (product, mean, rstd)
+
+
+def norm_input_backward(
+    dgates: Tensor, w: LayerWeights, saved: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Gradients (rows, 4H) of the product x W_ih^T, and (4H) of gamma_ih; acc dtype."""
+    product, mean, rstd = saved
+    gamma = w.gamma_ih.to(product.dtype)
+    dproduct, dgamma, _ = torch.ops.aten.native_layer_norm_backward(
+        dgates, product, product.shape[1:], mean, rstd, gamma, None, (True, True, False)
+    )
+    return dproduct, dgamma
 
 
 def rows_of(gradient: Tensor | None, start: int, size: int) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""LSTM and LSTMCell: layers, directions, packing and errors, as torch.nn has them.
+"""LSTM: layers, directions, packing and errors, as torch.nn has them.
 
 The weights are read from the module at every forward and never kept, so that everything that
 replaces a parameter (functional_call, parametrizations, weight_norm, pruning, tying, .to()) works.
@@ -27,9 +27,9 @@ from .compat import (
 )
 from .ops import Direction, LayerWeights
 from .steps import Steps
-from .variants import Variants, check_bool, check_merge_mode, merged
+from .variants import check_bool, check_merge_mode, merged
 
-__all__ = ["LSTM", "LSTMCell"]
+__all__ = ["LSTM"]
 
 
 class LSTM(LSTMBase):
@@ -331,7 +331,7 @@ class LSTM(LSTMBase):
         for weight in weights:
             if weight is None or weight.dtype != dtype or weight.device != device:
                 check_weights(names, weights, x)
-        return self._arranged(weights, bool(self.proj_size), steps, h0, c0)
+        return self._arranged(weights, self.bias, self.proj_size > 0, steps, h0, c0)
 
     # --- conversion ------------------------------------------------------------------------------
 
@@ -363,127 +363,3 @@ class LSTM(LSTMBase):
         forget(module, "merge_mode", "return_cell_sequence")
         module.flatten_parameters()
         return module
-
-
-class LSTMCell(Variants, nn.RNNCellBase):
-    r"""A drop-in replacement for :class:`torch.nn.LSTMCell`: one step of an LSTM.
-
-    Args:
-        input_size, hidden_size, bias, device, dtype: as :class:`torch.nn.LSTMCell`.
-        peephole, layer_norm, zoneout, forget_bias: as :class:`LSTM`.
-        recurrent_dropout, weight_dropout: as :class:`LSTM`, but a cell does not know where a
-            sequence begins: every call draws a mask of its own.
-
-    Parameters, gate order and formula are those of :class:`LSTM` without projection:
-    ``weight_ih`` (4H, input_size), ``weight_hh`` (4H, H), ``bias_ih`` and ``bias_hh`` (4H,); of
-    the variants ``weight_ch`` (3H,), ``gamma_ih`` and ``gamma_hh`` (4H,), ``gamma_ch`` and
-    ``beta_ch`` (H,).
-
-    Raises:
-        TypeError, ValueError: as :class:`LSTM`.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        peephole: bool = False,
-        layer_norm: bool = False,
-        recurrent_dropout: float = 0.0,
-        weight_dropout: float = 0.0,
-        zoneout: float | tuple[float, float] = 0.0,
-        forget_bias: float | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
-        self._set_variants(
-            peephole, layer_norm, recurrent_dropout, weight_dropout, zoneout, forget_bias
-        )
-        self._add_parameters("", self.weight_hh)
-        self._reset_variants()
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + self._variants_repr()
-
-    def forward(self, input: Tensor, hx: States | None = None) -> States:
-        """Take one step.
-
-        Args:
-            input: (N, input_size), or (input_size,) unbatched.
-            hx: (h_0, c_0), each (N, H), or (H,) unbatched; None: zeros.
-
-        Returns:
-            (h_1, c_1), shaped as hx. Under autocast in its dtype.
-
-        Raises:
-            ValueError, RuntimeError, TypeError: nn.LSTMCell's own for what it refuses; RuntimeError
-                also for a c_0 of another dtype, which nn.LSTMCell lets pass.
-        """
-        if input.dim() not in (1, 2):
-            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        if hx is not None:
-            check_pair(hx, "lstm_cell")
-            for k, state in enumerate(hx):
-                if state.dim() not in (1, 2):
-                    raise ValueError(
-                        f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead"
-                    )
-        batched = input.dim() == 2
-        if not batched:
-            input = input.unsqueeze(0)
-        if input.size(1) != self.input_size:
-            raise RuntimeError(
-                f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}"
-            )
-        weights = [self.weight_ih, self.weight_hh]
-        weights += [self.bias_ih, self.bias_hh] if self.bias else []
-        weights += [getattr(self, name) for name in self._variant_names()]
-        check_match("parameter", weights, input)
-        batch = input.size(0)
-        if hx is None:
-            h = c = input.new_zeros(batch, self.hidden_size)
-        else:
-            h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-            self._check_state(h, 0, batch)
-            self._check_state(c, 1, batch)
-            check_match("hidden", (h, c), input)
-        steps = Steps.padded(1, batch)
-        direction = Direction(h, c, self._arranged(weights, False, steps, h, c), False)
-        _, (h,), (c,), _ = lstm_layer(input, [direction], steps)
-        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
-
-    def _check_state(self, state: Tensor, k: int, batch: int) -> None:
-        if state.shape == (batch, self.hidden_size):
-            return
-        if state.size(0) != batch:
-            raise RuntimeError(
-                f"Input batch size {batch} doesn't match hidden{k} batch size {state.size(0)}"
-            )
-        # A state batched unlike the input comes here with one or three dimensions.
-        wrong = state.dim() > 1 and state.size(1) != self.hidden_size
-        got = state.size(1) if wrong else tuple(state.shape)
-        raise RuntimeError(
-            f"hidden{k} has inconsistent hidden_size: got {got}, expected {self.hidden_size}"
-        )
-
-    @classmethod
-    def from_torch(cls, module: nn.LSTMCell) -> LSTMCell:
-        """An LSTMCell that shares the Parameters, hooks and training flag of an nn.LSTMCell.
-
-        Raises:
-            TypeError: module is not exactly an nn.LSTMCell.
-        """
-        return adopt(cls.__new__(cls), module, nn.LSTMCell)
-
-    def to_torch(self) -> nn.LSTMCell:
-        """An nn.LSTMCell that shares the Parameters, hooks and training flag of this module.
-
-        Raises:
-            ValueError: nn.LSTMCell has no variant that is in use here.
-            TypeError: this is a subclass, is parametrized, or its forward was replaced.
-        """
-        check_none("nn.LSTMCell", self._variants())
-        return forget(adopt(nn.LSTMCell.__new__(nn.LSTMCell), self, LSTMCell))

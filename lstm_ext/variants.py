@@ -136,14 +136,23 @@ class Variants(nn.Module):
         )
 
     def _arranged(
-        self, weights: list[Tensor], projection: bool, steps: Steps, h0: Tensor, c0: Tensor
+        self,
+        weights: list[Tensor | None],
+        bias: bool,
+        projection: bool,
+        steps: Steps,
+        h0: Tensor,
+        c0: Tensor,
     ) -> LayerWeights:
-        """The parameters of one direction, in the order of their names, and its masks."""
+        """The parameters of one direction, in the order of their names, and its masks.
+
+        bias, projection: whether theirs are among the weights.
+        """
         w_ih, w_hh, *rest = weights
         b_ih = b_hh = w_hr = w_ch = None
         if self.weight_dropout and self.training:
             w_hh = F.dropout(w_hh, self.weight_dropout)
-        if self.bias:
+        if bias:
             b_ih, b_hh, *rest = rest
         if projection:
             w_hr, *rest = rest

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from variants import EVERYTHING, VARIANTS
 
 import lstm_ext
+from lstm_ext import cpu_engine
 from lstm_ext.ops import LayerWeights, Masks
 
 pytestmark = pytest.mark.cpu_only(reason="the variants' kernels")
@@ -143,6 +144,27 @@ def test_every_instruction_set(poisoned, isa, recorder, dtype, shape, variant):
     T, B, H = shape
     case = {**PLAIN, "variant": variant, "dtype": dtype, "H": H}
     _compare(recorder, case, T, B, 40)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("proj", [0, 6])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_workspace_bounds(monkeypatch, recorder, variant, proj, threads):
+    """Nothing is written past the bytes of workspace that the core asked for."""
+    guards = []
+
+    def workspace(size):
+        whole = torch.full((size + 65536,), 0x5A, dtype=torch.uint8)
+        guards.append(whole[size:])
+        return whole[:size]
+
+    monkeypatch.setattr(cpu_engine, "_workspace", workspace)
+    torch.set_num_threads(threads)
+    for H in (19, 150):
+        recorder.directions.clear()
+        case = {**PLAIN, "variant": variant, "proj": proj, "H": H, "dtype": torch.float64}
+        _compare(recorder, case, 3, 13)
+    assert len(guards) >= 4 and all((guard == 0x5A).all() for guard in guards)
 
 
 @pytest.mark.parametrize("threads", [2, 3, 7])

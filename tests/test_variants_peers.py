@@ -5,18 +5,19 @@ import os
 
 os.environ["KERAS_BACKEND"] = "torch"  # before keras is imported anywhere
 
-import keras
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from onnx.reference import ReferenceEvaluator
 from tolerances import tol
 from torch.testing import assert_close
 
 import lstm_ext
+
+onnx = pytest.importorskip("onnx", reason="peepholes are compared with it")
+onnx_reference = pytest.importorskip("onnx.reference")
+onnxruntime = pytest.importorskip("onnxruntime", reason="peepholes are compared with it")
+keras = pytest.importorskip("keras", reason="merge modes are compared with it")
 
 pytestmark = pytest.mark.cpu_only(reason="the variants' kernels")
 
@@ -85,7 +86,7 @@ def as_onnx(y, hn):
 def test_peepholes_are_onnxs_reference_evaluators():
     module, x, hx = peephole_lstm()
     feeds = {"X": x.numpy(), "h0": hx[0].numpy(), "c0": hx[1].numpy()}
-    theirs = ReferenceEvaluator(onnx_model(module, False)).run(None, feeds)
+    theirs = onnx_reference.ReferenceEvaluator(onnx_model(module, False)).run(None, feeds)
     assert_close([torch.from_numpy(np.asarray(t)) for t in theirs], as_onnx(*module(x, hx)), **TOL)
 
 
