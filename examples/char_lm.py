@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from side_by_side import LIMIT, curves_agree, draw_losses, ratio_of
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -41,14 +42,6 @@ EMBEDDING = 64
 TEXT_LIMIT = 4_000_000  # bytes of training text
 HELD_OUT = 12  # every 12th file is for validation
 VALID_LANES, VALID_LENGTH = 32, 1024
-
-# How far two right implementations may drift apart, in nats. Their sums run in another order, so
-# they differ by rounding from the first step, and training magnifies that. Measured over 300 steps
-# with five pairs of seed and rate: nn.LSTM with oneDNN against nn.LSTM without it was apart by
-# at most 4.8e-7 in the first 30 steps and 4.5e-2 over all; lstm_ext against either by at most
-# 4.8e-7 and 4.2e-2.
-EARLY_STEPS, EARLY_LIMIT = 30, 1e-5
-LIMIT = 0.1
 
 
 def read_library() -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,11 +182,6 @@ def write(model: CharModel, prompt: str, length: int, temperature: float, seed: 
     return "".join(ALPHABET[c] for c in text)
 
 
-def ratio_of(peer: list[float], ours: list[float]) -> float:
-    """Median of the paired ratios of times; above 1 lstm_ext is faster."""
-    return statistics.median(a / b for a, b in zip(peer, ours, strict=True))
-
-
 def in_ms(times: list[float]) -> str:
     """Median in milliseconds."""
     return f"{statistics.median(times) * 1e3:.1f}"
@@ -203,13 +191,9 @@ def draw(peer: Learner, ours: Learner, ratio: float, path: Path) -> None:
     """Both loss curves, and how far they are apart, as a PNG."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    steps = range(1, len(peer.losses) + 1)
-    top.plot(steps, peer.losses, color="#9ecae1", linewidth=5, label="torch.nn.LSTM")
-    top.plot(steps, ours.losses, color="#08306b", linewidth=1, label="lstm_ext.LSTM")
-    top.set_ylabel("training loss, nats a character")
+    draw_losses(top, [peer, ours], "training loss, nats a character")
     top.set_title(f"Character model of Python's library: step time nn.LSTM / lstm_ext {ratio:.2f}")
-    top.legend()
-    top.grid(alpha=0.3)
+    steps = range(1, len(peer.losses) + 1)
     gap = np.abs(np.subtract(peer.losses, ours.losses))
     # A logarithmic axis has no place for the steps where the two are equal to the last bit.
     bottom.semilogy(steps, np.where(gap > 0, gap, np.nan), ".", markersize=3, color="#08306b")
@@ -230,21 +214,6 @@ def curve_table(peer: Learner, ours: Learner) -> str:
         a, b = peer.losses[step - 1], ours.losses[step - 1]
         lines.append(f"{step:>6}  {a:>9.5f}  {b:>9.5f}  {abs(a - b):>10.1e}")
     return "\n".join(lines)
-
-
-def curves_agree(peer: Learner, ours: Learner) -> bool:
-    """Says whether the loss curves lie on each other."""
-    gaps = [abs(a - b) for a, b in zip(peer.losses, ours.losses, strict=True)]
-    early, whole = max(gaps[:EARLY_STEPS]), max(gaps)
-    # Written so that a NaN in either curve counts as a difference.
-    agree = early <= EARLY_LIMIT and whole <= LIMIT
-    agree = agree and all(math.isfinite(gap) for gap in gaps)
-    print(
-        f"the loss curves {'lie' if agree else 'DO NOT LIE'} on each other: largest difference "
-        f"{early:.1e} in the first {min(EARLY_STEPS, len(gaps))} steps (limit {EARLY_LIMIT:g}), "
-        f"{whole:.1e} over all {len(gaps)} (limit {LIMIT:g})"
-    )
-    return agree
 
 
 def runs_natively(device: str) -> bool:
@@ -292,7 +261,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    # TF32, cuDNN's default for float32, rounds by more than EARLY_LIMIT allows for.
+    # TF32, cuDNN's default for float32, rounds by more than curves_agree allows for early on.
     torch.backends.cudnn.allow_tf32 = False
     training, held_out = read_library()
     text = lanes(training.to(args.device), args.batch)

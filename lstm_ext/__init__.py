@@ -1,8 +1,29 @@
 """LSTM for PyTorch on a native core: ``lstm_ext.LSTM`` in place of ``torch.nn.LSTM``."""
 
 from lstm_ext._version import __version__
+from lstm_ext.cnn import CNNLSTM
+from lstm_ext.conv import (
+    ConvLSTM1d,
+    ConvLSTM1dCell,
+    ConvLSTM2d,
+    ConvLSTM2dCell,
+    ConvLSTM3d,
+    ConvLSTM3dCell,
+)
 from lstm_ext.convert import convert
 from lstm_ext.lstm_cell import LSTMCell
 from lstm_ext.modules import LSTM
 
-__all__ = ["LSTM", "LSTMCell", "__version__", "convert"]
+__all__ = [
+    "CNNLSTM",
+    "LSTM",
+    "ConvLSTM1d",
+    "ConvLSTM1dCell",
+    "ConvLSTM2d",
+    "ConvLSTM2dCell",
+    "ConvLSTM3d",
+    "ConvLSTM3dCell",
+    "LSTMCell",
+    "__version__",
+    "convert",
+]

@@ -37,6 +37,30 @@ from torch import Tensor
 from lstm_ext.engine import LAYER_NORM_EPSILON, Masks
 
 
+def lstm_cell(
+    a: Tensor,
+    c_prev: Tensor,
+    w_ch: Tensor | None = None,
+    gamma_ch: Tensor | None = None,
+    beta_ch: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h and c, both (B, H), from the pre-activations a (B, 4H), rows i, f, g, o, and c_prev.
+
+    The weights are those of lstm_layer; h is before a projection.
+    """
+    a_i, a_f, a_g, a_o = a.chunk(4, dim=1)  # 4 of (B, H)
+    if w_ch is not None:
+        p_i, p_f, p_o = w_ch.chunk(3)  # 3 of (H,)
+        a_i, a_f = a_i + p_i * c_prev, a_f + p_f * c_prev  # 2 of (B, H)
+    i, f, g = a_i.sigmoid(), a_f.sigmoid(), a_g.tanh()  # 3 of (B, H)
+    c = f * c_prev + i * g  # (B, H)
+    if w_ch is not None:
+        a_o = a_o + p_o * c  # (B, H)
+    o = a_o.sigmoid()  # (B, H)
+    seen = c if gamma_ch is None else _norm(c, gamma_ch, beta_ch)  # (B, H)
+    return o * seen.tanh(), c  # (B, H) each
+
+
 def lstm_layer(
     x: Tensor,
     h0: Tensor,
@@ -101,17 +125,7 @@ def lstm_layer(
             c_prev = torch.where(reset, 0, c)  # (B, H)
         h_in = h_prev if h_dropout is None else h_prev * h_dropout  # (B, P)
         a = gx[t] + _linear(h_in, w_hh, gamma_hh, b_hh)  # (B, 4H)
-        a_i, a_f, a_g, a_o = a.chunk(4, dim=1)  # 4 of (B, H)
-        if w_ch is not None:
-            p_i, p_f, p_o = w_ch.chunk(3)  # 3 of (H,)
-            a_i, a_f = a_i + p_i * c_prev, a_f + p_f * c_prev  # 2 of (B, H)
-        i, f, g = a_i.sigmoid(), a_f.sigmoid(), a_g.tanh()  # 3 of (B, H)
-        c_t = f * c_prev + i * g  # (B, H)
-        if w_ch is not None:
-            a_o = a_o + p_o * c_t  # (B, H)
-        o = a_o.sigmoid()  # (B, H)
-        seen = c_t if gamma_ch is None else _norm(c_t, gamma_ch, beta_ch)  # (B, H)
-        h_t = o * seen.tanh()  # (B, H)
+        h_t, c_t = lstm_cell(a, c_prev, w_ch, gamma_ch, beta_ch)  # 2 of (B, H)
         if w_hr is not None:
             h_t = F.linear(h_t, w_hr)  # (B, P)
         c_t = _zoneout(keep_c, t, c_prev, c_t)  # (B, H)

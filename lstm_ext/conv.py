@@ -1,0 +1,369 @@
+"""ConvLSTM1d, 2d, 3d and their cells: the LSTM with convolutions in place of its products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lstm_ext.compat import States, check_match, check_pair
+from lstm_ext.conv_layer import ConvWeights, Walk, Window, conv_lstm_layer
+from lstm_ext.engine import autocast_is_on, without_autocast
+from lstm_ext.steps import Steps
+
+__all__ = [
+    "ConvLSTM1d",
+    "ConvLSTM1dCell",
+    "ConvLSTM2d",
+    "ConvLSTM2dCell",
+    "ConvLSTM3d",
+    "ConvLSTM3dCell",
+]
+
+Size = int | Sequence[int]
+
+
+class _ConvLSTMBase(nn.Module):
+    """Arguments, parameters and checks of the sequences and the cells."""
+
+    _dims: int  # set by each class
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        kernel_size: Size,
+        num_layers: int,
+        stride: Size,
+        padding: Size | str,
+        dilation: Size,
+        bias: bool,
+        peephole: bool,
+        suffix: str,
+        device: Any,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        counts = {"in_channels": in_channels, "hidden_channels": hidden_channels}
+        for name, count in {**counts, "num_layers": num_layers}.items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+        for name, flag in {"bias": bias, "peephole": peephole}.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
+        self.in_channels, self.hidden_channels = in_channels, hidden_channels
+        self.num_layers, self.bias, self.peephole = num_layers, bias, peephole
+        self.kernel_size = self._each("kernel_size", kernel_size, 1)
+        self.stride = self._each("stride", stride, 1)
+        self.dilation = self._each("dilation", dilation, 1)
+        if isinstance(padding, str):
+            if padding not in ("same", "valid"):
+                raise ValueError(
+                    f'padding must be "same", "valid" or integers of at least 0, got {padding!r}'
+                )
+            self.padding: tuple[int, ...] | str = padding
+        else:
+            self.padding = self._each("padding", padding, 0)
+        C, at = hidden_channels, {"device": device, "dtype": dtype}
+        self._names: list[dict[str, str]] = []
+        for layer in range(num_layers):
+            end = suffix.format(layer)
+            inputs = C if layer else in_channels
+            sizes = {
+                "weight_ih": (4 * C, inputs, *self.kernel_size),
+                "weight_hh": (4 * C, C, *self.kernel_size),
+            }
+            if bias:
+                sizes |= {"bias_ih": (4 * C,), "bias_hh": (4 * C,)}
+            if peephole:
+                sizes["weight_ch"] = (3 * C,)
+            for name, size in sizes.items():
+                self.register_parameter(name + end, nn.Parameter(torch.empty(size, **at)))
+            self._names.append({name: name + end for name in sizes})
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter from U(-1/sqrt(n), 1/sqrt(n)), n = C times the kernel's pixels."""
+        bound = 1 / math.sqrt(self.hidden_channels * math.prod(self.kernel_size))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.hidden_channels}, kernel_size={self.kernel_size}"
+        ones = (1,) * self._dims
+        defaults = {"num_layers": 1, "stride": ones, "padding": "same", "dilation": ones}
+        defaults |= {"bias": True, "batch_first": False, "peephole": False}
+        for name, default in defaults.items():
+            value = getattr(self, name, default)
+            text += "" if value == default else f", {name}={value!r}"
+        return text
+
+    def _each(self, name: str, value: Size, least: int) -> tuple[int, ...]:
+        """An integer for every dimension."""
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        values = tuple(value) if several else (value,) * self._dims
+        right = all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values)
+        if len(values) != self._dims or not right:
+            raise ValueError(
+                f"{name} must be an integer of at least {least}, or {self._dims} of them, "
+                f"got {value!r}"
+            )
+        return values
+
+    def _window(self, layer: int) -> Window:
+        """Of a layer's input; the deeper layers keep the size."""
+        if layer:
+            return Window(self.kernel_size, (1,) * self._dims, "same", self.dilation)
+        padding = (0,) * self._dims if self.padding == "valid" else self.padding
+        return Window(self.kernel_size, self.stride, padding, self.dilation)
+
+    def _weights(self, layer: int) -> ConvWeights:
+        """The tensors of a layer, as they are now."""
+        names = self._names[layer]
+        tensors = {name: getattr(self, names[name]) for name in names}
+        roles = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ch")
+        return ConvWeights(*(tensors.get(role) for role in roles))
+
+    def _run(
+        self, x: Tensor, hx: States | None, steps: Steps, batch_first: bool
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """All layers on x (T, N, in, *size), or (N, T, ...): the output, and h and c of each.
+
+        hx: (num_layers, N, C, *output) each, checked here.
+        """
+        if x.size(2) != self.in_channels:
+            raise RuntimeError(
+                f"input must have in_channels channels. Expected {self.in_channels}, "
+                f"got {x.size(2)}"
+            )
+        size = self._window(0).output(x.shape[3:])
+        expected = (self.num_layers, steps.B, self.hidden_channels, *size)
+        for k, state in enumerate(hx or ()):
+            if tuple(state.shape) != expected:
+                got = list(state.shape)
+                raise RuntimeError(f"Expected hidden[{k}] size {expected}, got {got}")
+        weights = [self._weights(layer) for layer in range(self.num_layers)]
+        check_match("parameter", [t for w in weights for t in w if t is not None], x)
+        check_match("hidden", hx or (), x)
+        device = x.device.type
+        if autocast_is_on(device) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            x, hx = x.to(dtype), hx and (hx[0].to(dtype), hx[1].to(dtype))
+            weights = [ConvWeights(*(t if t is None else t.to(dtype) for t in w)) for w in weights]
+        with without_autocast(x.device):
+            h0, c0 = hx or [x.new_zeros(expected)] * 2
+            walk = Walk.of(steps, math.prod(size), batch_first)
+            x = walk.mask(x)  # a NaN in the padding ends here
+            h_n, c_n = [], []
+            for layer in range(self.num_layers):
+                x, h, c = conv_lstm_layer(
+                    x, h0[layer], c0[layer], weights[layer], self._window(layer), walk
+                )
+                h_n.append(h)
+                c_n.append(c)
+        return x, h_n, c_n
+
+
+class _ConvLSTM(_ConvLSTMBase):
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        kernel_size: Size,
+        num_layers: int = 1,
+        *,
+        stride: Size = 1,
+        padding: Size | str = "same",
+        dilation: Size = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        peephole: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(batch_first, bool):
+            got = type(batch_first).__name__
+            raise TypeError(f"batch_first should be of type bool, got: {got}")
+        shared = (num_layers, stride, padding, dilation, bias, peephole)
+        super().__init__(in_channels, hidden_channels, kernel_size, *shared, "_l{}", device, dtype)
+        self.batch_first = batch_first
+
+    def forward(
+        self, input: Tensor, hx: States | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, States]:
+        """Run the whole sequence of L steps.
+
+        Args:
+            input: (L, N, in_channels, *size), (N, L, ...) with batch_first, or without N; L and N
+                may be 0. *size: one, two or three numbers.
+            hx: (h_0, c_0), each (num_layers, N, hidden_channels, *output), without N for an
+                unbatched input; None: zeros. *output is the size that the first layer's input
+                convolution leaves.
+            lengths: (N,) integers in 0..L on any device, in any order. Outputs past a length are 0
+                and what the input holds there does not matter; h_n and c_n are those of each
+                sequence's last step; a zero length returns the initial state.
+
+        Returns:
+            output, (h_n, c_n): the last layer's h of every step, (L, N, hidden_channels, *output)
+            or as the input has it, and the states shaped as hx. In memory they lie channels last.
+            Under autocast all are of its dtype.
+
+        Raises:
+            ValueError: an input of another rank, or another dtype than the parameters'; lengths of
+                another shape or out of range. TypeError: lengths that are no integers; an hx that
+                is no pair of tensors. RuntimeError: another number of channels, an input smaller
+                than the kernel, an hx of another size; a CUDA tensor and a build without CUDA.
+        """
+        dims, name = self._dims, type(self).__name__
+        if input.dim() not in (dims + 2, dims + 3):
+            raise ValueError(
+                f"{name}: Expected input to be {dims + 2}D or {dims + 3}D, got {input.dim()}D "
+                "instead"
+            )
+        batched = input.dim() == dims + 3
+        if hx is not None:
+            check_pair(hx)
+        if not batched:
+            input = input.unsqueeze(0 if self.batch_first else 1)
+            hx = hx and (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+            if isinstance(lengths, Tensor) and lengths.dim() == 0:
+                lengths = lengths.unsqueeze(0)
+        T, N = input.shape[:2][:: -1 if self.batch_first else 1]
+        steps = Steps.padded(T, N, lengths=lengths, device=input.device)
+        y, h, c = self._run(input, hx, steps, self.batch_first)
+        h_n, c_n = torch.stack(h), torch.stack(c)
+        if not batched:
+            y, h_n, c_n = y.squeeze(0 if self.batch_first else 1), h_n.squeeze(1), c_n.squeeze(1)
+        return y, (h_n, c_n)
+
+
+class _ConvLSTMCell(_ConvLSTMBase):
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        kernel_size: Size,
+        *,
+        stride: Size = 1,
+        padding: Size | str = "same",
+        dilation: Size = 1,
+        bias: bool = True,
+        peephole: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        shared = (1, stride, padding, dilation, bias, peephole)
+        super().__init__(in_channels, hidden_channels, kernel_size, *shared, "", device, dtype)
+
+    def forward(self, input: Tensor, hx: States | None = None) -> States:
+        """Take one step.
+
+        Args:
+            input: (N, in_channels, *size), or (in_channels, *size) unbatched.
+            hx: (h_0, c_0), each (N, hidden_channels, *output), or without N; None: zeros.
+
+        Returns:
+            (h_1, c_1), shaped as hx.
+
+        Raises:
+            As the sequence's forward.
+        """
+        dims, name = self._dims, type(self).__name__
+        if input.dim() not in (dims + 1, dims + 2):
+            raise ValueError(
+                f"{name}: Expected input to be {dims + 1}D or {dims + 2}D, got {input.dim()}D "
+                "instead"
+            )
+        batched = input.dim() == dims + 2
+        if hx is not None:
+            check_pair(hx, "hx")
+        if not batched:
+            input = input.unsqueeze(0)
+            hx = hx and (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+        hx = hx and (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+        steps = Steps.padded(1, input.size(0))
+        _, (h,), (c,) = self._run(input.unsqueeze(0), hx, steps, False)
+        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+
+
+_SEQUENCE_DOC = """A stateful convolutional LSTM over sequences of {what}.
+
+    Every layer computes, with * a convolution and the rows of the weights in the order i, f, g, o::
+
+        i_t = sigmoid(W_ii * x_t + b_ii + W_hi * h_{{t-1}} + b_hi  [+ w_ci c_{{t-1}}])
+        f_t = sigmoid(W_if * x_t + b_if + W_hf * h_{{t-1}} + b_hf  [+ w_cf c_{{t-1}}])
+        g_t = tanh   (W_ig * x_t + b_ig + W_hg * h_{{t-1}} + b_hg)
+        o_t = sigmoid(W_io * x_t + b_io + W_ho * h_{{t-1}} + b_ho  [+ w_co c_t])
+        c_t = f_t c_{{t-1}} + i_t g_t
+        h_t = o_t tanh(c_t)
+
+    (Shi et al. 2015; in brackets: with peephole, a weight a channel where the paper, whose images
+    are of one size, has one a pixel.) All input convolutions of a layer are made at once.
+
+    Args:
+        in_channels, hidden_channels: of the input, and of h and c (C below).
+        kernel_size: of every convolution; an integer or one a dimension, as are all sizes.
+        num_layers: each takes the h of the one below.
+        stride, padding: of the first layer's input convolution. padding: integers, "valid" (none),
+            or "same": an output of ceil(size / stride), with the odd zero at the end. The input
+            convolutions of deeper layers keep the size.
+        dilation: of every input convolution.
+        bias: whether the convolutions have biases.
+        batch_first: sequences are (N, L, ...), not (L, N, ...). Never the states.
+        peephole: whether the gates see the cell.
+        device, dtype: of the parameters.
+
+    The recurrent convolution has stride 1, dilation 1 and keeps the size.
+
+    Parameters of layer k, with in = in_channels for k = 0, else C: ``weight_ih_l{{k}}`` (4C, in,
+    *kernel_size), ``weight_hh_l{{k}}`` (4C, C, *kernel_size), ``bias_ih_l{{k}}`` and
+    ``bias_hh_l{{k}}`` (4C,), with peephole ``weight_ch_l{{k}}`` (3C,), rows i, f, o. All are drawn
+    from U(-1/sqrt(n), 1/sqrt(n)), n = C times the number of the kernel's pixels.
+
+    On CUDA the cell runs in torch's operations: there is no kernel of its own yet.
+
+    Raises:
+        ValueError: a size that is no integer or too small. TypeError: a flag that is no bool.
+    """
+
+_CELL_DOC = """One step of :class:`{sequence}`.
+
+    Args:
+        in_channels, hidden_channels, kernel_size, stride, padding, dilation, bias, peephole,
+        device, dtype: as :class:`{sequence}`.
+
+    Parameters: those of its layer 0, without the ``_l0``.
+    """
+
+
+class ConvLSTM1d(_ConvLSTM):
+    __doc__ = _SEQUENCE_DOC.format(what="lines, (L, N, in_channels, width)")
+    _dims = 1
+
+
+class ConvLSTM2d(_ConvLSTM):
+    __doc__ = _SEQUENCE_DOC.format(what="images, (L, N, in_channels, height, width)")
+    _dims = 2
+
+
+class ConvLSTM3d(_ConvLSTM):
+    __doc__ = _SEQUENCE_DOC.format(what="volumes, (L, N, in_channels, depth, height, width)")
+    _dims = 3
+
+
+class ConvLSTM1dCell(_ConvLSTMCell):
+    __doc__ = _CELL_DOC.format(sequence="ConvLSTM1d")
+    _dims = 1
+
+
+class ConvLSTM2dCell(_ConvLSTMCell):
+    __doc__ = _CELL_DOC.format(sequence="ConvLSTM2d")
+    _dims = 2
+
+
+class ConvLSTM3dCell(_ConvLSTMCell):
+    __doc__ = _CELL_DOC.format(sequence="ConvLSTM3d")
+    _dims = 3
