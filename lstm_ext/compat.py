@@ -67,6 +67,28 @@ class LSTMBase(nn.RNNBase):
             ", return_cell_sequence=True" if self.return_cell_sequence else ""
         )
 
+    def _named_weights(self) -> list[list[str]]:
+        """The names, a list a layer and direction, that the attributes as they are now ask for."""
+        kinds = ["weight_ih", "weight_hh"]
+        kinds += ["bias_ih", "bias_hh"] if self.bias else []
+        kinds += ["weight_hr"] if self.proj_size else []
+        return [
+            [f"{kind}_l{layer}{suffix}" for kind in kinds]
+            for layer in range(self.num_layers)
+            for suffix in ("", "_reverse")[: 2 if self.bidirectional else 1]
+        ]
+
+    def _check_attributes(self) -> None:
+        """Refuse attributes set after construction that the parameters were not made for."""
+        if self._all_weights == self._named_weights():
+            return
+        names = ("num_layers", "bias", "bidirectional", "proj_size")
+        raise RuntimeError(
+            f"got {', '.join(f'{name}={getattr(self, name)}' for name in names)}, expected what "
+            f"the module was constructed with, having {', '.join(self._flat_weights_names)}: "
+            "these attributes cannot be changed afterwards"
+        )
+
     # --- what nn.RNNBase keeps beside the parameters, and this class does not ---------------------
 
     @property
@@ -114,14 +136,7 @@ class LSTMBase(nn.RNNBase):
         for name in ("all_weights", "_flat_weights", "_flat_weight_refs"):
             state.pop(name, None)
         nn.Module.__setstate__(self, state)
-        kinds = ["weight_ih", "weight_hh"]
-        kinds += ["bias_ih", "bias_hh"] if self.bias else []
-        kinds += ["weight_hr"] if self.proj_size else []
-        self._all_weights = [
-            [f"{kind}_l{layer}{suffix}" for kind in kinds]
-            for layer in range(self.num_layers)
-            for suffix in ("", "_reverse")[: 2 if self.bidirectional else 1]
-        ]
+        self._all_weights = self._named_weights()
         self._flat_weights_names = list(itertools.chain.from_iterable(self._all_weights))
 
 

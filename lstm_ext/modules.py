@@ -124,12 +124,14 @@ class LSTM(LSTMBase):
         Returns:
             output, (h_n, c_n), exactly as nn.LSTM: output shaped as the input with D*P features (a
             PackedSequence for one), the states shaped as hx. With return_cell_sequence also cells:
-            c_t of the last layer, shaped as output with D*H features.
+            c_t of the last layer, shaped as output with D*H features. Under autocast all of it in
+            autocast's dtype, c too, as nn.LSTM on CUDA.
 
         Raises:
             ValueError, RuntimeError, TypeError: nn.LSTM's own for what it refuses; ValueError for
                 lengths or reset_mask beside a PackedSequence; TypeError for an hx that is no pair
-                of tensors.
+                of tensors; RuntimeError for num_layers, bias, bidirectional or proj_size changed
+                after construction.
         """
         if isinstance(input, PackedSequence):
             if lengths is not None:
@@ -210,7 +212,10 @@ class LSTM(LSTMBase):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """All layers on the rows of x (rows, in): y (rows, D*P), h_n, c_n, cells (rows, D*H)."""
         directions = 2 if self.bidirectional else 1
-        count = len(self._all_weights)  # one entry a layer and direction
+        count = self.num_layers * directions
+        expected = 2 + 2 * self.bias + bool(self.proj_size)
+        if len(self._all_weights) != count or len(self._all_weights[0]) != expected:
+            self._check_attributes()
         if hx is None:
             c = x.new_zeros(steps.B, self.hidden_size)
             h = x.new_zeros(steps.B, self.proj_size) if self.proj_size else c
@@ -323,7 +328,7 @@ class LSTMCell(nn.RNNCellBase):
             hx: (h_0, c_0), each (N, H), or (H,) unbatched; None: zeros.
 
         Returns:
-            (h_1, c_1), shaped as hx. Under autocast in its dtype.
+            (h_1, c_1), shaped as hx. Under autocast both in its dtype, as nn.LSTMCell on CUDA.
 
         Raises:
             ValueError, RuntimeError, TypeError: nn.LSTMCell's own for what it refuses; RuntimeError
