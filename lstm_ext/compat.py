@@ -27,9 +27,11 @@ class LSTMBase(nn.RNNBase):
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raise nn.LSTM's error for an input of a wrong dtype, rank or feature size."""
-        # The usual case in three comparisons; the base class finds the words for the others.
+        # The usual case in three comparisons; the base class finds the words for the others. A
+        # parametrized weight is not looked at, for each look computes it: forward checks it later.
+        first = self._parameters.get("weight_ih_l0")
         if (
-            input.dtype != self.weight_ih_l0.dtype
+            (first is not None and input.dtype != first.dtype)
             or input.dim() != (3 if batch_sizes is None else 2)
             or input.size(-1) != self.input_size
         ):
