@@ -55,6 +55,7 @@ def inputs(module):
 @pytest.mark.parametrize(
     "dtype, kind, layout, with_hx",
     list(itertools.product(HALF, KINDS, LAYOUTS, [False, True])),
+    ids=str,
 )
 def test_bits_of_a_module_in_that_dtype(dtype, kind, layout, with_hx):
     """x, hx and weights are cast together; the gradients reach float32 leaves."""
@@ -78,7 +79,7 @@ def test_bits_of_a_module_in_that_dtype(dtype, kind, layout, with_hx):
     assert_close(grads, [g.float() for g in half_grads], **BITS)
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_cell_is_one_step_of_the_layer(dtype):
     cell, lstm = here(lstm_ext.LSTMCell(I, H)), here(lstm_ext.LSTM(I, H))
     lstm.load_state_dict({f"{k}_l0": v for k, v in cell.state_dict().items()})
@@ -110,7 +111,7 @@ def test_dtypes_are_nn_lstms_on_cuda(dtype, kind, layout):
 
 @pytest.mark.tf32
 @pytest.mark.parametrize("kind", ["plain", "deep"])
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_as_good_as_nn_lstm(dtype, kind):
     if DEVICE.type == "cpu" and dtype == torch.float16:
         pytest.skip("nn.LSTM has no float16 for padded input on every CPU")
@@ -144,7 +145,7 @@ def test_regions_inside_and_float64():
         assert module(x)[0].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_backward_inside_the_region_gives_the_same_bits(dtype):
     module, x = here(lstm_ext.LSTM(I, H, 2, bidirectional=True)), leaf(torch.randn(T, B, I))
     grads = []
