@@ -31,9 +31,11 @@ class LSTMBase(Variants, nn.RNNBase):
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raise nn.LSTM's error for an input of a wrong dtype, rank or feature size."""
-        # The usual case in three comparisons; the base class finds the words for the others.
+        # The usual case in three comparisons; the base class finds the words for the others. A
+        # parametrized weight is not looked at, for each look computes it: forward checks it later.
+        first = self._parameters.get("weight_ih_l0")
         if (
-            input.dtype != self.weight_ih_l0.dtype
+            (first is not None and input.dtype != first.dtype)
             or input.dim() != (3 if batch_sizes is None else 2)
             or input.size(-1) != self.input_size
         ):
@@ -70,6 +72,25 @@ class LSTMBase(Variants, nn.RNNBase):
         merge = "" if self.merge_mode == "concat" else f", merge_mode={self.merge_mode!r}"
         cells = ", return_cell_sequence=True" if self.return_cell_sequence else ""
         return super().extra_repr() + merge + self._variants_repr() + cells
+
+    def _named_weights(self) -> list[list[str]]:
+        """The names, a list a layer and direction, that the attributes as they are now ask for."""
+        kinds = ["weight_ih", "weight_hh"]
+        kinds += ["bias_ih", "bias_hh"] if self.bias else []
+        kinds += ["weight_hr"] if self.proj_size else []
+        kinds += self._variant_names()
+        return [[kind + suffix for kind in kinds] for suffix in self._suffixes()]
+
+    def _check_attributes(self) -> None:
+        """Refuse attributes set after construction that the parameters were not made for."""
+        if self._all_weights == self._named_weights():
+            return
+        names = ("num_layers", "bias", "bidirectional", "proj_size")
+        raise RuntimeError(
+            f"got {', '.join(f'{name}={getattr(self, name)}' for name in names)}, expected what "
+            f"the module was constructed with, having {', '.join(self._flat_weights_names)}: "
+            "these attributes cannot be changed afterwards"
+        )
 
     # --- what nn.RNNBase keeps beside the parameters, and this class does not ---------------------
 
@@ -118,15 +139,7 @@ class LSTMBase(Variants, nn.RNNBase):
         for name in ("all_weights", "_flat_weights", "_flat_weight_refs"):
             state.pop(name, None)
         nn.Module.__setstate__(self, state)
-        kinds = ["weight_ih", "weight_hh"]
-        kinds += ["bias_ih", "bias_hh"] if self.bias else []
-        kinds += ["weight_hr"] if self.proj_size else []
-        kinds += self._variant_names()
-        self._name_weights(kinds)
-
-    def _name_weights(self, kinds: list[str]) -> None:
-        """kinds: the names of a layer's parameters, without their suffix."""
-        self._all_weights = [[kind + suffix for kind in kinds] for suffix in self._suffixes()]
+        self._all_weights = self._named_weights()
         self._flat_weights_names = list(itertools.chain.from_iterable(self._all_weights))
 
     def _suffixes(self) -> list[str]:

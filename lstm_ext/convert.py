@@ -27,7 +27,12 @@ def convert(model: nn.Module) -> nn.Module:
 
     Returns:
         model, or, where model is itself an nn.LSTM or nn.LSTMCell, its replacement.
+
+    Raises:
+        TypeError: model is no nn.Module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: expected a torch.nn.Module, got {type(model).__name__}")
     swapped: dict[nn.Module, nn.Module] = {}
     left_alone = []
     for name, module in model.named_modules():

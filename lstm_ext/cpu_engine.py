@@ -27,6 +27,7 @@ from lstm_ext.engine import (
     without_autocast,
 )
 from lstm_ext.native import _C
+from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
 
 
@@ -101,7 +102,7 @@ def _matmul(a: Tensor, w: Tensor, *, a_transposed: bool = False) -> Tensor:
         torch.get_num_threads(),
     )
     workspace = _workspace(_C.cpu_matmul_workspace(code, threads, M, N, K, a_transposed))
-    _C.cpu_matmul(
+    recorded(_C.cpu_matmul)(
         dtype=code,
         threads=threads,
         M=M,
@@ -220,7 +221,7 @@ def _forward(
     b_hh = None if w.b_hh is None else w.b_hh.contiguous()
     w_hr = None if w.w_hr is None else w.w_hr.contiguous()
     h0, c0 = h0.contiguous(), c0.contiguous()
-    _C.cpu_forward(
+    recorded(_C.cpu_forward)(
         dtype=code,
         threads=threads,
         steps=native_steps(_C, steps, reverse),
@@ -337,7 +338,7 @@ def _backward(
             code, threads, steps.B, H, P, w_hh is not None, w_hr is not None, variants
         )
     )
-    _C.cpu_backward(
+    recorded(_C.cpu_backward)(
         dtype=code,
         threads=threads,
         steps=native_steps(_C, steps, reverse),

@@ -30,6 +30,7 @@ from lstm_ext.engine import (
     rows_of,
     without_autocast,
 )
+from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
 
 FAMILIES = ("step", "grid", "cluster")  # enum CudaFamily of csrc/cuda/plan.h
@@ -228,7 +229,7 @@ class CudaEngine:
                     result.more.append(more)
             layer, size = self._layer(x, directions, steps, tf32, backward=False)
             workspace = x.new_empty(size, dtype=torch.uint8)
-            core.cuda_forward(layer, parts, address(workspace), self.stream(x.device))
+            recorded(core.cuda_forward)(layer, parts, address(workspace), self.stream(x.device))
         return result
 
     # --- backward ---------------------------------------------------------------------------------
@@ -313,7 +314,7 @@ class CudaEngine:
                 )
             layer, size = self._layer(x, directions, steps, tf32, backward=True)
             workspace = x.new_empty(size, dtype=torch.uint8)
-            core.cuda_backward(layer, parts, address(workspace), self.stream(x.device))
+            recorded(core.cuda_backward)(layer, parts, address(workspace), self.stream(x.device))
             with products_in(dtype, tf32):
                 return self._products(x, directions, steps, outputs, wanted_x, wanted)
 

@@ -65,7 +65,7 @@ class LSTMCell(Variants, nn.RNNCellBase):
             hx: (h_0, c_0), each (N, H), or (H,) unbatched; None: zeros.
 
         Returns:
-            (h_1, c_1), shaped as hx. Under autocast in its dtype.
+            (h_1, c_1), shaped as hx. Under autocast both in its dtype, as nn.LSTMCell on CUDA.
 
         Raises:
             ValueError, RuntimeError, TypeError: nn.LSTMCell's own for what it refuses; RuntimeError

@@ -176,12 +176,14 @@ class LSTM(LSTMBase):
             PackedSequence for one), the states shaped as hx. With return_cell_sequence also cells:
             c_t of the last layer, shaped as output with D*H features. merge_mode "sum", "mul" and
             "ave" give an output of P features, and the same states and cells; None gives pairs,
-            one of each direction, for output and cells.
+            one of each direction, for output and cells. Under autocast all of it in autocast's
+            dtype, c too, as nn.LSTM on CUDA.
 
         Raises:
             ValueError, RuntimeError, TypeError: nn.LSTM's own for what it refuses; ValueError for
                 lengths or reset_mask beside a PackedSequence; TypeError for an hx that is no pair
-                of tensors.
+                of tensors; RuntimeError for num_layers, bias, bidirectional or proj_size changed
+                after construction.
         """
         if isinstance(input, PackedSequence):
             if lengths is not None:
@@ -272,7 +274,10 @@ class LSTM(LSTMBase):
         """All layers on the rows of x (rows, in): y (rows, D*P) or, merged, (rows, P); h_n, c_n,
         cells (rows, D*H)."""
         directions = 2 if self.bidirectional else 1
-        count = len(self._all_weights)  # one entry a layer and direction
+        count = self.num_layers * directions
+        expected = 2 + 2 * self.bias + bool(self.proj_size) + self.peephole + 4 * self.layer_norm
+        if len(self._all_weights) != count or len(self._all_weights[0]) != expected:
+            self._check_attributes()
         if hx is None:
             c = x.new_zeros(steps.B, self.hidden_size)
             h = x.new_zeros(steps.B, self.proj_size) if self.proj_size else c

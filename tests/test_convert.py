@@ -222,6 +222,13 @@ def test_a_compiled_module_comes_back_uncompiled():
     assert_close(model[0](x), nn.LSTM.forward(theirs, x), **TOL)
 
 
+@pytest.mark.parametrize("model", [None, nn.LSTM, {"lstm": 1}])
+def test_convert_of_no_module_is_refused(model):
+    got = type(model).__name__
+    with pytest.raises(TypeError, match=f"convert: expected a torch.nn.Module, got {got}"):
+        lstm_ext.convert(model)
+
+
 class MyCell(lstm_ext.LSTMCell):
     pass
 

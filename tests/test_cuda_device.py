@@ -1,5 +1,7 @@
 """What only a GPU can show: graphs, streams, hidden waits, devices. `pytest --device=cuda`."""
 
+import copy
+
 import device
 import pytest
 import torch
@@ -63,6 +65,58 @@ def test_captured_in_a_graph(T):
         graph.replay()
         for ours, eager in zip(captured, gradients(module, x, lengths, mask), strict=True):
             assert torch.equal(ours, eager)
+
+
+def test_make_graphed_callables():
+    """Forward and backward as one graph each, beside the module itself; the same bits."""
+    module = layer()
+    twin = copy.deepcopy(module)
+    graphed = torch.cuda.make_graphed_callables(module, (batch()[0],))
+    for _ in range(3):
+        x, results = batch()[0], []
+        for call, owner in ((graphed, module), (twin, twin)):
+            y, (h_n, c_n) = call(x)
+            owner.zero_grad()
+            (y.square().sum() + h_n.sum() + c_n.sum()).backward()
+            results.append([y, h_n, c_n, *(p.grad for p in owner.parameters())])
+        for ours, eager in zip(*results, strict=True):
+            assert torch.equal(ours, eager)
+
+
+def test_a_training_step_with_autocast_and_a_capturable_optimizer_in_a_graph():
+    """The whole step, weights cast and updated inside: replays train as eager steps do."""
+    module, x = layer(), batch()[0]
+    twin = copy.deepcopy(module)
+
+    def optimizer_of(module):
+        return torch.optim.Adam(module.parameters(), lr=1e-2, capturable=True, fused=True)
+
+    def step(module, optimizer):
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            y, _ = module(x)
+        loss = y.float().square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    optimizer, other = optimizer_of(module), optimizer_of(twin)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(module, optimizer)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        captured = step(module, optimizer)
+    eager = [step(twin, other) for _ in range(6)]
+    for loss in eager[3:]:
+        graph.replay()
+        torch.testing.assert_close(captured, loss, rtol=0, atol=0)
+    for ours, theirs in zip(module.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_lengths_on_the_cpu_cannot_be_captured():

@@ -184,3 +184,25 @@ def test_second_derivative_memory_is_linear_in_the_steps():
         return sum(max(0, e.self_cpu_memory_usage) for e in profile.key_averages())
 
     assert allocated(80) < 2.5 * allocated(40)
+
+
+@pytest.mark.parametrize(
+    "made, name, value",
+    [
+        ({}, "num_layers", 3),
+        ({}, "num_layers", 1),
+        ({}, "num_layers", 0),
+        ({}, "bias", False),
+        ({"bias": False}, "bias", True),
+        ({}, "bidirectional", True),
+        ({"bidirectional": True}, "bidirectional", False),
+        ({}, "proj_size", 2),
+        ({"proj_size": 2}, "proj_size", 0),
+    ],
+)
+def test_attributes_changed_after_construction(made, name, value):
+    """nn.LSTM takes other weights in their place for some of these, or reports an invalid slice."""
+    module, x = here(lstm_ext.LSTM(4, 4, 2, **made)), here(torch.randn(5, 2, 4))
+    setattr(module, name, value)
+    with pytest.raises(RuntimeError, match=f"got .*{name}={value}.*, expected what the module was"):
+        module(x)

@@ -1,0 +1,236 @@
+"""Autocast and GradScaler.
+
+One rule on every device and for every kind of input: under autocast to T everything computes in T
+and every result is T, c too. It is what nn.LSTM and nn.LSTMCell do on CUDA; on the CPU they leave
+the cell and packed input in float32 and a projected layer's c alone.
+"""
+
+import itertools
+
+import pytest
+import torch
+from device import DEVICE, here, leaf
+from tolerances import assert_as_good
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.testing import assert_close
+
+import lstm_ext
+
+T, B, I, H = 6, 3, 3, 4
+HALF = [torch.bfloat16, torch.float16]
+BITS = {"rtol": 0, "atol": 0}
+KINDS = {
+    "plain": {},
+    "projected": {"proj_size": 2},
+    "deep": {"num_layers": 2, "bidirectional": True},
+}
+LAYOUTS = ["padded", "packed", "lengths", "unbatched"]
+
+
+def autocast(dtype, **kwargs):
+    return torch.autocast(DEVICE.type, dtype, **kwargs)
+
+
+def call(module, layout, x, hx):
+    """The results of a module as one list of tensors."""
+    kwargs = {}
+    if layout == "unbatched":
+        x, hx = x[:, 0], hx and tuple(s[:, 0] for s in hx)
+    if layout == "packed":
+        x = pack_padded_sequence(x, torch.tensor([6, 2, 4]), enforce_sorted=False)
+    if layout == "lengths":
+        kwargs["lengths"] = torch.tensor([6, 0, 4])
+    y, (h_n, c_n) = module(x, hx, **kwargs)
+    return [y.data if isinstance(y, PackedSequence) else y, h_n, c_n]
+
+
+def inputs(module):
+    """x and (h_0, c_0) in float32, leaves."""
+    count = module.num_layers * (1 + module.bidirectional)
+    sizes = (module.proj_size or H, H)
+    return leaf(torch.randn(T, B, I)), [leaf(torch.randn(count, B, size)) for size in sizes]
+
+
+@pytest.mark.parametrize(
+    "dtype, kind, layout, with_hx",
+    list(itertools.product(HALF, KINDS, LAYOUTS, [False, True])),
+    ids=str,
+)
+def test_bits_of_a_module_in_that_dtype(dtype, kind, layout, with_hx):
+    """x, hx and weights are cast together; the gradients reach float32 leaves."""
+    module = here(lstm_ext.LSTM(I, H, **KINDS[kind]))
+    half = here(lstm_ext.LSTM(I, H, **KINDS[kind], dtype=dtype))
+    half.load_state_dict(module.state_dict())
+    x, hx = inputs(module)
+    half_x, half_hx = x.to(dtype).detach().requires_grad_(), [leaf(s.to(dtype)) for s in hx]
+    with autocast(dtype):
+        got = call(module, layout, x, hx if with_hx else None)
+    expected = call(half, layout, half_x, half_hx if with_hx else None)
+    assert [t.dtype for t in got] == [dtype] * 3
+    assert_close(got, expected, **BITS)
+    assert all(p.dtype == torch.float32 for p in module.parameters())
+    leaves = [x, *(hx if with_hx else ()), *module.parameters()]
+    half_leaves = [half_x, *(half_hx if with_hx else ()), *half.parameters()]
+    cotangents = [torch.randn_like(t) for t in got]
+    grads = torch.autograd.grad(got, leaves, cotangents)
+    assert all(g.dtype == torch.float32 for g in grads)
+    half_grads = torch.autograd.grad(expected, half_leaves, cotangents)
+    assert_close(grads, [g.float() for g in half_grads], **BITS)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_cell_is_one_step_of_the_layer(dtype):
+    cell, lstm = here(lstm_ext.LSTMCell(I, H)), here(lstm_ext.LSTM(I, H))
+    lstm.load_state_dict({f"{k}_l0": v for k, v in cell.state_dict().items()})
+    x, hx = inputs(lstm)
+    with autocast(dtype):
+        for start in (None, hx):
+            h, c = cell(x[0], start and [s[0] for s in start])
+            y, (_, c_n) = lstm(x[:1], start)
+            assert h.dtype == c.dtype == dtype
+            assert_close((h, c), (y[0], c_n[0]), **BITS)
+        h, c = cell(x[1], (h, hx[1][0]))  # of two dtypes
+        assert h.dtype == c.dtype == dtype
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="the rule is that of nn.LSTM on CUDA")
+@pytest.mark.parametrize("dtype, kind, layout", list(itertools.product(HALF, KINDS, LAYOUTS[:2])))
+def test_dtypes_are_nn_lstms_on_cuda(dtype, kind, layout):
+    theirs = here(nn.LSTM(I, H, **KINDS[kind]))
+    ours = lstm_ext.LSTM.from_torch(theirs)
+    x, hx = inputs(ours)
+    cell = here(nn.LSTMCell(I, H))
+    with autocast(dtype):
+        for start in (None, hx):
+            got, expected = (call(m, layout, x, start) for m in (ours, theirs))
+            assert [t.dtype for t in got] == [t.dtype for t in expected]
+        got, expected = (m(x[0]) for m in (lstm_ext.LSTMCell.from_torch(cell), cell))
+        assert [t.dtype for t in got] == [t.dtype for t in expected]
+
+
+@pytest.mark.tf32
+@pytest.mark.parametrize("kind", ["plain", "deep"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_as_good_as_nn_lstm(dtype, kind):
+    if DEVICE.type == "cpu" and dtype == torch.float16:
+        pytest.skip("nn.LSTM has no float16 for padded input on every CPU")
+    truth = here(nn.LSTM(16, 32, **KINDS[kind])).double()
+    theirs = here(nn.LSTM(16, 32, **KINDS[kind]))
+    theirs.load_state_dict(truth.state_dict())
+    ours = lstm_ext.LSTM.from_torch(theirs)
+    x = here(torch.randn(T, B, 16))
+    results = []
+    for module, on in ((ours, True), (theirs, True), (truth, False)):
+        with autocast(dtype, enabled=on):
+            y, (h_n, c_n) = module(x if on else x.double())
+        loss = sum(t.double().square().sum() for t in (y, h_n, c_n))
+        results.append([y, h_n, c_n, *torch.autograd.grad(loss, list(module.parameters()))])
+    names = ["y", "h_n", "c_n", *dict(ours.named_parameters())]
+    for name, got, peer, true in zip(names, *results, strict=True):
+        eps = torch.finfo(dtype).eps
+        assert_as_good(got, peer, true, name, eps)
+
+
+def test_regions_inside_and_float64():
+    module, double = here(lstm_ext.LSTM(I, H)), here(lstm_ext.LSTM(I, H).double())
+    x = here(torch.randn(T, B, I))
+    expected, expected_double = module(x), double(x.double())
+    with autocast(torch.bfloat16):
+        with autocast(torch.bfloat16, enabled=False):
+            assert_close(module(x), expected, **BITS)
+        assert_close(double(x.double()), expected_double, **BITS)
+        with autocast(torch.float16):
+            assert module(x)[0].dtype == torch.float16
+        assert module(x)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_backward_inside_the_region_gives_the_same_bits(dtype):
+    module, x = here(lstm_ext.LSTM(I, H, 2, bidirectional=True)), leaf(torch.randn(T, B, I))
+    grads = []
+    for inside in (False, True):
+        with autocast(dtype):
+            y = module(x)[0]
+        with autocast(dtype, enabled=inside):
+            loss = y.float().square().sum()
+            grads.append(torch.autograd.grad(loss, [x, *module.parameters()]))
+    assert_close(grads[1], grads[0], **BITS)
+
+
+# --- GradScaler ----------------------------------------------------------------------------------
+
+
+def scaler(scale):
+    return torch.amp.GradScaler(DEVICE.type, init_scale=scale)
+
+
+def grads_of(module, x, factor, scaling=None):
+    """Gradients of a small loss in float16, unscaled."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=1)
+    optimizer.zero_grad()
+    with autocast(torch.float16):
+        loss = module(x)[0].float().sum() * factor
+    if scaling is None:
+        loss.backward()
+    else:
+        scaling.scale(loss).backward()
+        scaling.unscale_(optimizer)
+    return [p.grad.clone() for p in module.parameters()]
+
+
+def test_scaling_saves_small_gradients():
+    """2^-30 is zero in float16; scaled by 2^30 the gradients are those of the plain sum."""
+    module, x = here(lstm_ext.LSTM(I, H, 2)), here(torch.randn(T, B, I))
+    assert not any(g.any() for g in grads_of(module, x, 2.0**-30))
+    saved = grads_of(module, x, 2.0**-30, scaler(2.0**30))
+    plain = grads_of(module, x, 1.0)
+    assert all(g.any() for g in plain)
+    assert_close([g * 2.0**30 for g in saved], plain, **BITS)
+
+
+def test_a_step_that_overflows_is_skipped():
+    module, x = here(lstm_ext.LSTM(I, H)), here(torch.randn(T, B, I))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    scaling = scaler(2.0**24)
+    start = [p.detach().clone() for p in module.parameters()]
+    scales = []
+    while all(torch.equal(p, s) for p, s in zip(module.parameters(), start, strict=True)):
+        scales.append(scaling.get_scale())
+        assert len(scales) < 24
+        optimizer.zero_grad()
+        with autocast(torch.float16):
+            loss = module(x)[0].float().sum()
+        scaling.scale(loss).backward()
+        scaling.step(optimizer)
+        scaling.update()
+    assert len(scales) > 2  # the first ones overflowed, and halved the scale
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.tf32
+def test_training_follows_float32():
+    """Twenty steps of float16 with scaling and clipping beside nn.LSTM's in float32."""
+    theirs = here(nn.LSTM(I, 16, 2))
+    ours = here(lstm_ext.LSTM(I, 16, 2))
+    ours.load_state_dict(theirs.state_dict())
+    x, target = here(torch.randn(8, 16, I)), here(torch.rand(16)) - 0.5
+    losses = []
+    for module, half in ((theirs, False), (ours, True)):
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+        scaling = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**12, enabled=half)
+        losses.append([])
+        for _ in range(20):
+            optimizer.zero_grad()
+            with autocast(torch.float16, enabled=half):
+                y, _ = module(x)
+            loss = (y.float() - target).square().mean()
+            scaling.scale(loss).backward()
+            scaling.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            scaling.step(optimizer)
+            scaling.update()
+            losses[-1].append(loss.item())
+    assert losses[0][-1] < 0.3 * losses[0][0]
+    assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-3, atol=0)
+    assert all(p.dtype == torch.float32 for p in ours.parameters())
