@@ -107,6 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       if (!goes_on) continue;
       const uint4 vector = gather_lanes(h);
+      __syncwarp();  // the lane that sends speaks for the reads of the lanes it has gathered from
       if (!Sum::has_cell(j) || b >= place.row_end || unit / kVector * kVector >= H) continue;
       const shared_addr to =
           shared_address(states + next * box_bytes + row * pitch + unit / kVector * 16);
