@@ -162,8 +162,11 @@ def test_every_schedule_gives_the_same_bits(family, arithmetic):
         assert_same_bits(result, results[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(
+    "family, dtype",
+    [(f, d) for f in PAIR for d in (torch.float64, torch.float32, *HALF)]
+    + [("cluster", d) for d in HALF],
+)
 @pytest.mark.parametrize(
     "T, B, H, proj", [(1, 1, 1, 0), (5, 9, 37, 0), (3, 17, 64, 0), (4, 5, 20, 7)]
 )
@@ -183,16 +186,18 @@ def test_tf32_rounds_both_factors(family):
     torch.backends.cudnn.allow_tf32 = True
     module = lstm_ext.LSTM(3, 21, bias=False)
     h0, c0 = torch.randn(1, 5, 21), torch.randn(1, 5, 21)
-    x = torch.zeros(1, 5, 3)
+    x = torch.zeros(2, 5, 3)
     exact = lstm_ext.LSTM(3, 21, bias=False)
     exact.load_state_dict({k: rounded(v) for k, v in module.state_dict().items()})
-    with torch.no_grad(), installed(only(family)):
+    with torch.no_grad(), installed(only(family)) as engine:
         ours = module(x, (h0, c0))[0]
+    assert FAMILIES[engine.picked[0].family] == family
     with torch.no_grad():
-        expected = exact(x, (rounded(h0), c0))[0]
+        first, (h1, c1) = exact(x[:1], (rounded(h0), c0))
+        second = exact(x[1:], (rounded(h1), c1))[0]
         plain = module(x, (h0, c0))[0]
-    torch.testing.assert_close(ours, expected, rtol=5e-6, atol=5e-6)
-    assert (ours - plain).abs().max() > 2e-5
+    torch.testing.assert_close(ours, torch.cat([first, second]), rtol=5e-6, atol=5e-6)
+    assert ((ours - plain).abs().amax((1, 2)) > 2e-5).all()
 
 
 def test_the_setting_of_cudnn_decides_about_tf32():
