@@ -39,7 +39,7 @@ class Layer:
     """A layer, its inputs, and gradients of some of its outputs.
 
     used: the outputs that have a gradient. states: whether h0 and c0 are to get one. ragged:
-    lengths, one of them zero, and resets. packed: a PackedSequence. whole: one direction or two.
+    lengths, one of them zero, and resets. packed: a PackedSequence. both: two directions.
     """
 
     def __init__(
@@ -76,7 +76,6 @@ class Layer:
             self.lengths[B // 2] = 0
             mask = torch.rand(self.x.shape[:2], generator=g) < 0.3
             self.ragged = {"lengths": self.lengths, "reset_mask": mask}
-        self.generator = 3
 
     def run(self, dtype=None):
         """Outputs and gradients by name. dtype: to run in; None: the layer's own."""
@@ -146,12 +145,13 @@ def test_backward_tiles(arithmetic, m, n):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(
-    "arithmetic, units, most", [("bfloat16", 48, 768), ("bfloat16", 32, 512), ("tf32", 32, 512)]
+    "arithmetic, units",
+    [("bfloat16", 48), ("bfloat16", 32), ("bfloat16", 16), ("tf32", 32), ("tf32", 16)],
 )
-def test_the_largest_layers(arithmetic, units, most, backward):
+def test_the_largest_layers(arithmetic, units, backward):
     """All blocks of a cluster of 16 are full; weights in registers and in shared memory."""
     tile = {"backward": (units // 16, 1)} if backward else {"forward": (units // 4, 1)}
-    plan = check(Layer(arithmetic, T=2, B=2, H=most), **tile)[backward]
+    plan = check(Layer(arithmetic, T=2, B=2, H=16 * units), **tile)[backward]
     assert plan.slices == plan.cluster == 16
 
 
