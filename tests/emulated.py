@@ -116,8 +116,8 @@ def only(
 ) -> Pick:
     """A ``pick``: plans of a family, with these m- and n-tiles; of several, that of most groups.
 
-    stream: nothing of the weights stays on the multiprocessor. A problem that has no such plan (a
-    projection has no grid kernels) gets one of another kind.
+    stream: nothing of the weights stays on the multiprocessor; not for clusters. A problem that has
+    no such plan (a projection has no grid kernels) gets one of another kind.
     """
 
     def pick(plans: list[Any], problem: Any) -> Any:
@@ -146,9 +146,9 @@ def problem(**facts: Any) -> Any:
     return load().CudaProblem(**({"P": facts["H"]} | facts))
 
 
-def all_tiles(backward: bool, scalar: bool) -> list[tuple[int, int]]:
+def all_tiles(family: str, dtype: int, tf32: bool, backward: bool) -> list[tuple[int, int]]:
     """The tiles of a kind of kernel, as (m, n)."""
     core = load()
     device = core.CudaProperties(**H100)
-    plans = core.cuda_plans(problem(dtype=1, tf32=not scalar, backward=backward), device)
-    return sorted({(p.m_tiles, p.n_tiles) for p in plans})
+    plans = core.cuda_plans(problem(dtype=dtype, tf32=tf32, backward=backward), device)
+    return sorted({(p.m_tiles, p.n_tiles) for p in plans if FAMILIES[p.family] == family})

@@ -44,6 +44,11 @@ def test_parsing(resources, kernels):
         ("void lstm_ext::cell<lstm_ext::Tf32, 1, 4>(lstm_ext::Args)", "cell<Tf32>"),
         ("lstm_ext::(anonymous namespace)::probe_kernel()", "probe_kernel"),
         ("void a::step<b<float>, 4>(a::P<b<float> >, int)", "step<b<float>>"),
+        (
+            "void lstm_ext::forward_cluster<lstm_ext::Tensor16<__nv_bfloat16>, 2, 4, 1, 8>"
+            "(lstm_ext::ForwardArgs)",
+            "forward_cluster<Tensor16<__nv_bfloat16>>",
+        ),
         ("plain", "plain"),
     ],
 )

@@ -6,6 +6,7 @@ import torch
 
 from bench import plans
 from bench.suites import Problem
+from lstm_ext.cuda_engine import FAMILIES
 
 pytestmark = pytest.mark.cpu_only(reason="runs on the emulator")
 
@@ -28,14 +29,42 @@ def test_every_plan_is_timed_and_checked(bidirectional):
     entries = list(plans.time_plans(*arguments, torch.device("cpu"), within=1e9, repeats=2))
     assert counting_clock.calls == 3 * len(entries)
     assert {entry["pass"] for entry in entries} == {"forward", "backward"}
-    assert {entry["family"] for entry in entries} == {"step", "grid"}
+    assert {entry["family"] for entry in entries} == {"step", "grid", "cluster"}
     assert all(entry["same_bits"] for entry in entries)
+    assert all(entry["difference"] < 2e-2 for entry in entries), "bfloat16"
     assert all(entry["measured_us"] == 60 / 3 for entry in entries)
     for name in ("forward", "backward"):
         of_pass = [entry for entry in entries if entry["pass"] == name]
         assert len(of_pass) > 5
         assert [entry["chosen"] for entry in of_pass].count(True) >= 1
         assert of_pass[0]["chosen"], "sorted by what the model expects"
+        assert of_pass[0]["difference"] == 0
+
+
+def test_a_plan_of_other_bits_is_told():
+    """Each is held against its own kind, of which one tile is wrong here."""
+    core = emulated.load()
+
+    class Wrong(emulated.EmulatedEngine):
+        def __init__(self, core):
+            super().__init__(core, None, sm_count=12)
+
+        def layer_forward(self, *arguments, **options):
+            result = super().layer_forward(*arguments, **options)
+            plan = self.picked[-1] if self.picked else self.plan_to_run
+            if FAMILIES[plan.family] == "cluster" and plan.m_tiles == 12:
+                result.y[-1, -1] += 1
+            return result
+
+    problem = Problem(2, 9, 5, 40)
+    arguments = (Wrong, core, counting_clock, problem, torch.bfloat16, torch.device("cpu"))
+    counting_clock.calls = 0
+    for entry in plans.time_plans(*arguments, within=1e9, repeats=1):
+        if entry["pass"] == "backward":
+            break
+        wrong = entry["family"] == "cluster" and entry["tile"][0] == 12
+        assert entry["same_bits"] != wrong
+        assert (entry["difference"] > 0.1) == wrong
 
 
 def test_only_plans_near_the_best():

@@ -1,4 +1,5 @@
-"""The CUDA engine on the emulator: every kernel, both families, all dtypes, several schedules.
+"""The CUDA engine on the emulator: every kernel of the families step and grid, all dtypes, several
+schedules; test_emulated_clusters.py has the third family.
 
 `pytest --device=emulated` runs the whole suite this way; here are the kernels one by one.
 """
@@ -30,6 +31,9 @@ ARITHMETIC = {
 }
 SCALAR = ("float64", "float32")
 FAMILIES = cuda_engine.FAMILIES
+# What gives the same bits whatever the plan. No cluster has exact products.
+PAIR = FAMILIES[:2]
+KINDS = [(f, a) for f in FAMILIES for a in ARITHMETIC if f != "cluster" or a not in SCALAR]
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +46,8 @@ def _tf32():
 
 def tiles(backward):
     """(arithmetic, tile) of every kernel of a pass, one arithmetic for those that share tiles."""
-    for arithmetic in ("float32", "bfloat16"):
-        for tile in emulated.all_tiles(backward, arithmetic in SCALAR):
+    for arithmetic, code in (("float32", 1), ("bfloat16", 2)):
+        for tile in emulated.all_tiles("step", code, False, backward):
             yield pytest.param(arithmetic, tile, id=f"{arithmetic}-{tile[0]}x{tile[1]}")
 
 
@@ -81,7 +85,7 @@ def assert_same_bits(ours, theirs):
 
 
 @pytest.mark.parametrize("arithmetic, tile", list(tiles(backward=False)))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PAIR)
 def test_forward_tiles(family, arithmetic, tile):
     """Every kernel gives the bits of every other: k is summed in one order, whatever the tiles."""
     m, n = tile
@@ -98,7 +102,7 @@ def test_forward_tiles(family, arithmetic, tile):
 
 
 @pytest.mark.parametrize("arithmetic, tile", list(tiles(backward=True)))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PAIR)
 def test_backward_tiles(family, arithmetic, tile):
     m, n = tile
     problem = Problem(T=3, B=16 * n + 3, H=32 * m + 3, dtype=ARITHMETIC[arithmetic][0])
@@ -143,23 +147,26 @@ def test_weights_in_registers_in_shared_memory_and_streamed(backward, arithmetic
     assert_same_bits(*results)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
-def test_every_schedule_gives_the_same_bits(arithmetic, family):
+@pytest.mark.parametrize("family, arithmetic", KINDS)
+def test_every_schedule_gives_the_same_bits(family, arithmetic):
     """No result depends on the order in which blocks and warps run."""
     dtype, tf32 = ARITHMETIC[arithmetic]
     torch.backends.cudnn.allow_tf32 = tf32
     problem = Problem(T=4, B=11, H=45, dtype=dtype)
     results = []
     for seed in range(4):
-        with installed(only(family), seed=seed):
+        with installed(only(family), seed=seed) as engine:
             results.append(problem.run())
+        assert {FAMILIES[plan.family] for plan in engine.picked} == {family}
     for result in results[1:]:
         assert_same_bits(result, results[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(
+    "family, dtype",
+    [(f, d) for f in PAIR for d in (torch.float64, torch.float32, *HALF)]
+    + [("cluster", d) for d in HALF],
+)
 @pytest.mark.parametrize(
     "T, B, H, proj", [(1, 1, 1, 0), (5, 9, 37, 0), (3, 17, 64, 0), (4, 5, 20, 7)]
 )
@@ -179,16 +186,18 @@ def test_tf32_rounds_both_factors(family):
     torch.backends.cudnn.allow_tf32 = True
     module = lstm_ext.LSTM(3, 21, bias=False)
     h0, c0 = torch.randn(1, 5, 21), torch.randn(1, 5, 21)
-    x = torch.zeros(1, 5, 3)
+    x = torch.zeros(2, 5, 3)
     exact = lstm_ext.LSTM(3, 21, bias=False)
     exact.load_state_dict({k: rounded(v) for k, v in module.state_dict().items()})
-    with torch.no_grad(), installed(only(family)):
+    with torch.no_grad(), installed(only(family)) as engine:
         ours = module(x, (h0, c0))[0]
+    assert FAMILIES[engine.picked[0].family] == family
     with torch.no_grad():
-        expected = exact(x, (rounded(h0), c0))[0]
+        first, (h1, c1) = exact(x[:1], (rounded(h0), c0))
+        second = exact(x[1:], (rounded(h1), c1))[0]
         plain = module(x, (h0, c0))[0]
-    torch.testing.assert_close(ours, expected, rtol=5e-6, atol=5e-6)
-    assert (ours - plain).abs().max() > 2e-5
+    torch.testing.assert_close(ours, torch.cat([first, second]), rtol=5e-6, atol=5e-6)
+    assert ((ours - plain).abs().amax((1, 2)) > 2e-5).all()
 
 
 def test_the_setting_of_cudnn_decides_about_tf32():

@@ -6,6 +6,7 @@ a plain run with some seed; an overrun by AddressSanitizer. LSTM_EXT_ALL_MUTANTS
 rather than one of each kind.
 """
 
+import itertools
 import os
 import platform
 import re
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from emulator.build import FLAGS, HERE, MODES, ROOT, build, compiler, environment
+from emulator.cluster_mutants import SPARE
 from emulator.mutants import CONTROL, MUTANTS, OVERRUN, RACE, USUAL, uncovered
 
 pytestmark = pytest.mark.skipif(
@@ -23,8 +25,10 @@ pytestmark = pytest.mark.skipif(
     reason="the emulator needs Linux on x86-64 and a C++ compiler",
 )
 
+ALL_MUTANTS = os.environ.get("LSTM_EXT_ALL_MUTANTS") == "1"
 ENGINE = ["tests/emulator/lstm_driver.cpp", "csrc/cuda/engine.cu", "csrc/cuda/plan.cpp"]
-KERNELS = sorted((ROOT / "csrc" / "cuda").glob("kernels_*.cu"))
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*kernels_*.cu"))
+FEW = ("few_kernels.cu", "few_cluster_kernels.cu")
 
 # Arguments of lstm_driver.cpp: PASS DTYPE FAMILY MxN HELD+SHARED GROUPS DIRECTIONS T B H P BATCH.
 # For all kernels, in plain runs.
@@ -55,11 +59,37 @@ PROBLEMS = [
     "backward float32 step 2x4 0+0 1 2 3 50 41 17 packed",
     "backward float64 grid 2x4 0+1 1 1 3 41 37 37 lengths",
     "backward float64 step 1x1 0+0 2 2 3 19 33 9 dense",
+    # Every tile of the clusters; groups that are not full, blocks without units, weights in shared
+    # memory, and the element by element loads of backward (H no multiple of 16 bytes).
+    "forward bfloat16 cluster 4x1 4+0 3 1 4 17 37 37 lengths",
+    "forward bfloat16 cluster 4x2 4+1 2 2 4 23 150 150 packed",
+    "forward bfloat16 cluster 4x4 4+0 1 1 3 27 70 70 lengths",
+    "forward float16 cluster 8x1 8+0 2 2 4 11 75 75 lengths",
+    "forward float16 cluster 8x2 8+1 2 1 3 25 270 270 dense",
+    "forward float16 cluster 8x4 4+0 2 1 3 59 129 129 packed",
+    "forward bfloat16 cluster 12x1 5+1 1 2 4 8 340 340 lengths",
+    "forward tf32 cluster 4x1 4+1 2 1 4 13 70 70 lengths",
+    "forward tf32 cluster 4x2 4+0 1 2 4 15 37 37 packed",
+    "forward tf32 cluster 8x1 8+2 3 1 3 24 300 300 dense",
+    "forward tf32 cluster 8x2 8+0 1 1 3 9 131 131 lengths",
+    "backward bfloat16 cluster 1x1 2+0 3 1 4 17 37 37 lengths",
+    "backward bfloat16 cluster 1x2 2+0 2 2 4 23 150 150 packed",
+    "backward float16 cluster 1x4 2+0 1 1 3 27 72 72 lengths",
+    "backward float16 cluster 2x1 4+0 2 2 4 11 75 75 lengths",
+    "backward float16 cluster 2x2 4+0 2 1 3 25 270 270 dense",
+    "backward bfloat16 cluster 2x4 2+1 2 1 3 59 300 300 packed",
+    "backward bfloat16 cluster 3x1 3+1 1 2 3 8 400 400 lengths",
+    "backward tf32 cluster 1x1 2+0 2 1 4 13 70 70 lengths",
+    "backward tf32 cluster 1x2 2+0 1 2 4 15 37 37 packed",
+    "backward tf32 cluster 2x1 2+1 3 1 3 24 300 300 dense",
+    "backward tf32 cluster 2x2 2+0 1 1 3 9 131 131 lengths",
     # The smallest.
     "forward bfloat16 grid 2x1 0+1 1 1 2 1 1 1 dense",
     "forward float32 step 2x1 0+0 1 1 1 1 1 1 lengths",
     "backward bfloat16 step 1x1 0+0 1 1 1 1 1 1 dense",
     "backward float32 grid 1x1 0+0 1 1 2 1 1 1 lengths",
+    "forward bfloat16 cluster 4x1 4+0 1 1 2 1 1 1 dense",
+    "backward bfloat16 cluster 1x1 2+0 1 1 2 1 1 1 lengths",
 ]
 # For few_kernels.cu, besides CONTROL. T B / 8 blocks prepare a direction of backward: few, since a
 # thread costs ThreadSanitizer half a millisecond.
@@ -73,6 +103,10 @@ SANITIZED = [
     "backward bfloat16 step 1x1 0+0 1 1 2 17 37 21 packed",
     "backward float32 grid 2x4 0+1 2 1 2 33 37 37 lengths",  # tiles wider than a group
     "backward float32 step 2x4 0+0 1 1 2 17 37 37 packed",
+    "forward bfloat16 cluster 4x2 4+0 1 1 3 13 37 37 packed",  # a block without units
+    "forward tf32 cluster 4x1 4+0 2 1 3 9 21 21 lengths",
+    "backward bfloat16 cluster 1x2 2+0 1 1 3 13 37 37 packed",
+    "backward tf32 cluster 2x1 2+0 1 2 3 5 35 35 packed",
 ]
 # Who notices most easily: the first that does is enough.
 OBSERVERS = {RACE: ["tsan", "plain"], OVERRUN: ["asan"]}
@@ -89,14 +123,22 @@ def run(program, problem, mode, seeds=(0,), patience=60):
     return done.returncode, f"{problem} in {mode}:\n{done.stdout}{done.stderr}"
 
 
-def link(mode, folder):
-    """few_kernels.cu with the driver, headers in ``folder`` coming before those in csrc."""
+def compiled(source, mode, folder):
+    """An object of FEW's, headers in ``folder`` coming before those in csrc."""
+    flags = [*FLAGS, "-iquote", str(folder), *(flag for part in MODES[mode] for flag in part)]
+    result = folder / f"{source}.{mode}.o"
+    command = [*compiler(), *flags, "-O0", "-g1", "-w", "-c", "-x", "c++", HERE / source]
+    subprocess.run([*command, "-o", result], check=True)
+    return result
+
+
+def link(mode, folder, objects):
+    """The driver with kernels."""
     library = build("liblstm_driver.so", ENGINE, mode, kind="shared")
     program = folder / f"lstm_driver.{mode}"
-    flags = [*FLAGS, "-iquote", str(folder), *(flag for part in MODES[mode] for flag in part)]
-    command = [*compiler(), *flags, "-O0", "-g1", "-w", "-x", "c++", HERE / "few_kernels.cu"]
-    command += ["-x", "none", library, f"-Wl,-rpath,{library.parent}", "-o", program]
-    subprocess.run(command, check=True)
+    flags = [flag for part in MODES[mode] for flag in part]
+    command = [*compiler(), *flags, "-pthread", *objects, library, f"-Wl,-rpath,{library.parent}"]
+    subprocess.run([*command, "-o", program], check=True)
     return program
 
 
@@ -106,9 +148,19 @@ def all_kernels():
 
 
 @pytest.fixture(scope="module")
-def few_kernels(tmp_path_factory):
+def few_objects(tmp_path_factory):
     folder = tmp_path_factory.mktemp("few_kernels")
-    return {mode: link(mode, folder) for mode in ("plain", "tsan", "asan")}
+    modes = ("plain", "tsan", "asan")
+    with ThreadPoolExecutor(2) as pool:
+        made = pool.map(lambda job: compiled(*job, folder), itertools.product(FEW, modes))
+        objects = dict(zip(itertools.product(FEW, modes), made, strict=True))
+    return {mode: {source: objects[source, mode] for source in FEW} for mode in modes}
+
+
+@pytest.fixture(scope="module")
+def few_kernels(few_objects, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drivers")
+    return {mode: link(mode, folder, objects.values()) for mode, objects in few_objects.items()}
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -137,32 +189,51 @@ def test_refused_plan(all_kernels):
     assert code == 2 and "no kernel has these tiles" in said
 
 
-def notice(mutant, folder):
-    """None if a mutant is noticed as it should be, else what was said of it."""
-    (folder / "cuda").mkdir(parents=True)
+def mutated(mutant, mode, folder, few_objects):
+    """The driver, whose kernels' headers are mutated."""
+    (folder / "cuda").mkdir(parents=True, exist_ok=True)
     (folder / "cuda" / mutant.file).write_text(mutant.apply())
+    source = FEW[mutant.problem.split()[2] == "cluster"]
+    own = compiled(source, mode, folder)
+    program = link(mode, folder, (few_objects[mode] | {source: own}).values())
+    own.unlink()  # pytest keeps the folder
+    return program
+
+
+def notice(mutant, folder, few_objects):
+    """None if a mutant is noticed as it should be, else what was said of it."""
     everything = f"{mutant.file}, {mutant.name}:\n"
     for mode in OBSERVERS.get(mutant.sign, ["plain", "tsan"]):
         seeds = range(4) if mode == "plain" else (0,)
-        program = link(mode, folder)
+        program = mutated(mutant, mode, folder, few_objects)
         code, said = run(program, mutant.problem, mode, seeds, patience=3)
-        program.unlink()  # pytest keeps the folder
+        program.unlink()
         if code and re.search(mutant.sign, said):
             return None
         everything += said
     return everything
 
 
-def test_mutants_are_noticed(few_kernels, tmp_path):
-    mutants = MUTANTS if os.environ.get("LSTM_EXT_ALL_MUTANTS") == "1" else USUAL
+def test_mutants_are_noticed(few_objects, tmp_path):
+    mutants = MUTANTS if ALL_MUTANTS else USUAL
     folders = [tmp_path / str(i) for i in range(len(mutants))]
     with ThreadPoolExecutor(2) as pool:
-        survivors = [said for said in pool.map(notice, mutants, folders) if said]
+        notices = pool.map(notice, mutants, folders, itertools.repeat(few_objects))
+        survivors = [said for said in notices if said]
     assert not survivors, "\n\n".join(survivors)
+
+
+@pytest.mark.skipif(not ALL_MUTANTS, reason="only with LSTM_EXT_ALL_MUTANTS=1")
+@pytest.mark.parametrize("mutant", SPARE, ids=lambda mutant: mutant.name)
+def test_what_is_spare_is_spare(few_objects, tmp_path, mutant):
+    for mode in ("plain", "tsan"):
+        program = mutated(mutant, mode, tmp_path, few_objects)
+        code, said = run(program, mutant.problem, mode, seeds=range(4))
+        assert code == 0, said
 
 
 def test_the_list_is_complete():
     """Every mutant still applies, and every synchronisation of the kernels has one."""
-    for mutant in MUTANTS:
+    for mutant in MUTANTS + SPARE:
         mutant.apply()
     assert not list(uncovered())

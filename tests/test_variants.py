@@ -15,7 +15,6 @@ import lstm_ext
 from lstm_ext import cpu_engine
 from lstm_ext.ops import LayerWeights, Masks
 
-
 DTYPES = [torch.float64, torch.float32, *HALF]
 RAGGED = {
     "dense": {},

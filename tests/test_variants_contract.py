@@ -12,7 +12,6 @@ from variants import EVERYTHING, VARIANTS
 
 import lstm_ext
 
-
 BITS = {"rtol": 0, "atol": 0}
 
 

@@ -10,7 +10,6 @@ from variants import EVERYTHING, VARIANTS
 
 import lstm_ext
 
-
 F64 = {"dtype": torch.float64}
 BITS = {"rtol": 0, "atol": 0}
 RANDOM = [name for name, kwargs in VARIANTS.items() if str(kwargs).count("out")]

@@ -111,6 +111,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       if (goes_on) {
         const uint4 vector = gather_lanes(results[j].next);
+        __syncwarp();  // the lane that sends speaks for the reads of those it has gathered from
         if (Sum::has_cell(j) && b < place.row_end && unit / kVector * kVector < H) {
           const shared_addr to =
               shared_address(states + next * box_bytes + row * pitch + unit / kVector * 16);

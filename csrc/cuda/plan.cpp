@@ -179,11 +179,14 @@ CudaPlan try_cluster_plan(const CudaProblem& p, const CudaProperties& device, co
 }
 
 std::string refuse_cluster(const CudaPlan& plan, const CudaProblem& p, const Tile& tile) {
+  // A block without units, or a group without sequences, would receive nothing, and so run ahead of
+  // its peers.
   if (plan.cluster < plan.slices || plan.cluster < 2 || plan.cluster > kMostBlocksOfCluster ||
-      (plan.cluster & (plan.cluster - 1)))
+      (plan.cluster & (plan.cluster - 1)) ||
+      plan.slices != ceil_div(p.H, units_of(plan.m_tiles, p.backward)))
     return "a cluster has a block for each slice, and is a power of two from 2 to 16";
-  if ((plan.groups - 1) * plan.group_rows >= std::max<int64_t>(p.B, 1))
-    return "a group has no sequence";
+  if (plan.groups > 1 && (plan.groups - 1) * plan.group_rows >= p.B)
+    return "a cluster has no empty group";
   if (plan.group_rows > 8 * tile.n) return "a cluster has one tile of sequences";
   if (plan.held != tile.held) return "no kernel holds so many chunks";
   const ClusterWeights weights = cluster_weights(p, tile);

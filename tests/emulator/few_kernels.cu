@@ -1,6 +1,7 @@
 // Stands in for csrc/cuda/kernels_*.cu where all of them would take too long to compile: under the
 // sanitizers, and once for every mutant. The tiles are a selection of tiles.h's, whose plans they
-// have to fit: small ones, and some whose partial sums take several rounds.
+// have to fit: small ones, and some whose partial sums take several rounds. Clusters have
+// few_cluster_kernels.cu.
 #include <stdexcept>
 
 #include "cuda/kernels.cuh"
@@ -9,18 +10,21 @@ namespace lstm_ext {
 
 constexpr Tile kForwardTensor[] = {{2, 1, 4}, {8, 2, 0}, {8, 4, 0}};
 constexpr Tile kBackwardTensor[] = {{1, 1, 8}, {2, 2, 4}, {2, 8, 0}};
+// A cluster's problem needs the kernels that prepare.
+constexpr Tile kForwardTf32[] = {{2, 1, 4}};
+constexpr Tile kBackwardTf32[] = {{1, 1, 8}};
 constexpr Tile kForwardScalar[] = {{2, 1, 0}};
 constexpr Tile kBackwardScalar[] = {{1, 1, 0}, {2, 4, 0}};
 
 const KernelSet& kernels_bfloat16() {
   return kernel_set<Tensor16<__nv_bfloat16>, kForwardTensor, kBackwardTensor>();
 }
+const KernelSet& kernels_tf32() { return kernel_set<Tf32, kForwardTf32, kBackwardTf32>(); }
 const KernelSet& kernels_float32() {
   return kernel_set<Scalar<float>, kForwardScalar, kBackwardScalar>();
 }
 
 const KernelSet& kernels_float64() { throw std::invalid_argument("float64 is not compiled"); }
-const KernelSet& kernels_tf32() { throw std::invalid_argument("tf32 is not compiled"); }
 const KernelSet& kernels_float16() { throw std::invalid_argument("float16 is not compiled"); }
 
 }  // namespace lstm_ext

@@ -5,11 +5,9 @@ nobody notices is a hole in the tests, or a precaution that is not needed.
 """
 
 import re
-from dataclasses import dataclass
 
-from emulator.build import ROOT
-
-SOURCES = ROOT / "csrc" / "cuda"
+from emulator import cluster_mutants
+from emulator.mutant import DEADLOCK, OVERRUN, RACE, SOURCES, WRONG, of
 
 # Arguments of lstm_driver for few_kernels.cu, small: a thread costs ThreadSanitizer half a
 # millisecond. Each has at least two blocks that need each other.
@@ -25,57 +23,13 @@ BACKWARD_PROJECTED = "backward float32 step 1x1 0+0 1 2 3 9 21 18 lengths"
 CONTROL = [
     *(FORWARD, FORWARD_BOTH, FORWARD_GROUPS, FORWARD_ROUNDS, FORWARD_OVERLAP, FORWARD_PROJECTED),
     *(BACKWARD, BACKWARD_ROUNDS, BACKWARD_PROJECTED),
+    *cluster_mutants.CONTROL,
 ]
-
-RACE, WRONG, DEADLOCK = "data race", "WRONG", "deadlock"
-OVERRUN = "heap-buffer-overflow"
+# What a mutant has to remove or alter.
 SYNCHRONISATION = re.compile(
     r"__syncthreads\(|__syncwarp\(|\barrive_at\(|\bwait_until\(|barrier\.(?:wait|arrive)\("
+    r"|\bcluster_sync\(|\bmbarrier_\w+\(|\bst_async\(|\bmailboxes\.\w+\("
 )
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """file: in csrc/cuda. edits: pairs of old and new text; the old one is found exactly once,
-    however its lines are broken, from ``where`` to the next } at the start of a line. problem: one
-    that shows it. sign: what is then said."""
-
-    name: str
-    file: str
-    where: str
-    edits: tuple[tuple[str, str], ...]
-    problem: str
-    sign: str
-
-    def spans(self, text):
-        """(start, end, replacement) of each edit in the text of the file."""
-        start = self._find(text, self.where, 0, len(text)).start()
-        end = text.index("\n}", start)
-        for old, new in self.edits:
-            found = self._find(text, old, start, end)
-            yield found.start(), found.end(), new
-
-    def _find(self, text, words, start, end):
-        pattern = re.compile(r"\s+".join(map(re.escape, words.split())))
-        found = list(pattern.finditer(text, start, end))
-        assert len(found) == 1, f"{self.name}: {words!r} is in {self.file} {len(found)} times"
-        return found[0]
-
-    def apply(self):
-        """The file's text with the edits."""
-        text = (SOURCES / self.file).read_text()
-        for start, end, new in sorted(self.spans(text), reverse=True):
-            text = text[:start] + new + text[end:]
-        return text
-
-
-def _of(file, where, *rows):
-    """Mutants of one place: rows of name, problem, sign, edits."""
-    return [
-        Mutant(f"{where.split()[-1].rstrip('(')}: {name}", file, where, tuple(edits), problem, sign)
-        for name, problem, sign, *edits in rows
-    ]
-
 
 GUARD = "if (round > 0 || tile > place.row_first) __syncthreads();"
 ROUND_GUARD = "if (round > 0) __syncthreads();"
@@ -88,7 +42,7 @@ ONE_BUFFER = (("int64_t(i % 2) * B * K", "0"), ("int64_t((i + 1) % 2) * B * K", 
 
 # The first of each place is among the USUAL ones.
 MUTANTS = [
-    *_of(
+    *of(
         "forward.cuh",
         "forward_cell(",
         ("sums overwritten too early", FORWARD, RACE, (GUARD, "")),
@@ -106,37 +60,6 @@ MUTANTS = [
         ("no arrival", FORWARD, DEADLOCK, ("if (i + 1 < args.shape.last) barrier.arrive();", "")),
         ("cells of the next group", FORWARD_OVERLAP, RACE, ("b < place.row_end", "b < B")),
         (
-            "next step's reset ignored",
-            FORWARD,
-            WRONG,
-            (
-                "resets(steps, following, b) ? T(from_acc<T>(Acc(0))) : Arithmetic",
-                "false ? T(from_acc<T>(Acc(0))) : Arithmetic",
-            ),
-        ),
-        (
-            "reset after the steps not taken ignored",
-            FORWARD_BOTH,
-            WRONG,
-            (
-                "resets(steps, following, b) ? T(from_acc<T>(Acc(0))) : state",
-                "false ? T(from_acc<T>(Acc(0))) : state",
-            ),
-        ),
-        (
-            "state not kept over a step not taken",
-            FORWARD_BOTH,
-            WRONG,
-            (": state[at(b, K, unit)]", ": T(from_acc<T>(Acc(0)))"),
-        ),
-        (
-            "cell not kept over a step not taken",
-            FORWARD_BOTH,
-            WRONG,
-            ("if (i == 0) as<Acc>(d.cells)[at(b, H, unit)] = in.c;", ""),
-        ),
-        ("cell not reset", FORWARD, WRONG, ("if (resets(steps, t, b)) in.c = 0;", "")),
-        (
             "units past the end",
             FORWARD,
             OVERRUN,
@@ -144,7 +67,7 @@ MUTANTS = [
         ),
         ("sequences past the end", FORWARD, OVERRUN, ("b < place.row_end && unit < H", "unit < H")),
     ),
-    *_of(
+    *of(
         "forward.cuh",
         "forward_projection(",
         ("sums read too early", FORWARD_PROJECTED, RACE, PROJECTION_MEET),
@@ -163,7 +86,7 @@ MUTANTS = [
         ),
         ("outputs past the end", FORWARD_PROJECTED, OVERRUN, (" || unit >= P", "")),
     ),
-    *_of(
+    *of(
         "forward.cuh",
         "forward_prepare(",
         ("counters not zeroed", FORWARD, DEADLOCK, ("d.counters[at] = 0", "(void)at")),
@@ -188,7 +111,7 @@ MUTANTS = [
             ("&& !(steps.lengths && steps.lengths[b] == 0)", ""),
         ),
     ),
-    *_of(
+    *of(
         "backward.cuh",
         "backward_cell(",
         ("sums read too early", BACKWARD, RACE, CELL_MEET),
@@ -204,9 +127,6 @@ MUTANTS = [
         ),
         ("no wait", BACKWARD, RACE, ("if (j > args.shape.first) barrier.wait();", "")),
         ("no arrival", BACKWARD, DEADLOCK, ("if (j + 1 < args.shape.last) barrier.arrive();", "")),
-        ("reset of the cell ignored", BACKWARD, WRONG, ("if (in.reset) dc = 0;", "")),
-        ("reset of the state ignored", BACKWARD, WRONG, ("in.reset ? from_acc<T>(Acc(0)) : ", "")),
-        ("reset of the cell before ignored", BACKWARD, WRONG, ("if (!resets(steps, t, b)) {", "{")),
         (
             "units past the end",
             BACKWARD,
@@ -214,22 +134,14 @@ MUTANTS = [
             ("b < place.row_end && unit < H", "b < place.row_end"),
         ),
     ),
-    *_of(
+    *of(
         "backward.cuh",
         "backward_projection(",
         ("sums overwritten too early", BACKWARD_PROJECTED, RACE, (ROUND_GUARD, "")),
         ("sums read too early", BACKWARD_PROJECTED, RACE, PROJECTION_MEET),
         ("outputs past the end", BACKWARD_PROJECTED, OVERRUN, (" || unit >= P", "")),
     ),
-    *_of(
-        "backward.cuh",
-        "Acc gradient_of_h(",
-        ("carry not kept", BACKWARD, WRONG, ("active ? Acc(0) : sum", "Acc(0)")),
-        ("carry kept for ever", BACKWARD, WRONG, ("active ? Acc(0) : sum", "sum")),
-        ("carry not added", BACKWARD, WRONG, ("sum += as<Acc>(d.carry)[at]", "")),
-        ("carry of nothing", BACKWARD, WRONG, ("if (j > 0) sum += as", "sum += as")),
-    ),
-    *_of(
+    *of(
         "backward.cuh",
         "backward_prepare(",
         ("counters not zeroed", BACKWARD, DEADLOCK, ("d.counters[at] = 0", "(void)at")),
@@ -243,7 +155,50 @@ MUTANTS = [
         ),
         ("reset ignored", BACKWARD, WRONG, (" && !resets(steps, t, b)", "")),
     ),
-    *_of(
+    *of(
+        "cells.cuh",
+        "class ForwardUnit",
+        ("cell not reset", FORWARD, WRONG, ("resets(steps_, t, b) ? Acc(0) : c;", "c;")),
+        (
+            "next step's reset ignored",
+            FORWARD,
+            WRONG,
+            ("reset_follows ? zero : Arithmetic", "Arithmetic"),
+        ),
+        (
+            "reset after the steps not taken ignored",
+            FORWARD_BOTH,
+            WRONG,
+            ("reset_follows || d_.hidden ? zero", "d_.hidden ? zero"),
+        ),
+        (
+            "state not kept over a step not taken",
+            FORWARD_BOTH,
+            WRONG,
+            ("? zero : before()", "? zero : zero"),
+        ),
+        ("cell not kept over a step not taken", FORWARD_BOTH, WRONG, ("c = in.c;", "c = 0;")),
+    ),
+    *of(
+        "cells.cuh",
+        "class BackwardUnit",
+        ("reset of the cell ignored", BACKWARD, WRONG, ("if (cut) dc = 0;", "")),
+        ("reset of the state ignored", BACKWARD, WRONG, ("cut ? from_acc<T>(Acc(0)) : ", "")),
+        (
+            "reset of the cell before ignored",
+            BACKWARD,
+            WRONG,
+            ("if (!resets(steps_, t, b)) {", "{"),
+        ),
+    ),
+    *of(
+        "cells.cuh",
+        "Acc gradient_of_h(",
+        ("carry not kept", BACKWARD, WRONG, ("active ? Acc(0) : sum", "Acc(0)")),
+        ("carry kept for ever", BACKWARD, WRONG, ("active ? Acc(0) : sum", "sum")),
+        ("carry not added", BACKWARD, WRONG, ("if (j > 0) sum += carry;", "")),
+    ),
+    *of(
         "block.cuh",
         "class GroupBarrier",
         (
@@ -302,24 +257,30 @@ MUTANTS = [
             (" + place.group * kCounterStride", ""),
         ),
     ),
-    *_of(
+    *of(
         "product.cuh",
         "class Weights",
         ("lanes read too early", FORWARD, RACE, ("__syncwarp();", "")),
         ("lanes write the same", FORWARD, RACE, ("kParts == 1 || lane % 4 == 0", "true")),
-        ("warps write the same", FORWARD, RACE, (" + size_t(warp) * shared * kMTiles * 64", "")),
+        (
+            "warps write the same",
+            FORWARD,
+            RACE,
+            (" + size_t(threadIdx.x / 32) * shared * kMTiles * 64", ""),
+        ),
         ("sequences past the end", FORWARD, RACE, ("uint32_t(min(b, last))", "uint32_t(b)")),
     ),
-    *_of(
+    *of(
         "product.cuh",
         "struct GateRows",
         ("rows past the end", FORWARD, OVERRUN, ("(unit < H ? unit : H - 1)", "unit")),
     ),
-    *_of(
+    *of(
         "product.cuh",
         "struct PlainRows",
         ("rows past the end", BACKWARD, OVERRUN, ("unit < H ? unit : H - 1", "unit")),
     ),
+    *cluster_mutants.MUTANTS,
 ]
 # For every day: what the blocks' barrier relies on, and one of each other place.
 USUAL = [
@@ -330,11 +291,12 @@ USUAL = [
 
 def uncovered():
     """Places in the kernels' sources that synchronise, and that no mutant removes or alters."""
+    mutants = [*MUTANTS, *cluster_mutants.SPARE]
     for path in sorted(SOURCES.glob("*.cuh")):
         if path.name in ("primitives.cuh", "cluster.cuh"):  # they define what kernels call
             continue
         text = path.read_text()
-        spans = [span for m in MUTANTS if m.file == path.name for span in m.spans(text)]
+        spans = [span for m in mutants if m.file == path.name for span in m.spans(text)]
         for line in re.finditer(r"^.*$", text, re.MULTILINE):
             for found in SYNCHRONISATION.finditer(line[0].split("//")[0]):
                 at = line.start() + found.start()

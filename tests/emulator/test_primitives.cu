@@ -221,6 +221,30 @@ bool test_shuffles() {
   return report("shuffles", !bad, bad);
 }
 
+// ---- the values of 16 bytes' lanes, in every lane of the group
+
+template <class T>
+__global__ void gathers(T* out) {
+#ifdef LSTM_EXT_CLUSTERS
+  const T value = T(1000 * (threadIdx.x / 32) + threadIdx.x % 32 + 1);
+  const uint4 vector = gather_lanes(value);
+  memcpy(out + threadIdx.x * (16 / sizeof(T)), &vector, 16);
+#endif
+}
+
+template <class T>
+bool test_gathers(const char* name) {
+  constexpr int kLanes = 16 / sizeof(T), kCount = 64;
+  Array<T> out(kCount * kLanes);
+  int bad = launch(gathers<T>, {dim3(1), dim3(kCount)}, out.data);
+  for (int thread = 0; thread < kCount; ++thread)
+    for (int i = 0; i < kLanes; ++i) {
+      const int from = thread / kLanes * kLanes + i;
+      bad += double(out[thread * kLanes + i]) != 1000 * (from / 32) + from % 32 + 1;
+    }
+  return report(name, !bad, bad);
+}
+
 // ---- a barrier of the grid: in each round every block reads what all others wrote in the last
 
 enum GridMode { kGridRight, kGridNoWait, kGridEarly, kGridForever };
@@ -430,6 +454,8 @@ int main(int argc, char** argv) {
   ok &= test_product_16<__half>("fp16");
   ok &= test_product_8();
   ok &= test_shuffles();
+  ok &= test_gathers<uint16_t>("gathered lanes, 2 bytes");
+  ok &= test_gathers<float>("gathered lanes, 4 bytes");
   ok &= test_rounds(kGridRight, "barrier of the grid");
   ok &= test_ring(kRight, 1, 8, "cluster ring");
   ok &= test_ring(kRight, 5, 8, "cluster ring, 5 clusters");

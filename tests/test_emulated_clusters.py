@@ -1,0 +1,304 @@
+"""The cluster family on the emulator: every tile, at the edges of what a cluster can have.
+
+A result is as good as the step family's, which test_emulated_engine.py holds against nn.LSTM: its
+error against the package's CPU engine in float64 is at most twice that one's, or one rounding.
+"""
+
+import copy
+
+import emulated
+import pytest
+import torch
+from emulated import installed, only
+from tolerances import TF32_EPS, assert_as_good
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import lstm_ext
+from lstm_ext.cuda_engine import FAMILIES
+
+pytestmark = pytest.mark.cpu_only(reason="the emulator runs on tensors of the CPU")
+
+# dtype and its code, and whether float32 products run in TF32.
+ARITHMETIC = {
+    "tf32": (torch.float32, 1, True),
+    "bfloat16": (torch.bfloat16, 2, False),
+    "float16": (torch.float16, 3, False),
+}
+OUTPUTS = ("y", "h_n", "c_n", "cells")
+
+
+@pytest.fixture(autouse=True)
+def _tf32():
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+class Layer:
+    """A layer, its inputs, and gradients of some of its outputs.
+
+    used: the outputs that have a gradient. states: whether h0 and c0 are to get one. ragged:
+    lengths, one of them zero, and resets. packed: a PackedSequence. both: two directions.
+    """
+
+    def __init__(
+        self,
+        arithmetic,
+        T,
+        B,
+        H,
+        *,
+        used=OUTPUTS,
+        states=True,
+        ragged=False,
+        packed=False,
+        batch_first=False,
+        both=False,
+    ):
+        self.dtype, _, self.tf32 = ARITHMETIC[arithmetic]
+        g = torch.Generator().manual_seed(1)
+
+        def draw(*size):
+            return torch.randn(*size, generator=g, dtype=torch.float64).to(self.dtype)
+
+        torch.manual_seed(2)
+        count = 2 if both else 1
+        self.module = lstm_ext.LSTM(
+            3, H, bidirectional=both, batch_first=batch_first, return_cell_sequence=True
+        ).to(self.dtype)
+        self.used, self.states, self.packed = used, states, packed
+        self.x = draw(*((B, T, 3) if batch_first else (T, B, 3)))
+        self.hx = draw(count, B, H), draw(count, B, H)
+        self.lengths = torch.randint(1, T + 1, (B,), generator=g)
+        self.ragged = {}
+        if ragged:
+            self.lengths[B // 2] = 0
+            mask = torch.rand(self.x.shape[:2], generator=g) < 0.3
+            self.ragged = {"lengths": self.lengths, "reset_mask": mask}
+
+    def run(self, dtype=None):
+        """Outputs and gradients by name. dtype: to run in; None: the layer's own."""
+        dtype = dtype or self.dtype
+        module = copy.deepcopy(self.module).to(dtype)
+        leaves = {"x": self.x, "h0": self.hx[0], "c0": self.hx[1]}
+        leaves = {name: t.to(dtype).requires_grad_() for name, t in leaves.items()}
+        hx = leaves["h0"], leaves["c0"]
+        if not self.states:
+            hx = tuple(t.detach() for t in hx)
+            del leaves["h0"], leaves["c0"]
+        x = leaves["x"]
+        if self.packed:
+            x = pack_padded_sequence(x, self.lengths, module.batch_first, enforce_sorted=False)
+        y, (h_n, c_n), cells = module(x, hx, **self.ragged)
+        values = [t.data if isinstance(t, PackedSequence) else t for t in (y, h_n, c_n, cells)]
+        results = dict(zip(OUTPUTS, values, strict=True))
+        g = torch.Generator().manual_seed(3)
+        cotangents = [torch.randn(t.shape, generator=g, dtype=torch.float64) for t in values]
+        wanted = leaves | dict(module.named_parameters())
+        chosen = [i for i, name in enumerate(OUTPUTS) if name in self.used]
+        grads = torch.autograd.grad(
+            [values[i] for i in chosen],
+            list(wanted.values()),
+            [cotangents[i].to(self.dtype).to(values[i].dtype) for i in chosen],
+        )
+        results |= {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+        return {name: value.detach() for name, value in results.items()}
+
+
+def check(layer, *, seed=0, **tiles):
+    """Runs it on clusters with these tiles."""
+    with installed(only("cluster", **tiles), seed=seed) as engine:
+        ours = layer.run()
+    assert {FAMILIES[plan.family] for plan in engine.picked} == {"cluster"}
+    for plan, name in zip(engine.picked, ("forward", "backward"), strict=True):
+        assert tiles.get(name) in (None, (plan.m_tiles, plan.n_tiles))
+    with installed(only("step")):
+        peer = layer.run()
+    truth = layer.run(torch.float64)
+    assert ours.keys() == truth.keys()
+    for name in truth:
+        assert_as_good(ours[name], peer[name], truth[name], name, TF32_EPS if layer.tf32 else None)
+    return engine.picked
+
+
+def tiles(backward):
+    for arithmetic, (_, code, tf32) in ARITHMETIC.items():
+        for m, n in emulated.all_tiles("cluster", code, tf32, backward):
+            yield pytest.param(arithmetic, m, n, id=f"{arithmetic}-{m}x{n}")
+
+
+@pytest.mark.parametrize("arithmetic, m, n", list(tiles(backward=False)))
+def test_forward_tiles(arithmetic, m, n):
+    """Three slices on four blocks, the last slice not full; two groups and more, the last not."""
+    layer = Layer(arithmetic, T=3, B=8 * n + 3, H=8 * m + 3, ragged=True, both=True)
+    forward, _ = check(layer, seed=2, forward=(m, n))
+    assert (forward.slices, forward.cluster) == (3, 4) and forward.groups >= 2
+
+
+@pytest.mark.parametrize("arithmetic, m, n", list(tiles(backward=True)))
+def test_backward_tiles(arithmetic, m, n):
+    layer = Layer(arithmetic, T=3, B=8 * n + 3, H=32 * m + 3, ragged=True, both=True)
+    _, backward = check(layer, seed=2, backward=(m, n))
+    assert (backward.slices, backward.cluster) == (3, 4) and backward.groups >= 2
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    "arithmetic, units",
+    [("bfloat16", 48), ("bfloat16", 32), ("bfloat16", 16), ("tf32", 32), ("tf32", 16)],
+)
+def test_the_largest_layers(arithmetic, units, backward):
+    """All blocks of a cluster of 16 are full; weights in registers and in shared memory."""
+    tile = {"backward": (units // 16, 1)} if backward else {"forward": (units // 4, 1)}
+    plan = check(Layer(arithmetic, T=2, B=2, H=16 * units), **tile)[backward]
+    assert plan.slices == plan.cluster == 16
+
+
+@pytest.mark.parametrize("units", [16, 32, 48])
+@pytest.mark.parametrize("slices", [1, 4, 8])
+def test_layers_one_unit_too_large(slices, units):
+    """The last slice has one unit; 3 or 7 blocks have none, or the block before is full."""
+    H = slices * units + 1
+    picked = check(
+        Layer("bfloat16", T=2, B=3, H=H), forward=(units // 4, 1), backward=(units // 16, 1)
+    )
+    for plan in picked:
+        assert plan.slices == slices + 1 and plan.cluster == 2 * slices
+
+
+@pytest.mark.parametrize("arithmetic", ["tf32", "bfloat16"])
+@pytest.mark.parametrize("H", [1, 2, 4, 7, 12, 22, 40])
+def test_sizes_of_a_vector(arithmetic, H):
+    """H % 8: backward's weights by whole 16 bytes or by elements, in every alignment."""
+    check(Layer(arithmetic, T=3, B=2, H=H), backward=(1, 1))
+
+
+@pytest.mark.parametrize("n, rows", [(1, r) for r in range(1, 9)] + [(2, 9), (4, 23), (4, 32)])
+def test_groups_that_are_not_full(n, rows):
+    """Odd rows: half of the last pair of columns is not there."""
+
+    def one_group(plans, problem):
+        plan = next(p for p in plans if FAMILIES[p.family] == "cluster" and p.n_tiles == n)
+        plan.groups, plan.group_rows = 1, rows
+        return plan
+
+    layer = Layer("bfloat16", T=3, B=rows, H=21)
+    with installed(one_group):
+        ours = layer.run()
+    with installed(only("step")):
+        peer = layer.run()
+    truth = layer.run(torch.float64)
+    for name in truth:
+        assert_as_good(ours[name], peer[name], truth[name], name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ragged": True},
+        {"ragged": True, "both": True, "batch_first": True},
+        {"packed": True, "both": True},
+        {"packed": True, "used": ("y",)},
+        {"batch_first": True},
+        {"states": False, "both": True},
+        {"states": False, "ragged": True},
+        {"used": ("y",)},
+        {"used": ("h_n",), "ragged": True},
+        {"used": ("c_n",)},
+        {"used": ("cells",), "both": True, "ragged": True},
+        {"used": ("y", "cells"), "states": False},
+    ],
+    ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()) or "plain",
+)
+@pytest.mark.parametrize("arithmetic", ["tf32", "float16"])
+def test_what_a_layer_can_have(arithmetic, options):
+    check(Layer(arithmetic, T=4, B=5, H=37, **options), seed=3)
+
+
+# ---- bits
+
+
+def each_plan(layer, backward):
+    """(plan, results) with every cluster plan of a pass, the other pass on one of its own."""
+    device = {"clusters": [6, 6, 6, 6, 6]}
+    with installed(only("cluster"), **device) as engine:
+        layer.run()
+    _, code, tf32 = next(a for a in ARITHMETIC.values() if a[0] == layer.dtype)
+    facts = {"dtype": code, "tf32": tf32, "backward": backward, "T": 2}
+    facts |= {"B": layer.hx[0].size(1), "H": layer.hx[0].size(2)}
+    count = sum(
+        FAMILIES[p.family] == "cluster"
+        for p in engine.core.cuda_plans(emulated.problem(**facts), engine.properties(None))
+    )
+    for i in range(count):
+
+        def pick(plans, problem, i=i):
+            of_clusters = [p for p in plans if FAMILIES[p.family] == "cluster"]
+            return of_clusters[i if problem.backward == backward else 0]
+
+        with installed(pick, seed=i % 4, **device) as engine:
+            yield engine, layer.run()
+
+
+@pytest.mark.parametrize("arithmetic", ["tf32", "bfloat16"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_the_bits_depend_on_few_things(backward, arithmetic):
+    """Forward: on how many warps share a part of k; backward: on the units of a block. Not on the
+    number of sequences at once, nor on their grouping, nor on the schedule."""
+    seen, count = {}, 0
+    for engine, results in each_plan(Layer(arithmetic, T=3, B=17, H=70), backward):
+        plan = engine.picked[backward]
+        key = plan.m_tiles if backward else 2 if plan.m_tiles < 8 else 4
+        expected = seen.setdefault(key, results)
+        assert all(torch.equal(results[name], expected[name]) for name in results), (
+            engine.core.cuda_describe_plan(plan, emulated.problem(backward=backward))
+        )
+        count += 1
+    assert count > 2 * len(seen) >= 4
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_a_sequence_does_not_depend_on_the_others(arithmetic):
+    """Neither on which there are, nor on their lengths: the values and its own gradients."""
+    dtype = ARITHMETIC[arithmetic][0]
+    module = lstm_ext.LSTM(3, 37, bidirectional=True).to(dtype)
+    x, hx = torch.randn(4, 13, 3).to(dtype), torch.randn(2, 2, 13, 37).to(dtype)
+    dy = torch.randn(4, 13, 74).to(dtype)
+
+    def run(which, lengths):
+        inputs = [x[:, which], hx[0][:, which], hx[1][:, which]]
+        inputs = [t.contiguous().requires_grad_() for t in inputs]
+        with installed(only("cluster")):
+            y, (h_n, c_n) = module(inputs[0], (inputs[1], inputs[2]), lengths=lengths[which])
+            grads = torch.autograd.grad(y, inputs, dy[:, which])
+        return [y, h_n, c_n, *grads]
+
+    lengths = torch.full((13,), 4)
+    lengths[3:5] = 2
+    whole = run(slice(0, 13), lengths)
+    few = run(slice(3, 5), lengths)
+    others = lengths.clone()
+    others[:3], others[5:] = 1, 0
+    for a, b, c in zip(whole, few, run(slice(0, 13), others), strict=True):
+        assert torch.equal(a[:, 3:5], b)
+        assert torch.equal(a[:, 3:5], c[:, 3:5])
+
+
+# ---- where there are no clusters
+
+
+@pytest.mark.parametrize(
+    "T, proj, dtype",
+    [(3, 0, torch.float64), (3, 0, torch.float32), (3, 5, torch.bfloat16), (1, 0, torch.bfloat16)],
+)
+def test_layers_without_clusters(T, proj, dtype):
+    """Exact products, projections and single steps run on another family."""
+    torch.backends.cudnn.allow_tf32 = False
+    module = lstm_ext.LSTM(3, 21, proj_size=proj).to(dtype)
+    with installed(only("cluster")) as engine:
+        y, _ = module(torch.randn(T, 2, 3).to(dtype))
+        y.sum().backward()
+    assert len(engine.picked) == 2
+    assert all(FAMILIES[plan.family] != "cluster" for plan in engine.picked)
