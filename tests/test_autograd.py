@@ -132,8 +132,7 @@ def test_gradient_penalty_with_frozen_weights():
 
 
 WANTED = [pytest.param(8, index) for index in range(8)]
-no_kernels = pytest.mark.cpu_only(reason="the variants' kernels")
-WANTED += [pytest.param(13, index, marks=no_kernels) for index in range(13)]
+WANTED += [pytest.param(13, index) for index in range(13)]
 
 
 @pytest.mark.parametrize("count, index", WANTED)
