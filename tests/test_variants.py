@@ -113,8 +113,8 @@ def _compare(recorder, case, T=6, B=5, I=4):
         # A norm multiplies what it gets by up to 316, 1 / sqrt(1e-5), where that is near zero, as
         # the product with a state that was reset: float32 too is judged by float32 then.
         eps = None if dtype in HALF else tol(dtype)["rtol"]
-        # Half types round that gradient, too, before the next product. Eight seeds of a float16 case
-        # on the CUDA kernels: our error 0.6 of the peer's in the median, and 3.2 once.
+        # Half types round that gradient, too, before the next product. Eight seeds of a float16
+        # case on the CUDA kernels: our error 0.6 of the peer's in the median, and 3.2 once.
         factor = 4 if dtype in HALF and module.layer_norm else 2
         for k, (mine, peer, exact) in enumerate(zip(ours, plain(dtype), truth, strict=True)):
             assert_as_good(mine, peer, exact, str(k), eps, factor)
