@@ -37,7 +37,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 BASES: dict[str, dict[str, Any]] = {"merge_mode": {"bidirectional": True}}
 MODES = ("inference", "training")
-CPU = torch.device("cpu")
 
 
 class Loop(nn.Module):
@@ -73,7 +72,7 @@ class Loop(nn.Module):
             h_in = h * factors if training and lstm.recurrent_dropout else h
             new_h, new_c = cell(step, (h_in, c))
             if lstm.zoneout and training:
-                keep = torch.rand(2, *h.shape) < lstm.zoneout
+                keep = torch.rand(2, *h.shape, device=h.device) < lstm.zoneout
                 h, c = torch.where(keep[0], h, new_h), torch.where(keep[1], c, new_c)
             elif lstm.zoneout:
                 h, c = torch.lerp(new_h, h, lstm.zoneout), torch.lerp(new_c, c, lstm.zoneout)
@@ -84,19 +83,27 @@ class Loop(nn.Module):
 
 
 def measure(
-    name: str, mode: str, size: tuple[int, int, int], repeats: int, min_sample: float
+    name: str,
+    mode: str,
+    size: tuple[int, int, int],
+    repeats: int,
+    min_sample: float,
+    device: torch.device,
 ) -> dict[str, Any]:
     """One row. size: steps, batch, hidden units and as many inputs."""
     torch.manual_seed(0)
     T, B, H = size
     plain = lstm_ext.LSTM(H, H, **BASES.get(name, {}))
     variant = lstm_ext.LSTM(H, H, **BASES.get(name, {}), **VARIANTS[name])
-    x, calls = torch.randn(T, B, H), []
+    x, calls = torch.randn(T, B, H, device=device), []
     for module in (variant, plain, Loop(variant)):
+        module = module.to(device)
         cotangent = torch.randn_like(module(x)[0])
         call = make_call(module, x, mode, cotangent)
-        calls.append((call, warm_up(call, min_sample, CPU)))
-    samples = [[seconds(call, inner, CPU) / inner for call, inner in calls] for _ in range(repeats)]
+        calls.append((call, warm_up(call, min_sample, device)))
+    samples = [
+        [seconds(call, inner, device) / inner for call, inner in calls] for _ in range(repeats)
+    ]
     return {
         "variant": name,
         "mode": mode,
@@ -127,26 +134,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, default in (("steps", 100), ("batch", 32), ("hidden", 256), ("repeats", 9)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--min-sample", type=float, default=0.02, help="seconds (default: 0.02)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="default: torch's own")
     parser.add_argument("--variant", choices=VARIANTS, action="append", help="default: all")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the samples as JSON")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    size = (args.steps, args.batch, args.hidden)
+    size, device = (args.steps, args.batch, args.hidden), torch.device(args.device)
     rows = []
 
     def measured() -> Iterator[dict[str, Any]]:
         for name in args.variant or VARIANTS:
             for mode in MODES:
-                rows.append(measure(name, mode, size, args.repeats, args.min_sample))
+                rows.append(measure(name, mode, size, args.repeats, args.min_sample, device))
                 yield rows[-1]
 
     for line in table(measured()):
         print(line, flush=True)
     if args.out is not None:
         settings = {"size": size, "repeats": args.repeats, "threads": torch.get_num_threads()}
-        facts = {"settings": settings, "environment": environment(CPU), "rows": rows}
+        facts = {"settings": settings, "environment": environment(device), "rows": rows}
         write_json(facts, args.out)
     return 0
 
