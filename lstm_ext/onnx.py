@@ -16,20 +16,22 @@ import importlib
 import os
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_ext import reference
 from lstm_ext.cnn import CNNLSTM
 from lstm_ext.compat import States, check_match, check_pair
 from lstm_ext.lstm_cell import LSTMCell
 from lstm_ext.modules import LSTM
+from lstm_ext.onnx_node import NodeConstants, layer_suffixes, lstm_node, node_constants, translation
 from lstm_ext.ops import autocast_is_on
 
 __all__ = ["export"]
+
+_BFLOAT16_OPSET = 22  # the first whose LSTM takes it
 
 
 def export(
@@ -53,8 +55,10 @@ def export(
         args: example inputs, in order.
         path: the file; None: none is written.
         dynamic_shapes: which sizes may change, as :func:`torch.export.export` takes them; all
-            others, T and B too, are those of args for good.
-        kwargs: of :func:`torch.onnx.export`; ``kwargs={"lengths": …}`` are inputs by name.
+            others, T and B too, are those of args for good. Without steps or sequences (T or B 0)
+            the runtime decides: ONNX Runtime gives zero states for T = 0 and crashes for B = 0.
+        kwargs: of :func:`torch.onnx.export`; ``kwargs={"lengths": …}`` are inputs by name. Its
+            opset_version is 22 or more with bfloat16.
 
     Returns:
         torch.onnx.ONNXProgram.
@@ -64,17 +68,23 @@ def export(
         TypeError: model is no nn.Module; dynamo=False.
         ValueError: what ONNX's LSTM cannot say: layer_norm, zoneout, return_cell_sequence,
             reset_mask, a PackedSequence, autocast, a dropout that is on, an initial state with a
-            projection that loses precision in being inverted. And the modules' own errors.
+            projection that loses precision in being inverted, bfloat16 in an older opset. And the
+            modules' own errors.
     """
     _check_packages()
     if not isinstance(model, nn.Module):
         raise TypeError(f"export: expected a torch.nn.Module, got {type(model).__name__}")
     if not kwargs.pop("dynamo", True):
-        raise TypeError("export: only torch.onnx.export's dynamo=True can do this, got dynamo=False")
-    table = {torch.ops.lstm_ext.onnx_lstm.default: _translation()}
+        raise TypeError("export: expected torch.onnx.export's dynamo=True, got dynamo=False")
+    table = {torch.ops.lstm_ext.onnx_lstm.default: translation()}
     table |= kwargs.pop("custom_translation_table", None) or {}
     if isinstance(args, Tensor):
         args = (args,)
+    if any(p.dtype == torch.bfloat16 for p in model.parameters()):
+        if (kwargs.get("opset_version") or _BFLOAT16_OPSET) < _BFLOAT16_OPSET:
+            got = kwargs["opset_version"]
+            raise ValueError(f"export: bfloat16 needs opset_version={_BFLOAT16_OPSET}, got {got}")
+        kwargs["opset_version"] = kwargs.get("opset_version") or _BFLOAT16_OPSET
     with _exportable(model) as refusals:
         try:
             return torch.onnx.export(
@@ -102,140 +112,6 @@ def _check_packages() -> None:
                 "pip install onnx onnxscript",
                 name=package,
             ) from error
-
-
-# --- the operator ---------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("lstm_ext::onnx_lstm", mutates_args=())
-def _onnx_lstm(
-    X: Tensor,
-    W: Tensor,
-    R: Tensor,
-    B: Tensor | None,
-    sequence_lens: Tensor | None,
-    initial_h: Tensor | None,
-    initial_c: Tensor | None,
-    P: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ONNX LSTM, layout 0: X (T, B, I), W (D, 4H, I), R (D, 4H, H), B (D, 8H), rows i, o, f, c;
-    sequence_lens (B,) int32; initial_h and initial_c (D, B, H); P (D, 3H), rows i, o, f.
-
-    Returns Y (T, D, B, H), Y_h and Y_c (D, B, H).
-    """
-    zeros = X.new_zeros(W.size(0), X.size(1), R.size(2))
-    results = []
-    for d in range(W.size(0)):
-        bias = (None, None) if B is None else [_ifgo(half) for half in B[d].chunk(2)]
-        y, h, c, _ = reference.lstm_layer(
-            X,
-            (zeros if initial_h is None else initial_h)[d],
-            (zeros if initial_c is None else initial_c)[d],
-            _ifgo(W[d]),
-            _ifgo(R[d]),
-            *bias,
-            w_ch=None if P is None else _ordered(P[d], 3, (0, 2, 1)),
-            lengths=sequence_lens,
-            reverse=d == 1,
-        )
-        results.append((y, h, c))
-    y, h, c = (torch.stack(parts) for parts in zip(*results, strict=True))
-    return y.transpose(0, 1).contiguous(), h, c
-
-
-@_onnx_lstm.register_fake
-def _(X, W, R, B, sequence_lens, initial_h, initial_c, P):
-    steps, batch, _ = X.shape
-    D, hidden = W.size(0), R.size(2)
-    return (
-        X.new_empty(steps, D, batch, hidden),
-        X.new_empty(D, batch, hidden),
-        X.new_empty(D, batch, hidden),
-    )
-
-
-@functools.cache
-def _translation() -> Any:
-    """The operator as its node."""
-    from onnxscript import opset18 as op
-
-    def onnx_lstm(X, W, R, B, sequence_lens, initial_h, initial_c, P):
-        D, _, hidden = R.shape
-        return op.LSTM(
-            X,
-            W,
-            R,
-            B,
-            sequence_lens,
-            initial_h,
-            initial_c,
-            P,
-            direction="bidirectional" if D == 2 else "forward",
-            hidden_size=hidden,
-        )
-
-    return onnx_lstm
-
-
-def _ordered(rows: Tensor, parts: int, order: tuple[int, ...]) -> Tensor:
-    chunks = rows.chunk(parts)
-    return torch.cat([chunks[k] for k in order])
-
-
-def _iofc(rows: Tensor) -> Tensor:
-    """Rows i, o, f, c, ONNX's order, from i, f, g, o."""
-    return _ordered(rows, 4, (0, 3, 1, 2))
-
-
-def _ifgo(rows: Tensor) -> Tensor:
-    return _ordered(rows, 4, (0, 2, 3, 1))
-
-
-# --- weights --------------------------------------------------------------------------------------
-
-
-class _Layer(NamedTuple):
-    """Constants of one node; D directions side by side."""
-
-    W: Tensor  # (D, 4H, in)
-    R: Tensor  # (D, 4H, H)
-    B: Tensor | None  # (D, 8H)
-    P: Tensor | None  # (D, 3H)
-    projection: Tensor | None  # (D, H, P), what h is multiplied by
-    inverse: Tensor | None  # (D, P, H), of the projection: h0 of H units from the one of P
-
-
-@torch.no_grad()
-def _layer(module: LSTM | LSTMCell, suffixes: list[str], refuse: Any) -> _Layer:
-    """The node of one layer, from the parameters with these suffixes."""
-
-    def stacked(name: str) -> list[Tensor]:
-        return [getattr(module, name + suffix).detach() for suffix in suffixes]
-
-    w, r, bias, peepholes = stacked("weight_ih"), stacked("weight_hh"), None, None
-    projection = inverse = None
-    if module.bias:
-        pairs = zip(stacked("bias_ih"), stacked("bias_hh"), strict=True)
-        bias = torch.stack([torch.cat([_iofc(b) for b in pair]) for pair in pairs])
-    if module.peephole:
-        peepholes = torch.stack([_ordered(p, 3, (0, 2, 1)) for p in stacked("weight_ch")])
-    if getattr(module, "proj_size", 0):
-        hr = [p.double() for p in stacked("weight_hr")]
-        dtype = r[0].dtype
-        r = [(a.double() @ b).to(dtype) for a, b in zip(r, hr, strict=True)]
-        projection = torch.stack([p.T for p in hr]).to(dtype)
-        # W_hr inverse = 1, so that R takes from the widened state what W_hh takes from h0.
-        singular = torch.linalg.svdvals(torch.stack(hr))
-        if bool((singular[:, -1] > singular[:, 0] * torch.finfo(dtype).eps ** 0.5).all()):
-            inverse = torch.linalg.pinv(torch.stack(hr)).transpose(1, 2).to(dtype)
-    return _Layer(
-        torch.stack([_iofc(t) for t in w]),
-        torch.stack([_iofc(t) for t in r]),
-        bias,
-        peepholes,
-        projection,
-        inverse,
-    )
 
 
 # --- forward, while exporting ---------------------------------------------------------------------
@@ -280,8 +156,8 @@ class _Exporter:
         """Give the modules the constants of their nodes, as buffers, whose names the file keeps."""
         for module in self.names:
             names = self.buffers[module] = []
-            for k, suffixes in enumerate(_suffixes(module)):
-                for field, tensor in _layer(module, suffixes, self.refuse)._asdict().items():
+            for k, suffixes in enumerate(layer_suffixes(module)):
+                for field, tensor in node_constants(module, suffixes)._asdict().items():
                     name = f"onnx_l{k}_{field}"
                     module._buffers[name] = tensor
                     names.append(name)
@@ -294,8 +170,9 @@ class _Exporter:
     def run(self, forward: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         try:
             return forward(self, module, *args, **kwargs)
-        except (ValueError, TypeError, RuntimeError) as error:
-            self.refusals.append(error)
+        except Exception as error:
+            if type(error) in (ValueError, TypeError, RuntimeError):  # the others are torch's own
+                self.refusals.append(error)
             raise
 
     def lstm(
@@ -336,7 +213,7 @@ class _Exporter:
                 raise ValueError(f"Expected lengths of size {size}, got {tuple(lengths.shape)}")
             lengths = lengths.to(torch.int32)
         y, states = x, []
-        for k, suffixes in enumerate(_suffixes(module)):
+        for k, suffixes in enumerate(layer_suffixes(module)):
             rows = slice(k * len(suffixes), (k + 1) * len(suffixes))
             initial = None if hx is None else (hx[0][rows], hx[1][rows])
             parts, h, c = self._node(module, k, y, initial, lengths)
@@ -382,7 +259,9 @@ class _Exporter:
         self, module: LSTM | LSTMCell, k: int, x: Tensor, hx: States | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Layer k: x (T, B, in) to y (T, D, B, P), h_n (D, B, P) and c_n (D, B, H)."""
-        layer = _Layer(*(getattr(module, f"onnx_l{k}_{field}") for field in _Layer._fields))
+        layer = NodeConstants(
+            *(getattr(module, f"onnx_l{k}_{field}") for field in NodeConstants._fields)
+        )
         h0, c0 = (None, None) if hx is None else hx
         wide = h0
         if layer.projection is not None and h0 is not None:
@@ -394,7 +273,7 @@ class _Exporter:
                     "rows are nearly dependent",
                 )
             wide = h0 @ layer.inverse
-        y, h, c = _onnx_lstm(x, layer.W, layer.R, layer.B, lengths, wide, c0, layer.P)
+        y, h, c = lstm_node(x, layer.W, layer.R, layer.B, lengths, wide, c0, layer.P)
         if layer.projection is not None:
             y, h = y @ layer.projection, h @ layer.projection
         if hx is not None and lengths is not None:
@@ -406,14 +285,6 @@ class _Exporter:
     def _check_autocast(self, module: nn.Module, input: Tensor) -> None:
         if autocast_is_on(input.device.type):
             raise self.refuse(module, "autocast is on: convert model and inputs to its dtype")
-
-
-def _suffixes(module: LSTM | LSTMCell) -> list[list[str]]:
-    """Of the names of parameters: a list a layer, an entry a direction."""
-    if isinstance(module, LSTMCell):
-        return [[""]]
-    flat, D = module._suffixes(), 1 + module.bidirectional
-    return [flat[k : k + D] for k in range(0, len(flat), D)]
 
 
 def _merged(y: Tensor, mode: str | None) -> Tensor:
