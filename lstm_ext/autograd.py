@@ -69,7 +69,8 @@ def eager_layer(
     if torch.jit.is_tracing() or _is_recorded():
         raise RuntimeError(
             "lstm_ext cannot be traced by torch.jit.trace, torch.export or make_fx, which would "
-            "record nothing of the native core. Trace the module that to_torch() returns."
+            "record nothing of the native core. Trace the module that to_torch() returns; "
+            "for ONNX there is lstm_ext.onnx.export."
         )
     flat = [x, *_flatten(directions)]
     if _any_negated(flat):  # lazily: the memory is that of the opposite

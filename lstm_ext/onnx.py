@@ -1,0 +1,335 @@
+"""ONNX: a model with lstm_ext modules in it as standard LSTM nodes, one a layer.
+
+For the time of an export the modules' forward is one that computes a layer by the operator
+``lstm_ext::onnx_lstm``, which is the ONNX LSTM in torch: the arguments, layouts and gate order of
+the node, so that the translation has nothing to do. The weights are rearranged once, before.
+
+Nodes have layout 0 and neither clip nor input_forget, as TensorRT's importer wants them. `onnx` and
+`onnxscript` are imported by :func:`export` only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lstm_ext.cnn import CNNLSTM
+from lstm_ext.compat import States, check_match, check_pair
+from lstm_ext.lstm_cell import LSTMCell
+from lstm_ext.modules import LSTM
+from lstm_ext.onnx_node import NodeConstants, layer_suffixes, lstm_node, node_constants, translation
+from lstm_ext.ops import autocast_is_on
+
+__all__ = ["export"]
+
+_BFLOAT16_OPSET = 22  # the first whose LSTM takes it
+
+
+def export(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    path: str | os.PathLike[str] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Write model, with every lstm_ext.LSTM and LSTMCell in it, as an ONNX file.
+
+    Each layer of an LSTM, and each LSTMCell, becomes one standard LSTM node, with whatever of
+    directions, biases, peepholes, initial states and ``lengths`` it has. A projection is not in
+    ONNX's LSTM: it becomes a node of H unprojected units, R = W_hh W_hr (4H, H), and a product
+    after it. Merging, transposing and the state of a sequence of no steps are plain nodes. What
+    was exported holds no operator of another domain.
+
+    Args:
+        model: any module; in eval mode, where an LSTM in it has a dropout.
+        args: example inputs, in order.
+        path: the file; None: none is written.
+        dynamic_shapes: which sizes may change, as :func:`torch.export.export` takes them; all
+            others, T and B too, are those of args for good. Without steps or sequences (T or B 0)
+            the runtime decides: ONNX Runtime gives zero states for T = 0 and crashes for B = 0.
+        kwargs: of :func:`torch.onnx.export`; ``kwargs={"lengths": …}`` are inputs by name. Its
+            opset_version is 22 or more with bfloat16.
+
+    Returns:
+        torch.onnx.ONNXProgram.
+
+    Raises:
+        ImportError: onnx or onnxscript is not installed.
+        TypeError: model is no nn.Module; dynamo=False.
+        ValueError: what ONNX's LSTM cannot say: layer_norm, zoneout, return_cell_sequence,
+            reset_mask, a PackedSequence, autocast, a dropout that is on, an initial state with a
+            projection that loses precision in being inverted, bfloat16 in an older opset. And the
+            modules' own errors.
+    """
+    _check_packages()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"export: expected a torch.nn.Module, got {type(model).__name__}")
+    if not kwargs.pop("dynamo", True):
+        raise TypeError("export: expected torch.onnx.export's dynamo=True, got dynamo=False")
+    table = {torch.ops.lstm_ext.onnx_lstm.default: translation()}
+    table |= kwargs.pop("custom_translation_table", None) or {}
+    if isinstance(args, Tensor):
+        args = (args,)
+    if any(p.dtype == torch.bfloat16 for p in model.parameters()):
+        if (kwargs.get("opset_version") or _BFLOAT16_OPSET) < _BFLOAT16_OPSET:
+            got = kwargs["opset_version"]
+            raise ValueError(f"export: bfloat16 needs opset_version={_BFLOAT16_OPSET}, got {got}")
+        kwargs["opset_version"] = kwargs.get("opset_version") or _BFLOAT16_OPSET
+    with _exportable(model) as refusals:
+        try:
+            return torch.onnx.export(
+                model,
+                args,
+                path,
+                dynamo=True,
+                dynamic_shapes=dynamic_shapes,
+                custom_translation_table=table,
+                **kwargs,
+            )
+        except Exception:
+            if refusals:  # torch tells of it in pages
+                raise refusals[0].with_traceback(None) from None
+            raise
+
+
+def _check_packages() -> None:
+    for package in ("onnx", "onnxscript"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(
+                f"lstm_ext.onnx.export needs {package}, which is not there: "
+                "pip install onnx onnxscript",
+                name=package,
+            ) from error
+
+
+# --- forward, while exporting ---------------------------------------------------------------------
+
+
+class _Exporter:
+    """The forwards, for the modules of one model.
+
+    refusals: errors raised while tracing, which torch wraps, or takes as a reason to try again.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.refusals: list[Exception] = []
+        self.names: dict[nn.Module, str] = {}  # of what is a node
+        self.cnns: set[nn.Module] = set()
+        self.buffers: dict[nn.Module, list[str]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, (LSTM, LSTMCell)):
+                self.names[module] = f"{name or 'the model itself'} ({type(module).__name__})"
+                self._check(module)
+            elif isinstance(module, CNNLSTM) and isinstance(module.lstm, LSTM):
+                self.cnns.add(module)
+
+    def _check(self, module: LSTM | LSTMCell) -> None:
+        own = module._variants()
+        if getattr(module, "return_cell_sequence", False):
+            own["return_cell_sequence"] = True
+        for name in ("layer_norm", "zoneout", "return_cell_sequence"):
+            if name in own:
+                raise self.refuse(module, f"ONNX's LSTM has no {name}; got {own[name]!r}")
+        between = getattr(module, "dropout", 0) if getattr(module, "num_layers", 1) > 1 else 0
+        dropouts = {"dropout": between} if between else {}
+        dropouts |= {k: own[k] for k in ("recurrent_dropout", "weight_dropout") if k in own}
+        if module.training and dropouts:
+            got = ", ".join(f"{name}={value}" for name, value in dropouts.items())
+            raise self.refuse(module, f"a dropout that is on, got {got}: call model.eval() before")
+
+    def refuse(self, module: nn.Module, text: str) -> ValueError:
+        return ValueError(f"export: {self.names[module]}: {text}")
+
+    def attach(self) -> None:
+        """Give the modules the constants of their nodes, as buffers, whose names the file keeps."""
+        for module in self.names:
+            names = self.buffers[module] = []
+            for k, suffixes in enumerate(layer_suffixes(module)):
+                for field, tensor in node_constants(module, suffixes)._asdict().items():
+                    name = f"onnx_l{k}_{field}"
+                    module._buffers[name] = tensor
+                    names.append(name)
+
+    def detach(self) -> None:
+        for module, names in self.buffers.items():
+            for name in names:
+                module._buffers.pop(name, None)
+
+    def run(self, forward: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(self, module, *args, **kwargs)
+        except Exception as error:
+            if type(error) in (ValueError, TypeError, RuntimeError):  # the others are torch's own
+                self.refusals.append(error)
+            raise
+
+    def lstm(
+        self,
+        module: LSTM,
+        input: Tensor,
+        hx: States | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+    ) -> Any:
+        if isinstance(input, PackedSequence):
+            raise self.refuse(module, "a PackedSequence is no ONNX tensor: give lengths= instead")
+        if reset_mask is not None:
+            raise self.refuse(module, "ONNX's LSTM has no reset_mask; got one")
+        if input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        self._check_autocast(module, input)
+        batched = input.dim() == 3
+        if not batched:
+            input = input.unsqueeze(0 if module.batch_first else 1)
+            if lengths is not None and lengths.dim() == 0:
+                lengths = lengths.unsqueeze(0)
+        if hx is None:
+            module.check_input(input, None)
+        else:
+            check_pair(hx)
+            if not batched:
+                hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+            module.check_forward_args(input, hx, None)
+            check_match("hidden", hx, input)
+        x = input.transpose(0, 1) if module.batch_first else input
+        if lengths is not None:
+            if lengths.is_floating_point() or lengths.dtype == torch.bool:
+                raise TypeError(f"lengths should have an integer dtype, got {lengths.dtype}")
+            if lengths.dim() != 1 or lengths.size(0) != x.size(1):
+                size = (x.size(1),)
+                raise ValueError(f"Expected lengths of size {size}, got {tuple(lengths.shape)}")
+            lengths = lengths.to(torch.int32)
+        y, states = x, []
+        for k, suffixes in enumerate(layer_suffixes(module)):
+            rows = slice(k * len(suffixes), (k + 1) * len(suffixes))
+            initial = None if hx is None else (hx[0][rows], hx[1][rows])
+            parts, h, c = self._node(module, k, y, initial, lengths)
+            states.append((h, c))
+            y = _merged(parts, module.merge_mode)
+        h_n, c_n = (torch.cat(s) if len(s) > 1 else s[0] for s in zip(*states, strict=True))
+        if module.batch_first:
+            y = y.transpose(0, 1)
+        if not batched:
+            y = y.squeeze(0 if module.batch_first else 1)
+            h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
+        return (y.chunk(2, dim=-1) if module.merge_mode is None else y), (h_n, c_n)
+
+    def cell(self, module: LSTMCell, input: Tensor, hx: States | None = None) -> States:
+        if input.dim() not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        self._check_autocast(module, input)
+        batched = input.dim() == 2
+        if not batched:
+            input = input.unsqueeze(0)
+        if input.size(1) != module.input_size:
+            raise RuntimeError(
+                "input has inconsistent input_size: "
+                f"got {input.size(1)} expected {module.input_size}"
+            )
+        if hx is not None:
+            check_pair(hx, "lstm_cell")
+            h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+            module._check_state(h, 0, input.size(0))
+            module._check_state(c, 1, input.size(0))
+            check_match("hidden", (h, c), input)
+            hx = (h.unsqueeze(0), c.unsqueeze(0))
+        _, h, c = self._node(module, 0, input.unsqueeze(0), hx, None)
+        h, c = h.squeeze(0), c.squeeze(0)
+        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+
+    def cnn(self, module: CNNLSTM, input: Tensor, hx: Any = None, **options: Any) -> Any:
+        """The frames past a length go through the cnn too: no size then hangs on their number."""
+        features = module._features(input.flatten(0, 1))
+        return module.lstm(features.unflatten(0, input.shape[:2]), hx, **options)
+
+    def _node(
+        self, module: LSTM | LSTMCell, k: int, x: Tensor, hx: States | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Layer k: x (T, B, in) to y (T, D, B, P), h_n (D, B, P) and c_n (D, B, H)."""
+        layer = NodeConstants(
+            *(getattr(module, f"onnx_l{k}_{field}") for field in NodeConstants._fields)
+        )
+        h0, c0 = (None, None) if hx is None else hx
+        wide = h0
+        if layer.projection is not None and h0 is not None:
+            if layer.inverse is None:
+                raise self.refuse(
+                    module,
+                    "ONNX's LSTM has no projection, and an initial state can be given only by "
+                    f"inverting weight_hr_l{k}, which loses too much precision: got one whose "
+                    "rows are nearly dependent",
+                )
+            wide = h0 @ layer.inverse
+        y, h, c = lstm_node(x, layer.W, layer.R, layer.B, lengths, wide, c0, layer.P)
+        if layer.projection is not None:
+            y, h = y @ layer.projection, h @ layer.projection
+        if hx is not None and lengths is not None:
+            # The specification does not say what the states are after no steps.
+            taken = (lengths > 0).view(1, -1, 1)
+            h, c = torch.where(taken, h, h0), torch.where(taken, c, c0)
+        return y, h, c
+
+    def _check_autocast(self, module: nn.Module, input: Tensor) -> None:
+        if autocast_is_on(input.device.type):
+            raise self.refuse(module, "autocast is on: convert model and inputs to its dtype")
+
+
+def _merged(y: Tensor, mode: str | None) -> Tensor:
+    """(T, B, D*P) or, merged, (T, B, P) from (T, D, B, P)."""
+    if y.size(1) == 1:
+        return y.squeeze(1)
+    if mode in ("concat", None):
+        return y.transpose(1, 2).flatten(2)
+    forward, backward = y.unbind(1)
+    if mode == "mul":
+        return forward * backward
+    total = forward + backward
+    return total if mode == "sum" else total / 2
+
+
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def _exportable(model: nn.Module) -> Iterator[list[Exception]]:
+    """Within it the model's lstm_ext modules compute by nodes; gives what they refused.
+
+    Their classes' forward is replaced, which a subclass's own forward calls too; modules of other
+    models, in other threads, run as ever.
+    """
+    exporter = _Exporter(model)
+    kinds = (
+        (LSTM, exporter.names, _Exporter.lstm),
+        (LSTMCell, exporter.names, _Exporter.cell),
+        (CNNLSTM, exporter.cnns, _Exporter.cnn),
+    )
+    with _lock, contextlib.ExitStack() as stack:
+        stack.callback(exporter.detach)
+        exporter.attach()
+        for kind, members, traced in kinds:
+            stack.callback(setattr, kind, "forward", kind.forward)
+            kind.forward = _replaced(kind.forward, members, traced, exporter)
+        yield exporter.refusals
+
+
+def _replaced(original: Any, members: Any, traced: Any, exporter: _Exporter) -> Any:
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self in members:
+            return exporter.run(traced, self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    return forward

@@ -1,0 +1,152 @@
+"""The LSTM node of ONNX: as an operator of torch, in ONNX, and its constants from a module."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lstm_ext import reference
+from lstm_ext.lstm_cell import LSTMCell
+from lstm_ext.modules import LSTM
+
+
+@torch.library.custom_op("lstm_ext::onnx_lstm", mutates_args=())
+def lstm_node(
+    X: Tensor,
+    W: Tensor,
+    R: Tensor,
+    B: Tensor | None,
+    sequence_lens: Tensor | None,
+    initial_h: Tensor | None,
+    initial_c: Tensor | None,
+    P: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ONNX LSTM, layout 0: X (T, B, I), W (D, 4H, I), R (D, 4H, H), B (D, 8H), rows i, o, f, c;
+    sequence_lens (B,) int32; initial_h and initial_c (D, B, H); P (D, 3H), rows i, o, f.
+
+    Returns Y (T, D, B, H), Y_h and Y_c (D, B, H).
+    """
+    zeros = X.new_zeros(W.size(0), X.size(1), R.size(2))
+    results = []
+    for d in range(W.size(0)):
+        bias = (None, None) if B is None else [_ifgo(half) for half in B[d].chunk(2)]
+        y, h, c, _ = reference.lstm_layer(
+            X,
+            (zeros if initial_h is None else initial_h)[d],
+            (zeros if initial_c is None else initial_c)[d],
+            _ifgo(W[d]),
+            _ifgo(R[d]),
+            *bias,
+            w_ch=None if P is None else _ordered(P[d], 3, (0, 2, 1)),
+            lengths=sequence_lens,
+            reverse=d == 1,
+        )
+        results.append((y, h, c))
+    y, h, c = (torch.stack(parts) for parts in zip(*results, strict=True))
+    return y.transpose(0, 1).contiguous(), h, c
+
+
+@lstm_node.register_fake
+def _(X, W, R, B, sequence_lens, initial_h, initial_c, P):
+    steps, batch, _ = X.shape
+    D, hidden = W.size(0), R.size(2)
+    return (
+        X.new_empty(steps, D, batch, hidden),
+        X.new_empty(D, batch, hidden),
+        X.new_empty(D, batch, hidden),
+    )
+
+
+@functools.cache
+def translation() -> Any:
+    """The operator as its node."""
+    from onnxscript import opset18 as op
+
+    def onnx_lstm(X, W, R, B, sequence_lens, initial_h, initial_c, P):
+        D, _, hidden = R.shape
+        return op.LSTM(
+            X,
+            W,
+            R,
+            B,
+            sequence_lens,
+            initial_h,
+            initial_c,
+            P,
+            direction="bidirectional" if D == 2 else "forward",
+            hidden_size=hidden,
+        )
+
+    return onnx_lstm
+
+
+def _ordered(rows: Tensor, parts: int, order: tuple[int, ...]) -> Tensor:
+    chunks = rows.chunk(parts)
+    return torch.cat([chunks[k] for k in order])
+
+
+def _iofc(rows: Tensor) -> Tensor:
+    """Rows i, o, f, c, ONNX's order, from i, f, g, o."""
+    return _ordered(rows, 4, (0, 3, 1, 2))
+
+
+def _ifgo(rows: Tensor) -> Tensor:
+    return _ordered(rows, 4, (0, 2, 3, 1))
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+class NodeConstants(NamedTuple):
+    """Constants of one node; D directions side by side."""
+
+    W: Tensor  # (D, 4H, in)
+    R: Tensor  # (D, 4H, H)
+    B: Tensor | None  # (D, 8H)
+    P: Tensor | None  # (D, 3H)
+    projection: Tensor | None  # (D, H, P), what h is multiplied by
+    inverse: Tensor | None  # (D, P, H), of the projection: h0 of H units from the one of P
+
+
+@torch.no_grad()
+def node_constants(module: LSTM | LSTMCell, suffixes: list[str]) -> NodeConstants:
+    """The node of one layer, from the parameters with these suffixes."""
+
+    def stacked(name: str) -> list[Tensor]:
+        return [getattr(module, name + suffix).detach() for suffix in suffixes]
+
+    w, r, bias, peepholes = stacked("weight_ih"), stacked("weight_hh"), None, None
+    projection = inverse = None
+    if module.bias:
+        pairs = zip(stacked("bias_ih"), stacked("bias_hh"), strict=True)
+        bias = torch.stack([torch.cat([_iofc(b) for b in pair]) for pair in pairs])
+    if module.peephole:
+        peepholes = torch.stack([_ordered(p, 3, (0, 2, 1)) for p in stacked("weight_ch")])
+    if getattr(module, "proj_size", 0):
+        hr = [p.double() for p in stacked("weight_hr")]
+        dtype = r[0].dtype
+        r = [(a.double() @ b).to(dtype) for a, b in zip(r, hr, strict=True)]
+        projection = torch.stack([p.T for p in hr]).to(dtype)
+        # W_hr inverse = 1, so that R takes from the widened state what W_hh takes from h0.
+        singular = torch.linalg.svdvals(torch.stack(hr))
+        if bool((singular[:, -1] > singular[:, 0] * torch.finfo(dtype).eps ** 0.5).all()):
+            inverse = torch.linalg.pinv(torch.stack(hr)).transpose(1, 2).to(dtype)
+    return NodeConstants(
+        torch.stack([_iofc(t) for t in w]),
+        torch.stack([_iofc(t) for t in r]),
+        bias,
+        peepholes,
+        projection,
+        inverse,
+    )
+
+
+def layer_suffixes(module: LSTM | LSTMCell) -> list[list[str]]:
+    """Of the names of parameters: a list a layer, an entry a direction."""
+    if isinstance(module, LSTMCell):
+        return [[""]]
+    flat, D = module._suffixes(), 1 + module.bidirectional
+    return [flat[k : k + D] for k in range(0, len(flat), D)]
