@@ -273,7 +273,8 @@ bool run_typed(const Request& r, const std::vector<uint64_t>& seeds) {
     if (r.backward) textbook::backward(steps, p.H, p.P, directions[i]);
   }
   const CudaLayer layer = {
-      p.dtype, p.tf32, 0, nullptr, p.directions, steps, p.H, p.P, padded(p.P, p.dtype), r.plan};
+      p.dtype,    p.tf32,   0,     nullptr, p.directions, steps, p.H, p.P, padded(p.P, p.dtype),
+      p.variants, p.normed, r.plan};
   bool ok = true;
   for (const uint64_t seed : seeds) {
     emu::g_seed = seed;
@@ -318,7 +319,7 @@ Request parse(char** word) {
   plan.groups = ceil_div(p.B, plan.group_rows);
   int64_t of_a_tile = plan.m_tiles * kTileBytes;  // of what `shared` counts
   if (plan.family == CudaFamily::kCluster) {
-    for (plan.cluster = 1; plan.cluster < plan.slices;) plan.cluster *= 2;
+    for (plan.cluster = 2; plan.cluster < plan.slices;) plan.cluster *= 2;
     const Tile tile = {plan.m_tiles, plan.n_tiles, plan.held};
     const int64_t element = storage_bytes(p.dtype);
     plan.shared_bytes = p.backward ? backward_cluster_bytes(tile, plan.slices, int(element))
