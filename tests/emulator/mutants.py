@@ -6,7 +6,7 @@ nobody notices is a hole in the tests, or a precaution that is not needed.
 
 import re
 
-from emulator import cluster_mutants
+from emulator import cluster_mutants, norm_mutants
 from emulator.mutant import DEADLOCK, OVERRUN, RACE, SOURCES, WRONG, of
 
 # Arguments of lstm_driver for few_kernels.cu, small: a thread costs ThreadSanitizer half a
@@ -24,6 +24,7 @@ CONTROL = [
     *(FORWARD, FORWARD_BOTH, FORWARD_GROUPS, FORWARD_ROUNDS, FORWARD_OVERLAP, FORWARD_PROJECTED),
     *(BACKWARD, BACKWARD_ROUNDS, BACKWARD_PROJECTED),
     *cluster_mutants.CONTROL,
+    *norm_mutants.CONTROL,
 ]
 # What a mutant has to remove or alter.
 SYNCHRONISATION = re.compile(
@@ -163,7 +164,7 @@ MUTANTS = [
             "next step's reset ignored",
             FORWARD,
             WRONG,
-            ("reset_follows ? zero : Arithmetic", "Arithmetic"),
+            ("in.reset_follows ? zero : Arithmetic", "Arithmetic"),
         ),
         (
             "reset after the steps not taken ignored",
@@ -281,6 +282,7 @@ MUTANTS = [
         ("rows past the end", BACKWARD, OVERRUN, ("unit < H ? unit : H - 1", "unit")),
     ),
     *cluster_mutants.MUTANTS,
+    *norm_mutants.MUTANTS,
 ]
 # For every day: what the blocks' barrier relies on, and one of each other place.
 USUAL = [
