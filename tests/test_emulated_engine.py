@@ -16,6 +16,7 @@ from tolerances import tol
 import lstm_ext
 from lstm_ext import cuda_engine
 from lstm_ext.autograd import lstm_layer
+from lstm_ext.cuda_precision import products_in
 from lstm_ext.ops import Direction, LayerWeights
 from lstm_ext.steps import Steps
 
@@ -223,7 +224,7 @@ def matmul_precision():
 @pytest.mark.parametrize("before", ["tf32", "ieee", "none"])
 def test_products_leave_the_users_precision(matmul_precision, before, wanted):
     matmul_precision.fp32_precision = before
-    products = cuda_engine._products_in(torch.float32, wanted)
+    products = products_in(torch.float32, wanted)
     with contextlib.suppress(ZeroDivisionError), products:
         assert (matmul_precision.fp32_precision == "tf32") == wanted
         raise ZeroDivisionError
@@ -232,21 +233,21 @@ def test_products_leave_the_users_precision(matmul_precision, before, wanted):
 
 def test_products_of_two_threads(matmul_precision):
     """The second to enter leaves last: the user's setting comes back then."""
-    first, second = (cuda_engine._products_in(torch.float32, True) for _ in range(2))
+    first, second = (products_in(torch.float32, True) for _ in range(2))
     first.__enter__()
     second.__enter__()
     first.__exit__()
     assert matmul_precision.fp32_precision == "tf32"
     second.__exit__()
     assert matmul_precision.fp32_precision == "none"
-    with cuda_engine._products_in(torch.bfloat16, True):  # has no choice, and touches nothing
+    with products_in(torch.bfloat16, True):  # has no choice, and touches nothing
         assert matmul_precision.fp32_precision == "none"
 
 
 def test_an_inherited_precision_stays_inherited(matmul_precision):
     torch.backends.fp32_precision = "tf32"
     assert matmul_precision.fp32_precision == "tf32"
-    with cuda_engine._products_in(torch.float32, False):
+    with products_in(torch.float32, False):
         assert matmul_precision.fp32_precision == "ieee"
     assert matmul_precision.fp32_precision == "tf32"
     torch.backends.fp32_precision = "ieee"

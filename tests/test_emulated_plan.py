@@ -53,7 +53,8 @@ def check(plan, problem, device, *, directions, B, H, backward):
         assert plan.slices * plan.groups * directions <= sm_count
     if FAMILIES[plan.family] == "cluster":
         size = plan.cluster.bit_length() - 1
-        assert plan.cluster == 1 << size and plan.cluster // 2 < plan.slices <= plan.cluster
+        assert plan.cluster == 1 << size and 2 <= plan.cluster <= 16
+        assert plan.slices <= plan.cluster < max(2 * plan.slices, 3)
         assert clusters[size] > 0, "no such cluster fits the device"
         assert plan.group_rows <= 8 * plan.n_tiles
     else:
@@ -105,11 +106,44 @@ def test_one_launch_where_the_weights_fit(backward):
 
 
 @pytest.mark.parametrize(
-    "facts", [{"T": 1}, {"projection": True, "P": 32}], ids=["T1", "projection"]
+    "facts",
+    [{"T": 1}, {"projection": True, "P": 32}, {"T": 100, "variants": True, "normed": True}],
+    ids=["T1", "projection", "norm"],
 )
 def test_a_launch_a_step_where_one_launch_is_impossible(facts):
     plan, _ = plan_of("H100", **facts)
     assert FAMILIES[plan.family] == "step"
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_variants_have_few_tiles(dtype, backward):
+    """Those of float64, whatever the arithmetic; no cluster; with a layer norm no grid."""
+    code, tf32 = DTYPES[dtype]
+    few = set(emulated.all_tiles("step", 0, False, backward))
+    for normed in (False, True):
+        facts = {"dtype": code, "tf32": tf32, "backward": backward}
+        facts |= {"variants": True, "normed": normed, "T": 9, "B": 16, "H": 128}
+        problem = emulated.problem(**facts)
+        plans = emulated.load().cuda_plans(problem, properties("H100"))
+        families = {"step"} if normed else {"step", "grid"}
+        assert {FAMILIES[plan.family] for plan in plans} == families
+        assert {(plan.m_tiles, plan.n_tiles) for plan in plans} == few
+        for plan in plans:
+            check(plan, problem, "H100", directions=1, B=16, H=128, backward=backward)
+            assert plan.held == 0
+
+
+def test_a_plan_without_variants_is_refused_with_them():
+    plan, problem = plan_of("H100", T=100, B=16, H=1024)
+    refuse = emulated.load().cuda_refuse_plan
+    assert refuse(plan, problem) == ""
+    facts = {"T": 100, "B": 16, "H": 1024, "variants": True}
+    assert refuse(plan, emulated.problem(**facts)) == "no kernel has these tiles"
+    with_variants, _ = plan_of("H100", **facts)
+    assert FAMILIES[with_variants.family] == "grid"
+    message = refuse(with_variants, emulated.problem(**facts, normed=True))
+    assert message == "a projection or a layer norm has no grid kernels"
 
 
 def test_old_devices_keep_no_fragments_in_registers():
@@ -150,6 +184,10 @@ def test_description():
     text = emulated.load().cuda_describe_plan(plan, problem)
     for part in ("forward bfloat16 B 16 H 1024", "cooperative launch", "us a step"):
         assert part in text
+    for facts, what in (({}, "with variants"), ({"normed": True}, "with layer norm")):
+        plan, problem = plan_of("H100", T=100, B=16, H=1024, variants=True, **facts)
+        text = emulated.load().cuda_describe_plan(plan, problem)
+        assert f"forward bfloat16 {what} B 16 H 1024" in text
 
 
 # ---- clusters
@@ -259,7 +297,7 @@ def test_small_batches_run_on_clusters(dtype, H, B):
         ({"cluster": 0}, "a cluster has a block for each slice"),
         ({"cluster": 8}, "a cluster has a block for each slice"),
         ({"cluster": 13}, "a power of two"),
-        ({"cluster": 32}, "16 at most"),
+        ({"cluster": 32}, "from 2 to 16"),
         ({"slices": 14}, "a cluster has a block for each slice"),
         ({"groups": 3}, "a cluster has no empty group"),
         ({"groups": 1, "group_rows": 16}, "a cluster has one tile of sequences"),
@@ -284,12 +322,14 @@ def test_what_is_refused_of_a_cluster(change, message):
 
 
 @pytest.mark.parametrize(
-    "facts", [{"dtype": 0}, {"dtype": 1}, {"projection": True, "P": 32}], ids=str
+    "facts",
+    [{"dtype": 0}, {"dtype": 1}, {"projection": True, "P": 32}, {"variants": True}],
+    ids=str,
 )
 def test_problems_without_cluster_kernels(facts):
     plans, _ = cluster_plans(H=64, B=8)
     refused = emulated.load().cuda_refuse_plan(plans[0], emulated.problem(T=9, B=8, **facts))
-    assert "neither projections nor products outside of tensor cores" in refused
+    assert "clusters have no projection, no variant, no product outside of tensor cores" in refused
 
 
 def test_description_of_a_cluster():

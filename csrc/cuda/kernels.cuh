@@ -43,7 +43,9 @@ typename Kind::Kernel find_either(int m, int n, int held) {
               : find_tile<Kind, kWithoutHeld<kTiles>>(m, n, 0);
 }
 
-template <class Arithmetic, const auto& kForward, const auto& kBackward>
+template <class Arithmetic, const auto& kForward, const auto& kBackward,
+          const auto& kForwardVariants = kForwardFewTiles,
+          const auto& kBackwardVariants = kBackwardFewTiles>
 const KernelSet& kernel_set() {
   static_assert(std::size(kProjectionTiles) == 2, "forward_projection below lists them");
   static constexpr Tile kSmall = kProjectionTiles[0], kLarge = kProjectionTiles[1];
@@ -60,9 +62,9 @@ const KernelSet& kernel_set() {
                              : backward_projection<Arithmetic, kLarge.m, kLarge.n>;
       },
       backward_prepare<Arithmetic>,
-      find_tile<ForwardCells<Arithmetic, true>, kForwardFewTiles>,
+      find_tile<ForwardCells<Arithmetic, true>, kForwardVariants>,
       forward_norm<Arithmetic>,
-      find_tile<BackwardCells<Arithmetic, true>, kBackwardFewTiles>,
+      find_tile<BackwardCells<Arithmetic, true>, kBackwardVariants>,
       backward_norm<Arithmetic>,
   };
   return set;

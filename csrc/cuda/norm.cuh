@@ -97,11 +97,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   // A thread has the same units throughout. Of a unit's four products the first two are read no
-  // more once its gates are made: c and o, of which h is made, take their place.
+  // more once its gates are made: c and o, of which h is made, take their place. Whoever summed
+  // them up has read them before the sums' own barriers.
   Acc* product = as<Acc>(d.product) + at(b, 4 * H, 0);
   const RowMoments<Acc> of_product(4 * H, v.epsilon, sums, [&](int k) { return product[k]; });
   if (d.norm_r && threadIdx.x == 0) as<Acc>(d.norm_r)[row] = of_product.rstd;
-  __syncthreads();  // every product has been read by whoever summed it up
   for (int unit = threadIdx.x; unit < H; unit += kThreads) {
     const Cell cell(args, d, steps, unit);
     const typename Cell::Operands in = cell.load(i, t, b, old_c(cell, unit));

@@ -15,14 +15,18 @@ constexpr Tile kForwardTf32[] = {{2, 1, 4}};
 constexpr Tile kBackwardTf32[] = {{1, 1, 8}};
 constexpr Tile kForwardScalar[] = {{2, 1, 0}};
 constexpr Tile kBackwardScalar[] = {{1, 1, 0}, {2, 4, 0}};
+constexpr Tile kForwardVariants[] = {{2, 1, 0}};
+constexpr Tile kBackwardVariants[] = {{1, 1, 0}};
 
+template <class Arithmetic, const auto& kForward, const auto& kBackward>
+const KernelSet& few() {
+  return kernel_set<Arithmetic, kForward, kBackward, kForwardVariants, kBackwardVariants>();
+}
 const KernelSet& kernels_bfloat16() {
-  return kernel_set<Tensor16<__nv_bfloat16>, kForwardTensor, kBackwardTensor>();
+  return few<Tensor16<__nv_bfloat16>, kForwardTensor, kBackwardTensor>();
 }
-const KernelSet& kernels_tf32() { return kernel_set<Tf32, kForwardTf32, kBackwardTf32>(); }
-const KernelSet& kernels_float32() {
-  return kernel_set<Scalar<float>, kForwardScalar, kBackwardScalar>();
-}
+const KernelSet& kernels_tf32() { return few<Tf32, kForwardTf32, kBackwardTf32>(); }
+const KernelSet& kernels_float32() { return few<Scalar<float>, kForwardScalar, kBackwardScalar>(); }
 
 const KernelSet& kernels_float64() { throw std::invalid_argument("float64 is not compiled"); }
 const KernelSet& kernels_float16() { throw std::invalid_argument("float16 is not compiled"); }

@@ -7,7 +7,8 @@
 // cluster. MxN: the plan's tiles. HELD+SHARED: chunks of weights (of a cluster's backward m-tiles)
 // that a warp keeps in registers and in shared memory; 0+0 streams them all. GROUPS: of sequences;
 // each takes several tiles if it has more than 8 N, which a cluster's may not. P: below H for a
-// projection. BATCH: dense; lengths (padded, with resets); packed (no padding, with resets).
+// projection. BATCH: dense; lengths (padded, with resets); packed (no padding, with resets); norm,
+// norm+lengths, norm+packed: the same with a layer norm, which has the family step only.
 // SEED: of the emulator's scheduling; each is a run.
 //
 // Exit code 0: all right, 1: a wrong result, 2: not run. Every buffer ends where malloc's block
@@ -99,6 +100,8 @@ Values weights(const Values& from, int64_t rows, int64_t columns, bool transpose
 
 // ---- the problem
 
+constexpr double kBefore = 1;  // what sums over the steps are added to
+
 // Which rows of a padded batch belong to a step that is taken; the others' values are NaN.
 template <class E>
 Values rows_of(const Steps& steps, int64_t width, double scale) {
@@ -126,6 +129,18 @@ Direction make_direction(const CudaProblem& p, const Steps& steps) {
   d.dh_n = numbers<S>(B * P, 1);
   d.dc_n = numbers<S>(B * H, 1);
   d.dcells = rows_of<S>(steps, H, 1);
+  if (p.normed) {
+    for (Values* gamma : {&d.gamma_hh, &d.gamma_ch}) {
+      *gamma = numbers<S>(gamma == &d.gamma_hh ? 4 * H : H, 0.25);
+      for (double& x : *gamma) x = to_double(to_element<S>(x + 1));
+    }
+    d.beta_ch = numbers<S>(H, 0.25);
+    d.norm = Values(rows * 4 * H, NAN);
+    d.norm_r = Values(rows, NAN);
+    d.dproduct.resize(rows * 4 * H);
+    d.dnorm = Values(B * 6 * H, kBefore);
+    d.cell_out = Values(rows * H, NAN);
+  }
   d.gates = Values(rows * 4 * H, NAN);
   d.c_prev = Values(rows * H, NAN);
   // Zero in the rows of steps that are not taken.
@@ -155,6 +170,17 @@ bool agree(const char* name, const void* result, const Values& expected, double 
 
 // ---- the engine
 
+template <class S>
+Variants variants_of(const Direction& d, Memory& memory) {
+  Variants v = {};
+  if (d.gamma_hh.empty()) return v;
+  v.gamma_hh = memory.put<S>(d.gamma_hh);
+  v.gamma_ch = memory.put<S>(d.gamma_ch);
+  v.beta_ch = memory.put<S>(d.beta_ch);
+  v.epsilon = textbook::kEpsilon;
+  return v;
+}
+
 std::unique_ptr<void, void (*)(void*)> scratch(int64_t bytes) {
   void* p = std::aligned_alloc(256, size_t(bytes));
   std::memset(p, 0xff, size_t(bytes));  // NaN
@@ -180,8 +206,11 @@ bool run_forward(const Request& r, const CudaLayer& layer, const std::vector<Dir
         .w_hr = p.projection ? put(weights(d.w_hr, P, H, false, p.dtype)) : nullptr,
         .h0 = put(d.h0),
         .c0 = put(d.c0),
+        .variants = variants_of<S>(d, memory),
         .gates = gates,
         .c_seq = memory.empty<A>(rows * H),
+        .norm = p.normed ? memory.empty<A>(rows * 4 * H) : nullptr,
+        .norm_r = p.normed ? memory.empty<A>(rows) : nullptr,
         .y = y + int64_t(directions.size()) * P,
         .y_stride = y_stride,
         .h_n = memory.empty<S>(B * P),
@@ -198,6 +227,9 @@ bool run_forward(const Request& r, const CudaLayer& layer, const std::vector<Dir
     ok &= agree<S>("y", got.y, all[i].y, r.tolerance, P, y_stride);
     ok &= agree<S>("h_n", got.h_n, all[i].h_n, r.tolerance);
     ok &= agree<S>("c_n", got.c_n, all[i].c_n, r.tolerance);
+    if (!p.normed) continue;
+    ok &= agree<A>("norm", got.norm, all[i].norm, r.tolerance);
+    ok &= agree<A>("norm_r", got.norm_r, all[i].norm_r, r.tolerance);
   }
   return ok;
 }
@@ -220,12 +252,19 @@ bool run_backward(const Request& r, const CudaLayer& layer, const std::vector<Di
         .y_stride = P,
         .gates = memory.put<A>(d.gates),
         .c_seq = memory.put<A>(d.c_seq),
+        .variants = variants_of<S>(d, memory),
+        .norm = p.normed ? memory.put<A>(d.norm) : nullptr,
+        .norm_r = p.normed ? memory.put<A>(d.norm_r) : nullptr,
         .dy = put(d.dy),
         .dy_stride = P,
         .dh_n = put(d.dh_n),
         .dc_n = put(d.dc_n),
         .dcells = put(d.dcells),
-        .dgates = memory.empty<S>(rows * 4 * H),
+        .dgates = p.normed ? (void*)memory.empty<A>(rows * 4 * H) : memory.empty<S>(rows * 4 * H),
+        .dproduct = p.normed ? memory.empty<S>(rows * 4 * H) : nullptr,
+        .cell_out = p.normed ? memory.empty<S>(rows * H) : nullptr,
+        .dpeephole = nullptr,
+        .dnorm = p.normed ? memory.put<A>(Values(B * 6 * H, kBefore)) : nullptr,
         .h_prev = memory.empty<S>(rows * P),
         .dr = p.projection ? memory.empty<S>(rows * P) : nullptr,
         .dh0 = memory.empty<S>(B * P),
@@ -237,7 +276,12 @@ bool run_backward(const Request& r, const CudaLayer& layer, const std::vector<Di
   bool ok = true;
   for (size_t i = 0; i < all.size(); ++i) {
     const CudaBackwardDirection& got = directions[i];
-    ok &= agree<S>("dgates", got.dgates, all[i].dgates, r.tolerance);
+    ok &= (p.normed ? agree<A> : agree<S>)("dgates", got.dgates, all[i].dgates, r.tolerance, 1, 1);
+    if (p.normed) {
+      ok &= agree<S>("dproduct", got.dproduct, all[i].dproduct, r.tolerance);
+      ok &= agree<S>("cell_out", got.cell_out, all[i].cell_out, r.tolerance);
+      ok &= agree<A>("dnorm", got.dnorm, all[i].dnorm, r.tolerance);
+    }
     ok &= agree<S>("h_prev", got.h_prev, all[i].h_prev, r.tolerance);
     if (p.projection) ok &= agree<S>("dr", got.dr, all[i].dr, r.tolerance);
     ok &= agree<S>("dh0", got.dh0, all[i].dh0, r.tolerance);
@@ -273,7 +317,8 @@ bool run_typed(const Request& r, const std::vector<uint64_t>& seeds) {
     if (r.backward) textbook::backward(steps, p.H, p.P, directions[i]);
   }
   const CudaLayer layer = {
-      p.dtype, p.tf32, 0, nullptr, p.directions, steps, p.H, p.P, padded(p.P, p.dtype), r.plan};
+      p.dtype,    p.tf32,   0,     nullptr, p.directions, steps, p.H, p.P, padded(p.P, p.dtype),
+      p.variants, p.normed, r.plan};
   bool ok = true;
   for (const uint64_t seed : seeds) {
     emu::g_seed = seed;
@@ -308,8 +353,11 @@ Request parse(char** word) {
   p.directions = int(number(6));
   p.T = number(7), p.B = number(8), p.H = number(9), p.P = number(10);
   p.projection = p.P != p.H;
-  r.packed = is(11, "packed");
-  r.ragged = r.packed || is(11, "lengths");
+  const std::string batch = word[11];
+  const auto has = [&](const char* part) { return batch.find(part) != std::string::npos; };
+  p.variants = p.normed = has("norm");
+  r.packed = has("packed");
+  r.ragged = r.packed || has("lengths");
 
   const int units = units_of(plan.m_tiles, p.backward);
   plan.slices = ceil_div(p.H, units);
@@ -318,7 +366,7 @@ Request parse(char** word) {
   plan.groups = ceil_div(p.B, plan.group_rows);
   int64_t of_a_tile = plan.m_tiles * kTileBytes;  // of what `shared` counts
   if (plan.family == CudaFamily::kCluster) {
-    for (plan.cluster = 1; plan.cluster < plan.slices;) plan.cluster *= 2;
+    for (plan.cluster = 2; plan.cluster < plan.slices;) plan.cluster *= 2;
     const Tile tile = {plan.m_tiles, plan.n_tiles, plan.held};
     const int64_t element = storage_bytes(p.dtype);
     plan.shared_bytes = p.backward ? backward_cluster_bytes(tile, plan.slices, int(element))

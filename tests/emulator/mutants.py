@@ -6,7 +6,7 @@ nobody notices is a hole in the tests, or a precaution that is not needed.
 
 import re
 
-from emulator import cluster_mutants
+from emulator import cluster_mutants, norm_mutants
 from emulator.mutant import DEADLOCK, OVERRUN, RACE, SOURCES, WRONG, of
 
 # Arguments of lstm_driver for few_kernels.cu, small: a thread costs ThreadSanitizer half a
@@ -24,6 +24,7 @@ CONTROL = [
     *(FORWARD, FORWARD_BOTH, FORWARD_GROUPS, FORWARD_ROUNDS, FORWARD_OVERLAP, FORWARD_PROJECTED),
     *(BACKWARD, BACKWARD_ROUNDS, BACKWARD_PROJECTED),
     *cluster_mutants.CONTROL,
+    *norm_mutants.CONTROL,
 ]
 # What a mutant has to remove or alter.
 SYNCHRONISATION = re.compile(
@@ -163,33 +164,33 @@ MUTANTS = [
             "next step's reset ignored",
             FORWARD,
             WRONG,
-            ("reset_follows ? zero : Arithmetic", "Arithmetic"),
+            ("in.reset_follows ? zero : Arithmetic", "Arithmetic"),
         ),
         (
             "reset after the steps not taken ignored",
             FORWARD_BOTH,
             WRONG,
-            ("reset_follows || d_.hidden ? zero", "d_.hidden ? zero"),
+            ("in.reset_follows || d_.hidden ? from_acc", "d_.hidden ? from_acc"),
         ),
         (
             "state not kept over a step not taken",
             FORWARD_BOTH,
             WRONG,
-            ("? zero : before()", "? zero : zero"),
+            (": before();", ": from_acc<T>(Acc(0));"),
         ),
         ("cell not kept over a step not taken", FORWARD_BOTH, WRONG, ("c = in.c;", "c = 0;")),
     ),
     *of(
         "cells.cuh",
         "class BackwardUnit",
-        ("reset of the cell ignored", BACKWARD, WRONG, ("if (cut) dc = 0;", "")),
-        ("reset of the state ignored", BACKWARD, WRONG, ("cut ? from_acc<T>(Acc(0)) : ", "")),
+        ("reset of the cell ignored", BACKWARD, WRONG, ("if (in.reset) dc = 0;", "")),
         (
-            "reset of the cell before ignored",
+            "reset of the state ignored",
             BACKWARD,
             WRONG,
-            ("if (!resets(steps_, t, b)) {", "{"),
+            ("in.reset ? from_acc<T>(Acc(0)) : ", ""),
         ),
+        ("reset of the cell before ignored", BACKWARD, WRONG, ("if (!in.reset) {", "{")),
     ),
     *of(
         "cells.cuh",
@@ -281,6 +282,7 @@ MUTANTS = [
         ("rows past the end", BACKWARD, OVERRUN, ("unit < H ? unit : H - 1", "unit")),
     ),
     *cluster_mutants.MUTANTS,
+    *norm_mutants.MUTANTS,
 ]
 # For every day: what the blocks' barrier relies on, and one of each other place.
 USUAL = [
