@@ -306,7 +306,12 @@ MUTANTS = [
             DEADLOCK,
             ("mailboxes.send(tile / kMTiles, box, shared_address(to), vector);", ""),
         ),
-        ("no wait", BACKWARD, AHEAD, ("mailboxes.wait(j % 2, (j - 1) / 2);", "")),
+        (
+            "no wait",
+            BACKWARD,
+            AHEAD,
+            ("if (j > 0) mailboxes.wait(j % 2, (j - 1) / 2);", ""),
+        ),
         ("wait for the time before", BACKWARD, AHEAD, ("(j - 1) / 2", "(j + 1) / 2")),
         (
             "one box for all steps",

@@ -1,6 +1,6 @@
 """Mutants of the layer norm's kernels; see mutants.py."""
 
-from emulator.mutant import RACE, WRONG, of
+from emulator.mutant import OVERRUN, RACE, WRONG, of
 
 # Arguments of lstm_driver for few_kernels.cu.
 FORWARD = "forward float32 step 2x1 0+0 1 1 3 3 21 21 norm"
@@ -101,7 +101,7 @@ MUTANTS = [
         (
             "rows that a packed batch does not have",
             BACKWARD_PACKED,
-            WRONG,
+            OVERRUN,
             ("if (j == steps.T || steps.offsets) return;", "if (j == steps.T) return;"),
         ),
         ("carry not kept", BACKWARD_LENGTHS, WRONG, ("if (carried) as<Acc>", "if (false) as<Acc>")),
