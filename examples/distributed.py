@@ -105,6 +105,7 @@ def main() -> int:
         words = "agree" if agree else "DO NOT AGREE"
         print(f"the losses {words}: largest difference {gap:.1e}, limit {LIMIT:g}")
     dist.broadcast(gap, 0)
+    dist.barrier()  # nobody closes its connections while another still uses them
     dist.destroy_process_group()
     return 0 if gap <= LIMIT else 1
 

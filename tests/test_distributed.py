@@ -105,13 +105,15 @@ def drawing():
     pytest.importorskip("tqdm", reason="char_lm.py shows its progress")
 
 
-@pytest.mark.parametrize("arguments", [(), ("--shard",)], ids=["copies", "sharded"])
-def test_the_example(arguments):
-    """Started as a user starts it; torchrun chooses the port itself."""
-    drawing()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+# What torch's processes say when one dies while it closes, all its work done: once in 40 runs, never
+# twice in a row.
+CLOSING = "terminate called without an active exception"
+
+
+def launched(command):
+    """Exit status, stdout and stderr."""
     process = subprocess.Popen(
-        [*torchrun, "--nproc-per-node=2", str(SCRIPT), "--steps=3", "--hidden=32", *arguments],
+        command,
         env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -122,7 +124,19 @@ def test_the_example(arguments):
     finally:
         process.terminate()  # not kill: torchrun ends its processes then
         process.wait(60)
-    assert process.returncode == 0, out + err
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("arguments", [(), ("--shard",)], ids=["copies", "sharded"])
+def test_the_example(arguments):
+    """Started as a user starts it; torchrun chooses the port itself."""
+    drawing()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node=2", str(SCRIPT), "--steps=3", "--hidden=32"]
+    code, out, err = launched([*command, *arguments])
+    if code and CLOSING in err:
+        code, out, err = launched([*command, *arguments])
+    assert code == 0, out + err
     assert len(re.findall(r"loss of 2 processes \d\.\d{5}, one \d\.\d{5}", out)) == 3
     assert "the losses agree" in out
 
