@@ -148,6 +148,9 @@ class Variants(nn.Module):
 
         bias, projection: whether theirs are among the weights.
         """
+        varied = self.peephole or self.layer_norm or self.zoneout
+        if bias and not (varied or self.recurrent_dropout or self.weight_dropout):
+            return LayerWeights(*weights)  # nn.LSTM's own, in their order; the usual case
         w_ih, w_hh, *rest = weights
         b_ih = b_hh = w_hr = w_ch = None
         if self.weight_dropout and self.training:

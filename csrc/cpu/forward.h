@@ -33,6 +33,8 @@ class Forward {
         dots_(B_ <= kDotsMaxRows<A> && dots_suit<A>(K_)),
         input_dots_(p.x && dots_suit<A>(p.I)),
         normed_(p.variants.gamma_hh),
+        varied_(p.variants.peephole || p.variants.h_dropout || p.variants.zoneout_h() ||
+                p.variants.zoneout_c()),
         h_stride_((blocks_of<A>(p.P) + 1) * L),  // one block more: no power of two between rows
         c_stride_(blocks_of<A>(p.H) * L) {
     Arena arena(p.workspace);
@@ -109,7 +111,8 @@ class Forward {
       for_panels(m.proj, m, count, H_, packed_hr_,
                  [&](int64_t block, int vectors, int64_t r, const A* sums) {
                    for (int v = 0; v < vectors; ++v) {
-                     put_h(m.rows[r], (block + v) * L, load_full<A>(sums + v * L), h_new);
+                     const V h = load_full<A>(sums + v * L);
+                     put_h<true>(m.rows[r], (block + v) * L, h, h_new);
                    }
                  });
       meet.wait(plan.slices);
@@ -173,8 +176,8 @@ class Forward {
       for (int64_t j = m.proj.begin * L; j < m.proj.end * L; j += L) {
         const V h = load<A>(h0 + b * P_ + j, P_ - j);
         if (p_.variants.zoneout_h()) store_full<A>(h_kept_ + b * h_stride_ + j, h);
-        store_full<A>(h_[0] + b * h_stride_ + j, dropped(h, b, j));
-        store_full<A>(h_[1] + b * h_stride_ + j, dropped(h, b, j));
+        store_full<A>(h_[0] + b * h_stride_ + j, dropped<true>(h, b, j));
+        store_full<A>(h_[1] + b * h_stride_ + j, dropped<true>(h, b, j));
       }
       for (int64_t j = m.units.begin * L; j < m.units.end * L; j += L) {
         store_full<A>(c_ + b * c_stride_ + j, load<A>(c0 + b * H_ + j, H_ - j));
@@ -190,15 +193,20 @@ class Forward {
   void take(const Row& row, int64_t j, const A* sums, A* h_new) {
     const V product[4] = {load_full<A>(sums), load_full<A>(sums + L), load_full<A>(sums + 2 * L),
                           load_full<A>(sums + 3 * L)};
-    if (!normed_) return cell(row, j, product, h_new);
+    if (!normed_) {
+      return varied_ ? cell<true>(row, j, product, h_new) : cell<false>(row, j, product, h_new);
+    }
     A* to = product_ + row.b * 4 * H_ + j;
     for (int gate = 0; gate < 4; ++gate) store<A>(to + gate * H_, product[gate], H_ - j);
   }
 
+  // kVaried: with variants. The plain LSTM's cell does not ask for each of them: at T 50, B 64, H
+  // 128 that took 6 % of the whole pass.
+  template <bool kVaried>
   void cell(const Row& row, int64_t j, const V (&product)[4], A* h_new) {
     V c;
-    const V o = state(row, j, product, c);
-    put_output(row, j, o * Math<A>::tanh(c), h_new);
+    const V o = state<kVaried>(row, j, product, c);
+    put_output<kVaried>(row, j, o * Math<A>::tanh(c), h_new);
   }
 
   // One sequence's units, all of them: norm(product), and h = o * tanh(norm(c)).
@@ -219,7 +227,7 @@ class Forward {
         normed[gate] = x * load<A>(gamma_hh + column, n);
       }
       V c;
-      store_full<A>(o_row + j, state(row, j, normed, c));
+      store_full<A>(o_row + j, state<true>(row, j, normed, c));
       store_full<A>(c_row + j, c);
     }
     if (p_.norm_r) static_cast<A*>(p_.norm_r)[row.row] = of_product.rstd;
@@ -229,12 +237,13 @@ class Forward {
       const V c = of_c.normalize(load_full<A>(c_row + j)) *
                       load<A>(static_cast<const S*>(v.gamma_ch) + j, n) +
                   load<A>(static_cast<const S*>(v.beta_ch) + j, n);
-      put_output(row, j, load_full<A>(o_row + j) * Math<A>::tanh(c), h_new);
+      put_output<true>(row, j, load_full<A>(o_row + j) * Math<A>::tanh(c), h_new);
     }
   }
 
   // The cell up to c, which is returned before zoneout, and o. gates may be gx itself: all four
   // are read before any is written.
+  template <bool kVaried>
   V state(const Row& row, int64_t j, const V (&product)[4], V& c) {
     const int64_t n = H_ - j;
     const A* gx = static_cast<const A*>(p_.gx) + row.row * 4 * H_ + j;
@@ -248,7 +257,7 @@ class Forward {
     const V c_prev = row.reset ? broadcast<A>(A(0)) : load_full<A>(c_state);
     typename LstmCell::Gates s;
     const Variants& v = p_.variants;
-    if (v.peephole) {
+    if (kVaried && v.peephole) {
       const auto peephole = load_peephole<A, S>(v, H_, j);
       LstmCell::forward_state(a, c_prev, s, c, &peephole);
     } else {
@@ -261,7 +270,8 @@ class Forward {
       store<A>(gates + 2 * H_, s.g, n);
       store<A>(gates + 3 * H_, s.o, n);
     }
-    const V c_next = v.zoneout_c() ? LstmCell::zoneout(keep_c<A>(v, H_, row.row, j), c_prev, c) : c;
+    const V c_next =
+        kVaried && v.zoneout_c() ? LstmCell::zoneout(keep_c<A>(v, H_, row.row, j), c_prev, c) : c;
     store_full<A>(c_state, c_next);
     if (p_.c_seq) store<A>(static_cast<A*>(p_.c_seq) + row.row * H_ + j, c_next, n);
     if (row.last) store<A>(static_cast<S*>(p_.c_n) + row.b * H_ + j, c_next, n);
@@ -269,32 +279,35 @@ class Forward {
   }
 
   // out: o * tanh(c).
+  template <bool kVaried>
   void put_output(const Row& row, int64_t j, V out, A* h_new) {
     if (p_.w_hr) {
       store_full<A>(cell_out_ + row.b * c_stride_ + j, out);
     } else {
-      put_h(row, j, out, h_new);
+      put_h<kVaried>(row, j, out, h_new);
     }
   }
 
   // The recurrence goes on with h as the user sees it: rounded to the storage type.
+  template <bool kVaried>
   void put_h(const Row& row, int64_t j, V h, A* h_new) {
     const int64_t n = P_ - j;
     const Variants& v = p_.variants;
-    if (v.zoneout_h()) {
+    if (kVaried && v.zoneout_h()) {
       A* kept = h_kept_ + row.b * h_stride_ + j;
       const V h_prev = row.reset ? broadcast<A>(A(0)) : load_full<A>(kept);
       h = LstmCell::zoneout(keep_h<A>(v, P_, row.row, j), h_prev, h);
       store_full<A>(kept, rounded_to<A, S>(h));
     }
     store<A>(static_cast<S*>(p_.y) + row.row * p_.y_stride + j, h, n);
-    store_full<A>(h_new + row.b * h_stride_ + j, dropped(rounded_to<A, S>(h), row.b, j));
+    store_full<A>(h_new + row.b * h_stride_ + j, dropped<kVaried>(rounded_to<A, S>(h), row.b, j));
     if (row.last) store<A>(static_cast<S*>(p_.h_n) + row.b * P_ + j, h, n);
   }
 
   // h as the recurrent product sees it.
+  template <bool kVaried>
   V dropped(V h, int64_t b, int64_t j) const {
-    if (!p_.variants.h_dropout) return h;
+    if (!kVaried || !p_.variants.h_dropout) return h;
     return h * load<A>(static_cast<const A*>(p_.variants.h_dropout) + b * P_ + j, P_ - j);
   }
 
@@ -304,6 +317,7 @@ class Forward {
   const bool dots_;        // few sequences: W_hh is read as it lies, not packed
   const bool input_dots_;  // the same of W_ih
   const bool normed_;      // layer norm
+  const bool varied_;      // variants beside it
   const int64_t h_stride_, c_stride_;
   Member<A>* members_;
   Barrier* barriers_;  // one a group, then one for the whole team
