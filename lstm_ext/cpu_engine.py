@@ -170,7 +170,7 @@ def _forward(
     w_hh: Tensor | None = w.w_hh
     w_ih: Tensor | None = None  # with core_input, if the core makes the input product itself
     core_input: Tensor | None = None
-    normed = w.gamma_hh is not None
+    normed = w.normed
     variants, kept = native_variants(_C, w, x.dtype)
     more: tuple[Tensor, ...] = ()
     # One step of many sequences: h0 is known, so its product needs no packed weights either.
@@ -309,7 +309,7 @@ def _backward(
     """One direction: the gradient of x in the acc dtype, and the direction's own."""
     h0, c0, w, reverse = direction
     H, P, dtype = c0.size(1), h0.size(1), x.dtype
-    normed = w.gamma_hh is not None
+    normed = w.normed
     variants, kept = native_variants(_C, w, dtype)
     # Then dh0 needs one product, without packing.
     one_step = steps.T == 1 and w.w_hr is None and not normed

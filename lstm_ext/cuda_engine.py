@@ -134,8 +134,7 @@ class CudaEngine:
         """The core's description of a layer's call, and the bytes of scratch it needs."""
         (_, c0, w, _), D = directions[0], len(directions)
         H, P, projection = c0.size(1), w.w_hh.size(1), w.w_hr is not None
-        normed = w.gamma_hh is not None
-        variants = normed or w.w_ch is not None or w.masks is not None
+        normed, variants = w.normed, w.varied
         key = (self, x.device, x.dtype, tf32, backward, D, H, P, projection, variants, normed)
         kept = steps.native.get(key)
         if kept is not None:
@@ -180,7 +179,7 @@ class CudaEngine:
                     gx = _product(x, w.w_ih.t(), acc)
                 variants, variant_tensors = native_variants(core, w, dtype)
                 biases, more, norm, norm_r = (w.b_ih, w.b_hh), (), None, None
-                if w.gamma_hh is not None:
+                if w.normed:
                     given = [b.to(acc) for b in biases if b is not None]
                     bias = sum(given[1:], *given[:1]) if given else None
                     gx, more = norm_input(gx, w, bias, steps)
@@ -260,7 +259,7 @@ class CudaEngine:
                 h0, c0, w, reverse = direction
                 gates, c_seq, *more = (t.contiguous() for t in saved[k])
                 variants, variant_tensors = native_variants(core, w, dtype)
-                normed = w.gamma_hh is not None
+                normed = w.normed
                 norm, norm_r = more[3:] if normed else (None, None)
                 part_y, part_dy = rows_of(y, k * P, P), rows_of(dy, k * P, P)
                 w_hh = _padded_rows(w.w_hh.t(), core.cuda_padded(4 * H, code))
@@ -324,13 +323,11 @@ class CudaEngine:
     ) -> tuple[Tensor | None, ...]:
         """dproduct, cell_out, dpeephole and dnorm of CudaBackwardDirection, if needed."""
         w, H, acc = direction.w, direction.c0.size(1), acc_dtype(x.dtype)
-        normed = w.gamma_hh is not None
-        varied = normed or w.w_ch is not None or w.masks is not None
         dnorm_wanted = want.gamma_hh or want.gamma_ch or want.beta_ch
         return (
-            x.new_empty(steps.rows, 4 * H) if normed and want.w_hh else None,
+            x.new_empty(steps.rows, 4 * H) if w.normed and want.w_hh else None,
             # Padding has no cell, and no gradient: its rows stay zero.
-            x.new_zeros(steps.rows, H) if want.w_hr and w.w_hr is not None and varied else None,
+            x.new_zeros(steps.rows, H) if want.w_hr and w.w_hr is not None and w.varied else None,
             x.new_zeros(steps.B, 3 * H, dtype=acc) if want.w_ch else None,
             x.new_zeros(steps.B, 6 * H, dtype=acc) if dnorm_wanted else None,
         )
@@ -355,7 +352,7 @@ class CudaEngine:
             dproduct, cell_out, dpeephole, dnorm = more_outputs
             w, H = direction.w, direction.c0.size(1)
             dinput, dgamma_ih = dgates, None  # gradients of x W_ih^T and of its norm
-            if w.gamma_hh is not None and (wanted_x or want.w_ih or want.gamma_ih):
+            if w.normed and (wanted_x or want.w_ih or want.gamma_ih):
                 dinput, dgamma_ih = norm_input_backward(dgates, w, tuple(more[:3]))
                 dinput = dinput.to(dtype)
             if wanted_x:

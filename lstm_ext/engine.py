@@ -43,6 +43,16 @@ class LayerWeights(NamedTuple):
     masks: Masks | None = None
 
     @property
+    def normed(self) -> bool:
+        """Whether there is a layer norm."""
+        return self.gamma_hh is not None
+
+    @property
+    def varied(self) -> bool:
+        """Whether the recurrence has anything beside nn.LSTM's."""
+        return self.w_ch is not None or self.gamma_hh is not None or self.masks is not None
+
+    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All but the masks; of an LSTM as nn.LSTM has it, only the five that it has too."""
         return self[: 5 if self.w_ch is None and self.gamma_ih is None else 10]
@@ -132,13 +142,12 @@ def native_variants(core: Any, w: LayerWeights, dtype: torch.dtype) -> tuple[Any
 
     dtype: of the layer.
     """
-    masks = w.masks
-    if masks is None and w.w_ch is None and w.gamma_hh is None:
+    if not w.varied:
         plain = _plain_variants.get(core)
         if plain is None:
             plain = _plain_variants[core] = core.Variants()
         return plain, None
-    h_dropout, keep_h, keep_c = masks or Masks()  # a mask may be empty, and its address null
+    h_dropout, keep_h, keep_c = w.masks or Masks()  # a mask may be empty, and its address null
     if h_dropout is not None:
         h_dropout = h_dropout.to(acc_dtype(dtype))
     tensors = [

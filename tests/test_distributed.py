@@ -105,8 +105,8 @@ def drawing():
     pytest.importorskip("tqdm", reason="char_lm.py shows its progress")
 
 
-# What torch's processes say when one dies while it closes, all its work done: once in 40 runs,
-# never twice in a row.
+# What one of torch's processes said that died while it closed, all its work done: seen once, and
+# not in 20 further runs.
 CLOSING = "terminate called without an active exception"
 
 
