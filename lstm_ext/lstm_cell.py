@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .autograd import lstm_layer
 from .compat import States, adopt, check_match, check_none, check_pair, forget
+from .layer import lstm_layer
 from .ops import Direction
 from .steps import Steps
 from .variants import Variants

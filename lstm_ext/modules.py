@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .autograd import lstm_layer
 from .compat import (
     LSTMBase,
     States,
@@ -25,6 +24,7 @@ from .compat import (
     check_weights,
     forget,
 )
+from .layer import lstm_layer
 from .ops import Direction, LayerWeights
 from .steps import Steps
 from .variants import check_bool, check_merge_mode, merged
@@ -254,7 +254,7 @@ class LSTM(LSTMBase):
             check_match("hidden", hx, data)
             hx = self.permute_hidden(hx, sorted_indices)
         y, h_n, c_n, cells = self._layers(
-            data, hx, Steps.packed(batch_sizes, data.device), packed=True
+            data, hx, Steps.packed(batch_sizes, data.size(0), data.device), packed=True
         )
 
         def pack(rows: Tensor) -> PackedSequence | tuple[PackedSequence, ...]:

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lstm_ext.engine import LAYER_NORM_EPSILON, Masks
+from lstm_ext.engine import LAYER_NORM_EPSILON, Masks, acc_dtype
 
 
 def lstm_cell(
@@ -141,7 +141,11 @@ def lstm_layer(
 
 
 def _norm(x: Tensor, gamma: Tensor, beta: Tensor | None) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], gamma, beta, LAYER_NORM_EPSILON)
+    # Not F.layer_norm: its second derivative by jacrev(jacfwd) is wrong in torch 2.13.
+    wide = x.to(acc_dtype(x.dtype))
+    wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide * (wide.square().mean(-1, keepdim=True) + LAYER_NORM_EPSILON).rsqrt() * gamma
+    return (wide if beta is None else wide + beta).to(x.dtype)
 
 
 def _linear(x: Tensor, w: Tensor, gamma: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 
 class Steps:
@@ -31,6 +32,30 @@ class Steps:
         self.batch_first, self.offsets = batch_first, offsets
         self.lengths, self.reset_mask = lengths, reset_mask
         self.native: dict[Any, Any] = {}  # what the engines derive from it and want again
+
+    @property
+    def layout(self) -> tuple[int, int, int, bool]:
+        """T, B, rows and batch_first: all that is no tensor."""
+        return self.T, self.B, self.rows, self.batch_first
+
+    @staticmethod
+    def of(
+        layout: tuple[int, int, int, bool],
+        offsets: Tensor | None,
+        lengths: Tensor | None,
+        reset_mask: Tensor | None,
+    ) -> Steps:
+        """With a layout, and tensors as another Steps holds them."""
+        T, B, rows, batch_first = layout
+        return Steps(
+            T,
+            B,
+            rows=rows,
+            batch_first=batch_first,
+            offsets=offsets,
+            lengths=lengths,
+            reset_mask=reset_mask,
+        )
 
     @staticmethod
     def padded(
@@ -77,10 +102,10 @@ class Steps:
         )
 
     @staticmethod
-    def packed(batch_sizes: Tensor, device: torch.device | str = "cpu") -> Steps:
+    def packed(batch_sizes: Tensor, rows: int, device: torch.device | str = "cpu") -> Steps:
         """The rows of a PackedSequence: batch_sizes[t] sequences take step t, longest first.
 
-        device: of the layer.
+        rows: their sum. device: of the layer.
         """
         T, B = batch_sizes.numel(), int(batch_sizes[0])
         ends = batch_sizes.cumsum(0)
@@ -90,7 +115,7 @@ class Steps:
         )
         on_device = _moved(torch.cat([ends - batch_sizes, lengths]), device)
         offsets, lengths = on_device[:T], on_device[T:]
-        return Steps(T, B, rows=int(ends[-1]), offsets=offsets, lengths=lengths)
+        return Steps(T, B, rows=rows, offsets=offsets, lengths=lengths)
 
     @property
     def has_padding(self) -> bool:
@@ -141,7 +166,7 @@ def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
     Raises:
         RuntimeError: a CUDA graph is being captured: its replays would not see another value.
     """
-    if torch.device(device).type != "cuda" or tensor.is_cuda:
+    if torch.device(device).type != "cuda" or tensor.is_cuda or torch.compiler.is_compiling():
         return tensor.to(device)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -160,19 +185,58 @@ def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str
         raise ValueError(f"Expected lengths of size {(B,)}, got {tuple(lengths.shape)}")
     # A copy: backward reads it again, whatever the caller does to the tensor meanwhile.
     copy = lengths.detach().to(torch.int64, copy=True).contiguous()
-    if copy.is_cuda and copy.device == torch.device(device):
+    if torch.device(device).type == "cpu":
+        copy = copy.cpu()
+    if not torch.compiler.is_compiling():  # else the operator's kernel does
+        check_lengths(copy, T)
+    return _moved(copy, device)
+
+
+def check_packed(steps: Steps) -> None:
+    """Refuses offsets and lengths that are not those of a PackedSequence of ``steps.rows``.
+
+    Raises:
+        ValueError: on the CPU. On CUDA an assertion of the device fails.
+    """
+    sizes = steps.active().sum(1)
+    right = (
+        (steps.offsets == sizes.cumsum(0) - sizes).all()
+        & (sizes.sum() == steps.rows)
+        & (steps.lengths.diff() <= 0).all()
+    )
+    if right.is_cuda:
+        torch._assert_async(right, "lstm_ext: batch_sizes do not fit a packed sequence's data")
+    elif not right:
+        raise ValueError(
+            "batch_sizes: expected numbers that do not increase and sum to the rows of data, "
+            f"{steps.rows}, got steps that start at rows {steps.offsets.tolist()} and sequences of "
+            f"lengths {steps.lengths.tolist()}"
+        )
+
+
+def check_lengths(lengths: Tensor, T: int) -> None:
+    """Refuses lengths (B), int64, that are not all in 0..T.
+
+    Raises:
+        ValueError: on the CPU. On CUDA an assertion of the device fails.
+    """
+    while is_functorch_wrapped_tensor(lengths):
+        lengths = get_unwrapped(lengths)
+    if not lengths.numel():
+        return
+    if lengths.is_cuda:
         # Reading the values would wait for the device.
         torch._assert_async(
-            ((copy < 0) | (copy > T)).any().logical_not(),
+            ((lengths < 0) | (lengths > T)).any().logical_not(),
             f"lstm_ext: lengths must lie between 0 and the number of steps, {T}",
         )
-        return copy
-    if B and (int(copy.min()) < 0 or int(copy.max()) > T):
+        return
+    low, high = (int(v) for v in lengths.aminmax())
+    if low < 0 or high > T:
         raise ValueError(
             f"Expected lengths between 0 and the number of steps, {T}, got values from "
-            f"{int(copy.min())} to {int(copy.max())}"
+            f"{low} to {high}"
         )
-    return _moved(copy, device)
 
 
 def _checked_reset_mask(

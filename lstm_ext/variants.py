@@ -180,8 +180,9 @@ def _flags(p: float, steps: Steps, state: Tensor) -> Tensor:
     """
     n = state.size(1)
     count = steps.rows * n
-    words = torch.empty(-(-count // 4), dtype=torch.int64, device=state.device)
-    bits = words.random_(-(2**63), None).view(torch.int16)[:count]
+    # As Tensor.random_ draws them, and vmap and torch.compile know; but for the largest number.
+    words = torch.randint(-(2**63), 2**63 - 1, (-(-count // 4),), device=state.device)
+    bits = words.view(torch.int16)[:count]
     level = round(p * _LEVELS)
     flags = bits < level - _LEVELS // 2 if level < _LEVELS else torch.ones_like(bits).bool()
     flags = flags.view(steps.rows, n)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lstm_ext import autograd
+from lstm_ext import layer
 from lstm_ext.ops import Direction, LayerWeights
 from lstm_ext.steps import Steps
 
@@ -20,5 +20,5 @@ def lstm_layer(
     cells: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """y (rows, P), h_n (B, P), c_n (B, H), cells (rows, H) or None."""
-    layer = autograd.lstm_layer(x, [Direction(h0, c0, weights, reverse)], steps, cells=cells)
-    return layer.y, layer.h_n[0], layer.c_n[0], layer.cells
+    result = layer.lstm_layer(x, [Direction(h0, c0, weights, reverse)], steps, cells=cells)
+    return result.y, result.h_n[0], result.c_n[0], result.cells

@@ -15,8 +15,8 @@ from tolerances import tol
 
 import lstm_ext
 from lstm_ext import cuda_engine
-from lstm_ext.autograd import lstm_layer
 from lstm_ext.cuda_precision import products_in
+from lstm_ext.layer import lstm_layer
 from lstm_ext.ops import Direction, LayerWeights
 from lstm_ext.steps import Steps
 

@@ -5,8 +5,6 @@ import torch
 from device import DEVICE, PLACES, here, leaf
 from layers import lstm_layer
 from tolerances import tol
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import lstm_ext
 from lstm_ext import cpu_engine, reference
@@ -29,19 +27,6 @@ def test_default_device_elsewhere():
         grads = torch.autograd.grad(y, list(module.parameters()), torch.ones_like(y))
     assert torch.equal(y, expected) and torch.equal(y_packed, expected_packed)
     assert all(g.device == DEVICE for g in grads)
-
-
-def test_fake_and_functional_tensors_are_refused():
-    module = here(lstm_ext.LSTM(3, 4)).requires_grad_(False)
-    x = here(torch.randn(5, 2, 3))
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="traced"):
-        module(torch.randn(5, 2, 3, device=DEVICE))
-    with pytest.raises(RuntimeError, match="without"):
-        torch.func.functionalize(lambda x: module(x)[0])(x)
-    with pytest.raises(RuntimeError, match="make_fx"):
-        make_fx(lambda x: module(x)[0])(x)
-    with pytest.raises(RuntimeError):
-        torch.export.export(module, (x,))
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -1,0 +1,110 @@
+"""One LSTM layer, as the modules call it: what computes it depends on what surrounds the call."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lstm_ext import library, ops
+from lstm_ext.autograd import LSTMLayer
+from lstm_ext.flat import flatten, kinds_of, map_tensors
+from lstm_ext.ops import Direction
+from lstm_ext.steps import Steps
+from lstm_ext.torch_engine import LayerOutputs, reference_layer, side_by_side
+
+
+def lstm_layer(
+    x: Tensor,
+    directions: list[Direction],
+    steps: Steps,
+    *,
+    cells: bool = False,
+) -> LayerOutputs:
+    """One LSTM layer, all its directions, on the engine of x's device.
+
+    Args:
+        x: (rows, in), rows as ``steps`` says.
+        directions: one or two; states (B, P) and (B, H). All of one dtype and device with x,
+            unless autocast is on: then all are cast together.
+        cells: also return c_t of every step.
+
+    Returns:
+        y, the directions side by side; h_n and c_n of each; and cells or None. Rows past the end
+        of a sequence are 0. Differentiable any number of times, under the transforms of
+        torch.func too; forward mode runs in torch operations. What records operations
+        (torch.compile, torch.export, make_fx) sees one operator, which :mod:`library` defines.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see :func:`ops.check_layer` and
+            :func:`ops.has_native_kernels`.
+    """
+    device = x.device.type
+    if ops.autocast_is_on(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, directions = map_tensors(lambda t: _autocast(t, dtype), x, directions)
+        with torch.autocast(device, enabled=False):
+            return lstm_layer(x, directions, steps, cells=cells)
+    if torch.compiler.is_compiling() or library.is_recorded():
+        if not ops.has_native_kernels(x.device):
+            return reference_layer(x, directions, steps, cells=cells)
+        return library.lstm_layer(x, directions, steps, cells=cells)
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "lstm_ext cannot be traced by torch.jit.trace, which would record nothing of the "
+            "native core. Use torch.export.export, or trace the module that to_torch() returns; "
+            "for ONNX there is lstm_ext.onnx.export."
+        )
+    flat = [x, *flatten(directions)]
+    if _any_negated(flat):  # lazily: the memory is that of the opposite
+        x, directions = map_tensors(Tensor.resolve_neg, x, directions)
+        flat = [x, *flatten(directions)]
+    ops.check_layer(x, directions, steps)
+    transforms = torch._C._are_functorch_transforms_active()
+    if forward_ad._current_level >= 0 and (transforms or _any_dual(flat)):
+        return reference_layer(x, directions, steps, cells=cells)
+    if not ops.has_native_kernels(x.device):
+        if device != "meta":
+            _warn_no_kernels(device)
+        return reference_layer(x, directions, steps, cells=cells)
+    if transforms or _needs_autograd(flat):
+        y, all_cells, *states = LSTMLayer.apply(steps, kinds_of(directions), cells, *flat)
+        D = len(directions)
+        return LayerOutputs(y, states[:D], states[D : 2 * D], all_cells)
+    result = ops.layer_forward(x, directions, steps, save=False, cells=cells)
+    all_cells = side_by_side(result.c_seq, x.dtype) if cells else None
+    return LayerOutputs(result.y, result.h_n, result.c_n, all_cells)
+
+
+def _any_negated(tensors: list[Tensor | None]) -> bool:
+    for tensor in tensors:  # a loop: a generator takes twice as long, at every call
+        if tensor is not None and tensor.is_neg():
+            return True
+    return False
+
+
+def _any_dual(tensors: list[Tensor | None]) -> bool:
+    """Whether a tensor has a tangent."""
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast's lower-precision list: everything floating but float64."""
+    eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if eligible else tensor
+
+
+def _needs_autograd(inputs: list[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+@functools.cache
+def _warn_no_kernels(device: str) -> None:
+    warnings.warn(
+        f"lstm_ext has no native kernels for {device} tensors in this version: running its "
+        "plain torch reference, which is correct and slow",
+        stacklevel=5,
+    )

@@ -1,0 +1,300 @@
+"""The layer as operators of torch, for what records operations: torch.compile, torch.export.
+
+``lstm_ext::lstm_layer`` is one layer with its directions, ``lstm_ext::lstm_layer_backward`` its
+first derivative. They exist to be recorded: a call outside of a graph goes to the Functions of
+:mod:`autograd` directly, which cost less. Both have a kernel that calls the engine of the device,
+a fake, which gives the shapes, and an autograd kernel.
+
+While a graph is recorded, a second derivative, forward mode and the transforms of torch.func raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
+from torch.autograd import forward_ad
+
+from lstm_ext import ops
+from lstm_ext.autograd import LSTMLayer, LSTMLayerBackward
+from lstm_ext.engine import acc_dtype
+from lstm_ext.flat import Kind, flatten, kinds_of, unflatten
+from lstm_ext.ops import Direction, Masks
+from lstm_ext.steps import Steps, check_lengths, check_packed
+from lstm_ext.torch_engine import LayerOutputs, side_by_side
+
+# What both take. directions: h0, c0 and the weights of each, as flat.flatten lists them; masks and
+# keeps: h_dropout, keep_h and keep_c of each, where they are tensors, and keep_h and keep_c where
+# they are numbers; or both empty. T, B, batch_first, offsets, lengths and reset_mask: see Steps.
+_LAYER = (
+    "Tensor x, Tensor?[] directions, Tensor?[] masks, float[] keeps, bool[] reverse, "
+    "SymInt T, SymInt B, bool batch_first, Tensor? offsets, Tensor? lengths, Tensor? reset_mask"
+)
+_LAYER_COUNT = 11
+
+_library = torch.library.Library("lstm_ext", "FRAGMENT")
+# y, then every c_t if cells, h_n and c_n of each direction; with save, then what backward needs.
+_library.define(f"lstm_layer({_LAYER}, bool cells, bool save) -> Tensor[]")
+# grads: of y, cells, h_n and c_n. results: y and what backward needs. wanted: a flag for x and for
+# each of directions. Returns the gradients that are wanted.
+_library.define(
+    f"lstm_layer_backward({_LAYER}, Tensor?[] grads, Tensor[] results, bool[] wanted) -> Tensor[]"
+)
+
+
+def lstm_layer(
+    x: Tensor, directions: Sequence[Direction], steps: Steps, *, cells: bool
+) -> LayerOutputs:
+    """:func:`layer.lstm_layer` by the operator."""
+    arguments = _encode(steps, kinds_of(directions), x, flatten(directions))
+    y, *results = torch.ops.lstm_ext.lstm_layer(*arguments, cells, False)
+    all_cells = results.pop(0) if cells else None
+    D = len(directions)
+    return LayerOutputs(y, results[:D], results[D:], all_cells)
+
+
+def _encode(
+    steps: Steps, kinds: Sequence[Kind], x: Tensor, flat: Sequence[Tensor | None]
+) -> tuple[Any, ...]:
+    """The operators' common arguments."""
+    masks: list[Tensor | None] = []
+    keeps: list[float] = []
+    if any(m is not None for _, m in kinds):
+        for _, direction_masks in kinds:
+            h_dropout, *keep = direction_masks or Masks()
+            masks += [h_dropout, *(k if isinstance(k, Tensor) else None for k in keep)]
+            keeps += [0.0 if isinstance(k, Tensor) else float(k) for k in keep]
+    return (
+        x,
+        list(flat),
+        masks,
+        keeps,
+        [reverse for reverse, _ in kinds],
+        steps.T,
+        steps.B,
+        steps.batch_first,
+        steps.offsets,
+        steps.lengths,
+        steps.reset_mask,
+    )
+
+
+def _decode(
+    x: Tensor,
+    flat: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None],
+    keeps: Sequence[float],
+    reverse: Sequence[bool],
+    T: int,
+    B: int,
+    batch_first: bool,
+    offsets: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+) -> tuple[Steps, tuple[Kind, ...]]:
+    """The inverse of :func:`_encode`."""
+    kinds: list[Kind] = []
+    for k, backwards in enumerate(reverse):
+        direction_masks = None
+        if masks:
+            h_dropout, keep_h, keep_c = masks[3 * k : 3 * k + 3]
+            direction_masks = Masks(
+                h_dropout,
+                keeps[2 * k] if keep_h is None else keep_h,
+                keeps[2 * k + 1] if keep_c is None else keep_c,
+            )
+        kinds.append((backwards, direction_masks))
+    steps = Steps.of((T, B, x.size(0), batch_first), offsets, lengths, reset_mask)
+    return steps, tuple(kinds)
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+def _forward(*arguments: Any) -> list[Tensor]:
+    *layer, cells, save = arguments
+    x, flat = layer[:2]
+    steps, kinds = _decode(*layer)
+    directions = unflatten(flat, kinds)
+    _check(x, directions, steps)
+    if save:
+        results = LSTMLayer.forward(steps, kinds, cells, x, *flat)
+    else:
+        result = ops.layer_forward(x, directions, steps, save=False, cells=cells)
+        all_cells = side_by_side(result.c_seq, x.dtype) if cells else None
+        results = (result.y, all_cells, *result.h_n, *result.c_n)
+    return [t.contiguous() for t in results if t is not None]
+
+
+def _backward(*arguments: Any) -> list[Tensor]:
+    *layer, grads, results, wanted = arguments
+    x, flat = layer[:2]
+    steps, kinds = _decode(*layer)
+    _check(x, unflatten(flat, kinds), steps)
+    made = LSTMLayerBackward.forward(steps, kinds, tuple(wanted), *grads, x, *flat, *results)
+    return [g.contiguous() for g, want in zip(made, wanted, strict=True) if want]
+
+
+def _check(x: Tensor, directions: list[Direction], steps: Steps) -> None:
+    """As a graph's inputs, nothing has been checked yet."""
+    ops.check_layer(x, directions, steps)
+    if steps.lengths is not None:
+        check_lengths(steps.lengths, steps.T)
+    if steps.offsets is not None:
+        check_packed(steps)
+
+
+def _forward_fake(*arguments: Any) -> list[Tensor]:
+    *layer, cells, save = arguments
+    x, flat = layer[:2]
+    _, kinds = _decode(*layer)
+    directions, rows, D = unflatten(flat, kinds), x.size(0), len(kinds)
+    h0, c0, w, _ = directions[0]
+    H, P = c0.size(1), h0.size(1)
+    results = [x.new_empty(rows, D * P)]
+    if cells:
+        results.append(x.new_empty(rows, D * H))
+    results += [x.new_empty(h0.shape) for _ in kinds] + [x.new_empty(c0.shape) for _ in kinds]
+    if save:
+        acc = acc_dtype(x.dtype)
+        sizes = [(rows, 4 * H)] * D
+        if not _cells_are_saved(x, kinds, cells):
+            sizes += [(rows, H)] * D
+        if w.normed:  # the product that was normalized, mean and 1/std; the same of the recurrence
+            sizes += [(rows, 4 * H), (rows, 1), (rows, 1), (rows, 4 * H), (rows,)] * D
+        results += [x.new_empty(size, dtype=acc) for size in sizes]
+    return results
+
+
+def _backward_fake(*arguments: Any) -> list[Tensor]:
+    (x, flat, *_), wanted = arguments[:_LAYER_COUNT], arguments[-1]
+    return [t.new_empty(t.shape) for t, want in zip([x, *flat], wanted, strict=True) if want]
+
+
+def _cells_are_saved(x: Tensor, kinds: Sequence[Kind], cells: bool) -> bool:
+    """Whether the result cells is also what backward needs, and so is returned once."""
+    return cells and len(kinds) == 1 and x.dtype == acc_dtype(x.dtype)
+
+
+# --- autograd -------------------------------------------------------------------------------------
+
+
+class RecordedLayer(LSTMLayer):
+    """LSTMLayer with an operator for each pass."""
+
+    @staticmethod
+    def forward(
+        steps: Steps, kinds: tuple[Kind, ...], cells: bool, x: Tensor, *flat: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            results: list[Tensor | None] = torch.ops.lstm_ext.lstm_layer(
+                *_encode(steps, kinds, x, flat), cells, True
+            )
+        if not cells:
+            results.insert(1, None)
+        elif _cells_are_saved(x, kinds, cells):
+            results.insert(2 + 3 * len(kinds), None)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+        wanted = ctx.needs_input_grad[3:]
+        x, *flat = ctx.saved_tensors[: len(wanted)]
+        made = torch.ops.lstm_ext.lstm_layer_backward(
+            *_encode(ctx.steps, ctx.kinds, x, flat),
+            list(grad_outputs[: 2 + 2 * len(ctx.kinds)]),
+            list(ctx.saved_tensors[len(wanted) :]),
+            list(wanted),
+        )
+        return (None, None, None, *(made.pop(0) if want else None for want in wanted))
+
+
+class RecordedLayerBackward(LSTMLayerBackward):
+    """LSTMLayerBackward with an operator, as a recorded graph runs it."""
+
+    @staticmethod
+    def forward(
+        steps: Steps, kinds: tuple[Kind, ...], wanted: tuple[bool, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        inputs, end = 2 + 2 * len(kinds), 2 + 2 * len(kinds) + len(wanted)
+        x, *flat = tensors[inputs:end]
+        with torch._C._AutoDispatchBelowAutograd():
+            made = torch.ops.lstm_ext.lstm_layer_backward(
+                *_encode(steps, kinds, x, flat), tensors[:inputs], tensors[end:], wanted
+            )
+        return tuple(made.pop(0) if want else None for want in wanted)
+
+    @staticmethod
+    def backward(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
+        if is_recorded():
+            _refuse("a second derivative")
+        return LSTMLayerBackward.backward(ctx, *second)
+
+
+def is_recorded() -> bool:
+    """Whether torch operations go into a graph (make_fx, export), run on tensors without data
+    (FakeTensorMode), or are made free of mutation (functionalize)."""
+    kinds = torch._C._TorchDispatchModeKey
+    mode = torch._C._get_dispatch_mode
+    if mode(kinds.PROXY) is not None or mode(kinds.FAKE) is not None:
+        return True
+    transform = peek_interpreter_stack()
+    return transform is not None and transform.key() == TransformType.Functionalize
+
+
+def _refuse(what: str) -> NoReturn:
+    raise RuntimeError(
+        "lstm_ext's LSTM in a recorded graph (torch.compile, torch.export, make_fx) has a first "
+        f"derivative only, got {what}: leave the function that asks for it out of the graph"
+    )
+
+
+def _refuse_transforms(tensors: Sequence[Tensor | None]) -> None:
+    stack = get_interpreter_stack() or []
+    names = [t.key().name for t in stack if t.key() != TransformType.Functionalize]
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        names.append("forward mode")
+    if names:
+        _refuse(", ".join(names))
+
+
+def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _forward_autograd(*arguments: Any) -> list[Tensor]:
+    *layer, cells, save = arguments
+    x, flat = layer[:2]
+    _refuse_transforms([x, *flat])
+    if not _needs_grad([x, *flat]):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.lstm_ext.lstm_layer(*arguments)
+    steps, kinds = _decode(*layer)
+    results = [t for t in RecordedLayer.apply(steps, kinds, cells, x, *flat) if t is not None]
+    return results if save else results[: 1 + cells + 2 * len(kinds)]
+
+
+def _backward_autograd(*arguments: Any) -> list[Tensor]:
+    *layer, grads, results, wanted = arguments
+    x, flat = layer[:2]
+    _refuse_transforms([x, *flat, *grads])
+    if not _needs_grad([x, *flat, *grads]):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.lstm_ext.lstm_layer_backward(*arguments)
+    steps, kinds = _decode(*layer)
+    made = RecordedLayerBackward.apply(steps, kinds, tuple(wanted), *grads, x, *flat, *results)
+    return [g for g, want in zip(made, wanted, strict=True) if want]
+
+
+for _name, _kernel, _fake, _autograd in (
+    ("lstm_layer", _forward, _forward_fake, _forward_autograd),
+    ("lstm_layer_backward", _backward, _backward_fake, _backward_autograd),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, _autograd, "Autograd")
+    torch.library.register_fake(f"lstm_ext::{_name}", _fake, lib=_library)

@@ -1,0 +1,262 @@
+"""torch.compile without a graph break: the eager numbers, any T and B, and errors for the rest."""
+
+import device
+import pytest
+import torch
+from device import here
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
+from variants import EVERYTHING, VARIANTS
+
+import lstm_ext
+
+T, B, I, H = 5, 4, 3, 8
+BITS = {"rtol": 0, "atol": 0}
+MODULES = {
+    "plain": {},
+    "layers": {"num_layers": 2, "bidirectional": True, "dropout": 0.3},
+    "batch_first": {"batch_first": True, "proj_size": 4, "bias": False},
+    "cells": {"return_cell_sequence": True, "num_layers": 2},
+    "cells_of_two": {"return_cell_sequence": True, "bidirectional": True},
+    "merged": {"bidirectional": True, "merge_mode": "mul", "num_layers": 2},
+    "pair": {"bidirectional": True, "merge_mode": None},
+    "half": {"dtype": torch.bfloat16, "bidirectional": True},
+    "everything": EVERYTHING,
+    **{name: VARIANTS[name] for name in ("peephole", "layer_norm", "zoneout", "weight_dropout")},
+}
+LENGTHS = torch.tensor([5, 0, 2, 3])
+
+
+@pytest.fixture(autouse=True)
+def _afresh():
+    torch._dynamo.reset()
+
+
+def compiled(function, backend="aot_eager", **options):
+    return torch.compile(function, fullgraph=True, backend=backend, **options)
+
+
+def run(function, x, parameters, *args, **kwargs):
+    """All that the function returns, and the gradients of x and of the parameters."""
+    torch.manual_seed(3)
+    x = x.detach().requires_grad_(torch.is_grad_enabled())
+    outputs = [t for t in tree_leaves(function(x, *args, **kwargs)) if torch.is_tensor(t)]
+    if not torch.is_grad_enabled():
+        return outputs
+    wanted = [x, *parameters]
+    loss = sum((t.float() * (k + 1)).pow(2).sum() for k, t in enumerate(outputs))
+    return outputs + list(torch.autograd.grad(loss, wanted, allow_unused=True))
+
+
+def check(module, x, *args, backend="aot_eager", tolerance=BITS, **kwargs):
+    """Training and evaluation, compiled and not."""
+    parameters = list(module.parameters())
+    made = compiled(module, backend)
+    for training in (True, False):
+        module.train(training)
+        with torch.set_grad_enabled(training):
+            expected = run(module, x, parameters, *args, **kwargs)
+            assert_close(run(made, x, parameters, *args, **kwargs), expected, **tolerance)
+
+
+def inputs(dtype=torch.float32):
+    return here(torch.randn(T, B, I, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_same_bits(name):
+    kwargs = MODULES[name]
+    check(here(lstm_ext.LSTM(I, H, **kwargs)), inputs(kwargs.get("dtype", torch.float32)))
+
+
+@pytest.mark.parametrize("place", device.PLACES)
+def test_lengths_resets_and_states(place):
+    module = here(lstm_ext.LSTM(I, H, 2, bidirectional=True))
+    lengths, resets = LENGTHS.to(place), (torch.rand(T, B) < 0.3).to(place)
+    hx = here(tuple(torch.randn(4, B, H) for _ in range(2)))
+    check(module, inputs(), lengths=lengths)
+    check(module, inputs(), hx, lengths=lengths, reset_mask=resets)
+    check(module, inputs()[:, 0], here(tuple(s[:, 0] for s in hx)))
+
+
+def test_packed_sequences():
+    module = here(lstm_ext.LSTM(I, H, 2, bidirectional=True))
+    made = compiled(lambda p: module(p))
+    for lengths in ([5, 3, 3, 1], [9, 2, 2, 2, 1]):
+        x = here(torch.randn(lengths[0], len(lengths), I))
+        packed = pack_padded_sequence(x, torch.tensor(lengths).flip(0), enforce_sorted=False)
+        (y, states), (expected, expected_states) = made(packed), module(packed)
+        assert_close((y.data, states), (expected.data, expected_states), **BITS)
+        assert torch.equal(y.batch_sizes, expected.batch_sizes)
+    wrong = PackedSequence(packed.data, torch.tensor([4, 5, 3, 2, 1]), *packed[2:])
+    with pytest.raises(RuntimeError, match="batch_sizes: expected"):
+        made(wrong)
+
+
+def test_cells_in_a_loop():
+    cell = here(lstm_ext.LSTMCell(I, H, peephole=True))
+
+    def steps(x):
+        hx = None
+        for t in range(3):
+            hx = cell(x[t], hx)
+        return hx
+
+    x, parameters = inputs(), list(cell.parameters())
+    assert_close(run(compiled(steps), x, parameters), run(steps, x, parameters), **BITS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_inside_and_around(dtype):
+    module = here(lstm_ext.LSTM(I, H, 2))
+
+    def inside(x):
+        with torch.autocast(device.DEVICE.type, dtype=dtype):
+            return module(x)
+
+    x, parameters = inputs(), list(module.parameters())
+    expected = run(inside, x, parameters)
+    assert expected[0].dtype == dtype
+    assert_close(run(compiled(inside), x, parameters), expected, **BITS)
+    with torch.autocast(device.DEVICE.type, dtype=dtype):
+        made = [t.detach() for t in tree_leaves(compiled(module)(x))]
+    assert_close(made, [t.detach() for t in expected[:3]], **BITS)
+
+
+@pytest.mark.parametrize("name", ["layers", "everything"])
+def test_inductor(name):
+    """Bits need torch's own random numbers there."""
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = lstm_ext.LSTM(I, H, **MODULES[name])
+            self.out = nn.Linear(H * (1 + self.lstm.bidirectional), 3)
+
+        def forward(self, x, lengths):
+            return self.out(self.lstm(x.tanh(), lengths=lengths)[0]).softmax(-1)
+
+    tolerance = {"rtol": 1e-5, "atol": 1e-6}
+    with torch._inductor.config.patch(fallback_random=True):
+        check(here(Tagger()), inputs(), lengths=LENGTHS, backend="inductor", tolerance=tolerance)
+
+
+def test_no_recompilation_for_other_sizes():
+    """Both sizes dynamic from the start, or found so: the graphs of the first calls serve all."""
+    module = here(lstm_ext.LSTM(I, H, 2, bidirectional=True))
+    for options, calls in (({"dynamic": True}, 1), ({}, 2)):
+        counter = CompileCounterWithBackend("aot_eager")
+        made = compiled(module, counter, **options)
+        sizes = ((5, 4), (7, 3), (6, 3), (50, 17), (200, 9), (9, 2))
+        for k, (steps, batch) in enumerate(sizes):
+            x, lengths = torch.randn(steps, batch, I), torch.randint(0, steps + 1, (batch,))
+            x, lengths = here(x), here(lengths)
+            assert_close(made(x, lengths=lengths)[0], module(x, lengths=lengths)[0], **BITS)
+            if k == calls - 1:
+                seen = counter.frame_count
+        assert counter.frame_count == seen
+
+
+def test_one_graph_with_one_node_a_layer():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    module = here(lstm_ext.LSTM(I, H, 3, bidirectional=True))
+    compiled(module, backend)(inputs())
+    (graph,) = graphs
+    assert [str(n.target) for n in graph.graph.nodes].count("lstm_ext.lstm_layer") == 3
+
+
+def test_parameters_are_read_at_every_call():
+    module = here(lstm_ext.LSTM(I, H))
+    made, x = compiled(module), inputs()
+    for change in (lambda p: p.mul_(0.5), lambda p: p.data.add_(0.1)):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                change(parameter)
+        assert_close(made(x)[0], module(x)[0], **BITS)
+
+
+def test_a_training_step_as_in_eager_mode():
+    torch.manual_seed(0)
+    x = inputs()
+    losses = []
+    for use in (lambda m: m, compiled):
+        torch.manual_seed(1)
+        module = here(lstm_ext.LSTM(I, H, 2, dropout=0.2))
+        optimizer, function = torch.optim.Adam(module.parameters(), 0.05), use(module)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = function(x)[0].sum()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.detach())
+    assert torch.equal(*losses)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def raised(function, x):
+    """The innermost words of an error, which torch wraps in its own."""
+    with pytest.raises(Exception) as caught:
+        compiled(function)(x)
+    words, error = [], caught.value
+    while error is not None:
+        words.append(str(error))
+        error = error.__cause__ or error.__context__
+    return "\n".join(words)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_transforms_inside_raise(frozen):
+    """Never zeros for a derivative."""
+    module = here(lstm_ext.LSTM(I, H)).requires_grad_(not frozen)
+    run = lambda x: module(x)[0]  # noqa: E731
+    transforms = {
+        "Grad": lambda x: torch.func.grad(lambda x: run(x).sum())(x),
+        "Jvp": lambda x: torch.func.jvp(run, (x,), (x,))[1],
+        "Batching rule": lambda x: torch.func.vmap(run, in_dims=1)(x),
+    }
+    for name, function in transforms.items():
+        torch._dynamo.reset()
+        words = raised(function, inputs())
+        assert name in words
+        assert name == "Batching rule" or "first derivative only, got" in words
+
+    def dual(x):
+        with torch.autograd.forward_ad.dual_level():
+            made = run(torch.autograd.forward_ad.make_dual(x, x))
+            return torch.autograd.forward_ad.unpack_dual(made).tangent
+
+    torch._dynamo.reset()
+    assert "first derivative only, got" in raised(dual, inputs())
+
+
+def test_a_second_derivative_raises():
+    module = here(lstm_ext.LSTM(I, H))
+    x = inputs().requires_grad_()
+    (first,) = torch.autograd.grad(compiled(module)(x)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        first.sum().backward()
+
+
+def test_lengths_out_of_range():
+    made = compiled(here(lstm_ext.LSTM(I, H)))
+    made(inputs(), lengths=LENGTHS)
+    with pytest.raises(ValueError, match="between 0 and the number of steps, 5, got .* 6"):
+        made(inputs(), lengths=LENGTHS + 1)
+
+
+def test_errors_of_the_module_stay():
+    module = here(lstm_ext.LSTM(I, H))
+    assert "input.size(-1) must be equal to input_size" in raised(module, inputs()[..., :2])
+    assert "the same dtype" in raised(
+        lambda x: module(x, (x.new_zeros(1, B, H).double(), x.new_zeros(1, B, H))), inputs()
+    )

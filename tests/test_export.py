@@ -1,0 +1,257 @@
+"""The operators (torch.library), torch.export and make_fx."""
+
+import device
+import pytest
+import torch
+from device import here
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import Dim, export
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.library import opcheck
+from torch.testing import assert_close
+from torch.utils._pytree import tree_map_only
+
+import lstm_ext
+from lstm_ext import library
+from lstm_ext.flat import flatten, kinds_of
+from lstm_ext.ops import Direction, LayerWeights, Masks
+from lstm_ext.steps import Steps
+
+T, B, I, H, P = 5, 4, 3, 8, 2
+BITS = {"rtol": 0, "atol": 0}
+TIME, BATCH = Dim("T"), Dim("B")
+SIZES = ((5, 4), (9, 2), (1, 1), (130, 3))
+
+
+def nodes(program):
+    return [str(n.target) for n in program.graph.nodes if "lstm_ext" in str(n.target)]
+
+
+# --- operators ------------------------------------------------------------------------------------
+
+
+def weights(dtype, proj, varied, masks):
+    p = P if proj else H
+    sizes = {"w_ih": (4 * H, I), "w_hh": (4 * H, p), "b_ih": (4 * H,)}
+    sizes |= {"w_hr": (P, H)} if proj else {}
+    if varied:
+        sizes |= {"w_ch": (3 * H,), "gamma_ih": (4 * H,), "gamma_hh": (4 * H,)}
+        sizes |= {"gamma_ch": (H,), "beta_ch": (H,)}
+    made = {name: here(torch.randn(size, dtype=dtype)) for name, size in sizes.items()}
+    return LayerWeights(**made, masks=masks)
+
+
+CALLS = {
+    "plain": {},
+    "two_directions": {"D": 2},
+    "cells": {"cells": True},
+    "cells_of_two": {"cells": True, "D": 2},
+    "cells_in_half": {"cells": True, "dtype": torch.bfloat16},
+    "projection": {"proj": True, "dtype": torch.float64},
+    "variants": {"varied": True, "masked": True, "D": 2},
+    "lengths": {"steps": lambda: Steps.padded(T, B, lengths=torch.tensor([5, 0, 1, 2]))},
+    "resets": {"steps": lambda: Steps.padded(T, B, reset_mask=torch.rand(T, B) < 0.3)},
+    "packed": {"steps": lambda: Steps.packed(torch.tensor([4, 2, 2, 1, 1]), 10)},
+    "batch_first": {"steps": lambda: Steps.padded(T, B, batch_first=True)},
+}
+
+
+def operands(
+    D=1, dtype=torch.float32, proj=False, varied=False, masked=False, cells=False, steps=None
+):
+    """Those of lstm_layer but save."""
+    steps = steps() if steps else Steps.padded(T, B)
+    masks = Masks(None, 0.25, here(torch.rand(steps.rows, H) < 0.4)) if masked else None
+    directions = [
+        Direction(
+            here(torch.randn(B, P if proj else H, dtype=dtype)),
+            here(torch.randn(B, H, dtype=dtype)),
+            weights(dtype, proj, varied, masks),
+            reverse,
+        )
+        for reverse in (False, True)[:D]
+    ]
+    x = here(torch.randn(steps.rows, I, dtype=dtype))
+    flat = flatten(directions)
+    return (*library._encode(steps, kinds_of(directions), x, flat), cells)
+
+
+@pytest.mark.cpu_only(reason="checks the operators, not what they call")
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name):
+    arguments = operands(**CALLS[name])
+    layer, backward = torch.ops.lstm_ext.lstm_layer, torch.ops.lstm_ext.lstm_layer_backward
+    x, flat, *_, cells = arguments
+    trained = tree_map_only(torch.Tensor, lambda t: t.clone(), arguments)
+    for tensor in (trained[0], *trained[1]):
+        if tensor is not None:
+            tensor.requires_grad_()
+    opcheck(layer.default, (*trained, False))
+    if name != "lengths":  # what is saved of padding is arbitrary, and so differs by call
+        opcheck(layer.default, (*arguments, True))
+
+    D = len(flat) // (12 if CALLS[name].get("varied") else 7)
+    shown = 1 + cells + 2 * D
+    results = layer(*arguments, True)
+    if cells and D == 1 and x.dtype == torch.float32:  # then c_t is returned once
+        results.insert(shown + 1, results[1])
+    grads = [torch.randn_like(t) for t in results[:shown]]
+    if not cells:
+        grads.insert(1, None)
+    saved = [results[0], *results[shown:]]
+    wanted = [True, *(t is not None for t in flat)]
+    opcheck(backward.default, (*arguments[:-1], grads, saved, wanted))
+    only_h0 = [False, True, *[False] * (len(flat) - 1)]
+    (dh0,) = backward(*arguments[:-1], grads, saved, only_h0)
+    assert torch.equal(dh0, backward(*arguments[:-1], grads, saved, wanted)[1])
+
+
+def test_operators_check_what_they_get():
+    *layer, cells = operands()
+    run = torch.ops.lstm_ext.lstm_layer
+    with pytest.raises(RuntimeError, match="Expected h0 of size"):
+        run(layer[0], [layer[1][0][:2], *layer[1][1:]], *layer[2:], cells, False)
+    with pytest.raises(ValueError, match="between 0 and the number of steps, 5, got .* 6"):
+        run(*layer[:-2], torch.full((B,), 6), None, cells, False)
+    packed = operands(**CALLS["packed"])
+    offsets = packed[8] + 1
+    with pytest.raises(ValueError, match="batch_sizes: expected numbers"):
+        run(*packed[:8], offsets, *packed[9:], False)
+
+
+# --- torch.export ---------------------------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.lstm = nn.Embedding(10, I), lstm_ext.LSTM(I, H, 2, batch_first=True)
+
+    def forward(self, words, lengths):
+        return self.lstm(self.embedding(words), lengths=lengths)[0].softmax(-1)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["lax", "strict"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_export_with_any_steps_and_batch(strict, training):
+    """One node a layer, whatever T and B; states and gradients too."""
+    module = here(lstm_ext.LSTM(I, H, 2, bidirectional=True, proj_size=P)).train(training)
+
+    def states(batch):
+        return here((torch.randn(4, batch, P), torch.randn(4, batch, H)))
+
+    program = export(
+        module,
+        (here(torch.randn(T, B, I)), states(B)),
+        dynamic_shapes=({0: TIME, 1: BATCH}, ({1: BATCH}, {1: BATCH})),
+        strict=strict,
+    )
+    assert nodes(program) == ["lstm_ext.lstm_layer.default"] * 2
+    assert nodes(program.run_decompositions()) == ["lstm_ext.lstm_layer.default"] * 2
+    run = program.module()
+    for steps, batch in SIZES:
+        x, hx = here(torch.randn(steps, batch, I)), states(batch)
+        expected, made = module(x, hx), run(x, hx)
+        assert_close(made, expected, **BITS)
+    made = torch.autograd.grad(made[0].sum(), list(run.parameters()))
+    expected = torch.autograd.grad(expected[0].sum(), list(module.parameters()))
+    by_name = dict(zip((n for n, _ in run.named_parameters()), made, strict=True))
+    for (name, _), gradient in zip(module.named_parameters(), expected, strict=True):
+        assert_close(by_name[name], gradient, **BITS)
+
+
+def test_export_with_lengths(tmp_path):
+    """Saved and loaded; lengths are still checked when it runs."""
+    module = here(Tagger()).eval()
+    words = here(torch.randint(10, (B, T)))
+    program = export(
+        module,
+        (words, torch.tensor([5, 0, 2, 3])),
+        dynamic_shapes=({0: BATCH, 1: TIME}, {0: BATCH}),
+    )
+    torch.export.save(program, tmp_path / "tagger.pt2")
+    run = torch.export.load(tmp_path / "tagger.pt2").module()
+    for steps, batch in SIZES:
+        words, lengths = torch.randint(10, (batch, steps)), torch.randint(0, steps + 1, (batch,))
+        assert_close(run(here(words), lengths), module(here(words), lengths), **BITS)
+    if device.DEVICE.type == "cpu":  # elsewhere the device asserts it
+        with pytest.raises(ValueError, match="between 0 and the number of steps, 130"):
+            run(here(words), lengths + 131)
+
+
+def test_export_of_variants():
+    kwargs = {"peephole": True, "layer_norm": True, "zoneout": 0.25, "return_cell_sequence": True}
+    module = here(lstm_ext.LSTM(I, H, bidirectional=True, merge_mode="sum", **kwargs)).eval()
+    program = export(module, (here(torch.randn(T, B, I)),), dynamic_shapes=({0: TIME, 1: BATCH},))
+    x = here(torch.randn(7, 2, I))
+    assert_close(program.module()(x), module(x), **BITS)
+
+
+# --- make_fx and tensors without data -------------------------------------------------------------
+
+
+def test_make_fx_records_both_passes():
+    module = here(lstm_ext.LSTM(I, H, 2, **{"dtype": torch.float64}))
+    x, other = here(torch.randn(2, T, B, I, dtype=torch.float64))
+    parameters = dict(module.named_parameters())
+
+    def step(parameters, x):
+        y = torch.func.functional_call(module, parameters, (x,))[0]
+        return torch.autograd.grad(y.square().sum(), list(parameters.values()))
+
+    graph = make_fx(step)(parameters, x)
+    recorded = [str(n.target) for n in graph.graph.nodes if "lstm_ext" in str(n.target)]
+    assert (
+        recorded
+        == ["lstm_ext.lstm_layer.default"] * 2 + ["lstm_ext.lstm_layer_backward.default"] * 2
+    )
+    assert_close(graph(parameters, other), step(parameters, other), **BITS)
+
+
+def test_make_fx_refuses_a_second_derivative():
+    module = here(lstm_ext.LSTM(I, H)).requires_grad_(False)
+
+    def step(x):
+        (first,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
+        return torch.autograd.grad(first.sum(), x)
+
+    with pytest.raises(RuntimeError, match="first derivative only, got a second derivative"):
+        make_fx(step)(here(torch.randn(T, B, I)).requires_grad_())
+
+
+def test_fake_tensors_have_the_shapes():
+    module = here(lstm_ext.LSTM(I, H, 2, bidirectional=True, return_cell_sequence=True))
+    x = here(torch.randn(T, B, I))
+    y, states, cells = module(x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake_y, fake_states, fake_cells = module(mode.from_tensor(x))
+    fakes = (fake_y, *fake_states, fake_cells)
+    for fake, real in zip(fakes, (y, *states, cells), strict=True):
+        assert isinstance(fake, FakeTensor)
+        assert fake.shape == real.shape and fake.stride() == real.stride()
+        assert fake.dtype == real.dtype and fake.device == real.device
+
+
+def test_a_recorded_first_derivative_can_be_differentiated_when_it_runs():
+    """In the exported program, and in a graph that holds the backward's operator."""
+    module = here(lstm_ext.LSTM(I, H, bidirectional=True, dtype=torch.float64))
+    module.requires_grad_(False)
+    x = here(torch.randn(T, B, I, dtype=torch.float64)).requires_grad_()
+
+    def slope(function):
+        y, (h_n, _) = function(x)
+        loss = y.square().sum() + h_n.sum()
+        return torch.autograd.grad(loss, x, create_graph=True)[0]
+
+    (expected,) = torch.autograd.grad(slope(module).square().sum(), x)
+    program = export(module, (x,), strict=False).module()
+    (made,) = torch.autograd.grad(slope(program).square().sum(), x)
+    assert_close(made, expected)
+
+    def first(x):
+        y, (h_n, _) = module(x)
+        return torch.autograd.grad(y.square().sum() + h_n.sum(), x)[0]
+
+    (made,) = torch.autograd.grad(make_fx(first)(x)(x).square().sum(), x)
+    assert_close(made, expected)
