@@ -26,6 +26,7 @@ class LSTMBase(Variants, nn.RNNBase):
     # On the class for what was made from an nn.LSTM.
     merge_mode: str | None = "concat"
     return_cell_sequence: bool = False
+    checkpoint_every: int | None = None
 
     # --- nn.LSTM's checks, callable on their own as there ----------------------------------------
 
@@ -71,7 +72,10 @@ class LSTMBase(Variants, nn.RNNBase):
     def extra_repr(self) -> str:
         merge = "" if self.merge_mode == "concat" else f", merge_mode={self.merge_mode!r}"
         cells = ", return_cell_sequence=True" if self.return_cell_sequence else ""
-        return super().extra_repr() + merge + self._variants_repr() + cells
+        every = (
+            "" if self.checkpoint_every is None else f", checkpoint_every={self.checkpoint_every}"
+        )
+        return super().extra_repr() + merge + self._variants_repr() + cells + every
 
     def _named_weights(self) -> list[list[str]]:
         """The names, a list a layer and direction, that the attributes as they are now ask for."""
@@ -155,6 +159,15 @@ def check_pair(hx: Any, op: str = "lstm") -> None:
         raise TypeError(f"{op}: hx should be a pair of Tensors (h_0, c_0), got {got}")
     if len(hx) != 2:
         raise RuntimeError(f"{op} expects two hidden states")
+
+
+def check_every(every: int | None) -> None:
+    """Raise for a number of steps that is none."""
+    if every is not None and (not isinstance(every, int) or isinstance(every, bool)):
+        got = type(every).__name__
+        raise TypeError(f"checkpoint_every should be a number of steps or None, got: {got}")
+    if every is not None and every < 1:
+        raise ValueError(f"checkpoint_every should be at least 1, got {every}")
 
 
 def check_batch_sizes(batch_sizes: Tensor, data: Tensor) -> None:

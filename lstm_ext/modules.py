@@ -6,6 +6,7 @@ replaces a parameter (functional_call, parametrizations, weight_norm, pruning, t
 
 from __future__ import annotations
 
+import functools
 from typing import overload
 
 import torch
@@ -13,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .checkpointing import checkpointed_layer
 from .compat import (
     LSTMBase,
     States,
     adopt,
     check_batch_sizes,
+    check_every,
     check_match,
     check_none,
     check_pair,
@@ -70,6 +73,10 @@ class LSTM(LSTMBase):
             multiple of 2**-16.
         forget_bias: initial value of the forget gate's bias, b_if + b_hf; None: as the others.
         return_cell_sequence: return every c_t of the last layer as a third result.
+        checkpoint_every: take the sequence in parts of so many steps while gradients are recorded,
+            and make each part's gates again in backward: of the gates and c_t of every step, 5H
+            numbers a sequence, only one part's exist at a time, for the time of a second forward
+            pass. None: keep all.
 
     The masks of dropout and zoneout come from torch's generator, layer by layer, the same for a
     batch-first layout: torch.manual_seed repeats them bit for bit.
@@ -83,7 +90,7 @@ class LSTM(LSTMBase):
     Raises:
         TypeError, ValueError: nn.LSTM's own for what it refuses; ValueError for a probability
             outside of 0..1, an unknown merge_mode, one but "concat" with a single direction, None
-            with several layers, or a forget_bias without bias.
+            with several layers, a forget_bias without bias, or a checkpoint_every below 1.
     """
 
     def __init__(
@@ -107,6 +114,7 @@ class LSTM(LSTMBase):
         zoneout: float | tuple[float, float] = 0.0,
         forget_bias: float | None = None,
         return_cell_sequence: bool = False,
+        checkpoint_every: int | None = None,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -126,7 +134,9 @@ class LSTM(LSTMBase):
         )
         check_merge_mode(merge_mode, bidirectional, num_layers)
         check_bool("return_cell_sequence", return_cell_sequence)
+        check_every(checkpoint_every)
         self.merge_mode, self.return_cell_sequence = merge_mode, return_cell_sequence
+        self.checkpoint_every = checkpoint_every
         for k, suffix in enumerate(self._suffixes()):
             w_ih, w_hh = (getattr(self, name) for name in self._all_weights[k][:2])
             if merge_mode not in ("concat", None) and w_ih.size(1) != w_hh.size(1) and k > 1:
@@ -284,12 +294,15 @@ class LSTM(LSTMBase):
             h0, c0 = [h] * count, [c] * count
         else:
             h0, c0 = hx[0].unbind(0), hx[1].unbind(0)
+        run, every = lstm_layer, self.checkpoint_every
+        if every is not None and steps.T > every and torch.is_grad_enabled():
+            run = functools.partial(checkpointed_layer, every=every)
         h_n, c_n = [], []
         cells: Tensor | None = None
         for layer in range(self.num_layers):
             last = layer == self.num_layers - 1
             indices = range(layer * directions, (layer + 1) * directions)
-            x, h, c, cells = lstm_layer(
+            x, h, c, cells = run(
                 x,
                 [
                     Direction(
@@ -365,6 +378,6 @@ class LSTM(LSTMBase):
         check_none("nn.LSTM", own)
         module = nn.LSTM.__new__(nn.LSTM)
         module = adopt(module, self, LSTM, _flat_weights=self._flat_weights)
-        forget(module, "merge_mode", "return_cell_sequence")
+        forget(module, "merge_mode", "return_cell_sequence", "checkpoint_every")
         module.flatten_parameters()
         return module

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Steps:
         self.T, self.B, self.rows = T, B, rows
         self.batch_first, self.offsets = batch_first, offsets
         self.lengths, self.reset_mask = lengths, reset_mask
+        self.batch_sizes: Tensor | None = None  # (T) of a packed sequence, on the CPU
         self.native: dict[Any, Any] = {}  # what the engines derive from it and want again
 
     @property
@@ -115,7 +117,9 @@ class Steps:
         )
         on_device = _moved(torch.cat([ends - batch_sizes, lengths]), device)
         offsets, lengths = on_device[:T], on_device[T:]
-        return Steps(T, B, rows=rows, offsets=offsets, lengths=lengths)
+        steps = Steps(T, B, rows=rows, offsets=offsets, lengths=lengths)
+        steps.batch_sizes = batch_sizes
+        return steps
 
     @property
     def has_padding(self) -> bool:
@@ -140,6 +144,29 @@ class Steps:
         active = self.active()
         return (active.T if self.batch_first else active).reshape(-1, 1).logical_not()
 
+    def part(self, start: int, stop: int) -> StepsPart:
+        """The steps start..stop-1 as steps of their own; packed, of the sequences that take any."""
+        T = stop - start
+        lengths = None if self.lengths is None else (self.lengths - start).clamp(0, T)
+        if self.offsets is None:
+            mask = None if self.reset_mask is None else self.reset_mask[start:stop]
+            shape = {"rows": T * self.B, "batch_first": self.batch_first}
+            steps = Steps(T, self.B, lengths=lengths, reset_mask=mask, **shape)
+            return StepsPart(self, steps, start, stop)
+        ends = [0, *self.batch_sizes.cumsum(0).tolist()]
+        first, last = ends[start], ends[stop]
+        offsets = self.offsets[start:stop] - first
+        B = ends[start + 1] - first
+        steps = Steps(T, B, rows=last - first, offsets=offsets, lengths=lengths[:B])
+        return StepsPart(self, steps, first, last)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """The rows of all steps, from the parts' in the order of time."""
+        if not self.batch_first or self.offsets is not None:
+            return torch.cat(list(parts))
+        whole = torch.cat([part.view(self.B, -1, part.size(1)) for part in parts], 1)
+        return whole.view(self.rows, whole.size(2))
+
     def to_time_major(self, rows: Tensor) -> Tensor:
         """(rows, n) as (T, B, n), differentiably; what a packed sequence lacks is arbitrary."""
         if self.offsets is not None:
@@ -154,6 +181,24 @@ class Steps:
         if self.offsets is not None:
             return x[self.active().to(x.device)]
         return (x.transpose(0, 1) if self.batch_first else x).reshape(self.rows, x.size(2))
+
+
+class StepsPart(NamedTuple):
+    """Some steps of ``whole``."""
+
+    whole: Steps
+    steps: Steps
+    start: int  # step, or row of a packed sequence
+    stop: int
+
+    def take(self, rows: Tensor) -> Tensor:
+        """The part of (whole.rows, n)."""
+        whole, n = self.whole, rows.size(1)
+        if whole.offsets is not None:
+            return rows[self.start : self.stop]
+        if whole.batch_first:
+            return rows.view(whole.B, whole.T, n)[:, self.start : self.stop].reshape(-1, n)
+        return rows[self.start * whole.B : self.stop * whole.B]
 
 
 _plain: dict[tuple[int, int, bool], Steps] = {}
