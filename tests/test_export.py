@@ -77,7 +77,6 @@ def operands(
     return (*library._encode(steps, kinds_of(directions), x, flat), cells)
 
 
-@pytest.mark.cpu_only(reason="checks the operators, not what they call")
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name):
     arguments = operands(**CALLS[name])
