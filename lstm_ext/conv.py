@@ -323,8 +323,6 @@ _SEQUENCE_DOC = """A stateful convolutional LSTM over sequences of {what}.
     ``bias_hh_l{{k}}`` (4C,), with peephole ``weight_ch_l{{k}}`` (3C,), rows i, f, o. All are drawn
     from U(-1/sqrt(n), 1/sqrt(n)), n = C times the number of the kernel's pixels.
 
-    On CUDA the cell runs in torch's operations: there is no kernel of its own yet.
-
     Raises:
         ValueError: a size that is no integer or too small. TypeError: a flag that is no bool.
     """

@@ -43,6 +43,7 @@ __all__ = [
     "check_layer",
     "cpu_isa",
     "cpu_isas",
+    "engine_of",
     "has_native_kernels",
     "layer_backward",
     "layer_forward",
@@ -84,6 +85,11 @@ class Engine(Protocol):
 _engines: dict[str, Engine] = {"cpu": cpu_engine}
 if _C.build_info()["cuda"]:
     _engines["cuda"] = cuda_engine.CudaEngine(_C)
+
+
+def engine_of(device: torch.device) -> Engine:
+    """What runs layers on ``device``, which has native kernels."""
+    return _engines[device.type]
 
 
 def has_native_kernels(device: torch.device) -> bool:
@@ -174,7 +180,7 @@ def layer_forward(
         save: also return what backward needs.
         cells: also return every c_t.
     """
-    engine = _engines[x.device.type]
+    engine = engine_of(x.device)
     return engine.layer_forward(x, directions, steps, save=save, cells=cells)
 
 
@@ -188,4 +194,4 @@ def layer_backward(*arguments: Any, **wanted: Any) -> tuple[Tensor | None, list[
         wanted_x, wanted: which gradients to make, a flag each.
     """
     x: Tensor = arguments[4]
-    return _engines[x.device.type].layer_backward(*arguments, **wanted)
+    return engine_of(x.device).layer_backward(*arguments, **wanted)

@@ -1,25 +1,50 @@
 """The LSTM cell alone, on pre-activations that somebody else made: a convolution, for one.
 
-On the CPU the native core's cell, a step without a recurrent product. Elsewhere the formula of
-:mod:`reference` in torch operations: the CUDA kernels have no step without a product. So, too,
-under whatever must see torch's operations: torch.compile (whose compiler fuses them itself),
-torch.export, make_fx, vmap, jvp.
+Where there are kernels, the native core's cell (:mod:`cpu_cell`, :mod:`cuda_cell`). Elsewhere the
+formula of :mod:`reference` in torch operations; and under whatever must see torch's operations:
+torch.compile (whose compiler fuses them itself), torch.export, make_fx, vmap, jvp.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from lstm_ext import ops, reference
-from lstm_ext.cpu_engine import _workspace
-from lstm_ext.engine import DTYPE_CODE, address, native_steps
-from lstm_ext.native import _C
+from lstm_ext import cpu_cell, ops, reference
+from lstm_ext.cuda_cell import CudaCells
+from lstm_ext.cuda_engine import CudaEngine
 from lstm_ext.steps import Steps
+
+
+class Cells(Protocol):
+    """What runs the cell on one kind of device; tensors as in :func:`lstm_cell`, contiguous."""
+
+    def cell_forward(
+        self, steps: Steps, a: Tensor, h: Tensor, c: Tensor, w_ch: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The states after the step."""
+        ...
+
+    def cell_backward(
+        self,
+        steps: Steps,
+        grads: tuple[Tensor | None, ...],
+        a: Tensor,
+        h: Tensor,
+        c: Tensor,
+        w_ch: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of a, h, c and w_ch from those of the states, None for zero."""
+        ...
+
+
+def _cells(device: torch.device) -> Cells:
+    engine = ops.engine_of(device)
+    return CudaCells(engine) if isinstance(engine, CudaEngine) else cpu_cell
 
 
 def lstm_cell(
@@ -37,7 +62,7 @@ def lstm_cell(
     Returns:
         The states after it, (rows, C) each; those of a row that takes no step are as before.
     """
-    if _must_be_seen() or not ops.has_native_kernels(a.device) or a.device.type != "cpu":
+    if _must_be_seen() or not ops.has_native_kernels(a.device):
         return _formula(a, h, c, w_ch, steps)
     a, h, c = (t.resolve_neg().contiguous() for t in (a, h, c))
     w_ch = None if w_ch is None else w_ch.resolve_neg().contiguous()
@@ -73,7 +98,7 @@ class PointwiseCell(Function):
     def forward(
         steps: Steps, a: Tensor, h: Tensor, c: Tensor, w_ch: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return _native_forward(steps, a, h, c, w_ch, None)
+        return _cells(a.device).cell_forward(steps, a, h, c, w_ch)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -83,8 +108,9 @@ class PointwiseCell(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        a = ctx.saved_tensors[0]
         # With create_graph the gradients must be differentiable.
-        run = _formula_backward if torch.is_grad_enabled() else _native_backward
+        run = _formula_backward if torch.is_grad_enabled() else _cells(a.device).cell_backward
         return None, *run(ctx.steps, grads, *ctx.saved_tensors)
 
 
@@ -108,102 +134,3 @@ def _formula_backward(
         for k, gradient in zip(wanted, made, strict=True):
             results[k] = gradient
     return tuple(results)
-
-
-def _native_forward(
-    steps: Steps, a: Tensor, h: Tensor, c: Tensor, w_ch: Tensor | None, gates: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The new h and c. Rows of ``gates`` (rows, 4C) that take the step get the activated gates."""
-    rows, C = c.shape
-    code, threads = DTYPE_CODE[a.dtype], torch.get_num_threads()
-    variants = _C.Variants(peephole=address(w_ch))
-    h_new, c_new = torch.empty_like(h), torch.empty_like(c)
-    workspace = _workspace(
-        _C.cpu_forward_workspace(code, threads, rows, C, C, 0, False, False, False, variants)
-    )
-    _C.cpu_forward(
-        dtype=code,
-        threads=threads,
-        steps=native_steps(_C, steps, False),
-        H=C,
-        P=C,
-        I=0,
-        gx=address(a),
-        x=0,
-        w_ih=0,
-        b_ih=0,
-        b_hh=0,
-        w_hh=0,
-        w_hr=0,
-        h0=address(h),
-        c0=address(c),
-        variants=variants,
-        gates=address(gates),
-        c_seq=address(c_new),
-        norm=0,
-        norm_r=0,
-        # One step: what it puts out is also the last state.
-        y=address(h_new),
-        y_stride=C,
-        h_n=address(h_new),
-        c_n=address(c_new),
-        workspace=address(workspace),
-    )
-    return h_new, c_new
-
-
-def _native_backward(
-    steps: Steps,
-    grads: tuple[Tensor | None, ...],
-    a: Tensor,
-    h: Tensor,
-    c: Tensor,
-    w_ch: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of a, h, c and w_ch."""
-    rows, C = c.shape
-    code, threads = DTYPE_CODE[a.dtype], torch.get_num_threads()
-    variants = _C.Variants(peephole=address(w_ch))
-    dh, dc = (None if g is None else g.resolve_neg().contiguous() for g in grads)
-    gates = torch.empty_like(a)
-    _, c_new = _native_forward(steps, a, h, c, w_ch, gates)
-    da = torch.empty_like(a) if steps.lengths is None else torch.zeros_like(a)
-    dw_ch = None if w_ch is None else a.new_zeros(rows, 3 * C)
-    dh0, dc0 = torch.empty_like(h), torch.empty_like(c)
-    workspace = _workspace(
-        _C.cpu_backward_workspace(code, threads, rows, C, C, False, False, variants)
-    )
-    _C.cpu_backward(
-        dtype=code,
-        threads=threads,
-        steps=native_steps(_C, steps, False),
-        H=C,
-        P=C,
-        variants=variants,
-        w_hh=0,
-        w_hr=0,
-        h0=0,
-        c0=address(c),
-        y=0,
-        y_stride=C,
-        gates=address(gates),
-        c_seq=address(c_new),
-        norm=0,
-        norm_r=0,
-        dy=0,
-        dy_stride=0,
-        dh_n=address(dh),
-        dc_n=address(dc),
-        dcells=0,
-        dgates=address(da),
-        dproduct=0,
-        h_prev=0,
-        dr=0,
-        cell_out=0,
-        dpeephole=address(dw_ch),
-        dnorm=0,
-        dh0=address(dh0),
-        dc0=address(dc0),
-        workspace=address(workspace),
-    )
-    return da, dh0, dc0, None if dw_ch is None else dw_ch.sum(0)

@@ -29,6 +29,7 @@ SOURCES = [
     *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*kernels_*.cu")),
     "csrc/cuda/engine.cu",
     "csrc/cuda/plan.cpp",
+    "csrc/cuda/pointwise.cu",
     "csrc/cuda/bindings.cpp",
     "tests/emulator/module.cpp",
 ]

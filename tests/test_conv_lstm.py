@@ -2,6 +2,7 @@
 
 import os
 
+import device
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from tolerances import assert_as_good, tol
 from torch import nn
 
 import lstm_ext
-from lstm_ext import pointwise
+from lstm_ext import cpu_cell, pointwise
 from lstm_ext.steps import Steps
 
 F64 = {"dtype": torch.float64}
@@ -346,8 +347,7 @@ def test_same_bits_at_every_run(dims):
 # --- the cell alone -----------------------------------------------------------------------------
 
 
-@pytest.mark.cpu_only(reason="elsewhere the formula itself runs")
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", device.THREADS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("peephole", [False, True], ids=["plain", "peephole"])
 @pytest.mark.parametrize("lengths", [False, True], ids=["all", "some"])
@@ -355,13 +355,13 @@ def test_native_cell_matches_the_formula(isa, lengths, peephole, dtype, threads)
     torch.set_num_threads(threads)
     for rows, width in ((1, 1), (7, 5), (130, 17), (300, 32)):
         mask = (torch.rand(rows) < 0.5).long() if lengths else None
-        steps = Steps.padded(1, rows, lengths=mask)
-        a, h, c = (torch.randn(rows, n * width, dtype=dtype) for n in (4, 1, 1))
+        steps = Steps.padded(1, rows, lengths=mask, device=device.DEVICE)
+        a, h, c = (here(torch.randn(rows, n * width, dtype=dtype)) for n in (4, 1, 1))
         inputs = [t.requires_grad_() for t in (a, h, c)]
-        w_ch = torch.randn(3 * width, dtype=dtype, requires_grad=True) if peephole else None
+        w_ch = leaf(torch.randn(3 * width, dtype=dtype)) if peephole else None
         if peephole:
             inputs.append(w_ch)
-        cotangents = [torch.randn(rows, width, dtype=dtype) for _ in range(2)]
+        cotangents = [here(torch.randn(rows, width, dtype=dtype)) for _ in range(2)]
         native = pointwise.lstm_cell(a, h, c, steps, w_ch)
         formula = pointwise._formula(a, h, c, w_ch, steps)
         assert native[0].grad_fn.name() == "PointwiseCellBackward" != formula[0].grad_fn.name()
@@ -375,13 +375,18 @@ def test_native_cell_matches_the_formula(isa, lengths, peephole, dtype, threads)
 
 
 def test_the_native_cell_is_what_runs(monkeypatch):
-    calls = []
-    native = pointwise._native_forward
-    monkeypatch.setattr(
-        pointwise, "_native_forward", lambda *args: calls.append(args) or native(*args)
-    )
-    module = SEQUENCES[2](IN, C, 3, 2)
-    module(torch.randn(L, N, IN, 4, 4))
+    cells, calls = type(pointwise._cells(device.DEVICE)), []
+    if device.NAME == "cpu":
+        cells = cpu_cell
+    native = cells.cell_forward
+
+    def spy(*args):
+        calls.append(args)
+        return native(*args)
+
+    monkeypatch.setattr(cells, "cell_forward", spy)
+    module = here(SEQUENCES[2](IN, C, 3, 2))
+    module(here(torch.randn(L, N, IN, 4, 4)))
     assert len(calls) == 2 * L
     with torch.device("meta"):
         y, _ = SEQUENCES[2](IN, C, 3)(torch.randn(L, N, IN, 4, 4))

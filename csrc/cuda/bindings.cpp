@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda/engine.h"
+#include "cuda/pointwise.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -70,6 +71,19 @@ CudaBackwardDirection backward_direction(bool reverse, Address w_hh, Address w_h
           pointer(dproduct), pointer(cell_out), pointer(dpeephole),
           pointer(dnorm),    pointer(h_prev),   pointer(dr),
           pointer(dh0),      pointer(dc0)};
+}
+
+CudaCell cell(int dtype, int64_t rows, int64_t width, Address a, Address h, Address c,
+              Address peephole, Address lengths, Address stream) {
+  return {static_cast<Dtype>(dtype),
+          rows,
+          width,
+          pointer(a),
+          pointer(h),
+          pointer(c),
+          pointer(peephole),
+          pointer<const int64_t>(lengths),
+          pointer(stream)};
 }
 
 template <class Direction>
@@ -156,6 +170,26 @@ void bind_cuda(py::module_& m) {
         cuda_backward(layer, directions.data(), pointer(workspace));
       },
       "layer"_a, "directions"_a, "workspace"_a, "stream"_a,
+      py::call_guard<py::gil_scoped_release>());
+
+  // Described in cuda/pointwise.h.
+  py::class_<CudaCell>(m, "CudaCell", py::module_local())
+      .def(py::init(&cell), py::kw_only(), "dtype"_a, "rows"_a, "width"_a, "a"_a, "h"_a, "c"_a,
+           "peephole"_a, "lengths"_a, "stream"_a);
+  m.def(
+      "cuda_cell_forward",
+      [](const CudaCell& cell, Address h, Address c) {
+        cuda_cell_forward(cell, pointer(h), pointer(c));
+      },
+      "cell"_a, "h"_a, "c"_a, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cuda_cell_backward",
+      [](const CudaCell& cell, Address dh, Address dc, Address da, Address dh0, Address dc0,
+         Address dpeephole) {
+        cuda_cell_backward(cell, {pointer(dh), pointer(dc), pointer(da), pointer(dh0), pointer(dc0),
+                                  pointer(dpeephole)});
+      },
+      "cell"_a, py::kw_only(), "dh"_a, "dc"_a, "da"_a, "dh0"_a, "dc0"_a, "dpeephole"_a,
       py::call_guard<py::gil_scoped_release>());
 }
 
