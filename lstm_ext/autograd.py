@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
 from lstm_ext import batching, ops
@@ -22,6 +23,14 @@ class LSTMLayer(Function):
     normalized, the output, and references to the inputs (no copies): a second derivative needs
     them whichever of them require grad.
     """
+
+    @classmethod
+    def run(cls, *args: Any) -> Any:
+        """``apply`` without its look at forward's signature, which takes 13 us, the rest 8."""
+        if torch._C._are_functorch_transforms_active():
+            return cls.apply(*args)
+        # As Function.apply goes on.
+        return super(Function, cls).apply(*unwrap_dead_wrappers(args))
 
     @staticmethod
     def forward(

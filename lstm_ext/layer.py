@@ -71,7 +71,7 @@ def lstm_layer(
             _warn_no_kernels(device)
         return reference_layer(x, directions, steps, cells=cells)
     if transforms or _needs_autograd(flat):
-        y, all_cells, *states = LSTMLayer.apply(steps, kinds_of(directions), cells, *flat)
+        y, all_cells, *states = LSTMLayer.run(steps, kinds_of(directions), cells, *flat)
         D = len(directions)
         return LayerOutputs(y, states[:D], states[D : 2 * D], all_cells)
     result = ops.layer_forward(x, directions, steps, save=False, cells=cells)
