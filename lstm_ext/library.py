@@ -5,7 +5,7 @@ first derivative. They exist to be recorded: a call outside of a graph goes to t
 :mod:`autograd` directly, which cost less. Both have a kernel that calls the engine of the device,
 a fake, which gives the shapes, and an autograd kernel.
 
-While a graph is recorded, a second derivative, forward mode and the transforms of torch.func raise.
+While a graph is recorded, a second derivative, forward mode and torch.func.grad raise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from lstm_ext import ops
+from lstm_ext import batching, ops
 from lstm_ext.autograd import LSTMLayer, LSTMLayerBackward
 from lstm_ext.engine import acc_dtype
 from lstm_ext.flat import Kind, flatten, kinds_of, unflatten
@@ -290,6 +290,46 @@ def _backward_autograd(*arguments: Any) -> list[Tensor]:
     made = RecordedLayerBackward.apply(steps, kinds, tuple(wanted), *grads, x, *flat, *results)
     return [g for g, want in zip(made, wanted, strict=True) if want]
 
+
+# --- vmap -----------------------------------------------------------------------------------------
+
+
+class _Operator:
+    """lstm_layer with the arguments and results of LSTMLayer, as the rules of batching call it."""
+
+    @staticmethod
+    def apply(
+        steps: Steps, kinds: Sequence[Kind], cells: bool, x: Tensor, *flat: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        y, *results = torch.ops.lstm_ext.lstm_layer(*_encode(steps, kinds, x, flat), cells, False)
+        return (y, *results) if cells else (y, None, *results)
+
+
+def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    *layer, cells, save = arguments
+    *layer_dims, _, _ = in_dims
+    if save:
+        raise RuntimeError("lstm_ext::lstm_layer has no rule of vmap with save=True")
+    x, flat = layer[:2]
+    steps, kinds = _decode(*layer)
+    dims = [None] * len(flat) if layer_dims[1] is None else layer_dims[1]
+    masks = [None] * len(layer[2]) if layer_dims[2] is None else layer_dims[2]
+    tensors = Steps.of(steps.layout, *layer_dims[8:])
+    kinds_dims = tuple(
+        (None, None if m is None else Masks(*masks[3 * k : 3 * k + 3]))
+        for k, (_, m) in enumerate(kinds)
+    )
+    results, out_dims = batching.forward(
+        _Operator,
+        info.batch_size,
+        (tensors, kinds_dims, None, layer_dims[0], *dims),
+        (steps, kinds, cells, x, *flat),
+    )
+    pairs = [pair for pair in zip(results, out_dims, strict=True) if pair[0] is not None]
+    return [result for result, _ in pairs], [dim for _, dim in pairs]
+
+
+torch.library.register_vmap("lstm_ext::lstm_layer", _forward_vmap, lib=_library)
 
 for _name, _kernel, _fake, _autograd in (
     ("lstm_layer", _forward, _forward_fake, _forward_autograd),
