@@ -211,7 +211,12 @@ def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
     Raises:
         RuntimeError: a CUDA graph is being captured: its replays would not see another value.
     """
-    if torch.device(device).type != "cuda" or tensor.is_cuda or torch.compiler.is_compiling():
+    if (
+        torch.device(device).type != "cuda"
+        or tensor.is_cuda
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
         return tensor.to(device)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
