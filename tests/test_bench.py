@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 import lstm_ext
-from bench import __main__ as cli
-from bench import report, timing
+from bench import __main__ as entry
+from bench import machine, records, report, timing, work
+from bench import run as cli
 from bench.suites import MODES, SUITES, Problem, modes_of, spread, square
 
 pytestmark = pytest.mark.cpu_only(reason="the command line on the CPU")
@@ -181,39 +182,48 @@ def test_flop_by_hand(more, flop):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_call_does_the_work_it_stands_for(more, mode):
     problem = Problem(3, 2, 5, 7, **more)
-    module = timing.build(nn.LSTM, problem)
-    x = timing.make_input(problem, torch.float32, CPU)
-    assert isinstance(x, PackedSequence) == ("lengths" in more)
-    expected = timing.values(module(x)[0])
+    module = work.build(nn.LSTM, problem)
+    inputs = work.make_inputs(problem, torch.float32, CPU, cache=0)
+    assert all(isinstance(x, PackedSequence) == ("lengths" in more) for x in inputs)
+    expected = [work.values(module(x)[0]) for x in inputs]
+    assert len(inputs) == 2 and not torch.equal(*expected)
     seen = []
     for parameter in module.parameters():
         parameter.register_hook(seen.append)
 
-    output = timing.make_call(module, x, mode, torch.ones_like(expected))()
+    call = work.make_call(module, inputs, mode, torch.ones_like(expected[0]))
+    outputs = [call() for _ in range(3)]
 
-    assert torch.equal(output, expected)
+    assert all(map(torch.equal, outputs, [*expected, expected[0]])), "each input in its turn"
     assert module.training == (mode == "training")
-    assert len(seen) == (len(list(module.parameters())) if mode == "training" else 0)
+    assert len(seen) == (3 * len(list(module.parameters())) if mode == "training" else 0)
     assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_inputs_fill_the_cache_twice():
+    problem = Problem(3, 2, 5, 7)  # 120 bytes in float32
+    assert len(work.make_inputs(problem, torch.float32, CPU, cache=600)) == 10
+    assert len(work.make_inputs(problem, torch.float64, CPU, cache=600)) == 5
+    assert len(work.make_inputs(problem, torch.float32, CPU, cache=1 << 30)) == work.MOST_INPUTS
 
 
 def test_first_bidirectional_is_a_stack():
     problem = Problem(3, 2, 5, 7, num_layers=4, first_bidirectional=True)
-    first, rest = timing.build(nn.LSTM, problem).lstms
+    first, rest = work.build(nn.LSTM, problem).lstms
     assert first.bidirectional and first.num_layers == 1
     assert not rest.bidirectional and (rest.num_layers, rest.input_size) == (3, 14)
 
 
-def run_tiny(peer, ours, mode):
+def run_tiny(peer, ours, mode, **more):
     return timing.run_row(
         Problem(2, 1, 3, 4),
         mode,
-        peer,
-        ours,
+        {"nn.LSTM": timing.drop_in(peer), "lstm_ext": timing.drop_in(ours)},
         dtype=torch.float32,
         device=CPU,
         repeats=2,
         min_sample=1e-4,
+        **more,
     )
 
 
@@ -235,39 +245,99 @@ def test_a_row_says_who_could_not_run_it(peer, ours):
     assert failed.error == "RuntimeError: no kernel for this"
     assert failed.samples == []
     assert ran.error is None and len(ran.samples) == 2
-    assert row.ratio is None and row.ratios == []
+    assert row.ratio() is None and row.ratios() == []
     name = "nn.LSTM" if peer is Refusing else "lstm_ext"
-    assert f"{name} cannot run this: RuntimeError: no kernel for this" in report.table_row(row)
-    assert report.table_foot([row]) == "no row was run by both"
-    json.dumps(report.to_json([row], {}, {}, True), allow_nan=False)
+    written = report.row_json(row, "float32")
+    assert f"{name} cannot run this: RuntimeError: no kernel for this" in report.table_row(written)
+    assert report.table_foot([written]) == "no row was run by both"
+    json.dumps(written, allow_nan=False)
 
 
 def test_an_output_of_another_shape_is_an_error_of_the_row():
     row = run_tiny(nn.LSTM, TooWide, "inference")
     assert row.peer.error is None
-    assert "the output is (2, 1, 8) torch.float32, expected (2, 1, 4)" in row.ours.error
-    assert row.ratio is None
+    assert "output is (2, 1, 8) float32, expected (2, 1, 4)" in row.ours.error
+    assert row.ratio() is None
+
+
+class Off(nn.LSTM):
+    """Its output is off; only the gradient of one weight is; or there is no number at all."""
+
+    how = "output"
+
+    def forward(self, x, *args):
+        y, state = super().forward(x, *args)
+        if self.how == "gradient":
+            weight = self.weight_hh_l0
+            return y + 1e-3 * (weight - weight.detach()).sum(), state
+        return y * (1.001 if self.how == "output" else float("nan")), state
+
+
+@pytest.mark.parametrize(
+    "how, mode, wrong",
+    [
+        ("output", "inference", True),
+        ("nan", "inference", True),
+        ("gradient", "inference", False),
+        ("gradient", "training", True),
+    ],
+)
+def test_a_row_says_who_computes_something_else(how, mode, wrong):
+    of = type("Of", (Off,), {"how": how})
+    row = run_tiny(nn.LSTM, of, mode)
+    assert row.ours.error is None and row.ours.differs == wrong
+    written = report.row_json(row, "float32")
+    assert ("lstm_ext computes something else: off by" in report.table_row(written)) == wrong
+    assert records.counts(written) != wrong
+    json.dumps(written, allow_nan=False)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_right_function_passes_the_check(mode):
+    row = run_tiny(nn.LSTM, lstm_ext.LSTM, mode)
+    assert not row.ours.differs and 0 < row.ours.off_by < 1e-5
+    assert row.peer.allowed is None and row.ours.allowed == 2 * row.peer.off_by + 1e-5
 
 
 def row_of(peer, ours, mode="inference"):
     problem = Problem(10, 2, 5, 7)
-    return timing.Row(problem, mode, timing.Timing(peer, 1), timing.Timing(ours, 1))
+    timings = {"nn.LSTM": timing.Timing(peer, 1), "lstm_ext": timing.Timing(ours, 1)}
+    return timing.Row(problem, mode, timings)
 
 
 def test_figures_of_a_row():
-    # Medians 4 and 2 ms; pairs 2, 1 and 4. 20 rows of 672 flop in 2 ms.
+    # Medians 4 and 2 ms; pairs 2, 1 and 4. 20 rows of 672 flop in 2 ms. 1 ms is the limit.
     row = row_of([4e-3, 2e-3, 8e-3], [2e-3, 2e-3, 2e-3])
-    assert row.ratios == pytest.approx([2, 1, 4])
-    assert row.ratio == pytest.approx(2)
-    assert report.milliseconds(row.peer) == pytest.approx(4)
-    assert report.us_per_step(row.ours, row) == pytest.approx(200)
-    assert report.gflops(row.ours, row) == pytest.approx(20 * 672 / 2e-3 / 1e9)
+    row.bound = 1e-3
+    assert row.ratios() == pytest.approx([2, 1, 4])
+    assert row.ratio() == pytest.approx(2)
+    written = report.row_json(row, "float32")
+    peer, ours = written["modules"]["nn.LSTM"], written["modules"]["lstm_ext"]
+    assert peer["ms"] == pytest.approx(4)
+    assert (peer["ratio"], peer["ratio_min"], peer["ratio_max"]) == pytest.approx((2, 1, 4))
+    assert ours["us_per_step"] == pytest.approx(200)
+    assert ours["gflops"] == pytest.approx(20 * 672 / 2e-3 / 1e9)
+    assert ours["weights_gb_per_s"] == pytest.approx(10 * 4 * 7 * 7 * 4 / 2e-3 / 1e9)
+    assert records.share_of_bound(written) == pytest.approx(0.5)
+    assert records.share_of_bound(written, "nn.LSTM") == pytest.approx(0.25)
+    assert " 50 %" in report.table_row(written)
 
 
 def test_geometric_means():
     rows = [row_of([2.0], [1.0]), row_of([8.0], [1.0]), row_of([1.0], [1.0], "training")]
-    means = timing.geometric_means(rows)
+    wrong = row_of([9.0], [1.0])
+    wrong.ours.off_by, wrong.ours.allowed = 1e-3, 1e-5
+    written = [report.row_json(row, "float32") for row in (*rows, wrong)]
+    means = records.geometric_means({"rows": written})
     assert means == pytest.approx({"inference": 4, "training": 1, "all": 16 ** (1 / 3)})
+
+
+def test_memory_of_a_call():
+    """The tensor is in the peak, though it is freed before the call ends."""
+    peak = machine.peak_memory(lambda: torch.ones(4 << 20), CPU)
+    if peak is None:
+        pytest.skip("the system does not tell")
+    assert 15 << 20 <= peak < 32 << 20
 
 
 @pytest.mark.parametrize(
@@ -280,7 +350,7 @@ def test_geometric_means():
     ],
 )
 def test_machine_names(model, folder):
-    assert report.slug(model) == folder
+    assert machine.slug(model) == folder
 
 
 @pytest.mark.parametrize(
@@ -313,60 +383,142 @@ def test_cuda_without_a_gpu_exits_with_2(monkeypatch, capsys):
     assert "sees no usable CUDA GPU" in capsys.readouterr().err
 
 
-KEYS = {"schema", "complete", "settings", "environment", "rows", "geometric_mean_ratio"}
+KEYS = {"schema", "complete", "settings", "environment", "limits", "rows", "seconds"}
 ROW_KEYS = {
-    *("name", "mode", "problem", "flop", "nn_lstm", "lstm_ext"),
-    *("ratio", "ratio_min", "ratio_max", "ratios", "floor_us_per_step", "of_floor"),
+    *("name", "mode", "problem", "flop", "modules", "seconds"),
+    *("bound_ms", "floor_us_per_step", "of_floor"),
 }
-TIMING_KEYS = {"ms", "us_per_step", "gflops", "calls_per_sample", "samples_ms", "error"}
+MODULE_KEYS = {
+    *("ms", "us_per_step", "gflops", "weights_gb_per_s", "peak_mb", "host_us"),
+    *("ratio", "ratio_min", "ratio_max", "off_by", "allowed", "differs"),
+    *("calls_per_sample", "samples_ms", "error"),
+}
+TINY = ("--suite", "cpu", "--rows", "^T50 B1 H64$", "--quick", "--repeats", "2")
 
 
-def test_command_writes_the_documented_json(tmp_path):
-    out = tmp_path / "new folder" / "r.json"
-    command = [sys.executable, "-m", "bench", "--suite", "cpu", "--rows", "^T50 B1 H64$"]
-    command += ["--quick", "--repeats", "2", "--threads", "1", "--out", str(out)]
-    done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, timeout=120)
+def test_command_writes_the_documented_record(tmp_path):
+    out = tmp_path / "new folder" / "r.jsonl"
+    command = [sys.executable, "-m", "bench", *TINY, "--threads", "1", "--out", str(out)]
+    done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "T50 B1 H64" in done.stdout and "geometric mean of the ratios" in done.stdout
 
-    written = json.loads(out.read_text())
+    written = records.read(out)
     assert set(written) == KEYS
-    assert written["complete"] is True
+    assert written["complete"] is True and written["seconds"] > 0
     settings = written["settings"]
     assert (settings["suite"], settings["dtype"], settings["device"]) == ("cpu", "float32", "cpu")
     assert (settings["threads"], settings["repeats"], settings["quick"]) == (1, 2, True)
     facts = written["environment"]
     assert facts["torch"] == torch.__version__ and facts["lstm_ext"] and facts["cpu"]
     assert facts["lstm_ext_cpu_isa"] and facts["threads"] == 1
-    assert str(tmp_path) not in out.read_text() and str(report.ROOT) not in out.read_text()
+    assert str(tmp_path) not in out.read_text() and str(machine.ROOT) not in out.read_text()
     assert [row["mode"] for row in written["rows"]] == list(MODES)
     for row in written["rows"]:
         assert set(row) == ROW_KEYS
-        for name in ("nn_lstm", "lstm_ext"):
-            assert set(row[name]) == TIMING_KEYS
-            assert row[name]["error"] is None
-            assert len(row[name]["samples_ms"]) == 2 and row[name]["calls_per_sample"] >= 1
-        assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+        assert set(row["modules"]) == {"nn.LSTM", "lstm_ext"}
+        for module in row["modules"].values():
+            assert set(module) == MODULE_KEYS
+            assert module["error"] is None and not module["differs"]
+            assert len(module["samples_ms"]) == 2 and module["calls_per_sample"] >= 1
+        peer = row["modules"]["nn.LSTM"]
+        assert peer["ratio_min"] <= peer["ratio"] <= peer["ratio_max"]
     assert not list(out.parent.glob("*.part"))
 
 
-def test_a_row_that_lstm_ext_refuses_makes_the_run_fail(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def no_limits(monkeypatch):
+    monkeypatch.setattr(cli.cpu_limits, "measure", lambda *_, **__: {"error": "not in this test"})
+
+
+def test_a_row_that_lstm_ext_refuses_makes_the_run_fail(monkeypatch, tmp_path, capsys, no_limits):
     monkeypatch.setattr(lstm_ext, "LSTM", Refusing)
-    out = tmp_path / "r.json"
-    arguments = ("--suite", "cpu", "--rows", "B1 H64", "--quick", "--repeats", "1")
-    assert cli.main((*arguments, "--out", str(out))) == 1
-    written = json.loads(out.read_text())
+    out = tmp_path / "r.jsonl"
+    assert cli.main((*TINY, "--out", str(out))) == 1
+    written = records.read(out)
     assert written["complete"] is True
-    assert [r["lstm_ext"]["error"] for r in written["rows"]] == 2 * [
+    assert [r["modules"]["lstm_ext"]["error"] for r in written["rows"]] == 2 * [
         "RuntimeError: no kernel for this"
     ]
     assert capsys.readouterr().out.count("lstm_ext cannot run this") == 2
 
 
+def test_a_wrong_result_makes_the_run_fail(monkeypatch, tmp_path, no_limits):
+    monkeypatch.setattr(lstm_ext, "LSTM", Off)
+    assert cli.main((*TINY, "--out", str(tmp_path / "r.jsonl"))) == 1
+
+
+def test_an_interrupted_run_goes_on(monkeypatch, tmp_path, capsys, no_limits):
+    out, ran = tmp_path / "r.jsonl", []
+
+    def run_row(problem, mode, *args, **kwargs):
+        if len(ran) == 1:
+            ran.append("interrupted")
+            raise KeyboardInterrupt
+        ran.append(mode)
+        return row_of([2.0, 2.0], [1.0, 1.0], mode)
+
+    monkeypatch.setattr(cli, "run_row", run_row)
+    monkeypatch.setattr(cli.machine, "git_commit", lambda: "c")
+    arguments = (*TINY, "--out", str(out))
+    assert cli.main(arguments) == 1
+    assert not records.read(out)["complete"] and len(records.read(out)["rows"]) == 1
+    # row_of's problem has another name: what was run is what the record says it was.
+    text = out.read_text().replace("T10 B2 H7 I5", "T50 B1 H64")
+    out.write_text(text + '{"name": "T50 B1 H64", "mo')  # cut off while it was written
+    assert cli.main(arguments) == 0
+    assert ran == ["inference", "interrupted", "training"]
+    assert records.read(out)["complete"] and len(records.read(out)["rows"]) == 2
+    assert "goes on with r.jsonl: 1 rows are there" in capsys.readouterr().err
+
+    assert cli.main(arguments) == 0, "a complete one is replaced"
+    assert ran[3:] == ["inference", "training"]
+
+
+def test_only_a_run_alike_goes_on(tmp_path):
+    head = {"settings": {"modes": ("a",)}, "environment": {"date": "1", "torch": "2"}, "limits": {}}
+    out = tmp_path / "r.jsonl"
+    records.Writer(out, head).add({"name": "x"})
+    later = {**head, "environment": {"date": "2", "torch": "2"}}
+    assert records.Writer(out, later).done == [{"name": "x"}]
+    for other in (
+        {**head, "settings": {"modes": ["b"]}},
+        {**head, "environment": {"date": "1", "torch": "3"}},
+    ):
+        text = out.read_text()
+        assert records.Writer(out, other).done == []
+        out.write_text(text)
+    assert records.Writer(out, head, fresh=True).done == []
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no schema"),
+        ('{"rows": []}\n', "not a record of schema 2: it has no schema"),
+        ('{"schema": 1}\n', "it has schema 1"),
+        ('{"schema": 2}\n{\n{}\n', "line 2"),
+        ("[]\n", "no schema"),
+    ],
+)
+def test_another_file_is_no_record(tmp_path, text, message):
+    (tmp_path / "f").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        records.read(tmp_path / "f")
+
+
 def test_default_place_of_results(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(cli, "run", lambda *_: [])
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(cli, "run", lambda *_, **__: [])
     assert cli.main(("--suite", "edges", "--dtype", "bfloat16")) == 0
-    place = tmp_path / "bench" / "results" / report.machine(CPU) / "edges-bfloat16-cpu.json"
+    place = tmp_path / "bench" / "results" / machine.machine(CPU) / "edges-bfloat16-cpu.jsonl"
     assert str(place) in capsys.readouterr().out
     assert place.parent.is_dir()
+
+
+@pytest.mark.parametrize("name", entry.COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        entry.main((name, "--help"))
+    assert caught.value.code == 0
+    assert "usage: python -m bench" in capsys.readouterr().out
