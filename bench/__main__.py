@@ -16,7 +16,7 @@ COMMANDS = {
     "gate": "a short run against the machine's own record; fails on a clear regression",
     "limits": "what this processor can do at most",
 }
-MODULES = {"limits": "cpu_limits"}
+MODULES = {"limits": "cpu_limits", "report": "markdown"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

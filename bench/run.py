@@ -84,6 +84,12 @@ MALLOC_MMAP_THRESHOLD_=1000000000 in the environment; the record says whether th
         "--fresh", action="store_true", help="do not go on with an interrupted run: begin anew"
     )
     parser.add_argument(
+        "--once", action="store_true", help="do nothing where this very run has its record"
+    )
+    parser.add_argument(
+        "--no-limits", action="store_true", help="do not measure what the processor can do"
+    )
+    parser.add_argument(
         "--host",
         action="store_true",
         help="with --device cuda: the time of the calling thread, the GPU's work left out",
@@ -135,14 +141,16 @@ def run(
     out: Path,
     *,
     fresh: bool = False,
+    with_limits: bool = True,
     floor: Floor | None = None,
 ) -> list[dict[str, Any]]:
     """Runs the rows that are not there yet, prints each as it ends and adds it to the record."""
     # The design says which problems the peer runs without oneDNN; its warning breaks the table.
     warnings.filterwarnings("ignore", message="LSTM with projections is not supported")
     device, dtype = torch.device(settings["device"]), settings["dtype"]
+    machine.grow_heap()
     limits: dict[str, Any] = {}
-    if device.type == "cpu":
+    if device.type == "cpu" and with_limits:
         limits = cpu_limits.measure(settings["threads"], repeats=1 if settings["quick"] else 3)
         print("\n".join(cpu_limits.table(limits)), flush=True)
     head = {"settings": settings, "environment": machine.environment(device), "limits": limits}
@@ -183,6 +191,20 @@ def run(
         close()
     print(report.table_foot(rows))
     return rows
+
+
+def is_there(out: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether the record of this run, of these very sources, is complete."""
+    environment = machine.environment(torch.device(settings["device"]))
+    if str(environment["commit"] or "-dirty").endswith("-dirty"):
+        return False
+    try:
+        old = records.read(out)
+    except (OSError, ValueError):
+        return False
+    return old["complete"] and records.same_run(
+        old, {"settings": settings, "environment": environment}
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -253,6 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ends = ("-peers" if names else "") + ("-host" if args.host else "")
         folder = machine.results_folder(torch.device(args.device))
         out = folder / f"{args.suite}-{args.dtype}-{args.device}{ends}.jsonl"
+    if args.once and is_there(out, settings):
+        print(f"is there: {out}")
+        return 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
@@ -264,7 +289,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = [(problem, mode) for problem in problems for mode in modes]
     try:
         builders = peers.builders(names)
-        rows = run(work, builders, settings, out, fresh=args.fresh, floor=floor)
+        rows = run(
+            work,
+            builders,
+            settings,
+            out,
+            fresh=args.fresh,
+            with_limits=not args.no_limits,
+            floor=floor,
+        )
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 1

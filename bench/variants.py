@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lstm_ext
-from bench.machine import environment
+from bench.machine import environment, grow_heap
 from bench.timing import seconds, warm_up
 from bench.work import make_call
 from lstm_ext import reference
@@ -143,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    grow_heap()
     size, device = (args.steps, args.batch, args.hidden), torch.device(args.device)
     rows = []
 
