@@ -9,7 +9,8 @@ Who knows what, each module only those above it:
 * ``timing``      interleaved timing of several modules
 * ``peers``       other LSTMs
 * ``limits``, ``floor``             what a step costs at least on a GPU
-* ``cpu_limits``, ``roofline``      what a call costs at least on a CPU
+* ``cpu_limits``, ``gpu_limits``    what a processor can do at most
+* ``roofline``    what a call costs at least
 * ``report``      a row as it is written and printed
 * ``run``         the command that measures; ``__main__`` names the others
 * ``plots``, ``markdown``, ``compare``, ``gate``, ``publish``  commands on records

@@ -33,8 +33,20 @@ double now() {
   return duration<double>(steady_clock::now().time_since_epoch()).count();
 }
 
+// A vector register, where there is a name for one: from memory, the loops would load and store.
+#if defined(__x86_64__)
+#define REGISTER "+x"
+#elif defined(__aarch64__)
+#define REGISTER "+w"
+#else
+#define REGISTER "+m"
+#endif
+
 // The compiler must believe that the value is used and may have changed.
-void keep(Vector& value) { asm volatile("" : "+x"(value)); }
+template <class T>
+void keep(T& value) {
+  asm volatile("" : REGISTER(value));
+}
 
 // Floating-point operations done: `rounds` times one multiply-add in each chain.
 double multiply_add(int64_t rounds) {

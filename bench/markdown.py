@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench import cpu_limits, machine, plots, records, roofline
+from bench import cpu_limits, gpu_limits, machine, plots, records, roofline
 from bench.records import OURS, PEER
 from bench.report import difference, number, percent, ratio_range
 from bench.suites import Problem
@@ -147,7 +147,9 @@ def report(folder: Path) -> str:
     lines = [f"# {folder.name}", "", INTRODUCTION, ""]
     if measured:
         limits = best_limits(measured)
-        lines += ["## What the processor can do at most", "", *cpu_limits.table(limits), ""]
+        of_gpu = limits.get("device") == "cuda"
+        cells = (gpu_limits if of_gpu else cpu_limits).table(limits)
+        lines += ["## What the processor can do at most", "", *cells, ""]
         for record in found.values():
             set_bounds(record, limits)
     for name, record in found.items():
@@ -174,7 +176,7 @@ def best_limits(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def set_bounds(record: Record, limits: Mapping[str, Any]) -> None:
     """The rows' limit anew, from these measurements: those beside the record may be disturbed."""
-    if limits.get("threads") != record["settings"]["threads"] or not record["limits"]:
+    if record["limits"].get("threads") != limits.get("threads"):
         return
     for row in record["rows"]:
         lengths = row["problem"]["lengths"]

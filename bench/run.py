@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import cpu_limits, machine, records, report, roofline
+from bench import cpu_limits, gpu_limits, machine, records, report, roofline
 from bench.__main__ import COMMANDS
 from bench.limits import Floor
 from bench.suites import SUITES, Problem, modes_of
@@ -87,7 +87,7 @@ MALLOC_MMAP_THRESHOLD_=1000000000 in the environment; the record says whether th
         "--once", action="store_true", help="do nothing where this very run has its record"
     )
     parser.add_argument(
-        "--no-limits", action="store_true", help="do not measure what the processor can do"
+        "--no-limits", action="store_true", help="do not measure what the processor can do at most"
     )
     parser.add_argument(
         "--host",
@@ -150,9 +150,12 @@ def run(
     device, dtype = torch.device(settings["device"]), settings["dtype"]
     machine.grow_heap()
     limits: dict[str, Any] = {}
-    if device.type == "cpu" and with_limits:
+    if with_limits and device.type == "cpu":
         limits = cpu_limits.measure(settings["threads"], repeats=1 if settings["quick"] else 3)
         print("\n".join(cpu_limits.table(limits)), flush=True)
+    elif with_limits:
+        limits = gpu_limits.measure(DTYPES[dtype], device)
+        print("\n".join(gpu_limits.table(limits)), flush=True)
     head = {"settings": settings, "environment": machine.environment(device), "limits": limits}
     record = records.Writer(out, head, fresh)
     rows = list(record.done)

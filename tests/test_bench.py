@@ -1,6 +1,7 @@
 """The benchmark's rows, command line and records; nothing looks at a time."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -188,6 +189,33 @@ def test_memory_of_a_call():
     if peak is None:
         pytest.skip("the system does not tell")
     assert 15 << 20 <= peak < 32 << 20
+
+
+MAPPED = """
+import ctypes, sys, torch
+from bench import machine
+class Info(ctypes.Structure):
+    _fields_ = [(str(n), ctypes.c_size_t) for n in range(10)]
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Info
+if "grow" in sys.argv:
+    machine.grow_heap()
+before = getattr(mallinfo(), "3")
+kept = torch.empty(8 << 20, dtype=torch.uint8)
+print(getattr(mallinfo(), "3") - before)
+"""
+
+
+@pytest.mark.parametrize("argument, mapped", [("grow", "0"), ("", "1")])
+def test_a_grown_heap_maps_no_block(argument, mapped):
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    command = [sys.executable, "-c", MAPPED, argument]
+    done = subprocess.run(
+        command, cwd=machine.ROOT, env=environ, capture_output=True, text=True, timeout=120
+    )
+    if "undefined symbol" in done.stderr:
+        pytest.skip("not glibc, or an old one")
+    assert done.stdout.strip() == mapped, done.stderr
 
 
 @pytest.mark.parametrize(

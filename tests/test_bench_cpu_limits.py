@@ -1,8 +1,9 @@
-"""The processor's limits: what is measured, and the time that a call cannot do without."""
+"""The limits of processors: what is measured, and the time that a call cannot do without."""
 
 import pytest
+import torch
 
-from bench import cpu_limits, roofline
+from bench import cpu_limits, gpu_limits, roofline
 from bench.__main__ import main
 from bench.suites import Problem, square
 
@@ -117,3 +118,16 @@ def test_threads_of_the_command(capsys):
         main(("limits", "--threads", "0"))
     assert caught.value.code == 2
     assert "expected 1 or more, got 0" in capsys.readouterr().err
+
+
+def test_a_gpus_limits_are_measured_with_torch(capsys):
+    """On the CPU here: what is called, and that TF32 is left as it was."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    limits = gpu_limits.measure(torch.bfloat16, torch.device("cpu"), size=64, repeats=1)
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+    assert limits["gflops"]["bfloat16"]["1"] > 0 and limits["copy_gb_per_s"] > 0
+    assert "products of large matrices in bfloat16" in "\n".join(gpu_limits.table(limits))
+    # The arithmetic alone: 6·672 flop.
+    limits["gflops"]["bfloat16"]["1"] = 2.0
+    seconds = roofline.bound(Problem(3, 2, 5, 7), "inference", "bfloat16", limits)
+    assert seconds == pytest.approx(6 * 672 / 2e9)

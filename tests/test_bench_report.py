@@ -142,6 +142,16 @@ def test_the_best_of_several_measurements():
     assert markdown.best_limits([{"error": "x"}]) == {"error": "x"}
 
 
+def test_limits_of_a_gpu(tmp_path):
+    limits = {"threads": 1, "device": "cuda", "cache_bytes": {}, "gb_per_s": {}}
+    limits |= {"gflops": {"float32": {"1": 100.0}}, "copy_gb_per_s": 5.0}
+    write(tmp_path / "a.jsonl", row(P, "inference", 4.0, 2.0), device="cuda", limits=limits)
+    text = markdown.report(tmp_path)
+    assert "| products of large matrices in float32 | 100 GFLOP/s |" in text
+    share = 100e3 * P.flop("inference") / 100e9 / 2.0
+    assert f" | {share:.0f} % | 1.5 / 1.5 |" in text and share > 1
+
+
 @pytest.mark.parametrize(
     "problem, axes",
     [
