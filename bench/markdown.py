@@ -29,7 +29,8 @@ Written by `python -m bench report` from the records beside it (JSON lines: ever
 environment and the settings). Times are medians of samples taken in turn, the ratio is nn.LSTM's
 time over lstm_ext's, pair by pair: above 1 lstm_ext is faster; the range is that of all pairs, a
 disturbed one too. Inputs are random and change from call to call, beyond the second-level cache;
-the heap is that of a process that has run for a while.
+the heap is that of a process that has run for a while. Where a call needs more than 32 MB, glibc
+maps memory anew each time, and its page faults are in the time (training at H 1024).
 *Of the limit*: what the call cannot do without (its arithmetic at the measured peak; in each step
 of the recurrence at least reading W_hh from the nearest caches that hold it) over what it took.
 *Weights* is how fast W_hh was read, were the whole call spent on it. *Memory* is what a call adds
@@ -83,26 +84,33 @@ def row_cells(row: Mapping[str, Any], others: Sequence[str]) -> list[str]:
 
 
 def notes(record: Record) -> Iterator[str]:
-    """What could not run, or computes something else: one line a module and reason."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """What could not run, or is not the same: one line a module and reason."""
+    modes: dict[str, int] = {}
+    failed: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    differs: dict[str, list[str]] = {}
     for row in record["rows"]:
+        modes[row["mode"]] = modes.get(row["mode"], 0) + 1
         for name, module in row["modules"].items():
-            where = f"{row['name']} {row['mode']}"
             if module["error"]:
-                found.setdefault((name, module["error"]), []).append(where)
+                reason = module["error"].removeprefix("Unsupported: ")
+                failed.setdefault((name, reason), []).append(records.key(row))
             elif module["differs"]:
-                found.setdefault((name, "computes something else (*)"), []).append(
-                    f"{where}: {difference(module)}"
-                )
-    for (name, reason), rows in found.items():
-        where = "all rows" if len(rows) == len(record["rows"]) else "; ".join(rows)
-        yield f"- {name}: {reason} ({where})"
+                where = f"{row['name']} {row['mode']}: {difference(module)}"
+                differs.setdefault(name, []).append(where)
+    for (name, reason), keys in failed.items():
+        whole = [m for m in modes if sum(mode == m for _, mode in keys) == modes[m]]
+        rest = [f"{problem} {mode}" for problem, mode in keys if mode not in whole]
+        where = ["all rows"] if len(whole) == len(modes) else [f"all in {m}" for m in whole] + rest
+        yield f"- {name}: {reason} ({'; '.join(where)})"
+    for name, rows in differs.items():
+        yield f"- {name}: not the same within tolerance (*): {'; '.join(rows)}"
 
 
 def section(record: Record, name: str, folder: Path) -> list[str]:
     settings = record["settings"]
     others = [peer for peer in records.peers(record) if peer != PEER]
-    lines = [f"## {settings['suite']}, {settings['dtype']}", ""]
+    beside = ", beside other peers" if others else ""
+    lines = [f"## {settings['suite']}, {settings['dtype']}{beside}", ""]
     if not record["complete"]:
         lines += ["**Not complete: the run was interrupted.**", ""]
     if settings["quick"]:

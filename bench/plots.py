@@ -159,7 +159,12 @@ PLOTS: Mapping[str, Callable[[Record, Path], bool]] = {
 
 
 def draw(record: Record, stem: Path) -> dict[str, Path]:
-    """The plots that a record is good for, as ``<stem>-<kind>.svg``; by kind."""
+    """The plots that a record is good for, as ``<stem>-<kind>.svg``; by kind.
+
+    None of a record with more peers than nn.LSTM: it has a record of its own without them.
+    """
+    if record["settings"]["peers"]:
+        return {}
     kinds = ("scaling",) if record["settings"]["suite"] == "scaling" else ("speedup", "limit")
     paths = {kind: stem.with_name(f"{stem.name}-{kind}.svg") for kind in kinds}
     return {kind: path for kind, path in paths.items() if PLOTS[kind](record, path)}

@@ -1,9 +1,10 @@
 """``python -m bench publish``: the CPU's records, and the report made from them.
 
-The suite cpu in float32 and bfloat16, how time grows (scaling), the gate's records, all beside
-nn.LSTM; then README.md and plots, and the speed section of the project's README.md. A step whose
-record is there, of the same commit and machine, is not run again: an interrupted call goes on.
-With --peers the suite cpu beside all peers instead, which takes longer.
+About four minutes on two cores. The suite cpu in float32 and bfloat16, how time grows (scaling),
+the gate's records, all beside nn.LSTM; then README.md and plots, and the speed section of the
+project's README.md. A step whose record is there, of the same commit and machine, is not run
+again: an interrupted call goes on.
+With --peers the suite cpu beside all peers instead, about as long.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def table_row(row: Mapping[str, Any]) -> str:
             ratio = f"ratio {number(module['ratio'], 2)} ({ratio_range(module)})"
             lines.append(f"    {name} {number(module['ms'], 3)} ms, {ratio}")
         if module["differs"]:
-            lines.append(f"    {name} computes something else: {difference(module)}")
+            lines.append(f"    {name} is not the same within tolerance: {difference(module)}")
     return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ from bench.machine import l2_bytes, peak_memory
 from bench.records import OURS, PEER
 from bench.suites import Problem
 from bench.work import (
+    Input,
     LSTMClass,
     build,
     error_of,
@@ -168,6 +169,23 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
+def truth_of(
+    reference: nn.Module, x: Input, mode: str, cotangent: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What nn.LSTM computes in float64, on its device or, where that is too small, on the CPU."""
+
+    def compute(device: torch.device) -> dict[str, torch.Tensor]:
+        exact = copy.deepcopy(reference).to(device, torch.float64)
+        return outcome(exact, x.to(device, torch.float64), mode, cotangent.to(device))
+
+    device = next(reference.parameters()).device
+    try:
+        return compute(device)
+    except torch.OutOfMemoryError:
+        free_memory(device)
+    return compute(torch.device("cpu"))
+
+
 def run_row(
     problem: Problem,
     mode: str,
@@ -193,11 +211,7 @@ def run_row(
     width = directions * (problem.proj_size or problem.hidden_size)
     cotangent = torch.randn(*values(inputs[0]).shape[:-1], width).to(values(inputs[0]))
 
-    exact = copy.deepcopy(reference).double()
-    first = inputs[0]
-    first = first._replace(data=first.data.double()) if problem.lengths else first.double()
-    truth = outcome(exact, first, mode, cotangent)
-    del exact
+    truth = truth_of(reference, inputs[0], mode, cotangent)
 
     calls: list[tuple[Timing, Callable[[], torch.Tensor]]] = []
     for name, builder in builders.items():

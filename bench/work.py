@@ -153,7 +153,8 @@ def error_of(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
                 f"{name} is {tuple(one.shape)} {str(one.dtype).removeprefix('torch.')}, "
                 f"expected {tuple(true.shape)}"
             )
-        error = float((one.double() - true).abs().max() / true.abs().max())
+        one = one.to(true.device, torch.float64)
+        error = float((one - true).abs().max() / true.abs().max())
         largest = math.inf if math.isnan(error) else max(largest, error)
     return largest
 

@@ -70,6 +70,7 @@ def test_samples_are_taken_in_turn(log, monkeypatch):
     # The modules stay on the CPU: only the clock is CUDA's.
     monkeypatch.setattr(nn.LSTM, "to", lambda self, *_, **__: self)
     monkeypatch.setattr(timing, "make_inputs", lambda *_: [torch.randn(2, 1, 3)])
+    monkeypatch.setattr(timing, "truth_of", lambda *_: {})
     monkeypatch.setattr(timing, "l2_bytes", lambda device: 0)
     monkeypatch.setattr(timing, "peak_memory", lambda call, device: None)
     row = timing.run_row(

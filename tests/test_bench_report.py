@@ -76,8 +76,11 @@ def test_report(folder, capsys):
     assert f" | {share / 4:.0f} % | {share / 2:.0f} % | 1.5 / 1.5 | - |" in text
     assert "ratios to nn.LSTM: inference 1.26, all 1.69, training 3.00" in text
     assert "ratios to haste" not in text, "the only ratio is of another function"
-    assert "- haste: Unsupported: a GPU only (T50 B1 H64 inference; T50 B1 H64 training)" in text
-    assert "- haste: computes something else (*) (T100 B16 H256 inference: off by 1.0e-01" in text
+    assert "- haste: a GPU only (all in training; T50 B1 H64 inference)" in text
+    assert (
+        "- haste: not the same within tolerance (*): T100 B16 H256 inference: off by 1.0e-01"
+        in text
+    )
     assert "| multiply-adds in float32, 512-bit vectors | 100 GFLOP/s | 200 GFLOP/s |" in text
     assert "commit abc" in text
     shown = [line[line.index("(") + 1 : -1] for line in text.splitlines() if line[:2] == "!["]
@@ -102,6 +105,14 @@ def test_a_run_that_is_no_good_is_marked(tmp_path):
     assert "**Not complete: the run was interrupted.**" in text and "**A quick run" in text
     with pytest.raises(ValueError, match="no complete record"):
         markdown.speed_table(tmp_path, tmp_path)
+
+
+def test_what_no_row_could_run(tmp_path):
+    absent = {"flashrnn": module(None, error="Unsupported: flashrnn is not installed")}
+    rows = [row(P, mode, 4.0, 2.0, **absent) for mode in ("inference", "training")]
+    write(tmp_path / "a.jsonl", *rows, peers=["flashrnn"])
+    assert "- flashrnn: flashrnn is not installed (all rows)" in markdown.report(tmp_path)
+    assert not list(tmp_path.glob("*.svg"))
 
 
 def test_without_limits_nothing_is_claimed(tmp_path):
