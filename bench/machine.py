@@ -87,8 +87,9 @@ def git_commit() -> str | None:
     commit = _output_of("git", "rev-parse", "HEAD")
     if commit is None:
         return None
-    # Results of this very run must not make the commit dirty.
-    changed = _output_of("git", "status", "--porcelain", "--", ".", ":!bench/results")
+    # What a benchmark writes must not make the commit dirty.
+    written = (":!bench/results", ":!README.md")
+    changed = _output_of("git", "status", "--porcelain", "--", ".", *written)
     return commit + ("-dirty" if changed else "")
 
 

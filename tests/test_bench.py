@@ -233,6 +233,27 @@ def test_a_grown_heap_maps_no_block(argument, mapped):
     assert done.stdout.strip() == mapped, done.stderr
 
 
+def test_what_a_benchmark_writes_does_not_make_the_commit_dirty(tmp_path, monkeypatch):
+    def git(*words):
+        who = ("-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    git("init")
+    for name in ("README.md", "bench/results/r", "bench/code"):
+        (tmp_path / name).write_text("old")
+    git("add", ".")
+    git("commit", "-m", "m", "--no-verify")
+    clean = machine.git_commit()
+    assert len(clean) == 40
+    for name in ("README.md", "bench/results/r", "bench/results/new"):
+        (tmp_path / name).write_text("new")
+    assert machine.git_commit() == clean
+    (tmp_path / "bench" / "code").write_text("new")
+    assert machine.git_commit() == f"{clean}-dirty"
+
+
 @pytest.mark.parametrize(
     "model, folder",
     [
