@@ -71,9 +71,9 @@ demo: toolkit $(VENV)/.extra-demo  ## a character language model, beside nn.LSTM
 	$(BUILD)
 	$(BIN)/python examples/char_lm.py $(ARGS)
 
-bench: $(VENV)/.extra-test  ## timings beside nn.LSTM; ARGS="--help" tells what there is
+bench: $(VENV)/.extra-bench  ## the CPU's speed beside nn.LSTM, and a report; ARGS="--help": the rest
 	$(BUILD)
-	$(BIN)/python -m bench $(ARGS)
+	$(BIN)/python -m bench $(or $(ARGS),publish)
 
 # A Python that was named is taken as it is; $(VENV) is neither made nor used then.
 ifeq ($(origin PYTHON),file)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench.report import environment
+from bench.machine import environment
 from lstm_ext import _build
 
 ROOT = Path(__file__).resolve().parent.parent

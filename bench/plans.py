@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.report import environment
+from bench.machine import environment
 from bench.suites import SUITES, Problem
 from lstm_ext import ops
 from lstm_ext.cuda_engine import FAMILIES, CudaEngine

@@ -1,7 +1,8 @@
 """The benchmark problems of the design, as data.
 
 A problem that the design leaves without a number has it chosen here, beside the list it
-belongs to: the step count of GNMT and of the edges, and the lengths of packed batches.
+belongs to: the step count of GNMT and of the edges, and the lengths of packed batches. The suites
+host, scaling and gate are not of the design.
 """
 
 from __future__ import annotations
@@ -191,6 +192,31 @@ def _host() -> tuple[Problem, ...]:
     )
 
 
+def _scaling() -> tuple[Problem, ...]:
+    # One size at a time from T 100, B 16, H 256: the work doubles with T and B, and grows fourfold
+    # with H.
+    t, b, h = SCALING_BASE
+    return (
+        *(square(steps, b, h) for steps in (25, 50, 100, 200, 400, 800)),
+        *(square(t, batch, h) for batch in (1, 2, 4, 8, 32, 64)),
+        *(square(t, b, hidden) for hidden in (64, 128, 512, 1024)),
+    )
+
+
+def _gate() -> tuple[Problem, ...]:
+    # A few of the CPU's, seconds in all: every way through its kernels.
+    return (
+        square(50, 1, 64),
+        square(100, 1, 256),
+        square(150, 4, 256),
+        square(100, 16, 256),
+        square(50, 64, 128),
+        square(100, 32, 256, lengths=spread(5, 100, 32)),
+    )
+
+
+SCALING_BASE = (100, 16, 256)
+
 SUITES: dict[str, tuple[Problem, ...]] = {
     "host": _host(),
     "cpu": _cpu(),
@@ -199,6 +225,8 @@ SUITES: dict[str, tuple[Problem, ...]] = {
     "flashrnn": _flashrnn(),
     "classic": _classic(),
     "edges": _edges(),
+    "scaling": _scaling(),
+    "gate": _gate(),
 }
 
 # DeepBench publishes one list for each; every other suite runs both unless told.

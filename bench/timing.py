@@ -1,12 +1,14 @@
-"""What one row runs, and how it is timed.
+"""How a row is timed.
 
-Both modules get the same weights, the same input and the same cotangent, and are timed in
-turn (A B A B …) in one process, so that a change of clock speed or a busy neighbour falls on
-both. A ratio is taken within each pair of neighbouring samples before any median.
+All modules get the same weights, the same inputs and the same cotangent. Each is first checked to
+compute what nn.LSTM computes in float64. They are timed in turn (A B A B …) in one process, so that
+a change of clock speed or a busy neighbour falls on all. A ratio is taken within each turn before
+any median.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
@@ -15,129 +17,98 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+from bench.machine import l2_bytes, peak_memory
+from bench.records import OURS, PEER
 from bench.suites import Problem
+from bench.work import (
+    Input,
+    LSTMClass,
+    build,
+    error_of,
+    make_call,
+    make_inputs,
+    outcome,
+    rounding,
+    values,
+)
 
-LSTMClass = Callable[..., nn.Module]
+#: From an nn.LSTM (or work.Chain), on its device and in its dtype, its problem and the mode: a
+#: module of the same weights, called with a (T, B, I) tensor or a PackedSequence, that returns
+#: nn.LSTM's pair. Whatever it raises is the reason why it cannot run the problem.
+Builder = Callable[[nn.Module, Problem, str], nn.Module]
 
 
 @dataclass
 class Timing:
-    """Raw samples of one module: seconds a call, ``inner`` calls a sample."""
+    """Raw samples of one module: seconds a call, ``inner`` calls a sample.
+
+    off_by: largest difference from nn.LSTM in float64, relative to a tensor's largest element.
+    allowed: what it may be; None for nn.LSTM, the yardstick.
+    peak_bytes, host_us: what one call needs beside its inputs; the time of the thread that calls.
+    """
 
     samples: list[float] = field(default_factory=list)
     inner: int = 0
     error: str | None = None
+    off_by: float | None = None
+    allowed: float | None = None
+    peak_bytes: int | None = None
+    host_us: float | None = None
 
     @property
     def median(self) -> float | None:
         return statistics.median(self.samples) if self.samples else None
 
+    @property
+    def differs(self) -> bool:
+        """Whether the module computes something else than nn.LSTM."""
+        return self.off_by is not None and self.allowed is not None and self.off_by > self.allowed
+
 
 @dataclass
 class Row:
-    """One problem in one mode. ``peer`` is nn.LSTM, ``ours`` is lstm_ext.LSTM.
+    """One problem in one mode, with the timing of each module by its name.
 
-    ``floor_us``: microseconds that a step cannot do without (``bench.limits``), if measured.
+    floor_us: microseconds that a step cannot do without (``bench.limits``), if measured.
+    bound: seconds that a call cannot do without (``bench.roofline``), if measured.
     """
 
     problem: Problem
     mode: str
-    peer: Timing
-    ours: Timing
+    timings: dict[str, Timing]
     floor_us: float | None = None
+    bound: float | None = None
 
     @property
-    def ratios(self) -> list[float]:
-        """nn.LSTM's time over ours, pair by pair; above 1 we are faster. Empty if one failed."""
-        if self.peer.error or self.ours.error:
+    def ours(self) -> Timing:
+        return self.timings[OURS]
+
+    @property
+    def peer(self) -> Timing:
+        return self.timings[PEER]
+
+    def ratios(self, name: str = PEER) -> list[float]:
+        """A peer's time over ours, turn by turn; above 1 we are faster. Empty if one failed."""
+        peer = self.timings[name]
+        if peer.error or self.ours.error:
             return []
-        return [a / b for a, b in zip(self.peer.samples, self.ours.samples, strict=True)]
+        return [a / b for a, b in zip(peer.samples, self.ours.samples, strict=True)]
 
-    @property
-    def ratio(self) -> float | None:
-        return statistics.median(self.ratios) if self.ratios else None
-
-
-class Chain(nn.Module):
-    """LSTMs one after the other, for stacks that no single nn.LSTM describes."""
-
-    def __init__(self, *lstms: nn.Module):
-        super().__init__()
-        self.lstms = nn.ModuleList(lstms)
-
-    def forward(self, x):
-        state = None
-        for lstm in self.lstms:
-            x, state = lstm(x)
-        return x, state
+    def ratio(self, name: str = PEER) -> float | None:
+        ratios = self.ratios(name)
+        return statistics.median(ratios) if ratios else None
 
 
-def build(lstm: LSTMClass, problem: Problem) -> nn.Module:
-    """The problem's module, made of ``lstm`` (nn.LSTM or a drop-in for it)."""
-    if not problem.first_bidirectional:
-        return lstm(
-            problem.input_size,
-            problem.hidden_size,
-            num_layers=problem.num_layers,
-            bidirectional=problem.bidirectional,
-            proj_size=problem.proj_size,
-        )
-    first = lstm(problem.input_size, problem.hidden_size, bidirectional=True)
-    rest = lstm(2 * problem.hidden_size, problem.hidden_size, num_layers=problem.num_layers - 1)
-    return Chain(first, rest)
+def drop_in(lstm: LSTMClass) -> Builder:
+    """The builder of a class with nn.LSTM's constructor and state dict."""
 
+    def make(reference: nn.Module, problem: Problem, mode: str) -> nn.Module:
+        module = build(lstm, problem).to(next(reference.parameters()))
+        module.load_state_dict(reference.state_dict())
+        return module
 
-def make_input(
-    problem: Problem, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor | PackedSequence:
-    """Standard normal input, (T, B, I) or packed."""
-    x = torch.randn(problem.steps, problem.batch, problem.input_size)
-    x = x.to(device=device, dtype=dtype)
-    if problem.lengths is None:
-        return x
-    return pack_padded_sequence(x, torch.tensor(problem.lengths), enforce_sorted=False)
-
-
-def values(sequence: torch.Tensor | PackedSequence) -> torch.Tensor:
-    return sequence.data if isinstance(sequence, PackedSequence) else sequence
-
-
-def make_call(
-    module: nn.Module, x: torch.Tensor | PackedSequence, mode: str, cotangent: torch.Tensor
-) -> Callable[[], torch.Tensor]:
-    """A function without arguments that does one unit of work and returns the output.
-
-    Inference is a forward pass in eval mode. Training is a forward pass and the gradients of
-    ``sum(output * cotangent)`` with respect to every parameter and the input; the cotangent is
-    handed to backward as such, which keeps the product and the sum out of the timing.
-    """
-    if mode == "inference":
-        module.eval()
-
-        def forward() -> torch.Tensor:
-            with torch.inference_mode():
-                return values(module(x)[0])
-
-        return forward
-
-    module.train()
-    leaf = values(x).detach().clone().requires_grad_()
-    x = x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf
-    wanted = [leaf, *module.parameters()]
-
-    def step() -> torch.Tensor:
-        output = values(module(x)[0])
-        output.backward(cotangent)
-        # Dropped here and not before the next call: gradients that one module keeps while the
-        # other is timed push the other's to the top of the heap, which malloc gives back to the
-        # system at each call. nn.LSTM beside itself then read 0.74 (T25 B1 H1024).
-        for tensor in wanted:
-            tensor.grad = None
-        return output
-
-    return step
+    return make
 
 
 # So many calls fit a GPU's queue of launches: past it the thread that launches has to wait.
@@ -198,11 +169,27 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
+def truth_of(
+    reference: nn.Module, x: Input, mode: str, cotangent: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What nn.LSTM computes in float64, on its device or, where that is too small, on the CPU."""
+
+    def compute(device: torch.device) -> dict[str, torch.Tensor]:
+        exact = copy.deepcopy(reference).to(device, torch.float64)
+        return outcome(exact, x.to(device, torch.float64), mode, cotangent.to(device))
+
+    device = next(reference.parameters()).device
+    try:
+        return compute(device)
+    except torch.OutOfMemoryError:
+        free_memory(device)
+    return compute(torch.device("cpu"))
+
+
 def run_row(
     problem: Problem,
     mode: str,
-    peer: LSTMClass,
-    ours: LSTMClass,
+    builders: Mapping[str, Builder],
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -212,31 +199,38 @@ def run_row(
 ) -> Row:
     """Times one problem; whatever one module cannot run is said in its ``error``.
 
+    builders: by name, in the order of a turn; those of ``PEER`` and ``OURS`` among them.
     host: the time of the calling thread alone (see ``seconds``), in samples of ``HOST_CALLS``.
     """
     torch.manual_seed(0)
     free_memory(device)
-    row = Row(problem, mode, Timing(), Timing())
-    reference = build(peer, problem)
-    x = make_input(problem, dtype, device)
+    row = Row(problem, mode, {name: Timing() for name in builders})
+    reference = build(nn.LSTM, problem).to(device=device, dtype=dtype)
+    inputs = make_inputs(problem, dtype, device, l2_bytes(device))
     directions = list(problem.layer_shapes())[-1][1]
     width = directions * (problem.proj_size or problem.hidden_size)
-    cotangent = torch.randn(*values(x).shape[:-1], width).to(values(x))
+    cotangent = torch.randn(*values(inputs[0]).shape[:-1], width).to(values(inputs[0]))
+
+    truth = truth_of(reference, inputs[0], mode, cotangent)
 
     calls: list[tuple[Timing, Callable[[], torch.Tensor]]] = []
-    for timing, lstm in ((row.peer, peer), (row.ours, ours)):
+    for name, builder in builders.items():
+        timing = row.timings[name]
         try:
-            module = build(lstm, problem)
-            module.load_state_dict(reference.state_dict())
-            call = make_call(module.to(device=device, dtype=dtype), x, mode, cotangent)
-            output = call()
-            if output.shape != cotangent.shape or output.dtype != dtype:
-                raise ValueError(
-                    f"the output is {tuple(output.shape)} {output.dtype}, "
-                    f"expected {tuple(cotangent.shape)} {dtype}"
-                )
-            del output
+            module = builder(reference, problem, mode)
+            found = outcome(module, inputs[0], mode, cotangent)
+            if found["output"].dtype != dtype:
+                raise ValueError(f"the output is {found['output'].dtype}, expected {dtype}")
+            timing.off_by = error_of(found, truth)
+            del found
+            if name != PEER:
+                yardstick = row.timings[PEER].off_by if PEER in row.timings else None
+                timing.allowed = 2 * (yardstick or 0) + rounding(dtype, device)
+            call = make_call(module, inputs, mode, cotangent)
+            timing.peak_bytes = peak_memory(call, device)
             timing.inner = warm_up(call, min_sample, device)
+            if device.type == "cuda":
+                timing.host_us = 1e6 * seconds(call, HOST_CALLS, device, True) / HOST_CALLS
             if host:
                 timing.inner = min(timing.inner, HOST_CALLS)
         except Exception as error:  # A row that a module refuses is a result, not a crash.
@@ -245,18 +239,9 @@ def run_row(
         else:
             calls.append((timing, call))
 
+    del truth
     for _ in range(repeats):
         for timing, call in calls:
             spent = seconds(call, timing.inner, device, host)
             timing.samples.append(spent / timing.inner)
     return row
-
-
-def geometric_means(rows: list[Row]) -> Mapping[str, float]:
-    """Geometric mean of the rows' ratios, for each mode that has any and for all."""
-    groups: dict[str, list[float]] = {}
-    for row in rows:
-        if row.ratio is not None:
-            groups.setdefault(row.mode, []).append(row.ratio)
-            groups.setdefault("all", []).append(row.ratio)
-    return {name: statistics.geometric_mean(group) for name, group in groups.items()}

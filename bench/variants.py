@@ -11,6 +11,7 @@ masks drawn; inference is without masks.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lstm_ext
-from bench.report import environment, write_json
-from bench.timing import make_call, seconds, warm_up
+from bench.machine import environment, grow_heap
+from bench.timing import seconds, warm_up
+from bench.work import make_call
 from lstm_ext import reference
 
 #: Arguments of the variant; those that the LSTM beside it has too come from BASES.
@@ -99,7 +101,7 @@ def measure(
     for module in (variant, plain, Loop(variant)):
         module = module.to(device)
         cotangent = torch.randn_like(module(x)[0])
-        call = make_call(module, x, mode, cotangent)
+        call = make_call(module, [x], mode, cotangent)
         calls.append((call, warm_up(call, min_sample, device)))
     samples = [
         [seconds(call, inner, device) / inner for call, inner in calls] for _ in range(repeats)
@@ -141,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    grow_heap()
     size, device = (args.steps, args.batch, args.hidden), torch.device(args.device)
     rows = []
 
@@ -155,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is not None:
         settings = {"size": size, "repeats": args.repeats, "threads": torch.get_num_threads()}
         facts = {"settings": settings, "environment": environment(device), "rows": rows}
-        write_json(facts, args.out)
+        args.out.write_text(json.dumps(facts, indent=1) + "\n")
     return 0
 
 

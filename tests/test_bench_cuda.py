@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lstm_ext
-from bench import __main__ as cli
+from bench import run as cli
 from bench import timing
 from bench.suites import Problem
 
@@ -68,13 +68,15 @@ def test_samples_are_taken_in_turn(log, monkeypatch):
         return Named
 
     # The modules stay on the CPU: only the clock is CUDA's.
-    monkeypatch.setattr(nn.LSTM, "to", lambda self, device, dtype: nn.Module.to(self, dtype))
-    monkeypatch.setattr(timing, "make_input", lambda *_: torch.randn(2, 1, 3))
+    monkeypatch.setattr(nn.LSTM, "to", lambda self, *_, **__: self)
+    monkeypatch.setattr(timing, "make_inputs", lambda *_: [torch.randn(2, 1, 3)])
+    monkeypatch.setattr(timing, "truth_of", lambda *_: {})
+    monkeypatch.setattr(timing, "l2_bytes", lambda device: 0)
+    monkeypatch.setattr(timing, "peak_memory", lambda call, device: None)
     row = timing.run_row(
         Problem(2, 1, 3, 4),
         "training",
-        of("peer"),
-        of("ours"),
+        {"nn.LSTM": timing.drop_in(of("peer")), "lstm_ext": timing.drop_in(of("ours"))},
         dtype=torch.float32,
         device=CUDA,
         repeats=3,
@@ -83,7 +85,8 @@ def test_samples_are_taken_in_turn(log, monkeypatch):
     assert row.peer.error is None and row.ours.error is None
     assert (row.peer.inner, row.ours.inner) == (2, 2)
     assert names[-12:] == ["peer", "peer", "ours", "ours"] * 3
-    assert row.ratios == pytest.approx([1.0] * 3)
+    assert row.ratios() == pytest.approx([1.0] * 3)
+    assert row.peer.host_us > 0 and row.ours.host_us > 0
     assert log[0] == "empty_cache"
 
 

@@ -73,12 +73,12 @@ def test_floor_of_a_step(floor, problem, mode, itemsize, expected):
 
 
 def test_a_row_is_held_against_it():
-    row = timing.Row(
-        Problem(10, 2, 5, 7), "inference", timing.Timing([1e-3], 1), timing.Timing([2e-4], 1), 8.0
-    )
+    timings = {"nn.LSTM": timing.Timing([1e-3], 1), "lstm_ext": timing.Timing([2e-4], 1)}
+    row = timing.Row(Problem(10, 2, 5, 7), "inference", timings, floor_us=8.0)
     assert report.of_floor(row) == pytest.approx(20 / 8)
-    assert report.to_json([row], {}, {}, True)["rows"][0]["of_floor"] == pytest.approx(2.5)
-    assert " 2.50 " in report.table_row(row)
+    written = report.row_json(row, "float32")
+    assert written["of_floor"] == pytest.approx(2.5)
+    assert " 2.50 " in report.table_row(written)
     row.floor_us = None
     assert report.of_floor(row) is None
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import report, timing
+from bench import machine, records, report, timing
 from bench.suites import square
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,7 +210,7 @@ def bench_commands():
 
 
 def test_bench_takes_the_arguments_of_every_part():
-    from bench.__main__ import make_parser
+    from bench.run import make_parser
 
     runs = {
         (args.suite, args.mode, args.dtype, args.out.name)
@@ -239,8 +239,10 @@ def test_summary_of_real_benchmark_files(gpu, tmp_path):
         timing.run_row(
             square(2, 1, hidden),
             mode,
-            nn.LSTM,
-            nn.LSTM if hidden == 4 else Refusing,
+            {
+                "nn.LSTM": timing.drop_in(nn.LSTM),
+                "lstm_ext": timing.drop_in(nn.LSTM if hidden == 4 else Refusing),
+            },
             dtype=torch.float32,
             device=torch.device("cpu"),
             repeats=2,
@@ -250,10 +252,12 @@ def test_summary_of_real_benchmark_files(gpu, tmp_path):
         for mode in ("inference", "training")
     ]
     rows[0].peer.samples, rows[0].ours.samples = [3.0, 3.0], [2.0, 2.0]
-    facts = report.environment(torch.device("cpu")) | {"tf32_cudnn": True}
+    facts = machine.environment(torch.device("cpu")) | {"tf32_cudnn": True}
     settings = {"suite": "edges", "dtype": "float32", "modes": ["inference", "training"]}
-    written = report.to_json(rows, settings, facts, complete=False)
-    report.write_json(written, tmp_path / "bench" / "edges-float32-cuda.json")
+    head = {"settings": settings, "environment": facts, "limits": {}}
+    record = records.Writer(tmp_path / "bench" / "edges-float32-cuda.jsonl", head)
+    for row in rows:
+        record.add(report.row_json(row, "float32"))
 
     text = gpu.gpu_summary.summary(tmp_path, {})
     line = "| edges | float32 (TF32) | inference | 1 | 1.50 | 1.50 (T2 B1 H4) |"

@@ -145,7 +145,7 @@ def make_parts(out: Path, arch: str, environ: Mapping[str, str]) -> list[Part]:
     ]
     for name, arguments in SUITES:
         for dtype in DTYPES:
-            file = out / "bench" / f"{name}-{dtype}-cuda.json"
+            file = out / "bench" / f"{name}-{dtype}-cuda.jsonl"
             command = (python, "-m", "bench", *arguments, "--device", "cuda", "--dtype", dtype)
             command = (*command, "--floor", str(out / "floor.jsonl"))
             parts.append(Part(f"bench-{name}-{dtype}", ((*command, "--out", str(file)),)))

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from bench import records  # noqa: E402
+from bench.records import OURS, PEER  # noqa: E402
 
 
 def test_counts(xml: Path) -> str:
@@ -35,32 +40,32 @@ def sanitizer_counts(log: Path) -> str:
 
 
 def bench_rows(path: Path) -> list[tuple[str, ...]]:
-    """The cells of a benchmark's JSON, one row a mode."""
-    report = json.loads(path.read_text())
-    settings, facts = report["settings"], report["environment"]
+    """The cells of a benchmark's record (bench/records.py), one row a mode."""
+    record = records.read(path)
+    settings, facts = record["settings"], record["environment"]
     dtype = settings["dtype"]
     if dtype == "float32" and facts.get("tf32_cudnn"):
         dtype += " (TF32)"
-    table = []
+    means, table = records.geometric_means(record), []
     for mode in settings["modes"]:
-        rows = [row for row in report["rows"] if row["mode"] == mode]
-        timed = [row for row in rows if row["ratio"] is not None]
-        mean = report["geometric_mean_ratio"].get(mode)
-        lowest = min(timed, key=lambda row: row["ratio"], default=None)
-        refused = [
-            f"{who} refused {count}"
-            for who, key in (("nn.LSTM", "nn_lstm"), ("lstm_ext", "lstm_ext"))
-            if (count := sum(row[key]["error"] is not None for row in rows))
+        rows = [row for row in record["rows"] if row["mode"] == mode]
+        timed = {row["name"]: row["modules"][PEER]["ratio"] for row in rows if records.counts(row)}
+        lowest = min(timed, key=timed.__getitem__, default=None)
+        notes = [
+            f"{name} {what} {count}"
+            for name in (PEER, OURS)
+            for what, key in (("refused", "error"), ("differs in", "differs"))
+            if (count := sum(bool(row["modules"][name][key]) for row in rows))
         ]
-        notes = refused + ([] if report["complete"] else ["not complete"])
+        notes += [] if record["complete"] else ["not complete"]
         table.append(
             (
                 settings["suite"],
                 dtype,
                 mode,
                 str(len(timed)),
-                f"{mean:.2f}" if mean is not None else "-",
-                f"{lowest['ratio']:.2f} ({lowest['name']})" if lowest else "-",
+                f"{means[mode]:.2f}" if mode in means else "-",
+                f"{timed[lowest]:.2f} ({lowest})" if lowest else "-",
                 ", ".join(notes),
             )
         )
@@ -93,7 +98,7 @@ def summary(out: Path, parts: Mapping[str, Mapping]) -> str:
         rows.append((name, entry["status"], seconds, "; ".join(filter(None, notes))))
     lines += table(("part", "result", "seconds", "notes"), rows)
     benches = [
-        row for path in sorted((out / "bench").glob("*.json")) for row in bench_rows(path)
+        row for path in sorted((out / "bench").glob("*.jsonl")) for row in bench_rows(path)
     ]  # fmt: skip
     if benches:
         lines += ["", "nn.LSTM's time over lstm_ext's; above 1 lstm_ext is faster:", ""]

@@ -1,0 +1,166 @@
+"""What a row runs: the module of a problem, its inputs, one call of it, and what it computes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from bench.suites import Problem
+
+LSTMClass = Callable[..., nn.Module]
+Input = Tensor | PackedSequence
+
+# Inputs of the smallest problems stay below this many: their caches are warm with more than x.
+MOST_INPUTS = 1024
+# One rounding of the arithmetic, relative to a tensor's largest element, and then some in float32
+# and float64, whose sums are long (tests/tolerances.py).
+ROUNDING = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.bfloat16: 2.0**-7,
+    torch.float16: 2.0**-10,
+}
+TF32_ROUNDING = 2.0**-10
+
+
+class Chain(nn.Module):
+    """LSTMs one after the other, for stacks that no single nn.LSTM describes."""
+
+    def __init__(self, *lstms: nn.Module):
+        super().__init__()
+        self.lstms = nn.ModuleList(lstms)
+
+    def forward(self, x):
+        state = None
+        for lstm in self.lstms:
+            x, state = lstm(x)
+        return x, state
+
+
+def build(lstm: LSTMClass, problem: Problem) -> nn.Module:
+    """The problem's module, made of ``lstm`` (nn.LSTM or a drop-in for it)."""
+    if not problem.first_bidirectional:
+        return lstm(
+            problem.input_size,
+            problem.hidden_size,
+            num_layers=problem.num_layers,
+            bidirectional=problem.bidirectional,
+            proj_size=problem.proj_size,
+        )
+    first = lstm(problem.input_size, problem.hidden_size, bidirectional=True)
+    rest = lstm(2 * problem.hidden_size, problem.hidden_size, num_layers=problem.num_layers - 1)
+    return Chain(first, rest)
+
+
+def make_input(problem: Problem, dtype: torch.dtype, device: torch.device) -> Input:
+    """Standard normal input, (T, B, I) or packed."""
+    x = torch.randn(problem.steps, problem.batch, problem.input_size)
+    x = x.to(device=device, dtype=dtype)
+    if problem.lengths is None:
+        return x
+    return pack_padded_sequence(x, torch.tensor(problem.lengths), enforce_sorted=False)
+
+
+def make_inputs(
+    problem: Problem, dtype: torch.dtype, device: torch.device, cache: int
+) -> list[Input]:
+    """Different inputs, so many that they fill a cache of that many bytes twice."""
+    one = make_input(problem, dtype, device)
+    size = values(one).numel() * dtype.itemsize
+    count = min(MOST_INPUTS, max(2, math.ceil(2 * cache / size)))
+    return [one, *(make_input(problem, dtype, device) for _ in range(count - 1))]
+
+
+def values(sequence: Input) -> Tensor:
+    return sequence.data if isinstance(sequence, PackedSequence) else sequence
+
+
+def with_leaf(x: Input) -> tuple[Input, Tensor]:
+    """x anew, and the tensor in it, which asks for its gradient."""
+    leaf = values(x).detach().clone().requires_grad_()
+    return (x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf), leaf
+
+
+def make_call(
+    module: nn.Module, inputs: Sequence[Input], mode: str, cotangent: Tensor
+) -> Callable[[], Tensor]:
+    """A function without arguments that does one unit of work and returns the output.
+
+    Each call takes the next of the inputs. Inference is a forward pass in eval mode. Training is a
+    forward pass and the gradients of ``sum(output * cotangent)`` with respect to every parameter
+    and the input; the cotangent is handed to backward as such, which keeps the product and the sum
+    out of the timing.
+    """
+    if mode == "inference":
+        module.eval()
+        turn = itertools.cycle(inputs)
+
+        def forward() -> Tensor:
+            with torch.inference_mode():
+                return values(module(next(turn))[0])
+
+        return forward
+
+    module.train()
+    leaves = itertools.cycle([with_leaf(x) for x in inputs])
+    parameters = list(module.parameters())
+
+    def step() -> Tensor:
+        x, leaf = next(leaves)
+        output = values(module(x)[0])
+        output.backward(cotangent)
+        # Dropped here and not before the next call: gradients that one module keeps while the
+        # other is timed push the other's to the top of the heap, which malloc gives back to the
+        # system at each call. nn.LSTM beside itself then read 0.74 (T25 B1 H1024).
+        leaf.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        return output
+
+    return step
+
+
+def outcome(module: nn.Module, x: Input, mode: str, cotangent: Tensor) -> dict[str, Tensor]:
+    """What one call computes: the output; in training the gradients too, the input's as "x"."""
+    if mode == "inference":
+        with torch.inference_mode():
+            return {"output": values(module.eval()(x)[0])}
+    x, leaf = with_leaf(x)
+    output = values(module.train()(x)[0])
+    output.backward(cotangent.to(output))
+    found = {"output": output.detach(), "x": leaf.grad}
+    for name, parameter in module.named_parameters():
+        found[name], parameter.grad = parameter.grad, None
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def error_of(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
+    """The largest difference, relative to a tensor's largest element; of the names in both.
+
+    Raises:
+        ValueError: a tensor of another shape.
+    """
+    largest = 0.0
+    for name in found.keys() & truth.keys():
+        one, true = found[name], truth[name]
+        if one.shape != true.shape:
+            raise ValueError(
+                f"{name} is {tuple(one.shape)} {str(one.dtype).removeprefix('torch.')}, "
+                f"expected {tuple(true.shape)}"
+            )
+        one = one.to(true.device, torch.float64)
+        error = float((one - true).abs().max() / true.abs().max())
+        largest = math.inf if math.isnan(error) else max(largest, error)
+    return largest
+
+
+def rounding(dtype: torch.dtype, device: torch.device) -> float:
+    """What a result may be off by in any case, relative to its largest element."""
+    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        return TF32_ROUNDING
+    return ROUNDING[dtype]
