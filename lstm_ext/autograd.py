@@ -68,7 +68,8 @@ class LSTMLayer(Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
         grads = grad_outputs[: 2 + 2 * len(ctx.kinds)]
         wanted = ctx.needs_input_grad[3:]
-        arguments = (ctx.steps, ctx.kinds, wanted, *grads, *ctx.saved_tensors)
+        steps, kinds = batching.unwrapped(ctx.steps, ctx.kinds)
+        arguments = (steps, kinds, wanted, *grads, *ctx.saved_tensors)
         # With create_graph the gradients must themselves be differentiable; transforms of
         # torch.func and forward mode reach a Function by its apply alone.
         plain = not (

@@ -15,7 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import (
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+    unwrap_if_dead,
+)
 from torch.utils import _pytree as pytree
 
 from lstm_ext.engine import Masks
@@ -158,6 +162,18 @@ def _one_by_one(
         None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True)
     ]
     return tuple(stacked), tuple(None if part is None else 0 for part in stacked)
+
+
+def unwrapped(steps: Steps, kinds: tuple[Kind, ...]) -> tuple[Steps, tuple[Kind, ...]]:
+    """Both without the wrappers of transforms that are over, such as vjp's when it has returned.
+
+    The core reads these tensors, and such a wrapper has no memory.
+    """
+    held = [steps.offsets, steps.lengths, steps.reset_mask]
+    held += [mask for _, masks in kinds for mask in masks or ()]
+    if not any(isinstance(t, Tensor) and is_functorch_wrapped_tensor(t) for t in held):
+        return steps, kinds
+    return pytree.tree_map_only(Tensor, unwrap_if_dead, (steps, kinds))
 
 
 def batched_gradients(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""What the engines share: a layer's parts as tuples, dtypes, addresses, autocast."""
+"""What the engines share: a layer's parts as tuples, dtypes, addresses, what surrounds a call."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, peek_interpreter_stack
 
 #: enum Dtype of csrc/params.h
 DTYPE_CODE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -226,3 +227,14 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     if autocast_is_on(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def is_recorded() -> bool:
+    """Whether torch operations go into a graph (make_fx, export), run on tensors without data
+    (FakeTensorMode), or are made free of mutation (functionalize)."""
+    kinds = torch._C._TorchDispatchModeKey
+    mode = torch._C._get_dispatch_mode
+    if mode(kinds.PROXY) is not None or mode(kinds.FAKE) is not None:
+        return True
+    transform = peek_interpreter_stack()
+    return transform is not None and transform.key() == TransformType.Functionalize

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from lstm_ext import library, ops
 from lstm_ext.autograd import LSTMLayer
+from lstm_ext.engine import is_recorded
 from lstm_ext.flat import flatten, kinds_of, map_tensors
 from lstm_ext.ops import Direction
 from lstm_ext.steps import Steps
@@ -48,8 +49,10 @@ def lstm_layer(
         x, directions = map_tensors(lambda t: _autocast(t, dtype), x, directions)
         with torch.autocast(device, enabled=False):
             return lstm_layer(x, directions, steps, cells=cells)
-    if torch.compiler.is_compiling() or library.is_recorded():
-        if not ops.has_native_kernels(x.device):
+    compiling = torch.compiler.is_compiling()
+    if compiling or is_recorded():
+        forward_mode = not compiling and _is_forward_mode([x, *flatten(directions)])
+        if forward_mode or not ops.has_native_kernels(x.device):
             return reference_layer(x, directions, steps, cells=cells)
         return library.lstm_layer(x, directions, steps, cells=cells)
     if torch.jit.is_tracing():
@@ -63,14 +66,13 @@ def lstm_layer(
         x, directions = map_tensors(Tensor.resolve_neg, x, directions)
         flat = [x, *flatten(directions)]
     ops.check_layer(x, directions, steps)
-    transforms = torch._C._are_functorch_transforms_active()
-    if forward_ad._current_level >= 0 and (transforms or _any_dual(flat)):
+    if _is_forward_mode(flat):
         return reference_layer(x, directions, steps, cells=cells)
     if not ops.has_native_kernels(x.device):
         if device != "meta":
             _warn_no_kernels(device)
         return reference_layer(x, directions, steps, cells=cells)
-    if transforms or _needs_autograd(flat):
+    if torch._C._are_functorch_transforms_active() or _needs_autograd(flat):
         y, all_cells, *states = LSTMLayer.run(steps, kinds_of(directions), cells, *flat)
         D = len(directions)
         return LayerOutputs(y, states[:D], states[D : 2 * D], all_cells)
@@ -86,9 +88,13 @@ def _any_negated(tensors: list[Tensor | None]) -> bool:
     return False
 
 
-def _any_dual(tensors: list[Tensor | None]) -> bool:
-    """Whether a tensor has a tangent."""
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+def _is_forward_mode(tensors: list[Tensor | None]) -> bool:
+    """Whether a tensor has a tangent, or may have one that a transform hides."""
+    if forward_ad._current_level < 0:
+        return False
+    return torch._C._are_functorch_transforms_active() or any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

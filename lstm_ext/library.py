@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from lstm_ext import batching, ops
 from lstm_ext.autograd import LSTMLayer, LSTMLayerBackward
-from lstm_ext.engine import acc_dtype
+from lstm_ext.engine import acc_dtype, is_recorded
 from lstm_ext.flat import Kind, flatten, kinds_of, unflatten
 from lstm_ext.ops import Direction, Masks
 from lstm_ext.steps import Steps, check_lengths, check_packed
@@ -232,17 +232,6 @@ class RecordedLayerBackward(LSTMLayerBackward):
         if is_recorded():
             _refuse("a second derivative")
         return LSTMLayerBackward.backward(ctx, *second)
-
-
-def is_recorded() -> bool:
-    """Whether torch operations go into a graph (make_fx, export), run on tensors without data
-    (FakeTensorMode), or are made free of mutation (functionalize)."""
-    kinds = torch._C._TorchDispatchModeKey
-    mode = torch._C._get_dispatch_mode
-    if mode(kinds.PROXY) is not None or mode(kinds.FAKE) is not None:
-        return True
-    transform = peek_interpreter_stack()
-    return transform is not None and transform.key() == TransformType.Functionalize
 
 
 def _refuse(what: str) -> NoReturn:

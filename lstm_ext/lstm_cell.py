@@ -89,7 +89,6 @@ class LSTMCell(Variants, nn.RNNCellBase):
             )
         weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
         weights += [getattr(self, name) for name in self._variant_names()]
-        check_match("parameter", [w for w in weights if w is not None], input)
         batch = input.size(0)
         if hx is None:
             h = c = input.new_zeros(batch, self.hidden_size)
@@ -97,7 +96,8 @@ class LSTMCell(Variants, nn.RNNCellBase):
             h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
             self._check_state(h, 0, batch)
             self._check_state(c, 1, batch)
-            check_match("hidden", (h, c), input)
+        check_match("parameter", [w for w in weights if w is not None], input)
+        check_match("hidden", (h, c), input)
         steps = Steps.padded(1, batch)
         direction = Direction(h, c, self._arranged(weights, True, False, steps, h, c), False)
         _, (h,), (c,), _ = lstm_layer(input, [direction], steps)

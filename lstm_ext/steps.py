@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
+from lstm_ext.engine import is_recorded
+
 
 class Steps:
     """Where the rows of a layer's input lie in time and batch; shared by all layers.
@@ -81,7 +83,8 @@ class Steps:
             TypeError: a dtype other than those.
             ValueError: another shape, or a length outside 0..T.
         """
-        if lengths is None and reset_mask is None and not torch.compiler.is_compiling():
+        plain = lengths is None and reset_mask is None and not torch.compiler.is_compiling()
+        if plain and isinstance(T, int) and isinstance(B, int):  # else symbols of a graph
             # The same for every call of a shape, with what the engines keep there.
             key = (T, B, batch_first)
             steps = _plain.get(key)
@@ -237,7 +240,7 @@ def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str
     copy = lengths.detach().to(torch.int64, copy=True).contiguous()
     if torch.device(device).type == "cpu":
         copy = copy.cpu()
-    if not torch.compiler.is_compiling():  # else the operator's kernel does
+    if not (torch.compiler.is_compiling() or is_recorded()):  # else the operator's kernel does
         check_lengths(copy, T)
     return _moved(copy, device)
 

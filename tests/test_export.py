@@ -208,6 +208,31 @@ def test_make_fx_records_both_passes():
     assert_close(graph(parameters, other), step(parameters, other), **BITS)
 
 
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("given", ["nothing", "lengths", "reset_mask"])
+def test_make_fx_in_every_mode(mode, given):
+    """With symbols for the sizes too; lengths are checked when the graph runs."""
+    module = here(lstm_ext.LSTM(I, H, 2, bidirectional=True)).requires_grad_(False)
+
+    def run(parameters, x, tensor):
+        kwargs = {} if given == "nothing" else {given: tensor}
+        return torch.func.functional_call(module, parameters, (x,), kwargs)[0]
+
+    def call(steps, batch):
+        lengths, resets = torch.randint(0, steps + 1, (batch,)), torch.rand(steps, batch) < 0.3
+        tensor = resets if given == "reset_mask" else lengths
+        return dict(module.named_parameters()), here(torch.randn(steps, batch, I)), tensor
+
+    graph = make_fx(run, tracing_mode=mode)(*call(T, B))
+    for sizes in SIZES if mode == "symbolic" else [(T, B)]:
+        arguments = call(*sizes)
+        if 1 not in sizes:
+            assert_close(graph(*arguments), run(*arguments), **BITS)
+    if given == "lengths" and device.DEVICE.type == "cpu":
+        with pytest.raises(ValueError, match="between 0 and the number of steps"):
+            graph(*arguments[:2], arguments[2] + 1000)
+
+
 def test_make_fx_refuses_a_second_derivative():
     module = here(lstm_ext.LSTM(I, H)).requires_grad_(False)
 
@@ -224,7 +249,9 @@ def test_fake_tensors_have_the_shapes():
     x = here(torch.randn(T, B, I))
     y, states, cells = module(x)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake_y, fake_states, fake_cells = module(mode.from_tensor(x))
+        fake_x, lengths = mode.from_tensor(x), mode.from_tensor(torch.zeros(B, dtype=torch.int64))
+        assert module(fake_x, lengths=lengths)[0].shape == y.shape
+        fake_y, fake_states, fake_cells = module(fake_x)
     fakes = (fake_y, *fake_states, fake_cells)
     for fake, real in zip(fakes, (y, *states, cells), strict=True):
         assert isinstance(fake, FakeTensor)

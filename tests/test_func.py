@@ -5,7 +5,7 @@ import pytest
 import torch
 from device import here
 from torch.autograd import functional
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.nn.utils.rnn import PackedSequence
 from torch.testing import assert_close
 from variants import EVERYTHING
@@ -212,6 +212,47 @@ def weight(case):
     name = "weight_hh_l0"
     value = case.parameters[name]
     return {name: value}, {name: torch.randn_like(value)}
+
+
+def test_linearize(case):
+    x, v, run = inputs(), inputs(), case.of(case.outputs)
+    outputs, along = linearize(run, x)
+    values, tangents = jvp(run, (x,), (v,))
+    assert_close(outputs, values)
+    assert_close(along(v), tangents)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"zoneout": 0.4}], ids=str)
+@pytest.mark.parametrize("given", ["nothing", "lengths", "reset_mask", "packed"])
+def test_pulled_back_after_vjp_returned(given, kwargs):
+    """What is no argument of the function is wrapped by vjp too; lengths may change meanwhile."""
+    module = here(lstm_ext.LSTM(I, H, 2, bidirectional=True, **kwargs, **F64))
+    module.requires_grad_(False)
+    given_tensor = {
+        "lengths": torch.tensor([1, 3]),
+        "reset_mask": torch.tensor([[False, True], [True, False], [False, False]]),
+    }.get(given)
+    sizes = torch.tensor([2, 2, 1])
+
+    def run(x, given_tensor=given_tensor):
+        torch.manual_seed(4)
+        if given == "packed":
+            return module(PackedSequence(x.reshape(-1, I)[:5], sizes))[0].data
+        return module(x, **({} if given_tensor is None else {given: given_tensor}))[0]
+
+    x = inputs().requires_grad_()
+    y = run(x, None if given_tensor is None else given_tensor.clone())
+    g = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, g)
+    _, pull = vjp(run, x.detach())
+    if given_tensor is not None:
+        given_tensor.fill_(0)
+    assert_close(pull(g), (expected,))
+    (made,) = vmap(pull)(g.expand(V, *g.shape))
+    assert_close(made, expected.expand(V, *expected.shape))
+    (made,) = pull(g.requires_grad_())  # with a graph of its own
+    (linear,) = torch.autograd.grad(made, g, expected)
+    assert_close((linear * g).sum(), expected.square().sum())
 
 
 def test_forward_mode_of_dual_tensors():
