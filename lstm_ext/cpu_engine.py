@@ -1,7 +1,10 @@
 """A layer on the native core's CPU kernels: allocation, products over all steps, calls.
 
-The input product of many rows is a library's; the recurrence, the input product of few rows and
-the products of backward are the core's. Letters as in :mod:`ops`.
+The core makes the input product too, a few steps at a time between those of the recurrence: what it
+makes is still in the caches when it is used, 2-10 % of inference beside oneDNN's product over all
+steps (fp32, B 16-64, H 128-256, two Zen 5 cores). Products over all steps are a library's where a
+layer norm needs whole rows, for a single step, and in the backward pass of bfloat16. Letters as in
+:mod:`ops`.
 """
 
 from __future__ import annotations
@@ -65,9 +68,6 @@ _onednn_linear = (
 )
 _ONEDNN_MIN_MACS = 1_000_000  # below, its set-up (about 12 us) costs more than it gains
 
-# Up to this many rows the core makes the input product too, on the team that is there already:
-# 10-25 % of a whole call at T 25-100, B 1-4, H 64-512 on the same machine.
-_CORE_INPUT_ROWS = 128
 # Up to this many sequences a single step is like any other; of more, packing W_hh for one use
 # costs more than a product by torch.
 _CORE_ONE_STEP_ROWS = 4
@@ -208,7 +208,7 @@ def _forward(
         and not normed
         and not bf16_products
     )
-    if bf16_products or (steps.rows <= _CORE_INPUT_ROWS and not one_step and not normed):
+    if not one_step and not normed:
         core_input = _even_rows(x) if bf16_products else x.to(acc).contiguous()
         w_ih = w.w_ih
         gates = x.new_empty((steps.rows, 4 * H), dtype=acc) if save else None

@@ -98,10 +98,11 @@ class Backward {
       const O* da = static_cast<const O*>(normed_ ? p_.dproduct : p_.dgates);
       for (int64_t r = 0; r < count; ++r) m.a[r] = as_elements<E>(da + m.rows[r].row * 4 * H_);
       for_panels(m.proj, m, count, depth_of<E>(K_), packed_hh_,
-                 [&](int64_t block, int vectors, int64_t r, const A* sums) {
-                   const Row& row = m.rows[r];
-                   for (int v = 0; v < vectors; ++v) {
-                     put_dh(row, (block + v) * L, load_full<A>(sums + v * L));
+                 [&](int64_t block, int vectors, Range part, const A* sums) {
+                   for (int64_t r = part.begin; r < part.end; ++r) {
+                     for (int v = 0; v < vectors; ++v, sums += L) {
+                       put_dh(m.rows[r], (block + v) * L, load_full<A>(sums));
+                     }
                    }
                  });
     }
@@ -144,14 +145,16 @@ class Backward {
     }
     meet.wait(plan.slices);
     for_panels(m.units, m, count, depth_of<E>(P_), packed_hr_,
-               [&](int64_t block, int vectors, int64_t r, const A* sums) {
-                 for (int v = 0; v < vectors; ++v) {
-                   const int64_t j = (block + v) * L;
-                   const V dout = load_full<A>(sums + v * L);
-                   if (normed_) {
-                     store_full<A>(dout_ + m.rows[r].b * c_stride_ + j, dout);
-                   } else {
-                     cell(m.rows[r], j, dout);
+               [&](int64_t block, int vectors, Range part, const A* sums) {
+                 for (int64_t r = part.begin; r < part.end; ++r) {
+                   for (int v = 0; v < vectors; ++v, sums += L) {
+                     const int64_t j = (block + v) * L;
+                     const V dout = load_full<A>(sums);
+                     if (normed_) {
+                       store_full<A>(dout_ + m.rows[r].b * c_stride_ + j, dout);
+                     } else {
+                       cell(m.rows[r], j, dout);
+                     }
                    }
                  }
                });

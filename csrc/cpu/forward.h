@@ -109,11 +109,11 @@ class Forward {
       }
       if (dots_) {
         each_dots(m, count, static_cast<const S*>(p_.w_hh), K_,
-                  [&](int64_t j, int64_t r, const A* sums) { take(m.rows[r], j, sums, h_new); });
+                  [&](int64_t j, A* sums) { take(m.rows, Range{0, count}, j, sums, h_new); });
       } else {
         for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, depth_of<E>(K_), packed_hh_,
-                   [&](int64_t block, int, int64_t r, const A* sums) {
-                     take(m.rows[r], block / 4 * L, sums, h_new);
+                   [&](int64_t block, int, Range part, A* sums) {
+                     take(m.rows, part, block / 4 * L, sums, h_new);
                    });
       }
       meet.wait(plan.slices);
@@ -127,10 +127,11 @@ class Forward {
         m.a[r] = as_elements<E>(cell_out_ + m.rows[r].b * c_stride_);
       }
       for_panels(m.proj, m, count, depth_of<E>(H_), packed_hr_,
-                 [&](int64_t block, int vectors, int64_t r, const A* sums) {
-                   for (int v = 0; v < vectors; ++v) {
-                     const V h = load_full<A>(sums + v * L);
-                     put_h<true>(m.rows[r], (block + v) * L, h, h_new);
+                 [&](int64_t block, int vectors, Range part, const A* sums) {
+                   for (int64_t r = part.begin; r < part.end; ++r) {
+                     for (int v = 0; v < vectors; ++v, sums += L) {
+                       put_h<true>(m.rows[r], (block + v) * L, load_full<A>(sums), h_new);
+                     }
                    }
                  });
       meet.wait(plan.slices);
@@ -151,20 +152,23 @@ class Forward {
     }
     if (input_dots_) {
       each_dots(m, count, w_ih, p_.I,
-                [&](int64_t j, int64_t r, const A* sums) { put_gx(first + r, j, sums); });
+                [&](int64_t j, const A* sums) { put_gx(Range{first, first + count}, j, sums); });
     } else {
       for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, depth, packed_ih_,
-                 [&](int64_t block, int, int64_t r, const A* sums) {
-                   put_gx(first + r, block / 4 * L, sums);
+                 [&](int64_t block, int, Range part, const A* sums) {
+                   put_gx(Range{first + part.begin, first + part.end}, block / 4 * L, sums);
                  });
     }
   }
 
-  void put_gx(int64_t row, int64_t j, const A* sums) {
-    const A* bias = bias_ + j * 4;
-    A* gx = own_gx(row, j);
+  void put_gx(Range rows, int64_t j, const A* sums) {
+    A* gx = own_gx(rows.begin, j);
     for (int gate = 0; gate < 4; ++gate) {
-      store_full<A>(gx + gate * L, load_full<A>(sums + gate * L) + load_full<A>(bias + gate * L));
+      const V bias = load_full<A>(bias_ + j * 4 + gate * L);
+      for (int64_t r = 0; r < rows.size(); ++r) {
+        const int64_t at = (r * 4 + gate) * L;
+        store_full<A>(gx + at, load_full<A>(sums + at) + bias);
+      }
     }
   }
 
@@ -184,8 +188,8 @@ class Forward {
     }
   }
 
-  // done(j, r, sums): units j .. j+L of row r, gates [4][lanes], from weights that lie unpacked. Of
-  // at most kChunkRows rows.
+  // done(j, sums): units j .. j+L of all rows, at most kChunkRows, sums [rows][4 gates][lanes]. The
+  // weights lie unpacked.
   template <class Done>
   void each_dots(const Member<E>& m, int64_t count, const S* weights, int64_t K, Done&& done) {
     constexpr int64_t most = kDotsMaxRows<A>;
@@ -196,7 +200,7 @@ class Forward {
                              H_ - j - 1, depth_of<E>(K), m.acc + (r * 4 + gate) * L, 4 * L);
         }
       }
-      for (int64_t r = 0; r < count; ++r) done(j, r, m.acc + r * 4 * L);
+      done(j, m.acc);
     }
   }
 
@@ -222,24 +226,43 @@ class Forward {
     }
   }
 
-  // Units j .. j+L of the product with one sequence's h.
-  void take(const Row& row, int64_t j, const A* sums, O* h_new) {
-    const V product[4] = {load_full<A>(sums), load_full<A>(sums + L), load_full<A>(sums + 2 * L),
-                          load_full<A>(sums + 3 * L)};
-    if (!normed_) {
-      return varied_ ? cell<true>(row, j, product, h_new) : cell<false>(row, j, product, h_new);
+  // Units j .. j+L of the product with the h of some sequences: sums [rows][4 gates][lanes].
+  void take(const Row* rows, Range part, int64_t j, A* sums, O* h_new) {
+    rows += part.begin;
+    if (normed_) {
+      for (int64_t r = 0; r < part.size(); ++r, sums += 4 * L) {
+        A* to = product_ + rows[r].b * 4 * H_ + j;
+        for (int gate = 0; gate < 4; ++gate) {
+          store<A>(to + gate * H_, load_full<A>(sums + gate * L), H_ - j);
+        }
+      }
+    } else if (varied_) {
+      cells<true>(rows, part.size(), j, sums, h_new);
+    } else {
+      cells<false>(rows, part.size(), j, sums, h_new);
     }
-    A* to = product_ + row.b * 4 * H_ + j;
-    for (int gate = 0; gate < 4; ++gate) store<A>(to + gate * H_, product[gate], H_ - j);
   }
 
   // kVaried: with variants. The plain LSTM's cell does not ask for each of them: at T 50, B 64, H
   // 128 that took 6 % of the whole pass.
+  //
+  // A cell is one long chain of dependent instructions, too many for the processor to look past
+  // into the next sequence's. Half of it for all sequences, then the other half, keeps it busier.
   template <bool kVaried>
-  void cell(const Row& row, int64_t j, const V (&product)[4], O* h_new) {
-    V c;
-    const V o = state<kVaried>(row, j, product, c);
-    put_output<kVaried>(row, j, o * Math<A>::tanh(c), h_new);
+  void cells(const Row* rows, int64_t count, int64_t j, A* sums, O* h_new) {
+    for (int64_t r = 0; r < count; ++r) {
+      A* at = sums + r * 4 * L;
+      const V product[4] = {load_full<A>(at), load_full<A>(at + L), load_full<A>(at + 2 * L),
+                            load_full<A>(at + 3 * L)};
+      V c;
+      store_full<A>(at, state<kVaried>(rows[r], j, product, c));
+      store_full<A>(at + L, c);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const A* at = sums + r * 4 * L;
+      const V c = load_full<A>(at + L);
+      put_output<kVaried>(rows[r], j, load_full<A>(at) * Math<A>::tanh(c), h_new);
+    }
   }
 
   // One sequence's units, all of them: norm(product), and h = o * tanh(norm(c)).
@@ -277,7 +300,7 @@ class Forward {
   // The cell up to c, which is returned before zoneout, and o. gates may be gx itself: all four
   // are read before any is written.
   template <bool kVaried>
-  V state(const Row& row, int64_t j, const V (&product)[4], V& c) {
+  LSTM_EXT_INLINE V state(const Row& row, int64_t j, const V (&product)[4], V& c) {
     const int64_t n = H_ - j;
     const A* gx = p_.x ? own_gx(row.gx, j) : static_cast<const A*>(p_.gx) + row.row * 4 * H_ + j;
     const int64_t stride = p_.x ? L : H_;
@@ -314,7 +337,7 @@ class Forward {
 
   // out: o * tanh(c).
   template <bool kVaried>
-  void put_output(const Row& row, int64_t j, V out, O* h_new) {
+  LSTM_EXT_INLINE void put_output(const Row& row, int64_t j, V out, O* h_new) {
     if (p_.w_hr) {
       store_full<A>(cell_out_ + row.b * c_stride_ + j, out);
     } else {
@@ -324,7 +347,7 @@ class Forward {
 
   // The recurrence goes on with h as the user sees it: rounded to the storage type.
   template <bool kVaried>
-  void put_h(const Row& row, int64_t j, V h, O* h_new) {
+  LSTM_EXT_INLINE void put_h(const Row& row, int64_t j, V h, O* h_new) {
     const int64_t n = P_ - j;
     const Variants& v = p_.variants;
     if (kVaried && v.zoneout_h()) {

@@ -191,14 +191,14 @@ void pack_matrix(const S* w, int64_t N, int64_t K, bool transposed, Range blocks
   });
 }
 
-// done(block, vectors, r, values): row r of the product for the panel that starts at `block`,
-// values [vectors][lanes]. The left-hand rows are m.a, of K elements; K = 0 gives zeros.
+// done(block, vectors, part, values): the panel that starts at `block` of the product's rows
+// `part`, values [rows of part][vectors][lanes], which done may change. The left-hand rows are m.a,
+// of K elements; K = 0 gives zeros.
 template <class E, class Done>
 void for_panels(Range blocks, const Member<E>& m, int64_t rows, int64_t K, const E* packed,
                 Done&& done) {
   using A = Acc<E>;
   constexpr int L = Lanes<A>::kCount;
-  if (!K) std::memset(m.acc, 0, 2 * Member<E>::kAcc * sizeof(A));
   for (int64_t block = blocks.begin; block < blocks.end;) {
     const int vectors = int(std::min<int64_t>(kPanelVectors, blocks.end - block));
     const int panels = rows == 1 && blocks.end - block >= 2 * kPanelVectors ? 2 : 1;
@@ -210,12 +210,11 @@ void for_panels(Range blocks, const Member<E>& m, int64_t rows, int64_t K, const
       if (K) {
         product<E>(m.a + r0, count, K, packed + block * K * L, vectors, panels, vectors * K * L,
                    m.acc, Member<E>::kAcc);
+      } else {
+        std::memset(m.acc, 0, 2 * Member<E>::kAcc * sizeof(A));
       }
       for (int p = 0; p < panels; ++p) {
-        for (int r = 0; r < count; ++r) {
-          done(block + p * vectors, vectors, r0 + r,
-               m.acc + p * Member<E>::kAcc + int64_t(r) * vectors * L);
-        }
+        done(block + p * vectors, vectors, part, m.acc + p * Member<E>::kAcc);
       }
     }
     block += int64_t(panels) * vectors;
