@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <iterator>
+#include <stdexcept>
+#include <string>
 
 #include "bind_steps.h"
 #include "bind_variants.h"
@@ -50,88 +52,102 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void cpu_forward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H, int64_t P,
-                 int64_t I, Address gx, Address x, Address w_ih, Address b_ih, Address b_hh,
-                 Address w_hh, Address w_hr, Address h0, Address c0,
+const lstm_ext::CpuKernels& cpu_kernels(bool bf16_products) {
+  const lstm_ext::CpuKernels& kernels = lstm_ext::cpu_kernels();
+  if (bf16_products && !kernels.bf16_products) {
+    throw std::invalid_argument(std::string("the CPU kernels ") + kernels.name +
+                                " do not multiply bf16");
+  }
+  return kernels;
+}
+
+void cpu_forward(int dtype, bool bf16_products, int threads, const lstm_ext::Steps& steps,
+                 int64_t H, int64_t P, int64_t I, Address gx, Address x, Address w_ih, Address b_ih,
+                 Address b_hh, Address w_hh, Address w_hr, Address h0, Address c0,
                  const lstm_ext::Variants& variants, Address gates, Address c_seq, Address norm,
                  Address norm_r, Address y, int64_t y_stride, Address h_n, Address c_n,
                  Address workspace) {
-  lstm_ext::cpu_kernels().forward({static_cast<lstm_ext::Dtype>(dtype),
-                                   threads,
-                                   steps,
-                                   H,
-                                   P,
-                                   I,
-                                   pointer(gx),
-                                   pointer(x),
-                                   pointer(w_ih),
-                                   pointer(b_ih),
-                                   pointer(b_hh),
-                                   pointer(w_hh),
-                                   pointer(w_hr),
-                                   pointer(h0),
-                                   pointer(c0),
-                                   variants,
-                                   pointer(gates),
-                                   pointer(c_seq),
-                                   pointer(norm),
-                                   pointer(norm_r),
-                                   pointer(y),
-                                   y_stride,
-                                   pointer(h_n),
-                                   pointer(c_n),
-                                   pointer(workspace)});
+  cpu_kernels(bf16_products)
+      .forward({static_cast<lstm_ext::Dtype>(dtype),
+                bf16_products,
+                threads,
+                steps,
+                H,
+                P,
+                I,
+                pointer(gx),
+                pointer(x),
+                pointer(w_ih),
+                pointer(b_ih),
+                pointer(b_hh),
+                pointer(w_hh),
+                pointer(w_hr),
+                pointer(h0),
+                pointer(c0),
+                variants,
+                pointer(gates),
+                pointer(c_seq),
+                pointer(norm),
+                pointer(norm_r),
+                pointer(y),
+                y_stride,
+                pointer(h_n),
+                pointer(c_n),
+                pointer(workspace)});
 }
 
-void cpu_backward(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H, int64_t P,
-                  const lstm_ext::Variants& variants, Address w_hh, Address w_hr, Address h0,
-                  Address c0, Address y, int64_t y_stride, Address gates, Address c_seq,
-                  Address norm, Address norm_r, Address dy, int64_t dy_stride, Address dh_n,
-                  Address dc_n, Address dcells, Address dgates, Address dproduct, Address h_prev,
-                  Address dr, Address cell_out, Address dpeephole, Address dnorm, Address dh0,
-                  Address dc0, Address workspace) {
-  lstm_ext::cpu_kernels().backward({static_cast<lstm_ext::Dtype>(dtype),
-                                    threads,
-                                    steps,
-                                    H,
-                                    P,
-                                    variants,
-                                    pointer(w_hh),
-                                    pointer(w_hr),
-                                    pointer(h0),
-                                    pointer(c0),
-                                    pointer(y),
-                                    y_stride,
-                                    pointer(gates),
-                                    pointer(c_seq),
-                                    pointer(norm),
-                                    pointer(norm_r),
-                                    pointer(dy),
-                                    dy_stride,
-                                    pointer(dh_n),
-                                    pointer(dc_n),
-                                    pointer(dcells),
-                                    pointer(dgates),
-                                    pointer(dproduct),
-                                    pointer(h_prev),
-                                    pointer(dr),
-                                    pointer(cell_out),
-                                    pointer(dpeephole),
-                                    pointer(dnorm),
-                                    pointer(dh0),
-                                    pointer(dc0),
-                                    pointer(workspace)});
+void cpu_backward(int dtype, bool bf16_products, int threads, const lstm_ext::Steps& steps,
+                  int64_t H, int64_t P, const lstm_ext::Variants& variants, Address w_hh,
+                  Address w_hr, Address h0, Address c0, Address y, int64_t y_stride, Address gates,
+                  Address c_seq, Address norm, Address norm_r, Address dy, int64_t dy_stride,
+                  Address dh_n, Address dc_n, Address dcells, Address dgates, Address dproduct,
+                  Address h_prev, Address dr, Address cell_out, Address dpeephole, Address dnorm,
+                  Address dh0, Address dc0, Address workspace) {
+  cpu_kernels(bf16_products)
+      .backward({static_cast<lstm_ext::Dtype>(dtype),
+                 bf16_products,
+                 threads,
+                 steps,
+                 H,
+                 P,
+                 variants,
+                 pointer(w_hh),
+                 pointer(w_hr),
+                 pointer(h0),
+                 pointer(c0),
+                 pointer(y),
+                 y_stride,
+                 pointer(gates),
+                 pointer(c_seq),
+                 pointer(norm),
+                 pointer(norm_r),
+                 pointer(dy),
+                 dy_stride,
+                 pointer(dh_n),
+                 pointer(dc_n),
+                 pointer(dcells),
+                 pointer(dgates),
+                 pointer(dproduct),
+                 pointer(h_prev),
+                 pointer(dr),
+                 pointer(cell_out),
+                 pointer(dpeephole),
+                 pointer(dnorm),
+                 pointer(dh0),
+                 pointer(dc0),
+                 pointer(workspace)});
 }
 
 // What the workspace's size depends on; x, w_hh, w_hr: whether there are such.
 template <class Params>
-Params sizes(int dtype, int threads, int64_t B, int64_t H, int64_t P, bool w_hh, bool w_hr,
-             const lstm_ext::Variants& variants) {
+Params sizes(int dtype, bool bf16_products, int threads, const lstm_ext::Steps& steps, int64_t H,
+             int64_t P, bool w_hh, bool w_hr, const lstm_ext::Variants& variants) {
   static const char present = 0;
   Params params{};
   params.dtype = static_cast<lstm_ext::Dtype>(dtype);
+  params.bf16_products = bf16_products;
   params.threads = threads;
-  params.steps.B = B;
+  params.steps = steps;
   params.H = H;
   params.P = P;
   params.w_hh = w_hh ? &present : nullptr;
@@ -140,19 +156,23 @@ Params sizes(int dtype, int threads, int64_t B, int64_t H, int64_t P, bool w_hh,
   return params;
 }
 
-int64_t cpu_forward_workspace(int dtype, int threads, int64_t B, int64_t H, int64_t P, int64_t I,
-                              bool x, bool w_hh, bool w_hr, const lstm_ext::Variants& variants) {
-  auto params = sizes<lstm_ext::LstmForward>(dtype, threads, B, H, P, w_hh, w_hr, variants);
+int64_t cpu_forward_workspace(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H,
+                              int64_t P, int64_t I, bool x, bool w_hh, bool w_hr,
+                              const lstm_ext::Variants& variants, bool bf16_products) {
+  auto params = sizes<lstm_ext::LstmForward>(dtype, bf16_products, threads, steps, H, P, w_hh, w_hr,
+                                             variants);
   static const char present = 0;
   params.I = I;
   params.x = x ? &present : nullptr;
-  return lstm_ext::cpu_kernels().forward_workspace(params);
+  return cpu_kernels(bf16_products).forward_workspace(params);
 }
 
-int64_t cpu_backward_workspace(int dtype, int threads, int64_t B, int64_t H, int64_t P, bool w_hh,
-                               bool w_hr, const lstm_ext::Variants& variants) {
-  return lstm_ext::cpu_kernels().backward_workspace(
-      sizes<lstm_ext::LstmBackward>(dtype, threads, B, H, P, w_hh, w_hr, variants));
+int64_t cpu_backward_workspace(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H,
+                               int64_t P, bool w_hh, bool w_hr, const lstm_ext::Variants& variants,
+                               bool bf16_products) {
+  return cpu_kernels(bf16_products)
+      .backward_workspace(sizes<lstm_ext::LstmBackward>(dtype, bf16_products, threads, steps, H, P,
+                                                        w_hh, w_hr, variants));
 }
 
 void cpu_matmul(int dtype, int threads, int64_t M, int64_t N, int64_t K, bool a_transposed,
@@ -213,24 +233,29 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return lstm_ext::cpu_kernels().name; }, "The CPU kernel set in use.");
   m.def("select_cpu_isa", &lstm_ext::select_cpu_kernels, "name"_a,
         "Chooses the CPU kernel set; false, and nothing changes, if it does not run here.");
+  m.def(
+      "cpu_bf16_products", [] { return lstm_ext::cpu_kernels().bf16_products; },
+      "Whether the CPU kernel set in use multiplies bf16.");
   m.def("openmp_grants", &lstm_ext::openmp_grants, "threads"_a,
         "Whether OpenMP gives a team that many threads.");
   lstm_ext::bind_steps(m);
   lstm_ext::bind_variants(m);
   // dtype codes: enum Dtype in params.h, where every argument is described.
-  m.def("cpu_forward", &cpu_forward, py::kw_only(), "dtype"_a, "threads"_a, "steps"_a, "H"_a, "P"_a,
-        "I"_a, "gx"_a, "x"_a, "w_ih"_a, "b_ih"_a, "b_hh"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a,
-        "variants"_a, "gates"_a, "c_seq"_a, "norm"_a, "norm_r"_a, "y"_a, "y_stride"_a, "h_n"_a,
-        "c_n"_a, "workspace"_a, py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_backward", &cpu_backward, py::kw_only(), "dtype"_a, "threads"_a, "steps"_a, "H"_a,
-        "P"_a, "variants"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "y_stride"_a, "gates"_a,
-        "c_seq"_a, "norm"_a, "norm_r"_a, "dy"_a, "dy_stride"_a, "dh_n"_a, "dc_n"_a, "dcells"_a,
-        "dgates"_a, "dproduct"_a, "h_prev"_a, "dr"_a, "cell_out"_a, "dpeephole"_a, "dnorm"_a,
-        "dh0"_a, "dc0"_a, "workspace"_a, py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_forward_workspace", &cpu_forward_workspace, "dtype"_a, "threads"_a, "B"_a, "H"_a,
-        "P"_a, "I"_a, "x"_a, "w_hh"_a, "w_hr"_a, "variants"_a);
-  m.def("cpu_backward_workspace", &cpu_backward_workspace, "dtype"_a, "threads"_a, "B"_a, "H"_a,
-        "P"_a, "w_hh"_a, "w_hr"_a, "variants"_a);
+  m.def("cpu_forward", &cpu_forward, py::kw_only(), "dtype"_a, "bf16_products"_a = false,
+        "threads"_a, "steps"_a, "H"_a, "P"_a, "I"_a, "gx"_a, "x"_a, "w_ih"_a, "b_ih"_a, "b_hh"_a,
+        "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "variants"_a, "gates"_a, "c_seq"_a, "norm"_a,
+        "norm_r"_a, "y"_a, "y_stride"_a, "h_n"_a, "c_n"_a, "workspace"_a,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_backward", &cpu_backward, py::kw_only(), "dtype"_a, "bf16_products"_a = false,
+        "threads"_a, "steps"_a, "H"_a, "P"_a, "variants"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a,
+        "y"_a, "y_stride"_a, "gates"_a, "c_seq"_a, "norm"_a, "norm_r"_a, "dy"_a, "dy_stride"_a,
+        "dh_n"_a, "dc_n"_a, "dcells"_a, "dgates"_a, "dproduct"_a, "h_prev"_a, "dr"_a, "cell_out"_a,
+        "dpeephole"_a, "dnorm"_a, "dh0"_a, "dc0"_a, "workspace"_a,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_forward_workspace", &cpu_forward_workspace, "dtype"_a, "threads"_a, "steps"_a, "H"_a,
+        "P"_a, "I"_a, "x"_a, "w_hh"_a, "w_hr"_a, "variants"_a, "bf16_products"_a = false);
+  m.def("cpu_backward_workspace", &cpu_backward_workspace, "dtype"_a, "threads"_a, "steps"_a, "H"_a,
+        "P"_a, "w_hh"_a, "w_hr"_a, "variants"_a, "bf16_products"_a = false);
   m.def("cpu_matmul", &cpu_matmul, py::kw_only(), "dtype"_a, "threads"_a, "M"_a, "N"_a, "K"_a,
         "a_transposed"_a, "a"_a, "w"_a, "out"_a, "workspace"_a,
         py::call_guard<py::gil_scoped_release>());

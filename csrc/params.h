@@ -4,8 +4,9 @@
 // size), rows = number of (step, sequence) pairs that exist in memory. Every array is dense, last
 // dimension contiguous, unless a stride is given; strides are in elements.
 //
-// Two element types appear: `storage` is the tensors' dtype (fp64, fp32, bf16, fp16); `acc` is the
-// type the maths runs in (fp64 for fp64, fp32 for the rest).
+// Three element types appear: `storage` is the tensors' dtype (fp64, fp32, bf16, fp16); `acc` is
+// the type the maths runs in (fp64 for fp64, fp32 for the rest); `operand` is what products
+// multiply: storage with bf16_products, else acc.
 #pragma once
 
 #include <cstdint>
@@ -64,18 +65,21 @@ struct Variants {
   LSTM_EXT_INLINE bool zoneout_c() const { return keep_c || keep_c_all != 0; }
 };
 
-// One direction of one layer. Rows of sequences past their length are left as they are, but for
-// gx, whose every row is made if x is given.
+// One direction of one layer. Rows of sequences past their length are left as they are.
 struct LstmForward {
   Dtype dtype;
+  // Of bf16 without variants, if CpuKernels::bf16_products: the operands of products are bf16, the
+  // sums fp32. x, and in backward dgates, dr and cell_out, are then of the operand's type, and rows
+  // of x and dr, if their length is odd, have a zero more.
+  bool bf16_products;
   int threads;  // at most this many; the plan may use fewer
   Steps steps;
   int64_t H;
   int64_t P;
   int64_t I;
   // inputs
-  void* gx;          // acc [rows, 4H]: x W_ih^T + b_ih + b_hh, gates i, f, g, o
-  const void* x;     // acc [rows, I]; null: gx holds its product already, else it is made here
+  void* gx;          // acc [rows, 4H]: x W_ih^T + b_ih + b_hh, gates i, f, g, o; null if x is given
+  const void* x;     // operand [rows, I]; null: gx holds its product already, else it is made here
   const void* w_ih;  // storage [4H, I]; read if x is not null
   const void* b_ih;  // storage [4H], or null; read if x is not null
   const void* b_hh;  // as b_ih
@@ -99,6 +103,7 @@ struct LstmForward {
 
 struct LstmBackward {
   Dtype dtype;
+  bool bf16_products;  // as in LstmForward
   int threads;
   Steps steps;
   int64_t H;
@@ -121,14 +126,14 @@ struct LstmBackward {
   const void* dc_n;    // storage [B, H]; null: zero
   const void* dcells;  // storage [rows, H]: gradient of every c_t; null: zero
   // outputs
-  void* dgates;    // acc [rows, 4H]: gradient before the activations; must not be gates
+  void* dgates;    // operand [rows, 4H]: gradient before the activations; must not be gates
   void* dproduct;  // acc [rows, 4H]: gradient of the recurrent product; null: no layer norm, then
                    // it is dgates
   void* h_prev;  // storage [rows, P]: what W_hh was multiplied with at each step, for dW_hh; null:
                  // not wanted
-  void* dr;      // acc [rows, P]: gradient of each product with W_hr, for dW_hr; null: no
+  void* dr;      // operand [rows, P]: gradient of each product with W_hr, for dW_hr; null: no
                  // projection
-  void* cell_out;   // acc [rows, H]: what W_hr was multiplied with, for dW_hr; null: not wanted
+  void* cell_out;   // operand [rows, H]: what W_hr was multiplied with, for dW_hr; null: not wanted
   void* dpeephole;  // acc [B, 3H]: sums over the steps, added to what is there; null: none
   void* dnorm;      // acc [B, 6H]: likewise of gamma_hh (4H), gamma_ch and beta_ch; null: none
   void* dh0;        // storage [B, P]

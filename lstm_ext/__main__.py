@@ -18,8 +18,10 @@ from lstm_ext._version import __version__
 
 # What each variant of the CPU kernels was compiled with (csrc/CMakeLists.txt), best first.
 AVX2 = ("avx2", "fma", "f16c")
+AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", *AVX2)
 CPU_VARIANTS = {
-    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", *AVX2),
+    "avx512_bf16": ("avx512_bf16", *AVX512),
+    "avx512": AVX512,
     "avx2": AVX2,
     "portable": (),
 }
@@ -180,9 +182,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         chosen = f" (selected{by})" if name == cpu["selected"] else ""
         row(name, f"yes{chosen}" if variant["runs"] else f"no: {variant['reason']}")
     row("threads", f"{cpu['threads']}, as torch.get_num_threads() says")
-    unused = {"avx512_bf16": "AVX512-BF16", "amx_tile": "AMX"}
-    found = [f"{text} {'yes' if cpu['features'][key] else 'no'}" for key, text in unused.items()]
-    row("not used", ", ".join(found))
+    row("not used", f"AMX {'yes' if cpu['features']['amx_tile'] else 'no'}")
 
     out += ["", "CUDA"]
     if cuda["built"]:

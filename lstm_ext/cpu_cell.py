@@ -27,13 +27,14 @@ def cell_forward(
     code, threads = DTYPE_CODE[a.dtype], torch.get_num_threads()
     variants = _C.Variants(peephole=address(w_ch))
     h_new, c_new = torch.empty_like(h), torch.empty_like(c)
+    native = native_steps(_C, steps, False)
     workspace = _workspace(
-        _C.cpu_forward_workspace(code, threads, rows, C, C, 0, False, False, False, variants)
+        _C.cpu_forward_workspace(code, threads, native, C, C, 0, False, False, False, variants)
     )
     _C.cpu_forward(
         dtype=code,
         threads=threads,
-        steps=native_steps(_C, steps, False),
+        steps=native,
         H=C,
         P=C,
         I=0,
@@ -79,13 +80,14 @@ def cell_backward(
     da = torch.empty_like(a) if steps.lengths is None else torch.zeros_like(a)
     dw_ch = None if w_ch is None else a.new_zeros(rows, 3 * C)
     dh0, dc0 = torch.empty_like(h), torch.empty_like(c)
+    native = native_steps(_C, steps, False)
     workspace = _workspace(
-        _C.cpu_backward_workspace(code, threads, rows, C, C, False, False, variants)
+        _C.cpu_backward_workspace(code, threads, native, C, C, False, False, variants)
     )
     _C.cpu_backward(
         dtype=code,
         threads=threads,
-        steps=native_steps(_C, steps, False),
+        steps=native,
         H=C,
         P=C,
         variants=variants,

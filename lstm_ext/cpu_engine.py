@@ -1,7 +1,10 @@
 """A layer on the native core's CPU kernels: allocation, products over all steps, calls.
 
-The input product of many rows is a library's; the recurrence, the input product of few rows and
-the products of backward are the core's. Letters as in :mod:`ops`.
+The core makes the input product too, a few steps at a time between those of the recurrence: what it
+makes is still in the caches when it is used, 2-10 % of inference beside oneDNN's product over all
+steps (fp32, B 16-64, H 128-256, two Zen 5 cores). Products over all steps are a library's where a
+layer norm needs whole rows, for a single step, and in the backward pass of bfloat16. Letters as in
+:mod:`ops`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from lstm_ext.engine import (
     Direction,
     DirectionGrads,
     LayerResult,
+    LayerWeights,
     acc_dtype,
     address,
     native_steps,
@@ -64,9 +68,6 @@ _onednn_linear = (
 )
 _ONEDNN_MIN_MACS = 1_000_000  # below, its set-up (about 12 us) costs more than it gains
 
-# Up to this many rows the core makes the input product too, on the team that is there already:
-# 10-25 % of a whole call at T 25-100, B 1-4, H 64-512 on the same machine.
-_CORE_INPUT_ROWS = 128
 # Up to this many sequences a single step is like any other; of more, packing W_hh for one use
 # costs more than a product by torch.
 _CORE_ONE_STEP_ROWS = 4
@@ -88,8 +89,32 @@ def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, w, bias)
 
 
+def _bf16_products(dtype: torch.dtype, w: LayerWeights) -> bool:
+    """Whether products multiply bf16 as it is, rather than as float32. The sums are float32.
+
+    oneDNN, which then makes the products of backward over all steps, needs all its threads.
+    """
+    return (
+        dtype == torch.bfloat16
+        and not w.varied
+        and _C.cpu_bf16_products()
+        and _C.openmp_grants(torch.get_num_threads())
+    )
+
+
+def _even_rows(x: Tensor) -> Tensor:
+    """x (m, k), contiguous, with a column of zeros more if k is odd: the core multiplies pairs."""
+    return torch.nn.functional.pad(x, (0, 1)) if x.size(1) % 2 else x.contiguous()
+
+
 def _matmul(a: Tensor, w: Tensor, *, a_transposed: bool = False) -> Tensor:
-    """a w for a (m, k), or transposed (k, m), and w (k, n); in a's dtype, which is w's acc type."""
+    """a w for a (m, k), or transposed (k, m), and w (k, n); in a's dtype.
+
+    That is w's acc type, or bfloat16 for both: then it is a product by torch, which runs near the
+    processor's peak (700 to 880 GFLOP/s of 960, 600 or more rows, on two Zen 5 cores).
+    """
+    if a.dtype == torch.bfloat16:
+        return torch.mm(a.t() if a_transposed else a, w)
     K, M = a.shape if a_transposed else a.shape[::-1]
     N = w.size(1)
     out = a.new_empty(M, N) if K else a.new_zeros(M, N)
@@ -170,14 +195,26 @@ def _forward(
     w_hh: Tensor | None = w.w_hh
     w_ih: Tensor | None = None  # with core_input, if the core makes the input product itself
     core_input: Tensor | None = None
+    gx: Tensor | None = None
     normed = w.normed
     variants, kept = native_variants(_C, w, x.dtype)
     more: tuple[Tensor, ...] = ()
-    # One step of many sequences: h0 is known, so its product needs no packed weights either.
-    one_step = steps.T == 1 and steps.B > _CORE_ONE_STEP_ROWS and w.w_hr is None and not normed
-    if steps.rows <= _CORE_INPUT_ROWS and not one_step and not normed:
-        core_input, w_ih = x.to(acc).contiguous(), w.w_ih
-        gx = x.new_empty((steps.rows, 4 * H), dtype=acc)
+    bf16_products = _bf16_products(x.dtype, w)
+    # One step of many sequences: h0 is known, so its product needs no packed weights either. But a
+    # library's sums are in another order than the core's, whose bits are the same for one step and
+    # for one of many.
+    one_step = (
+        steps.T == 1
+        and not torch.are_deterministic_algorithms_enabled()
+        and steps.B > _CORE_ONE_STEP_ROWS
+        and w.w_hr is None
+        and not normed
+        and not bf16_products
+    )
+    if not one_step and not normed:
+        core_input = _even_rows(x) if bf16_products else x.to(acc).contiguous()
+        w_ih = w.w_ih
+        gates = x.new_empty((steps.rows, 4 * H), dtype=acc) if save else None
     else:
         biases = [b.to(acc) for b in (w.b_ih, w.b_hh) if b is not None]
         bias = sum(biases[1:], *biases[:1]) if biases else None
@@ -192,8 +229,8 @@ def _forward(
                     start = start * w.masks.h_dropout
                 gx.addmm_(start, w.w_hh.to(acc).T)
                 w_hh = None
+        gates = gx if save else None  # the core reads a row's gx before it writes its gates
     h_n, c_n = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
-    gates = gx if save else None  # the core reads a row's gx before it writes its gates
     c_seq = (
         _allocate(x, steps.rows, H, zero=padding and cells, dtype=acc) if save or cells else None
     )
@@ -202,14 +239,25 @@ def _forward(
         norm = _allocate(x, steps.rows, 4 * H, zero=False, dtype=acc)
         norm_r = x.new_empty(steps.rows, dtype=acc)
         more = (*more, norm, norm_r)
+    native = native_steps(_C, steps, reverse)
     threads = torch.get_num_threads()
     code = DTYPE_CODE[x.dtype]
     has_input, has_w_hh, has_w_hr = core_input is not None, w_hh is not None, w.w_hr is not None
-    key = (_C.cpu_isa(), code, threads, H, P, I, has_input, has_w_hh, has_w_hr)
+    key = (_C.cpu_isa(), code, bf16_products, threads, H, P, I, has_input, has_w_hh, has_w_hr)
     size = steps.native.get(key) if kept is None else None
     if size is None:
         size = _C.cpu_forward_workspace(
-            code, threads, steps.B, H, P, I, has_input, has_w_hh, has_w_hr, variants
+            code,
+            threads,
+            native,
+            H,
+            P,
+            I,
+            has_input,
+            has_w_hh,
+            has_w_hr,
+            variants,
+            bf16_products,
         )
         if kept is None:
             steps.native[key] = size
@@ -223,8 +271,9 @@ def _forward(
     h0, c0 = h0.contiguous(), c0.contiguous()
     recorded(_C.cpu_forward)(
         dtype=code,
+        bf16_products=bf16_products,
         threads=threads,
-        steps=native_steps(_C, steps, reverse),
+        steps=native,
         H=H,
         P=P,
         I=I,
@@ -322,26 +371,42 @@ def _backward(
     norm, norm_r = more[3:] if normed else (None, None)
     w_hh = None if one_step else w.w_hh.contiguous()
     w_hr = None if w.w_hr is None else w.w_hr.contiguous()
-    dgates = _allocate(gates, steps.rows, 4 * H, zero=padding)
+    bf16_products = _bf16_products(dtype, w)
+    operand = dtype if bf16_products else gates.dtype  # of the gradients that go into products
+    dgates = _allocate(gates, steps.rows, 4 * H, zero=padding, dtype=operand)
     h_prev = y.new_empty(steps.rows, P) if wanted.w_hh else None
     dproduct = gates.new_empty(steps.rows, 4 * H) if normed else None
-    dr = None if w_hr is None else gates.new_empty(steps.rows, P)
-    cell_out = gates.new_empty(steps.rows, H) if wanted.w_hr and w_hr is not None else None
+    dr = None
+    if w_hr is not None:
+        dr = gates.new_empty(steps.rows, P + P % 2 if bf16_products else P, dtype=operand)
+    cell_out = None
+    if wanted.w_hr and w_hr is not None:
+        cell_out = gates.new_empty(steps.rows, H, dtype=operand)
     dpeephole = gates.new_zeros(steps.B, 3 * H) if wanted.w_ch else None
     wanted_norm = wanted.gamma_hh or wanted.gamma_ch or wanted.beta_ch
     dnorm = gates.new_zeros(steps.B, 6 * H) if wanted_norm else None
     dh0, dc0 = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
+    native = native_steps(_C, steps, reverse)
     threads = torch.get_num_threads()
     code = DTYPE_CODE[dtype]
     workspace = _workspace(
         _C.cpu_backward_workspace(
-            code, threads, steps.B, H, P, w_hh is not None, w_hr is not None, variants
+            code,
+            threads,
+            native,
+            H,
+            P,
+            w_hh is not None,
+            w_hr is not None,
+            variants,
+            bf16_products,
         )
     )
     recorded(_C.cpu_backward)(
         dtype=code,
+        bf16_products=bf16_products,
         threads=threads,
-        steps=native_steps(_C, steps, reverse),
+        steps=native,
         H=H,
         P=P,
         variants=variants,
@@ -405,7 +470,9 @@ def _backward(
         db = dgates.sum(0).to(dtype) if wanted.b_ih or wanted.b_hh else None
         dw_ih = over_rows(dinput, rows(x)) if wanted.w_ih else None
         dw_hh = over_rows(dproduct, rows(h_prev)) if h_prev is not None else None
-        dw_hr = over_rows(rows(dr), rows(cell_out)) if cell_out is not None else None
+        dw_hr = None
+        if cell_out is not None:
+            dw_hr = over_rows(rows(dr[:, :P]), rows(cell_out))
     return dx, DirectionGrads(
         h0=dh0 if wanted.h0 else None,
         c0=dc0 if wanted.c0 else None,

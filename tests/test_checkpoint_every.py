@@ -192,3 +192,49 @@ def test_memory():
     ]
     saved = 16000 * 8 * 5 * 128 * 4 / 1024
     assert peaks[0] > saved and peaks[1] < peaks[0] / 2, peaks
+
+
+# --- streaming ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def stream(module, x, sizes):
+    """Outputs and last states, fed in parts of these numbers of steps in turn."""
+    hx, parts, start, k = None, [], 0, 0
+    while start < len(x):
+        y, hx = module(x[start : start + sizes[k % len(sizes)]], hx)
+        start, k = start + len(y), k + 1
+        parts.append(y)
+    return torch.cat(parts), hx
+
+
+@pytest.mark.cpu_only(reason="CUDA's plan and cuBLAS may choose other sums for other lengths")
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "hidden", "kwargs"),
+    [
+        (1, 64, {"num_layers": 2}),
+        (3, 37, {"bias": False}),
+        (8, 96, {"proj_size": 40}),
+        (32, 64, {"peephole": True}),
+        (70, 33, {"num_layers": 2}),
+    ],
+)
+def test_a_stream_has_the_bits_of_the_whole(isa, batch, hidden, kwargs, dtype, threads):
+    torch.set_num_threads(threads)
+    module = lstm_ext.LSTM(29, hidden, dtype=dtype, **kwargs)
+    x = torch.randn(48, batch, 29, dtype=dtype)
+    with torch.no_grad():
+        whole = module(x)
+        for sizes in ((1,), (7, 1, 20), (24,)):
+            assert_close(stream(module, x, sizes), whole, rtol=0, atol=0)
+    trained = stream(module, x, (16,))
+    assert_close(trained, module(x), rtol=0, atol=0)

@@ -15,8 +15,11 @@
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
 
-template <class A, class S>
+// E: the element of products, S: the storage type (operand.h). With pairs there are no variants.
+template <class E, class S>
 class Backward {
+  using A = Acc<E>;
+  using O = Stored<E>;
   using V = Vec<A>;
   using LstmCell = Cell<Math<A>>;
   static constexpr int L = Lanes<A>::kCount;
@@ -33,15 +36,15 @@ class Backward {
         h_stride_(blocks_of<A>(p.P) * L),
         c_stride_(blocks_of<A>(p.H) * L) {
     Arena arena(p.workspace);
-    members_ = arena.take<Member<A>>(p.threads);
+    members_ = arena.take<Member<E>>(p.threads);
     barriers_ = arena.take<Barrier>(p.threads + 1);
-    packed_hh_ = arena.take<A>(blocks_of<A>(P_) * K_ * L);
-    packed_hr_ = arena.take<A>(p.w_hr ? blocks_of<A>(H_) * P_ * L : 0);
+    packed_hh_ = arena.take<E>(blocks_of<A>(P_) * depth_of<E>(K_) * L);
+    packed_hr_ = arena.take<E>(p.w_hr ? blocks_of<A>(H_) * depth_of<E>(P_) * L : 0);
     dh_ = arena.take<A>(B_ * h_stride_);
     dc_ = arena.take<A>(B_ * c_stride_);
     dout_ = arena.take<A>(normed_ && p.w_hr ? B_ * c_stride_ : 0);
     norm_rows_ = arena.take<A>(normed_ ? p.threads * kNormRows * c_stride_ : 0);
-    Member<A>::take(arena, p.threads, B_, members_);
+    Member<E>::take(arena, p.threads, B_, members_);
     workspace_ = arena.used();
   }
 
@@ -59,7 +62,7 @@ class Backward {
   }
 
   void work(const Plan& plan, int thread) {
-    Member<A>& m = members_[thread];
+    Member<E>& m = members_[thread];
     m.place(plan, thread, B_, H_, P_);
     if (K_) {
       pack_matrix(static_cast<const S*>(p_.w_hh), P_, K_, false, m.proj, m, plan.groups,
@@ -92,13 +95,14 @@ class Backward {
         for (int64_t r = own.begin; r < own.end; ++r) normed_cell(m.rows[r], thread);
         meet.wait(plan.slices);
       }
-      const A* da = static_cast<const A*>(normed_ ? p_.dproduct : p_.dgates);
-      for (int64_t r = 0; r < count; ++r) m.a[r] = da + m.rows[r].row * 4 * H_;
-      for_panels(m.proj, m, count, K_, packed_hh_,
-                 [&](int64_t block, int vectors, int64_t r, const A* sums) {
-                   const Row& row = m.rows[r];
-                   for (int v = 0; v < vectors; ++v) {
-                     put_dh(row, (block + v) * L, load_full<A>(sums + v * L));
+      const O* da = static_cast<const O*>(normed_ ? p_.dproduct : p_.dgates);
+      for (int64_t r = 0; r < count; ++r) m.a[r] = as_elements<E>(da + m.rows[r].row * 4 * H_);
+      for_panels(m.proj, m, count, depth_of<E>(K_), packed_hh_,
+                 [&](int64_t block, int vectors, Range part, const A* sums) {
+                   for (int64_t r = part.begin; r < part.end; ++r) {
+                     for (int v = 0; v < vectors; ++v, sums += L) {
+                       put_dh(m.rows[r], (block + v) * L, load_full<A>(sums));
+                     }
                    }
                  });
     }
@@ -129,25 +133,28 @@ class Backward {
   }
 
   // dr_t, then its product with W_hr gives the gradient of o * tanh(c).
-  void through_projection(const Member<A>& m, int64_t count, Barrier& meet, const Plan& plan) {
-    A* dr = static_cast<A*>(p_.dr);
+  void through_projection(const Member<E>& m, int64_t count, Barrier& meet, const Plan& plan) {
+    O* dr = static_cast<O*>(p_.dr);
+    const int64_t stride = depth_of<E>(P_) * Operand<E>::kDepth;
     for (int64_t r = 0; r < count; ++r) {
       const Row& row = m.rows[r];
       for (int64_t j = m.proj.begin * L; j < m.proj.end * L; j += L) {
-        store<A>(dr + row.row * P_ + j, dh_fresh(row, j), P_ - j);
+        store<A>(dr + row.row * stride + j, dh_fresh(row, j), stride - j);  // 0 past P
       }
-      m.a[r] = dr + row.row * P_;
+      m.a[r] = as_elements<E>(dr + row.row * stride);
     }
     meet.wait(plan.slices);
-    for_panels(m.units, m, count, P_, packed_hr_,
-               [&](int64_t block, int vectors, int64_t r, const A* sums) {
-                 for (int v = 0; v < vectors; ++v) {
-                   const int64_t j = (block + v) * L;
-                   const V dout = load_full<A>(sums + v * L);
-                   if (normed_) {
-                     store_full<A>(dout_ + m.rows[r].b * c_stride_ + j, dout);
-                   } else {
-                     cell(m.rows[r], j, dout);
+    for_panels(m.units, m, count, depth_of<E>(P_), packed_hr_,
+               [&](int64_t block, int vectors, Range part, const A* sums) {
+                 for (int64_t r = part.begin; r < part.end; ++r) {
+                   for (int v = 0; v < vectors; ++v, sums += L) {
+                     const int64_t j = (block + v) * L;
+                     const V dout = load_full<A>(sums);
+                     if (normed_) {
+                       store_full<A>(dout_ + m.rows[r].b * c_stride_ + j, dout);
+                     } else {
+                       cell(m.rows[r], j, dout);
+                     }
                    }
                  }
                });
@@ -188,7 +195,7 @@ class Backward {
   }
 
   void put_cell_out(const Row& row, int64_t j, V out) {
-    if (p_.cell_out) store<A>(static_cast<A*>(p_.cell_out) + row.row * H_ + j, out, H_ - j);
+    if (p_.cell_out) store<A>(static_cast<O*>(p_.cell_out) + row.row * H_ + j, out, H_ - j);
   }
 
   // dc: gradient of c through h. Stores what is left of da, and the gradient of c_prev.
@@ -219,7 +226,7 @@ class Backward {
     }
     if (v.zoneout_c()) dc += kept;
     store_full<A>(dc_state, row.reset ? broadcast<A>(A(0)) : dc);
-    A* dgates = static_cast<A*>(p_.dgates) + row.row * 4 * H_ + j;
+    O* dgates = static_cast<O*>(p_.dgates) + row.row * 4 * H_ + j;
     store<A>(dgates, da.i, n);
     store<A>(dgates + H_, da.f, n);
     store<A>(dgates + 2 * H_, da.g, n);
@@ -236,7 +243,7 @@ class Backward {
     const S* gamma_ch = static_cast<const S*>(v.gamma_ch);
     const S* beta_ch = static_cast<const S*>(v.beta_ch);
     const A* norm = static_cast<const A*>(p_.norm) + row.row * 4 * H_;
-    A* dgates = static_cast<A*>(p_.dgates) + row.row * 4 * H_;
+    const O* dgates = static_cast<const O*>(p_.dgates) + row.row * 4 * H_;
     A* dproduct = static_cast<A*>(p_.dproduct) + row.row * 4 * H_;
     A* dnorm = p_.dnorm ? static_cast<A*>(p_.dnorm) + row.b * 6 * H_ : nullptr;
     A* c_row = norm_rows_ + thread * kNormRows * c_stride_;
@@ -304,7 +311,7 @@ class Backward {
     }
   }
 
-  void start(const Member<A>& m) {
+  void start(const Member<E>& m) {
     fill(m.batch, m.proj, static_cast<const S*>(p_.dh_n), P_, dh_, h_stride_);
     fill(m.batch, m.units, static_cast<const S*>(p_.dc_n), H_, dc_, c_stride_);
   }
@@ -318,7 +325,7 @@ class Backward {
     }
   }
 
-  void finish(const Member<A>& m) {
+  void finish(const Member<E>& m) {
     for (int64_t b = m.batch.begin; b < m.batch.end; ++b) {
       for (int64_t j = m.proj.begin * L; j < m.proj.end * L; j += L) {
         store<A>(static_cast<S*>(p_.dh0) + b * P_ + j, load_full<A>(dh_ + b * h_stride_ + j),
@@ -336,10 +343,10 @@ class Backward {
   const int64_t K_;    // length of the recurrent product: 4H, or 0 without one
   const bool normed_;  // layer norm
   const int64_t h_stride_, c_stride_;
-  Member<A>* members_;
+  Member<E>* members_;
   Barrier* barriers_;  // one a group, then one for the whole team
-  A* packed_hh_;       // [blocks of P][4H][lanes]
-  A* packed_hr_;       // [blocks of H][P][lanes]
+  E* packed_hh_;       // [blocks of P][depth of 4H][lanes]
+  E* packed_hr_;       // [blocks of H][depth of P][lanes]
   A* dh_;              // [B, h_stride_]: gradient of h sent back by the steps walked so far
   A* dc_;              // [B, c_stride_]: the same of c
   A* dout_;            // [B, c_stride_]: gradients of o * tanh(norm(c)), through the projection

@@ -10,13 +10,16 @@ namespace lstm_ext {
 namespace {
 
 struct Runnable {
-  const CpuKernels* list[4] = {};
+  const CpuKernels* list[5] = {};
   Runnable() {
     int count = 0;
 #if defined(__x86_64__)
     const CpuFeatures cpu = cpu_features();
     const bool avx2 = cpu.avx2 && cpu.fma && cpu.f16c;
     const bool avx512 = cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl && cpu.avx512cd;
+#if defined(LSTM_EXT_WITH_AVX512_BF16)
+    if (avx2 && avx512 && cpu.avx512_bf16) list[count++] = &kKernelsAvx512Bf16;
+#endif
     if (avx2 && avx512) list[count++] = &kKernelsAvx512;
     if (avx2) list[count++] = &kKernelsAvx2;
 #endif

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "simd.h"
+#include "operand.h"
 
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
@@ -19,9 +19,9 @@ constexpr int64_t kDotsMinK = 256;
 template <class A>
 constexpr int kDotsMaxRows = Lanes<A>::kCount < 4 ? Lanes<A>::kCount : 4;
 
-template <class A>
+template <class E>
 bool dots_suit(int64_t K) {
-  return K >= kDotsMinK && K % Lanes<A>::kCount == 0;
+  return K >= kDotsMinK && K % (Operand<E>::kDepth * Lanes<Acc<E>>::kCount) == 0;
 }
 
 // Lane l of the result: lane l + lane l ^ D of a where bit D of l is 0, of b where it is 1.
@@ -53,14 +53,16 @@ constexpr int kDotSums = 8;
 #endif
 
 // out[r * out_stride + l] = sum over k of a[r][k] * w[l][k] for kCount rows of weights, R rows of
-// a. `last` is the index of the last row of weights that exists; later ones repeat it.
+// a, all of K elements. `last` is the index of the last row of weights that exists; later ones
+// repeat it.
 //
 // Few streams are read side by side: rows of weights often lie a power of two apart, and more of
 // them than L1 has ways would evict each other. Registers left over split each sum along k, so
 // the order of the sum depends on R, though not on the number of threads.
-template <class A, class S, int R>
-__attribute__((noinline)) void dots(const A* const* a, const S* w, int64_t last, int64_t K, A* out,
-                                    int64_t out_stride) {
+template <class E, class S, int R>
+__attribute__((noinline)) void dots(const E* const* a, const S* w, int64_t last, int64_t K,
+                                    Acc<E>* out, int64_t out_stride) {
+  using A = Acc<E>;
   constexpr int L = Lanes<A>::kCount;
   constexpr int rows = L / (R == 3 ? 4 : R);  // of weights whose sums are added up together
   constexpr int streams = rows < 4 ? rows : 4;
@@ -71,7 +73,7 @@ __attribute__((noinline)) void dots(const A* const* a, const S* w, int64_t last,
       const S* weight[streams];
 #pragma GCC unroll 4
       for (int i = 0; i < streams; ++i) {
-        weight[i] = w + std::min<int64_t>(first + s0 + i, last) * K;
+        weight[i] = w + std::min<int64_t>(first + s0 + i, last) * K * Operand<E>::kDepth;
       }
       Vec<A> sum[parts][R][streams] = {};
       int64_t k = 0;
@@ -80,12 +82,14 @@ __attribute__((noinline)) void dots(const A* const* a, const S* w, int64_t last,
         for (int p = 0; p < parts; ++p) {
           Vec<A> x[R];
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) x[r] = load_full<A>(a[r] + k + p * L);
+          for (int r = 0; r < R; ++r) x[r] = load_elements<E>(a[r] + k + p * L);
 #pragma GCC unroll 4
           for (int i = 0; i < streams; ++i) {
-            const Vec<A> y = load_full<A>(weight[i] + k + p * L);
+            const Vec<A> y = load_weights<E>(weight[i], k + p * L);
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) sum[p][r][i] += x[r] * y;
+            for (int r = 0; r < R; ++r) {
+              sum[p][r][i] = multiply_add<E>(sum[p][r][i], x[r], y);
+            }
           }
         }
       }
@@ -94,7 +98,8 @@ __attribute__((noinline)) void dots(const A* const* a, const S* w, int64_t last,
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
           for (int i = 0; i < streams; ++i) {
-            sum[0][r][i] += load_full<A>(a[r] + k) * load_full<A>(weight[i] + k);
+            sum[0][r][i] = multiply_add<E>(sum[0][r][i], load_elements<E>(a[r] + k),
+                                           load_weights<E>(weight[i], k));
           }
         }
       }
@@ -118,21 +123,21 @@ __attribute__((noinline)) void dots(const A* const* a, const S* w, int64_t last,
   }
 }
 
-template <class A, class S>
-void dots_of_rows(int rows, const A* const* a, const S* w, int64_t last, int64_t K, A* out,
+template <class E, class S>
+void dots_of_rows(int rows, const E* const* a, const S* w, int64_t last, int64_t K, Acc<E>* out,
                   int64_t out_stride) {
-  constexpr int most = kDotsMaxRows<A>;
+  constexpr int most = kDotsMaxRows<Acc<E>>;
   switch (rows) {
     case 0:
       return;
     case 1:
-      return dots<A, S, 1>(a, w, last, K, out, out_stride);
+      return dots<E, S, 1>(a, w, last, K, out, out_stride);
     case 2:
-      return dots<A, S, 2>(a, w, last, K, out, out_stride);
+      return dots<E, S, 2>(a, w, last, K, out, out_stride);
     case 3:
-      return dots < A, S, most<4 ? 1 : 3>(a, w, last, K, out, out_stride);
+      return dots < E, S, most<4 ? 1 : 3>(a, w, last, K, out, out_stride);
     default:
-      return dots < A, S, most<4 ? 1 : 4>(a, w, last, K, out, out_stride);
+      return dots < E, S, most<4 ? 1 : 4>(a, w, last, K, out, out_stride);
   }
 }
 

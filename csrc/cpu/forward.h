@@ -17,8 +17,11 @@
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
 
-template <class A, class S>
+// E: the element of products, S: the storage type (operand.h). With pairs there are no variants.
+template <class E, class S>
 class Forward {
+  using A = Acc<E>;
+  using O = Stored<E>;
   using V = Vec<A>;
   using LstmCell = Cell<Math<A>>;
   static constexpr int L = Lanes<A>::kCount;
@@ -30,35 +33,39 @@ class Forward {
         H_(p.H),
         P_(p.P),
         K_(p.w_hh ? p.P : 0),
-        dots_(B_ <= kDotsMaxRows<A> && dots_suit<A>(K_)),
-        input_dots_(p.x && dots_suit<A>(p.I)),
+        dots_(B_ <= kDotsMaxRows<A> && dots_suit<E>(K_)),
+        input_dots_(p.x && dots_suit<E>(p.I) && p.steps.rows <= kChunkRows),
+        steps_at_once_(std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, B_))),
         normed_(p.variants.gamma_hh),
         varied_(p.variants.peephole || p.variants.h_dropout || p.variants.zoneout_h() ||
                 p.variants.zoneout_c()),
         h_stride_((blocks_of<A>(p.P) + 1) * L),  // one block more: no power of two between rows
         c_stride_(blocks_of<A>(p.H) * L) {
     Arena arena(p.workspace);
-    members_ = arena.take<Member<A>>(p.threads);
+    members_ = arena.take<Member<E>>(p.threads);
     barriers_ = arena.take<Barrier>(p.threads + 1);
-    packed_hh_ = arena.take<A>(dots_ ? 0 : 4 * blocks_of<A>(H_) * K_ * L);
-    packed_ih_ = arena.take<A>(p.x && !input_dots_ ? 4 * blocks_of<A>(H_) * p.I * L : 0);
-    packed_hr_ = arena.take<A>(p.w_hr ? blocks_of<A>(P_) * H_ * L : 0);
-    h_[0] = arena.take<A>(B_ * h_stride_);
-    h_[1] = arena.take<A>(B_ * h_stride_);
+    packed_hh_ = arena.take<E>(dots_ ? 0 : 4 * blocks_of<A>(H_) * depth_of<E>(K_) * L);
+    packed_ih_ =
+        arena.take<E>(p.x && !input_dots_ ? 4 * blocks_of<A>(H_) * depth_of<E>(p.I) * L : 0);
+    packed_hr_ = arena.take<E>(p.w_hr ? blocks_of<A>(P_) * depth_of<E>(H_) * L : 0);
+    h_[0] = arena.take<O>(B_ * h_stride_);
+    h_[1] = arena.take<O>(B_ * h_stride_);
     c_ = arena.take<A>(B_ * c_stride_);
-    cell_out_ = arena.take<A>(p.w_hr ? B_ * c_stride_ : 0);
-    zeros_ = arena.take<A>(P_);
+    cell_out_ = arena.take<O>(p.w_hr ? B_ * c_stride_ : 0);
+    zeros_ = arena.take<O>(h_stride_);
     h_kept_ = arena.take<A>(p.variants.zoneout_h() ? B_ * h_stride_ : 0);
     product_ = arena.take<A>(normed_ ? B_ * 4 * H_ : 0);
     norm_rows_ = arena.take<A>(normed_ ? p.threads * 2 * c_stride_ : 0);
-    Member<A>::take(arena, p.threads, B_, members_);
+    bias_ = arena.take<A>(p.x ? c_stride_ * 4 : 0);
+    gx_ = arena.take<A>(p.x ? B_ * steps_at_once_ * c_stride_ * 4 : 0);
+    Member<E>::take(arena, p.threads, B_, members_);
     workspace_ = arena.used();
   }
 
   int64_t workspace() const { return workspace_; }
 
   void run() {
-    std::memset(zeros_, 0, P_ * sizeof(A));
+    std::memset(zeros_, 0, h_stride_ * sizeof(O));
     run_planned(
         p_.threads, barriers_, [this](int threads) { return plan(threads); },
         [this](const Plan& plan, int thread) { work(plan, thread); });
@@ -72,7 +79,7 @@ class Forward {
   }
 
   void work(const Plan& plan, int thread) {
-    Member<A>& m = members_[thread];
+    Member<E>& m = members_[thread];
     m.place(plan, thread, B_, H_, P_);
     if (K_ && !dots_) {
       pack_gates(static_cast<const S*>(p_.w_hh), H_, K_, m, m.group, plan.groups, packed_hh_);
@@ -80,24 +87,33 @@ class Forward {
     if (p_.w_hr) {
       pack_matrix(static_cast<const S*>(p_.w_hr), P_, H_, true, m.proj, m, plan.groups, packed_hr_);
     }
+    if (p_.x && !input_dots_) {
+      pack_gates(static_cast<const S*>(p_.w_ih), H_, p_.I, m, m.group, plan.groups, packed_ih_);
+    }
+    if (p_.x && m.group == 0) add_biases(m);
     start(m);
-    if (p_.x) input_product(m);
     barriers_[plan.groups].wait(plan.threads());
     Barrier& meet = barriers_[m.group];
+    int64_t made = 0;  // row of gx_ where the rows of the step begin
     for (int64_t i = 0; i < p_.steps.T; ++i) {
+      if (p_.x && i % steps_at_once_ == 0) {
+        input_product(m, i);
+        made = m.batch.begin * steps_at_once_;
+      }
       const int64_t count = collect(p_.steps, p_.steps.step_at(i), m.batch, m.rows);
-      const A* h_old = h_[i & 1];
-      A* h_new = h_[(i + 1) & 1];
+      const O* h_old = h_[i & 1];
+      O* h_new = h_[(i + 1) & 1];
       for (int64_t r = 0; r < count; ++r) {
-        m.a[r] = m.rows[r].reset ? zeros_ : h_old + m.rows[r].b * h_stride_;
+        m.rows[r].gx = made++;
+        m.a[r] = as_elements<E>(m.rows[r].reset ? zeros_ : h_old + m.rows[r].b * h_stride_);
       }
       if (dots_) {
-        each_dots(m, int(count), static_cast<const S*>(p_.w_hh), K_,
-                  [&](int64_t j, int r, const A* sums) { take(m.rows[r], j, sums, h_new); });
+        each_dots(m, count, static_cast<const S*>(p_.w_hh), K_,
+                  [&](int64_t j, A* sums) { take(m.rows, Range{0, count}, j, sums, h_new); });
       } else {
-        for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, K_, packed_hh_,
-                   [&](int64_t block, int, int64_t r, const A* sums) {
-                     take(m.rows[r], block / 4 * L, sums, h_new);
+        for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, depth_of<E>(K_), packed_hh_,
+                   [&](int64_t block, int, Range part, A* sums) {
+                     take(m.rows, part, block / 4 * L, sums, h_new);
                    });
       }
       meet.wait(plan.slices);
@@ -107,68 +123,89 @@ class Forward {
         meet.wait(plan.slices);
       }
       if (!p_.w_hr) continue;
-      for (int64_t r = 0; r < count; ++r) m.a[r] = cell_out_ + m.rows[r].b * c_stride_;
-      for_panels(m.proj, m, count, H_, packed_hr_,
-                 [&](int64_t block, int vectors, int64_t r, const A* sums) {
-                   for (int v = 0; v < vectors; ++v) {
-                     const V h = load_full<A>(sums + v * L);
-                     put_h<true>(m.rows[r], (block + v) * L, h, h_new);
+      for (int64_t r = 0; r < count; ++r) {
+        m.a[r] = as_elements<E>(cell_out_ + m.rows[r].b * c_stride_);
+      }
+      for_panels(m.proj, m, count, depth_of<E>(H_), packed_hr_,
+                 [&](int64_t block, int vectors, Range part, const A* sums) {
+                   for (int64_t r = part.begin; r < part.end; ++r) {
+                     for (int v = 0; v < vectors; ++v, sums += L) {
+                       put_h<true>(m.rows[r], (block + v) * L, load_full<A>(sums), h_new);
+                     }
                    }
                  });
       meet.wait(plan.slices);
     }
   }
 
-  // gx = x W_ih^T + b_ih + b_hh for the columns of one thread, all rows. Ops asks for it where
-  // the rows are few; with more than one group the first does it, and the barrier orders it.
-  void input_product(const Member<A>& m) {
-    if (m.group != 0) return;
+  // gx = x W_ih^T + b_ih + b_hh for the columns of one thread and the steps from the i-th on, as
+  // many as are made at once.
+  void input_product(const Member<E>& m, int64_t i) {
     const S* w_ih = static_cast<const S*>(p_.w_ih);
-    const int64_t I = p_.I, rows = p_.steps.rows;
-    if (!input_dots_) pack_gates(w_ih, H_, I, m, 0, 1, packed_ih_);
-    const int64_t most = input_dots_ ? kDotsMaxRows<A> : kChunkRows;
-    for (int64_t r0 = 0; r0 < rows; r0 += most) {
-      const int64_t count = std::min(most, rows - r0);
-      for (int64_t r = 0; r < count; ++r) m.a[r] = static_cast<const A*>(p_.x) + (r0 + r) * I;
-      if (input_dots_) {
-        each_dots(m, int(count), w_ih, I,
-                  [&](int64_t j, int r, const A* sums) { put_gx(r0 + r, j, sums); });
-      } else {
-        for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, I, packed_ih_,
-                   [&](int64_t block, int, int64_t r, const A* sums) {
-                     put_gx(r0 + r, block / 4 * L, sums);
-                   });
+    const int64_t depth = depth_of<E>(p_.I), first = m.batch.begin * steps_at_once_;
+    int64_t count = 0;
+    for (int64_t end = std::min(p_.steps.T, i + steps_at_once_); i < end; ++i) {
+      const int64_t active = collect(p_.steps, p_.steps.step_at(i), m.batch, m.rows);
+      for (int64_t r = 0; r < active; ++r) {
+        m.a[count++] = static_cast<const E*>(p_.x) + m.rows[r].row * depth;
+      }
+    }
+    if (input_dots_) {
+      each_dots(m, count, w_ih, p_.I,
+                [&](int64_t j, const A* sums) { put_gx(Range{first, first + count}, j, sums); });
+    } else {
+      for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, depth, packed_ih_,
+                 [&](int64_t block, int, Range part, const A* sums) {
+                   put_gx(Range{first + part.begin, first + part.end}, block / 4 * L, sums);
+                 });
+    }
+  }
+
+  void put_gx(Range rows, int64_t j, const A* sums) {
+    A* gx = own_gx(rows.begin, j);
+    for (int gate = 0; gate < 4; ++gate) {
+      const V bias = load_full<A>(bias_ + j * 4 + gate * L);
+      for (int64_t r = 0; r < rows.size(); ++r) {
+        const int64_t at = (r * 4 + gate) * L;
+        store_full<A>(gx + at, load_full<A>(sums + at) + bias);
       }
     }
   }
 
-  void put_gx(int64_t row, int64_t j, const A* sums) {
-    const int64_t n = H_ - j;
-    const S* b_ih = static_cast<const S*>(p_.b_ih);
-    const S* b_hh = static_cast<const S*>(p_.b_hh);
-    A* gx = static_cast<A*>(p_.gx) + row * 4 * H_ + j;
-    for (int gate = 0; gate < 4; ++gate) {
-      V sum = load_full<A>(sums + gate * L);
-      if (b_ih) sum += load<A>(b_ih + gate * H_ + j, n);
-      if (b_hh) sum += load<A>(b_hh + gate * H_ + j, n);
-      store<A>(gx + gate * H_, sum, n);
+  A* own_gx(int64_t row, int64_t j) const {
+    return gx_ + (j / L * B_ * steps_at_once_ + row) * 4 * L;
+  }
+
+  void add_biases(const Member<E>& m) {
+    for (int64_t j = m.units.begin * L; j < m.units.end * L; j += L) {
+      for (int gate = 0; gate < 4; ++gate) {
+        V sum = broadcast<A>(A(0));
+        for (const void* bias : {p_.b_ih, p_.b_hh}) {
+          if (bias) sum += load<A>(static_cast<const S*>(bias) + gate * H_ + j, H_ - j);
+        }
+        store_full<A>(bias_ + j * 4 + gate * L, sum);
+      }
     }
   }
 
-  // done(j, r, sums): units j .. j+L of row r, gates [4][lanes], from weights that lie unpacked.
+  // done(j, sums): units j .. j+L of all rows, at most kChunkRows, sums [rows][4 gates][lanes]. The
+  // weights lie unpacked.
   template <class Done>
-  void each_dots(const Member<A>& m, int count, const S* weights, int64_t K, Done&& done) {
+  void each_dots(const Member<E>& m, int64_t count, const S* weights, int64_t K, Done&& done) {
+    constexpr int64_t most = kDotsMaxRows<A>;
     for (int64_t j = m.units.begin * L; j < std::min(H_, m.units.end * L); j += L) {
       for (int gate = 0; gate < 4; ++gate) {
-        dots_of_rows<A, S>(count, m.a, weights + (gate * H_ + j) * K, H_ - j - 1, K,
-                           m.acc + gate * L, 4 * L);
+        for (int64_t r = 0; r < count; r += most) {
+          dots_of_rows<E, S>(int(std::min(most, count - r)), m.a + r, weights + (gate * H_ + j) * K,
+                             H_ - j - 1, depth_of<E>(K), m.acc + (r * 4 + gate) * L, 4 * L);
+        }
       }
-      for (int r = 0; r < count; ++r) done(j, r, m.acc + r * 4 * L);
+      done(j, m.acc);
     }
   }
 
   // Both h buffers start as h0: a sequence that starts late (reverse, with lengths) reads either.
-  void start(const Member<A>& m) {
+  void start(const Member<E>& m) {
     const S* h0 = static_cast<const S*>(p_.h0);
     const S* c0 = static_cast<const S*>(p_.c0);
     for (int64_t b = m.batch.begin; b < m.batch.end; ++b) {
@@ -189,28 +226,47 @@ class Forward {
     }
   }
 
-  // Units j .. j+L of the product with one sequence's h.
-  void take(const Row& row, int64_t j, const A* sums, A* h_new) {
-    const V product[4] = {load_full<A>(sums), load_full<A>(sums + L), load_full<A>(sums + 2 * L),
-                          load_full<A>(sums + 3 * L)};
-    if (!normed_) {
-      return varied_ ? cell<true>(row, j, product, h_new) : cell<false>(row, j, product, h_new);
+  // Units j .. j+L of the product with the h of some sequences: sums [rows][4 gates][lanes].
+  void take(const Row* rows, Range part, int64_t j, A* sums, O* h_new) {
+    rows += part.begin;
+    if (normed_) {
+      for (int64_t r = 0; r < part.size(); ++r, sums += 4 * L) {
+        A* to = product_ + rows[r].b * 4 * H_ + j;
+        for (int gate = 0; gate < 4; ++gate) {
+          store<A>(to + gate * H_, load_full<A>(sums + gate * L), H_ - j);
+        }
+      }
+    } else if (varied_) {
+      cells<true>(rows, part.size(), j, sums, h_new);
+    } else {
+      cells<false>(rows, part.size(), j, sums, h_new);
     }
-    A* to = product_ + row.b * 4 * H_ + j;
-    for (int gate = 0; gate < 4; ++gate) store<A>(to + gate * H_, product[gate], H_ - j);
   }
 
   // kVaried: with variants. The plain LSTM's cell does not ask for each of them: at T 50, B 64, H
   // 128 that took 6 % of the whole pass.
+  //
+  // A cell is one long chain of dependent instructions, too many for the processor to look past
+  // into the next sequence's. Half of it for all sequences, then the other half, keeps it busier.
   template <bool kVaried>
-  void cell(const Row& row, int64_t j, const V (&product)[4], A* h_new) {
-    V c;
-    const V o = state<kVaried>(row, j, product, c);
-    put_output<kVaried>(row, j, o * Math<A>::tanh(c), h_new);
+  void cells(const Row* rows, int64_t count, int64_t j, A* sums, O* h_new) {
+    for (int64_t r = 0; r < count; ++r) {
+      A* at = sums + r * 4 * L;
+      const V product[4] = {load_full<A>(at), load_full<A>(at + L), load_full<A>(at + 2 * L),
+                            load_full<A>(at + 3 * L)};
+      V c;
+      store_full<A>(at, state<kVaried>(rows[r], j, product, c));
+      store_full<A>(at + L, c);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const A* at = sums + r * 4 * L;
+      const V c = load_full<A>(at + L);
+      put_output<kVaried>(rows[r], j, load_full<A>(at) * Math<A>::tanh(c), h_new);
+    }
   }
 
   // One sequence's units, all of them: norm(product), and h = o * tanh(norm(c)).
-  void normed_cell(const Row& row, int thread, A* h_new) {
+  void normed_cell(const Row& row, int thread, O* h_new) {
     const Variants& v = p_.variants;
     const A* product = product_ + row.b * 4 * H_;
     const auto of_product = Moments<A>::of(product, 4 * H_, v.epsilon);
@@ -244,14 +300,15 @@ class Forward {
   // The cell up to c, which is returned before zoneout, and o. gates may be gx itself: all four
   // are read before any is written.
   template <bool kVaried>
-  V state(const Row& row, int64_t j, const V (&product)[4], V& c) {
+  LSTM_EXT_INLINE V state(const Row& row, int64_t j, const V (&product)[4], V& c) {
     const int64_t n = H_ - j;
-    const A* gx = static_cast<const A*>(p_.gx) + row.row * 4 * H_ + j;
+    const A* gx = p_.x ? own_gx(row.gx, j) : static_cast<const A*>(p_.gx) + row.row * 4 * H_ + j;
+    const int64_t stride = p_.x ? L : H_;
     const typename LstmCell::Gates a{
         load<A>(gx, n) + product[0],
-        load<A>(gx + H_, n) + product[1],
-        load<A>(gx + 2 * H_, n) + product[2],
-        load<A>(gx + 3 * H_, n) + product[3],
+        load<A>(gx + stride, n) + product[1],
+        load<A>(gx + 2 * stride, n) + product[2],
+        load<A>(gx + 3 * stride, n) + product[3],
     };
     A* c_state = c_ + row.b * c_stride_ + j;
     const V c_prev = row.reset ? broadcast<A>(A(0)) : load_full<A>(c_state);
@@ -280,7 +337,7 @@ class Forward {
 
   // out: o * tanh(c).
   template <bool kVaried>
-  void put_output(const Row& row, int64_t j, V out, A* h_new) {
+  LSTM_EXT_INLINE void put_output(const Row& row, int64_t j, V out, O* h_new) {
     if (p_.w_hr) {
       store_full<A>(cell_out_ + row.b * c_stride_ + j, out);
     } else {
@@ -290,7 +347,7 @@ class Forward {
 
   // The recurrence goes on with h as the user sees it: rounded to the storage type.
   template <bool kVaried>
-  void put_h(const Row& row, int64_t j, V h, A* h_new) {
+  LSTM_EXT_INLINE void put_h(const Row& row, int64_t j, V h, O* h_new) {
     const int64_t n = P_ - j;
     const Variants& v = p_.variants;
     if (kVaried && v.zoneout_h()) {
@@ -299,8 +356,15 @@ class Forward {
       h = LstmCell::zoneout(keep_h<A>(v, P_, row.row, j), h_prev, h);
       store_full<A>(kept, rounded_to<A, S>(h));
     }
-    store<A>(static_cast<S*>(p_.y) + row.row * p_.y_stride + j, h, n);
-    store_full<A>(h_new + row.b * h_stride_ + j, dropped<kVaried>(rounded_to<A, S>(h), row.b, j));
+    S* y = static_cast<S*>(p_.y) + row.row * p_.y_stride + j;
+    O* state = h_new + row.b * h_stride_ + j;
+    if constexpr (kPaired<E>) {
+      store_full<A>(state, h);
+      std::memcpy(y, state, std::min<int64_t>(n, L) * sizeof(S));
+    } else {
+      store<A>(y, h, n);
+      store_full<A>(state, dropped<kVaried>(rounded_to<A, S>(h), row.b, j));
+    }
     if (row.last) store<A>(static_cast<S*>(p_.h_n) + row.b * P_ + j, h, n);
   }
 
@@ -313,23 +377,26 @@ class Forward {
 
   const LstmForward& p_;
   const int64_t B_, H_, P_;
-  const int64_t K_;        // length of the recurrent product: P, or 0 without one
-  const bool dots_;        // few sequences: W_hh is read as it lies, not packed
-  const bool input_dots_;  // the same of W_ih
-  const bool normed_;      // layer norm
-  const bool varied_;      // variants beside it
+  const int64_t K_;              // length of the recurrent product: P, or 0 without one
+  const bool dots_;              // few sequences: W_hh is read as it lies, not packed
+  const bool input_dots_;        // the same of W_ih
+  const int64_t steps_at_once_;  // of the input product: enough rows to use each weight often
+  const bool normed_;            // layer norm
+  const bool varied_;            // variants beside it
   const int64_t h_stride_, c_stride_;
-  Member<A>* members_;
+  Member<E>* members_;
   Barrier* barriers_;  // one a group, then one for the whole team
-  A* packed_hh_;       // [4 * blocks of H][K][lanes]
-  A* packed_ih_;       // [4 * blocks of H][I][lanes]
-  A* packed_hr_;       // [blocks of P][H][lanes]
-  A* h_[2];            // [B, h_stride_]
+  E* packed_hh_;       // [4 * blocks of H][depth of K][lanes]
+  E* packed_ih_;       // [4 * blocks of H][depth of I][lanes]
+  E* packed_hr_;       // [blocks of P][depth of H][lanes]
+  O* h_[2];            // [B, h_stride_]
   A* c_;               // [B, c_stride_]
-  A* cell_out_;        // [B, c_stride_]: o * tanh(c) before the projection
-  A* zeros_;           // [P]: the h of a sequence that was reset
+  O* cell_out_;        // [B, c_stride_]: o * tanh(c) before the projection
+  O* zeros_;           // [h_stride_]: the h of a sequence that was reset
   A* h_kept_;          // [B, h_stride_]: the last h, for zoneout
   A* product_;         // [B, 4H]: recurrent products that wait for their norm
+  A* bias_;            // [blocks of H][4][lanes]: b_ih + b_hh, if x is given
+  A* gx_;              // [blocks of H][B * steps_at_once_][4][lanes]: gx of the steps at hand
   A* norm_rows_;       // [threads][2][c_stride_]: c and o of the row at hand
   int64_t workspace_;
 };

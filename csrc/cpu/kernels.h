@@ -7,6 +7,7 @@ namespace lstm_ext {
 
 struct CpuKernels {
   const char* name;
+  bool bf16_products;                                // whether that flag of params.h may be set
   int64_t (*forward_workspace)(const LstmForward&);  // bytes; of pointers, whether null counts
   int64_t (*backward_workspace)(const LstmBackward&);
   int64_t (*matmul_workspace)(const Matmul&);
@@ -16,6 +17,7 @@ struct CpuKernels {
 };
 
 #if defined(__x86_64__)
+extern const CpuKernels kKernelsAvx512Bf16;  // if LSTM_EXT_WITH_AVX512_BF16
 extern const CpuKernels kKernelsAvx512;
 extern const CpuKernels kKernelsAvx2;
 #endif

@@ -9,6 +9,14 @@
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
 
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+template <class Params>
+constexpr bool kMayPair = kPairs && !std::is_same_v<Params, Matmul>;
+
 template <template <class, class> class Direction, class Params>
 int64_t workspace(const Params& params) {
   Params counted = params;
@@ -19,6 +27,9 @@ int64_t workspace(const Params& params) {
     case Dtype::kFloat32:
       return Direction<float, float>(counted).workspace();
     case Dtype::kBFloat16:
+      if constexpr (kMayPair<Params>) {
+        if (params.bf16_products) return Direction<BFloat16Pair, bfloat16>(counted).workspace();
+      }
       return Direction<float, bfloat16>(counted).workspace();
     default:
       return Direction<float, float16>(counted).workspace();
@@ -33,6 +44,9 @@ void run(const Params& params) {
     case Dtype::kFloat32:
       return Direction<float, float>(params).run();
     case Dtype::kBFloat16:
+      if constexpr (kMayPair<Params>) {
+        if (params.bf16_products) return Direction<BFloat16Pair, bfloat16>(params).run();
+      }
       return Direction<float, bfloat16>(params).run();
     default:
       return Direction<float, float16>(params).run();
@@ -45,6 +59,7 @@ void run(const Params& params) {
 #define LSTM_EXT_DEFINE_KERNELS(variable, name)                                               \
   namespace lstm_ext {                                                                        \
   const CpuKernels variable = {name,                                                          \
+                               LSTM_EXT_ISA::kPairs,                                          \
                                LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::Forward, LstmForward>,   \
                                LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::Backward, LstmBackward>, \
                                LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::MatmulOf, Matmul>,       \

@@ -72,13 +72,15 @@ class MatmulOf {
             p_.a_transposed ? s.a + m * a_stride_ : static_cast<const A*>(p_.a) + m * p_.K + k0;
       }
       for_panels(columns, s.member, m1 - m0, length, packed,
-                 [&](int64_t block, int vectors, int64_t r, const A* sums) {
-                   for (int v = 0; v < vectors; ++v) {
-                     const int64_t j = (block + v) * L;
-                     A* to = out + (m0 + r) * p_.N + j;
-                     Vec<A> sum = load_full<A>(sums + v * L);
-                     if (k0) sum += load<A>(to, p_.N - j);
-                     store<A>(to, sum, p_.N - j);
+                 [&](int64_t block, int vectors, Range part, const A* sums) {
+                   for (int64_t r = part.begin; r < part.end; ++r) {
+                     for (int v = 0; v < vectors; ++v, sums += L) {
+                       const int64_t j = (block + v) * L;
+                       A* to = out + (m0 + r) * p_.N + j;
+                       Vec<A> sum = load_full<A>(sums);
+                       if (k0) sum += load<A>(to, p_.N - j);
+                       store<A>(to, sum, p_.N - j);
+                     }
                    }
                  });
     }

@@ -11,7 +11,7 @@
 
 #include <algorithm>
 
-#include "simd.h"
+#include "operand.h"
 
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
@@ -30,9 +30,10 @@ constexpr int kChunkRows = 48;
 constexpr int64_t kSliceK = 96;
 
 // acc[p][r][v] (+)= sum over k in [k0, k1) of a[r][k] * w[p][k][v], for NP panels at once.
-template <class A, int R, int NV, int NP>
-__attribute__((noinline)) void tile(const A* const* a, int64_t k0, int64_t k1, const A* w,
-                                    int64_t panel_stride, A* acc, int64_t acc_stride) {
+template <class E, int R, int NV, int NP>
+__attribute__((noinline)) void tile(const E* const* a, int64_t k0, int64_t k1, const E* w,
+                                    int64_t panel_stride, Acc<E>* acc, int64_t acc_stride) {
+  using A = Acc<E>;
   constexpr int L = Lanes<A>::kCount;
   Vec<A> sum[NP][R][NV];
 #pragma GCC unroll 8
@@ -46,7 +47,7 @@ __attribute__((noinline)) void tile(const A* const* a, int64_t k0, int64_t k1, c
       }
     }
   }
-  const A* row[R];
+  const E* row[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) row[r] = a[r];
   w += k0 * NV * L;
@@ -55,12 +56,16 @@ __attribute__((noinline)) void tile(const A* const* a, int64_t k0, int64_t k1, c
     for (int p = 0; p < NP; ++p) {
       Vec<A> weight[NV];
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) weight[v] = load_full<A>(w + p * panel_stride + v * L);
+      for (int v = 0; v < NV; ++v) {
+        weight[v] = load_elements<E>(w + p * panel_stride + v * L);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const Vec<A> x = broadcast<A>(row[r][k]);
+        const Vec<A> x = broadcast_element<E>(row[r] + k);
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sum[p][r][v] += x * weight[v];
+        for (int v = 0; v < NV; ++v) {
+          sum[p][r][v] = multiply_add<E>(sum[p][r][v], x, weight[v]);
+        }
       }
     }
   }
@@ -76,52 +81,52 @@ __attribute__((noinline)) void tile(const A* const* a, int64_t k0, int64_t k1, c
   }
 }
 
-template <class A>
-using TileFn = void (*)(const A* const*, int64_t, int64_t, const A*, int64_t, A*, int64_t);
+template <class E>
+using TileFn = void (*)(const E* const*, int64_t, int64_t, const E*, int64_t, Acc<E>*, int64_t);
 
-template <class A, int NV>
-TileFn<A> tile_of_rows(int rows) {
+template <class E, int NV>
+TileFn<E> tile_of_rows(int rows) {
   switch (rows) {
     case 1:
-      return tile<A, 1, NV, 1>;
+      return tile<E, 1, NV, 1>;
     case 2:
-      return tile<A, 2, NV, 1>;
+      return tile<E, 2, NV, 1>;
 #if defined(__AVX512F__) || defined(__aarch64__)
     case 3:
-      return tile<A, 3, NV, 1>;
+      return tile<E, 3, NV, 1>;
     case 4:
-      return tile<A, 4, NV, 1>;
+      return tile<E, 4, NV, 1>;
     case 5:
-      return tile<A, 5, NV, 1>;
+      return tile<E, 5, NV, 1>;
 #endif
     default:
-      return tile<A, kTileRows, NV, 1>;
+      return tile<E, kTileRows, NV, 1>;
   }
 }
 
-template <class A>
-TileFn<A> tile_for(int rows, int vectors) {
+template <class E>
+TileFn<E> tile_for(int rows, int vectors) {
   switch (vectors) {
     case 1:
-      return tile_of_rows<A, 1>(rows);
+      return tile_of_rows<E, 1>(rows);
     case 2:
-      return tile_of_rows<A, 2>(rows);
+      return tile_of_rows<E, 2>(rows);
     case 3:
-      return tile_of_rows<A, 3>(rows);
+      return tile_of_rows<E, 3>(rows);
     default:
-      return tile_of_rows<A, 4>(rows);
+      return tile_of_rows<E, 4>(rows);
   }
 }
 
 // acc[p][r][vectors * lanes] = a[r][0..K) * panel p, for `panels` panels of `vectors` vectors that
 // lie `panel_stride` elements apart, and `rows` rows (at most kChunkRows). Two panels are taken
 // at once for a single row, where one has too few independent sums to hide the FMA's latency.
-template <class A>
-void product(const A* const* a, int rows, int64_t K, const A* w, int vectors, int panels,
-             int64_t panel_stride, A* acc, int64_t acc_stride) {
-  constexpr int L = Lanes<A>::kCount;
+template <class E>
+void product(const E* const* a, int rows, int64_t K, const E* w, int vectors, int panels,
+             int64_t panel_stride, Acc<E>* acc, int64_t acc_stride) {
+  constexpr int L = Lanes<Acc<E>>::kCount;
   if (rows == 1 && panels == 2 && vectors == kPanelVectors) {
-    return tile<A, 1, kPanelVectors, 2>(a, 0, K, w, panel_stride, acc, acc_stride);
+    return tile<E, 1, kPanelVectors, 2>(a, 0, K, w, panel_stride, acc, acc_stride);
   }
   const int tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t slice = tiles > 1 ? kSliceK : K;  // a single tile gains nothing from slices
@@ -130,34 +135,51 @@ void product(const A* const* a, int rows, int64_t K, const A* w, int vectors, in
       const int64_t k1 = std::min(K, k0 + slice);
       for (int i = 0; i < tiles; ++i) {  // as even as they go: 8 rows are 4 + 4, not 6 + 2
         const int r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
-        tile_for<A>(r1 - r0, vectors)(a + r0, k0, k1, w + p * panel_stride, 0,
+        tile_for<E>(r1 - r0, vectors)(a + r0, k0, k1, w + p * panel_stride, 0,
                                       acc + p * acc_stride + int64_t(r0) * vectors * L, 0);
       }
     }
   }
 }
 
-// Packs `count` (at most kCount) rows of a row-major matrix, each K long, `stride` apart, as
-// vector v of a panel: dst[k * NV * L + v * L + l] = src[l * stride + k]; absent lanes become 0.
-template <class A, class S>
-void pack_rows(const S* src, int64_t stride, int count, int64_t K, A* dst, int64_t panel_width) {
-  constexpr int L = Lanes<A>::kCount;
-  for (int64_t k = 0; k < K; k += L) {
-    const int64_t n = std::min<int64_t>(L, K - k);
+// Packs `count` (at most kCount) rows of a row-major matrix, each K numbers long, `stride` apart,
+// as vector v of a panel: dst[k * NV * L + v * L + l] = element k of row l; absent lanes become 0.
+template <class E, class S>
+void pack_rows(const S* src, int64_t stride, int count, int64_t K, E* dst, int64_t panel_width) {
+  using A = Acc<E>;
+  constexpr int L = Lanes<A>::kCount, depth = Operand<E>::kDepth;
+  for (int64_t k = 0; k < K; k += depth * L) {
     Vec<A> block[L];
     for (int l = 0; l < L; ++l) {
-      block[l] = l < count ? load<A>(src + l * stride + k, n) : broadcast<A>(A(0));
+      block[l] = l < count ? load_weights_partial<E>(src + l * stride + k, K - k) : Vec<A>{};
     }
     transpose<A>(block);
-    for (int64_t j = 0; j < n; ++j) store_full<A>(dst + (k + j) * panel_width, block[j]);
+    const int64_t n = std::min<int64_t>(L, depth_of<E>(K - k));
+    for (int64_t j = 0; j < n; ++j) {
+      std::memcpy(dst + (k / depth + j) * panel_width, &block[j], sizeof block[j]);
+    }
   }
 }
 
 // Packs columns [0, count) of a row-major [K, stride] matrix as vector v of a panel.
-template <class A, class S>
-void pack_columns(const S* src, int64_t stride, int count, int64_t K, A* dst, int64_t panel_width) {
-  for (int64_t k = 0; k < K; ++k) {
-    store_full<A>(dst + k * panel_width, load<A>(src + k * stride, count));
+template <class E, class S>
+void pack_columns(const S* src, int64_t stride, int count, int64_t K, E* dst, int64_t panel_width) {
+  if constexpr (kPaired<E>) {
+    // Two rows of the matrix, a number of each in every pair.
+    constexpr int L = Lanes<float>::kCount;
+    for (int64_t k = 0; k < K; k += 2) {
+      const Vec<float> low = load<float>(src + k * stride, count);
+      const Vec<float> high =
+          k + 1 < K ? load<float>(src + (k + 1) * stride, count) : broadcast<float>(0);
+      typedef uint32_t U __attribute__((vector_size(LSTM_EXT_VECTOR_BYTES)));
+      const U pairs = bit_cast<U>(low) >> 16 | bit_cast<U>(high);
+      static_assert(sizeof pairs == L * sizeof(E), "a pair a lane");
+      std::memcpy(dst + k / 2 * panel_width, &pairs, sizeof pairs);
+    }
+  } else {
+    for (int64_t k = 0; k < K; ++k) {
+      store_full<E>(dst + k * panel_width, load<E>(src + k * stride, count));
+    }
   }
 }
 

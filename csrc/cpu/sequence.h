@@ -54,6 +54,7 @@ static inline Plan make_plan(int threads, int64_t B, int64_t unit_blocks, int64_
 struct Row {
   int64_t b;     // sequence
   int64_t row;   // where this step lies
+  int64_t gx;    // where its row of gx lies, if forward makes that itself
   int64_t prev;  // where the step taken before it lies; meaningless if first
   bool first;    // no step of this sequence was taken before
   bool last;     // none will be taken after
@@ -66,8 +67,13 @@ static inline int64_t collect(const Steps& s, int64_t t, Range batch, Row* rows)
   for (int64_t b = batch.begin; b < batch.end; ++b) {
     if (!s.active(t, b)) continue;
     const bool first = t == s.first_step(b);
-    rows[count++] = {b,     s.row(t, b),         first ? -1 : s.row(s.reverse ? t + 1 : t - 1, b),
-                     first, t == s.last_step(b), s.reset && s.reset[t * s.B + b]};
+    rows[count++] = {b,
+                     s.row(t, b),
+                     0,
+                     first ? -1 : s.row(s.reverse ? t + 1 : t - 1, b),
+                     first,
+                     t == s.last_step(b),
+                     s.reset && s.reset[t * s.B + b]};
   }
   return count;
 }
@@ -93,14 +99,16 @@ LSTM_EXT_INLINE Vec<A> keep_c(const Variants& v, int64_t H, int64_t row, int64_t
 }
 
 // What one thread owns and its scratch.
-template <class A>
+template <class E>
 struct Member {
+  using A = Acc<E>;
+
   int group, slice;
   Range batch;  // sequences of its group
   Range units;  // blocks of hidden units (columns of H)
   Range proj;   // blocks of columns of P
   Row* rows;    // [B]
-  const A** a;  // [max(B, kChunkRows)] left-hand rows of a product
+  const E** a;  // [max(B, kChunkRows)] left-hand rows of a product
   A* acc;       // [2][kChunkRows][kPanelVectors][lanes]
 
   static constexpr int64_t kAcc = int64_t(kChunkRows) * kPanelVectors * Lanes<A>::kCount;
@@ -110,7 +118,7 @@ struct Member {
     for (int i = 0; i < threads; ++i) {
       Member m{};
       m.rows = arena.take<Row>(B);
-      m.a = arena.take<const A*>(std::max<int64_t>(B, kChunkRows));
+      m.a = arena.take<const E*>(std::max<int64_t>(B, kChunkRows));
       m.acc = arena.take<A>(2 * kAcc);
       if (members) members[i] = m;
     }
@@ -147,61 +155,66 @@ void each_panel(Range blocks, Visit&& visit) {
 
 // Packs weights [4H, K], rows i, f, g, o: unit block u becomes column blocks 4u .. 4u+3, its
 // gates, so that one panel holds what a cell needs. `groups` share the work.
-template <class A, class S>
-void pack_gates(const S* w, int64_t H, int64_t K, const Member<A>& m, int group, int groups,
-                A* packed) {
-  constexpr int L = Lanes<A>::kCount;
+template <class E, class S>
+void pack_gates(const S* w, int64_t H, int64_t K, const Member<E>& m, int group, int groups,
+                E* packed) {
+  constexpr int L = Lanes<Acc<E>>::kCount;
+  const int64_t depth = depth_of<E>(K);
   for (int64_t u = m.units.begin; u < m.units.end; ++u) {
     if ((u - m.units.begin) % groups != group) continue;
     const int count = int(std::min<int64_t>(L, H - u * L));
     for (int gate = 0; gate < 4; ++gate) {
-      pack_rows<A>(w + (gate * H + u * L) * K, K, count, K, packed + (4 * u * K + gate) * L, 4 * L);
+      pack_rows<E>(w + (gate * H + u * L) * K, K, count, K, packed + (4 * u * depth + gate) * L,
+                   4 * L);
     }
   }
 }
 
 // Packs a [N, K] matrix for products that sum over its K columns (transposed = false: over its
 // rows, the matrix then being [K, N]).
-template <class A, class S>
+template <class E, class S>
 void pack_matrix(const S* w, int64_t N, int64_t K, bool transposed, Range blocks,
-                 const Member<A>& m, int groups, A* packed) {
-  constexpr int L = Lanes<A>::kCount;
+                 const Member<E>& m, int groups, E* packed) {
+  constexpr int L = Lanes<Acc<E>>::kCount;
   each_panel(blocks, [&](int64_t block, int vectors, int64_t index) {
     if (index % groups != m.group) return;
     for (int v = 0; v < vectors; ++v) {
       const int64_t column = (block + v) * L;
       const int count = int(std::min<int64_t>(L, N - column));
-      A* dst = packed + block * K * L + v * L;
+      E* dst = packed + block * depth_of<E>(K) * L + v * L;
       if (transposed) {
-        pack_rows<A>(w + column * K, K, count, K, dst, vectors * L);
+        pack_rows<E>(w + column * K, K, count, K, dst, vectors * L);
       } else {
-        pack_columns<A>(w + column, N, count, K, dst, vectors * L);
+        pack_columns<E>(w + column, N, count, K, dst, vectors * L);
       }
     }
   });
 }
 
-// done(block, vectors, r, values): row r of the product for the panel that starts at `block`,
-// values [vectors][lanes]. K = 0 gives zeros.
-template <class A, class Done>
-void for_panels(Range blocks, const Member<A>& m, int64_t rows, int64_t K, const A* packed,
+// done(block, vectors, part, values): the panel that starts at `block` of the product's rows
+// `part`, values [rows of part][vectors][lanes], which done may change. The left-hand rows are m.a,
+// of K elements; K = 0 gives zeros.
+template <class E, class Done>
+void for_panels(Range blocks, const Member<E>& m, int64_t rows, int64_t K, const E* packed,
                 Done&& done) {
+  using A = Acc<E>;
   constexpr int L = Lanes<A>::kCount;
-  if (!K) std::memset(m.acc, 0, 2 * Member<A>::kAcc * sizeof(A));
   for (int64_t block = blocks.begin; block < blocks.end;) {
     const int vectors = int(std::min<int64_t>(kPanelVectors, blocks.end - block));
     const int panels = rows == 1 && blocks.end - block >= 2 * kPanelVectors ? 2 : 1;
-    for (int64_t r0 = 0; r0 < rows; r0 += kChunkRows) {
-      const int count = int(std::min<int64_t>(kChunkRows, rows - r0));
+    const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const Range part = share(rows, chunks, chunk);
+      const int64_t r0 = part.begin;
+      const int count = int(part.size());
       if (K) {
-        product<A>(m.a + r0, count, K, packed + block * K * L, vectors, panels, vectors * K * L,
-                   m.acc, Member<A>::kAcc);
+        product<E>(m.a + r0, count, K, packed + block * K * L, vectors, panels, vectors * K * L,
+                   m.acc, Member<E>::kAcc);
+      } else {
+        std::memset(m.acc, 0, 2 * Member<E>::kAcc * sizeof(A));
       }
       for (int p = 0; p < panels; ++p) {
-        for (int r = 0; r < count; ++r) {
-          done(block + p * vectors, vectors, r0 + r,
-               m.acc + p * Member<A>::kAcc + int64_t(r) * vectors * L);
-        }
+        done(block + p * vectors, vectors, part, m.acc + p * Member<E>::kAcc);
       }
     }
     block += int64_t(panels) * vectors;

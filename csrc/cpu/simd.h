@@ -77,6 +77,28 @@ LSTM_EXT_INLINE To bit_cast(From from) {
   return to;
 }
 
+// The larger, the smaller of limit and x; x if it is a NaN. Compilers do not find the instruction.
+template <class A>
+LSTM_EXT_INLINE Vec<A> at_least(A limit, Vec<A> x) {
+#if defined(__AVX512F__) && LSTM_EXT_VECTOR_BYTES == 64
+  // Masked, for gcc 12's -Wmaybe-uninitialized, which the others trip in its own header.
+  if constexpr (sizeof(A) == 4) {
+    return (Vec<A>)_mm512_maskz_max_ps(0xffff, (__m512)broadcast<A>(limit), (__m512)x);
+  }
+#endif
+  return x < limit ? broadcast<A>(limit) : x;
+}
+
+template <class A>
+LSTM_EXT_INLINE Vec<A> at_most(A limit, Vec<A> x) {
+#if defined(__AVX512F__) && LSTM_EXT_VECTOR_BYTES == 64
+  if constexpr (sizeof(A) == 4) {
+    return (Vec<A>)_mm512_maskz_min_ps(0xffff, (__m512)broadcast<A>(limit), (__m512)x);
+  }
+#endif
+  return x > limit ? broadcast<A>(limit) : x;
+}
+
 // Activations of a vector of hidden units: the Math policy of cell.h.
 template <class A>
 struct Math {
@@ -87,8 +109,7 @@ struct Math {
   // x = n ln 2 + r; returns e^r - 1 and, in scale, 2^n. x is clamped to where 2^n is a normal
   // number; a NaN passes the clamp (both comparisons are false) and reaches r.
   static LSTM_EXT_INLINE V expm1_reduced(V x, V& scale) {
-    x = x < L::kExpMin ? broadcast<A>(L::kExpMin) : x;
-    x = x > L::kExpMax ? broadcast<A>(L::kExpMax) : x;
+    x = at_most<A>(L::kExpMax, at_least<A>(L::kExpMin, x));
     const V shifted = x * A(1.44269504088896340736) + L::kRound;  // n in the low mantissa bits
     const V n = shifted - L::kRound;
     const V r = (x - n * L::kLn2High) - n * L::kLn2Low;
