@@ -4,7 +4,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <limits>
 #include <thread>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -21,8 +28,9 @@ static inline void spin_pause() {
 #endif
 }
 
-// Counts arrivals; the last one opens the next phase. Spins, because a step lasts microseconds,
-// then yields, so that more threads than cores still make progress.
+// Counts arrivals; the last one opens the next phase. Spins, because a step lasts microseconds, then
+// sleeps: where another process has the core of a member, whoever only yields waits behind it for
+// a whole time slice at every step, but a sleeper is woken ahead of it.
 class Barrier {
  public:
   void wait(int members) {
@@ -30,22 +38,36 @@ class Barrier {
     const int phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == members - 1) {
       arrived_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
+      // In one order with a sleeper's two: it sees the new phase, or is seen here.
+      phase_.store(phase + 1, std::memory_order_seq_cst);
+      if (sleepers_.load(std::memory_order_seq_cst)) wake();
       return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins < kSpins) {
-        spin_pause();
-      } else {
-        std::this_thread::yield();
-      }
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (phase_.load(std::memory_order_acquire) != phase) return;
+      spin_pause();
     }
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    while (phase_.load(std::memory_order_seq_cst) == phase) sleep(phase);
+    sleepers_.fetch_sub(1, std::memory_order_relaxed);
   }
 
  private:
-  static constexpr int kSpins = 4096;
+#if defined(__linux__)
+  // Returns when woken, at once if the phase is another one already, or for no reason.
+  void sleep(int phase) { syscall(SYS_futex, &phase_, FUTEX_WAIT_PRIVATE, phase, nullptr); }
+  void wake() { syscall(SYS_futex, &phase_, FUTEX_WAKE_PRIVATE, std::numeric_limits<int>::max()); }
+  static_assert(sizeof(std::atomic<int>) == 4 && std::atomic<int>::is_always_lock_free,
+                "the kernel reads the phase");
+#else
+  void sleep(int) { std::this_thread::yield(); }
+  void wake() {}
+#endif
+
+  static constexpr int kSpins = 4096;  // tens of microseconds
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> phase_{0};
+  std::atomic<int> sleepers_{0};
 };
 
 struct Range {

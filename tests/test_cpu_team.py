@@ -1,0 +1,242 @@
+"""The team of threads of the CPU kernels beside others: processes, threads, forks, few cores.
+
+What could hang runs in a process of its own, with a limit.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+from tolerances import tol
+
+import lstm_ext
+
+pytestmark = pytest.mark.cpu_only(reason="OpenMP threads")
+
+LIMIT = 120  # seconds; each takes a few
+
+# A layer big enough for eight threads, its outputs and gradients; and what they are on one thread.
+LAYER = """
+import os, sys, threading
+import torch
+import lstm_ext
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+module = lstm_ext.LSTM(40, 256)
+x = torch.randn(20, 8, 40)
+
+def run():
+    y, (_, c_n) = module(x)
+    return [y, c_n, *torch.autograd.grad(y.sum() + c_n.sum(), list(module.parameters()))]
+
+def check(results, expected):
+    for ours, theirs in zip(results, expected, strict=True):
+        scale = max(1.0, theirs.abs().max().item())
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * scale)
+
+expected = run()
+"""
+
+SEVERAL_PYTHON_THREADS = """
+torch.set_num_threads(4)
+errors = []
+
+def work():
+    torch.set_num_threads(4)  # torch's number is a thread's own
+    try:
+        for _ in range(20):
+            check(run(), expected)
+    except BaseException as error:
+        errors.append(error)
+
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not errors, errors
+"""
+
+MORE_THREADS_THAN_CORES = """
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+torch.set_num_threads(8)
+for _ in range(3):
+    check(run(), expected)
+"""
+
+INSIDE_A_PARALLEL_REGION = """
+import ctypes
+with open("/proc/self/maps") as maps:
+    libraries = {line.split()[-1] for line in maps if "gomp" in line}
+assert libraries
+errors, seen = [], []
+
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def body(_):
+    torch.set_num_threads(4)
+    try:
+        check(run(), expected)
+        seen.append(threading.get_ident())
+    except BaseException as error:
+        errors.append(error)
+
+for library in libraries:
+    seen.clear()
+    ctypes.CDLL(library).GOMP_parallel(body, None, 3, 0)
+    assert not errors, errors
+    assert len(seen) == 3
+"""
+
+FORKED = """
+torch.set_num_threads(4)
+check(run(), expected)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)  # as a DataLoader's worker does; OpenMP does not outlive a fork
+    try:
+        check(run(), expected)
+    except BaseException as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+check(run(), expected)
+"""
+
+
+def _run(code, *arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("environment", ["", "OMP_THREAD_LIMIT=3", "OMP_DYNAMIC=true"])
+def test_several_python_threads(environment):
+    """Each has a team of its own, or fewer threads than it asked for."""
+    _run(LAYER + SEVERAL_PYTHON_THREADS, **dict([environment.split("=")] if environment else []))
+
+
+def test_more_threads_than_cores():
+    """Eight threads that share one core meet at every step."""
+    _run(LAYER + MORE_THREADS_THAN_CORES)
+
+
+def test_inside_a_parallel_region():
+    """OpenMP then gives each caller one thread."""
+    _run(LAYER + INSIDE_A_PARALLEL_REGION)
+
+
+def test_training_in_a_forked_process():
+    _run(LAYER + FORKED)
+
+
+@pytest.mark.parametrize("forward, backward", [(4, 1), (1, 4), (2, 7)])
+def test_other_number_of_threads_in_backward(forward, backward):
+    module = lstm_ext.LSTM(40, 256)
+    x = torch.randn(20, 8, 40)
+    wanted = list(module.parameters())
+    expected = torch.autograd.grad(module(x)[0].sum(), wanted)
+    torch.set_num_threads(forward)
+    loss = module(x)[0].sum()
+    torch.set_num_threads(backward)
+    for ours, theirs in zip(torch.autograd.grad(loss, wanted), expected, strict=True):
+        scale = max(1.0, theirs.abs().max().item())
+        torch.testing.assert_close(ours / scale, theirs / scale, **tol(torch.float32))
+
+
+SECONDS = """
+import sys, time
+import torch
+import lstm_ext
+
+torch.set_num_threads(2)
+module = lstm_ext.LSTM(256, 256)
+x = torch.randn(50, 32, 256)
+
+def seconds(count):
+    start = time.perf_counter()
+    for _ in range(count):
+        module(x)[0].sum().backward()
+    return time.perf_counter() - start
+
+seconds(3)
+print("ready", flush=True)
+sys.stdin.readline()
+print(seconds(40))
+"""
+
+
+def _seconds(processes):
+    """How long processes that start at the same time take, the longest of them."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SECONDS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(processes)
+    ]
+    try:
+        for process in started:
+            assert process.stdout.readline() == "ready\n"
+        for process in started:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        return max(float(process.communicate(timeout=LIMIT)[0]) for process in started)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) != 2, reason="needs two cores, and no more")
+def test_two_processes_on_two_cores():
+    """Two threads each: twice the work on the same cores takes about twice the time.
+
+    Whatever else runs on the machine disturbs it: the median of three, and a second try.
+    """
+    ratios = []
+    for _ in range(2):
+        ratios.append(statistics.median(_seconds(2) / _seconds(1) for _ in range(3)))
+        if ratios[-1] <= 2.2:
+            return
+    pytest.fail(f"two processes took {ratios} times as long as one, expected at most 2.2")
+
+
+PEAK = """
+import sys
+import torch
+import lstm_ext
+
+def peak():
+    with open("/proc/self/status") as status:  # ru_maxrss would begin at the parent's
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+torch.set_num_threads(2)
+cls = {"ours": lstm_ext.LSTM, "torch": torch.nn.LSTM}[sys.argv[1]]
+cls(8, 8)(torch.randn(2, 2, 8))[0].sum().backward()
+module, x = cls(256, 256), torch.randn(1000, 32, 256, requires_grad=True)
+before = peak()
+for _ in range(2):
+    module(x)[0].sum().backward()
+    module.zero_grad()
+    x.grad = None
+print(peak() - before)
+"""
+
+
+def test_peak_memory_of_training():
+    """At T 1000, B 32, H 256 no more than nn.LSTM's."""
+    ours, peer = (int(_run(PEAK, name)) for name in ("ours", "torch"))
+    assert 0 < ours <= peer, f"{ours >> 10} MB, nn.LSTM {peer >> 10} MB"
