@@ -4,7 +4,6 @@ What could hang runs in a process of its own, with a limit.
 """
 
 import os
-import statistics
 import subprocess
 import sys
 
@@ -152,66 +151,6 @@ def test_other_number_of_threads_in_backward(forward, backward):
     for ours, theirs in zip(torch.autograd.grad(loss, wanted), expected, strict=True):
         scale = max(1.0, theirs.abs().max().item())
         torch.testing.assert_close(ours / scale, theirs / scale, **tol(torch.float32))
-
-
-SECONDS = """
-import sys, time
-import torch
-import lstm_ext
-
-torch.set_num_threads(2)
-module = lstm_ext.LSTM(256, 256)
-x = torch.randn(50, 32, 256)
-
-def seconds(count):
-    start = time.perf_counter()
-    for _ in range(count):
-        module(x)[0].sum().backward()
-    return time.perf_counter() - start
-
-seconds(3)
-print("ready", flush=True)
-sys.stdin.readline()
-print(seconds(40))
-"""
-
-
-def _seconds(processes):
-    """How long processes that start at the same time take, the longest of them."""
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", SECONDS],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(processes)
-    ]
-    try:
-        for process in started:
-            assert process.stdout.readline() == "ready\n"
-        for process in started:
-            process.stdin.write("\n")
-            process.stdin.flush()
-        return max(float(process.communicate(timeout=LIMIT)[0]) for process in started)
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) != 2, reason="needs two cores, and no more")
-def test_two_processes_on_two_cores():
-    """Two threads each: twice the work on the same cores takes about twice the time.
-
-    Whatever else runs on the machine disturbs it: the median of three, and a second try.
-    """
-    ratios = []
-    for _ in range(2):
-        ratios.append(statistics.median(_seconds(2) / _seconds(1) for _ in range(3)))
-        if ratios[-1] <= 2.2:
-            return
-    pytest.fail(f"two processes took {ratios} times as long as one, expected at most 2.2")
 
 
 PEAK = """

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <limits>
 #include <thread>
@@ -28,9 +29,10 @@ static inline void spin_pause() {
 #endif
 }
 
-// Counts arrivals; the last one opens the next phase. Spins, because a step lasts microseconds, then
-// sleeps: where another process has the core of a member, whoever only yields waits behind it for
-// a whole time slice at every step, but a sleeper is woken ahead of it.
+// Counts arrivals; the last one opens the next phase. Spins, because a step lasts microseconds,
+// then yields, so that more threads than cores still make progress. Where a yield costs a time
+// slice, because a process that never waits has the core, it would at every step: from then on
+// members sleep, and the scheduler runs them as soon as they are woken.
 class Barrier {
  public:
   void wait(int members) {
@@ -43,16 +45,27 @@ class Barrier {
       if (sleepers_.load(std::memory_order_seq_cst)) wake();
       return;
     }
-    for (int spins = 0; spins < kSpins; ++spins) {
-      if (phase_.load(std::memory_order_acquire) != phase) return;
-      spin_pause();
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+      if (spins < kSpins) {
+        spin_pause();
+      } else if (crowded_.load(std::memory_order_relaxed)) {
+        wait_asleep(phase);
+      } else {
+        const auto start = std::chrono::steady_clock::now();
+        std::this_thread::yield();
+        const auto lost = std::chrono::steady_clock::now() - start;
+        if (lost > kTimeSlice) crowded_.store(true, std::memory_order_relaxed);
+      }
     }
+  }
+
+ private:
+  void wait_asleep(int phase) {
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
     while (phase_.load(std::memory_order_seq_cst) == phase) sleep(phase);
     sleepers_.fetch_sub(1, std::memory_order_relaxed);
   }
 
- private:
 #if defined(__linux__)
   // Returns when woken, at once if the phase is another one already, or for no reason.
   void sleep(int phase) { syscall(SYS_futex, &phase_, FUTEX_WAIT_PRIVATE, phase, nullptr); }
@@ -65,9 +78,11 @@ class Barrier {
 #endif
 
   static constexpr int kSpins = 4096;  // tens of microseconds
+  static constexpr std::chrono::milliseconds kTimeSlice{1};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> phase_{0};
   std::atomic<int> sleepers_{0};
+  std::atomic<bool> crowded_{false};
 };
 
 struct Range {
