@@ -28,9 +28,10 @@ from lstm_ext.torch_engine import LayerOutputs, side_by_side
 
 # What both take. directions: h0, c0 and the weights of each, as flat.flatten lists them; masks and
 # keeps: h_dropout, keep_h and keep_c of each, where they are tensors, and keep_h and keep_c where
-# they are numbers; or both empty. T, B, batch_first, offsets, lengths and reset_mask: see Steps.
+# they are numbers; or both None, as AOTInductor passes an empty list of such tensors on. T, B,
+# batch_first, offsets, lengths and reset_mask: see Steps.
 _LAYER = (
-    "Tensor x, Tensor?[] directions, Tensor?[] masks, float[] keeps, bool[] reverse, "
+    "Tensor x, Tensor?[] directions, Tensor?[]? masks, float[]? keeps, bool[] reverse, "
     "SymInt T, SymInt B, bool batch_first, Tensor? offsets, Tensor? lengths, Tensor? reset_mask"
 )
 _LAYER_COUNT = 11
@@ -60,9 +61,10 @@ def _encode(
     steps: Steps, kinds: Sequence[Kind], x: Tensor, flat: Sequence[Tensor | None]
 ) -> tuple[Any, ...]:
     """The operators' common arguments."""
-    masks: list[Tensor | None] = []
-    keeps: list[float] = []
+    masks: list[Tensor | None] | None = None
+    keeps: list[float] | None = None
     if any(m is not None for _, m in kinds):
+        masks, keeps = [], []
         for _, direction_masks in kinds:
             h_dropout, *keep = direction_masks or Masks()
             masks += [h_dropout, *(k if isinstance(k, Tensor) else None for k in keep)]
@@ -85,8 +87,8 @@ def _encode(
 def _decode(
     x: Tensor,
     flat: Sequence[Tensor | None],
-    masks: Sequence[Tensor | None],
-    keeps: Sequence[float],
+    masks: Sequence[Tensor | None] | None,
+    keeps: Sequence[float] | None,
     reverse: Sequence[bool],
     T: int,
     B: int,

@@ -187,6 +187,25 @@ def test_export_of_variants():
     assert_close(program.module()(x), module(x), **BITS)
 
 
+@pytest.mark.cpu_only(reason="compiles for the CPU")
+def test_ahead_of_time(tmp_path):
+    """AOTInductor: a package that calls the operator."""
+    module = lstm_ext.LSTM(I, H, 2, bidirectional=True).eval()
+    lengths = torch.tensor([5, 0, 2, 3])
+    dynamic = {"input": {0: TIME, 1: BATCH}, "lengths": {0: BATCH}}
+    with torch.no_grad():
+        program = export(
+            module, (torch.randn(T, B, I),), {"lengths": lengths}, dynamic_shapes=dynamic
+        )
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "lstm.pt2")
+        )
+        run = torch._inductor.aoti_load_package(path)
+        for steps, batch in SIZES[:2]:
+            x, lengths = torch.randn(steps, batch, I), torch.randint(0, steps + 1, (batch,))
+            assert_close(run(x, lengths=lengths), module(x, lengths=lengths))
+
+
 # --- make_fx and tensors without data -------------------------------------------------------------
 
 

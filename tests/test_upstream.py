@@ -6,6 +6,7 @@ from, derivatives and strided input of cuDNN, ours can. More of PyTorch's in tes
 """
 
 import io
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 import lstm_ext
 
 try:
-    from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
+    # The import would freeze the flags of torch.backends, which other tests set.
+    with mock.patch.object(torch.backends, "disable_global_flags"):
+        from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
     ENTRIES = {
         i.module_cls.__name__: i for i in module_db if i.module_cls in (nn.LSTM, nn.LSTMCell)
