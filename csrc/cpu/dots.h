@@ -12,7 +12,9 @@
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
 
-// Below this length the additions across lanes weigh more than packing saves.
+// Below this length the additions across lanes weigh more than packing saves. Above it packing
+// gained nothing that could be told from noise, fp32 and bf16, at B 1 and 4 of up to 150 steps, and
+// took 10-50 % longer at T 25, B 1, H 1024 (Zen 5).
 constexpr int64_t kDotsMinK = 256;
 
 // More rows than lanes would leave no weight rows for a group of sums.

@@ -6,6 +6,8 @@
 // does not exist is zero on both sides. Sums are of type Acc<E>, and a vector of elements is as
 // wide as one of sums, so that packing, panels and tiles are the same for all: a pair travels as
 // the bits of a float.
+//
+// gx, the gates, c and what backward reads of them stay float: torch's bf16 product would round gx.
 #pragma once
 
 #include <type_traits>

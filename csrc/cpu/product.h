@@ -27,7 +27,7 @@ constexpr int kPanelVectors = 4;
 // A chunk of rows keeps its accumulators in L1 (48 x 4 x 64 B = 12 KB) while a slice of K keeps
 // the panel there (96 x 4 x 64 B = 24 KB) for all tiles of the chunk.
 constexpr int kChunkRows = 48;
-constexpr int64_t kSliceK = 96;
+constexpr int64_t kSliceK = 96;  // 128, 256 and no slices at all: within 4 % (Zen 5, fp32 and bf16)
 
 // acc[p][r][v] (+)= sum over k in [k0, k1) of a[r][k] * w[p][k][v], for NP panels at once.
 template <class E, int R, int NV, int NP>

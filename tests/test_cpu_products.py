@@ -1,0 +1,189 @@
+"""The CPU core's products: bf16 by its own instruction, and the input product in pieces."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import Case
+from tolerances import assert_as_good, tol
+
+import lstm_ext
+from lstm_ext import _C, cpu_engine, reference
+from lstm_ext.engine import native_steps
+from lstm_ext.steps import Steps
+
+pytestmark = pytest.mark.cpu_only(reason="the CPU's kernels")
+
+BF16 = torch.bfloat16
+needs_bf16 = pytest.mark.skipif(
+    "avx512_bf16" not in cpu_engine.cpu_isas(), reason="this processor has no AVX512_BF16"
+)
+
+
+def _judge(case, dtype):
+    module = case.module()
+    ours, plain = case.run(lstm_ext.LSTM.from_torch(module)), case.run(module)
+    truth = case.run(module, torch.float64)
+    for name in truth:
+        if dtype == BF16:
+            assert_as_good(ours[name], plain[name], truth[name], name)
+        else:
+            limits, scale = tol(dtype), max(1.0, truth[name].abs().max().item())
+            torch.testing.assert_close(
+                ours[name].double(), truth[name], rtol=limits["rtol"], atol=limits["atol"] * scale
+            )
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [(23, 5, 9, 19), (60, 1, 7, 33), (13, 4, 288, 272), (3, 70, 21, 40), (2, 101, 32, 16)],
+    ids=lambda size: "T{}-B{}-I{}-H{}".format(*size),
+)
+def test_input_product_in_pieces(isa, size, dtype, threads):
+    """Several pieces, of which the last is short, and pieces of more rows than a chunk."""
+    torch.set_num_threads(threads)
+    T, B, I, H = size
+    _judge(Case(T=T, B=B, I=I, H=H, bidirectional=True, dtype=dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("proj", [None, 13], ids=["plain", "proj"])
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time-major", "batch-major"])
+def test_pieces_of_unequal_sequences(isa, batch_first, proj, reverse, dtype):
+    """A piece holds as many rows as sequences are left at its steps; resets within pieces."""
+    T, B, I, H = 31, 6, 11, 37
+    g = torch.Generator().manual_seed(3)
+    lengths = torch.tensor([31, 1, 17, 0, 30, 9])
+    mask = torch.rand(T, B, generator=g) < 0.1
+    module = lstm_ext.LSTM(
+        I, H, proj_size=proj or 0, batch_first=batch_first, bidirectional=reverse, dtype=dtype
+    )
+    x = torch.randn(T, B, I, generator=g).to(dtype)
+    given = x.transpose(0, 1) if batch_first else x
+    y = module(given, lengths=lengths, reset_mask=mask.T if batch_first else mask)[0]
+    y = y.transpose(0, 1) if batch_first else y
+    P = proj or H
+
+    def plain(dtype):
+        columns = []
+        for suffix in ("", "_reverse")[: 1 + reverse]:
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")[
+                : 5 if proj else 4
+            ]
+            weights = [getattr(module, f"{name}_l0{suffix}").to(dtype) for name in names]
+            columns.append(
+                reference.lstm_layer(
+                    x.to(dtype),
+                    torch.zeros(B, P, dtype=dtype),
+                    torch.zeros(B, H, dtype=dtype),
+                    *weights,
+                    lengths=lengths,
+                    reset_mask=mask,
+                    reverse=bool(suffix),
+                )[0]
+            )
+        return torch.cat(columns, dim=2).detach()
+
+    truth = plain(torch.float64)
+    if dtype == BF16:
+        assert_as_good(y.detach(), plain(dtype), truth)
+    else:
+        torch.testing.assert_close(y.detach().double(), truth, **tol(dtype))
+
+
+@needs_bf16
+def test_which_layers_multiply_bf16(monkeypatch):
+    """bf16 layers as nn.LSTM has them; not other dtypes, kernel sets, variants, thread limits."""
+    used = []
+
+    class Core:
+        def __getattr__(self, name):
+            if name != "cpu_forward":
+                return getattr(_C, name)
+            return lambda **arguments: (
+                used.append(arguments["bf16_products"]) or _C.cpu_forward(**arguments)
+            )
+
+    monkeypatch.setattr(cpu_engine, "_C", Core())
+
+    def asked(dtype=BF16, **options):
+        used.clear()
+        lstm_ext.LSTM(4, 8, dtype=dtype, **options)(torch.randn(3, 2, 4, dtype=dtype))
+        (flag,) = used
+        return flag
+
+    before = cpu_engine.cpu_isa()
+    try:
+        cpu_engine.select_cpu_isa("avx512_bf16")
+        assert asked() and asked(proj_size=3)
+        assert not asked(torch.float32) and not asked(torch.float16)
+        assert not asked(peephole=True) and not asked(zoneout=(0.1, 0.1))
+        cpu_engine.select_cpu_isa("avx512")
+        assert not asked()
+    finally:
+        cpu_engine.select_cpu_isa(before)
+
+
+def test_kernels_without_bf16_products_refuse_them():
+    steps = native_steps(_C, Steps.padded(1, 1), False)
+    before = cpu_engine.cpu_isa()
+    try:
+        cpu_engine.select_cpu_isa("portable")
+        with pytest.raises(ValueError, match="portable do not multiply bf16"):
+            _C.cpu_backward_workspace(2, 1, steps, 4, 4, True, False, _C.Variants(), True)
+    finally:
+        cpu_engine.select_cpu_isa(before)
+
+
+@needs_bf16
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("B", [1, 4, 24])
+def test_bf16_against_torch(B, threads):
+    """Sizes of use: rows of weights as they lie, and packed ones; K in several slices."""
+    torch.set_num_threads(threads)
+    _judge(Case(T=12, B=B, I=256, H=512, dtype=BF16), BF16)
+
+
+@needs_bf16
+@pytest.mark.parametrize("H", [24, 256])
+def test_bf16_special_values(H):
+    """An infinity or a NaN in one sequence stays there."""
+    module = lstm_ext.LSTM(6, H, dtype=BF16).requires_grad_(False)
+    x = torch.randn(5, 4, 6, dtype=BF16)
+    clean = module(x)[0]
+    x[2, 1, 3], x[2, 2, 0] = float("nan"), float("inf")
+    y = module(x)[0]
+    assert torch.equal(y[:, [0, 3]], clean[:, [0, 3]]) and torch.equal(y[:2], clean[:2])
+    assert y[2:, 1].isnan().all()
+    assert y[2:, 2].abs().nan_to_num(0).max() <= 1
+
+
+@needs_bf16
+def test_bf16_with_fewer_threads_than_asked_for():
+    code = """
+import sys; sys.path[:0] = sys.argv[1:]
+import torch
+torch.set_num_threads(4)
+from cases import Case
+from tolerances import assert_as_good
+import lstm_ext
+case = Case(T=20, B=33, I=80, H=64, layers=2, bidirectional=True, dtype=torch.bfloat16)
+module = case.module()
+ours = case.run(lstm_ext.LSTM.from_torch(module))
+torch.set_num_threads(1)
+plain, truth = case.run(module), case.run(module, torch.float64)
+for name in truth:
+    assert_as_good(ours[name], plain[name], truth[name], name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, os.path.dirname(__file__)],
+        env={**os.environ, "OMP_THREAD_LIMIT": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
