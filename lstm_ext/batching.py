@@ -95,6 +95,7 @@ def forward(
     function: Any, size: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     """The rule of LSTMLayer; see its forward."""
+    _check_size(size)
     steps, kinds, cells, x, *flat = inputs
     steps_dims, kinds_dims, _, x_dim, *dims = in_dims
     if any(dim is not None for group in grouped(dims, len(kinds)) for dim in group[2:]):
@@ -115,6 +116,7 @@ def backward(
     function: Any, size: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     """The rule of LSTMLayerBackward; see its forward."""
+    _check_size(size)
     steps, kinds, wanted, *tensors = inputs
     steps_dims, kinds_dims, _, *dims = in_dims
     D, first = len(kinds), 2 + 2 * len(kinds)  # first: where the layer's inputs begin
@@ -135,6 +137,14 @@ def backward(
     )
     outputs, out_dims = zip(*map(fold.split, results), strict=True)
     return outputs, out_dims
+
+
+def _check_size(size: int) -> None:
+    if size == 0:
+        raise ValueError(
+            "Expected a dimension of size 1 or more to map over, got 0: vmap over nothing, or a "
+            "Jacobian of an output without elements"
+        )
 
 
 def _states_joined(fold: _Fold, flat: Sequence[Any], dims: Sequence[Any], groups: int) -> list[Any]:

@@ -303,8 +303,8 @@ def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple
         raise RuntimeError("lstm_ext::lstm_layer has no rule of vmap with save=True")
     x, flat = layer[:2]
     steps, kinds = _decode(*layer)
-    dims = [None] * len(flat) if layer_dims[1] is None else layer_dims[1]
-    masks = [None] * len(layer[2]) if layer_dims[2] is None else layer_dims[2]
+    dims = layer_dims[1] or [None] * len(flat)
+    masks = layer_dims[2] or [None] * len(layer[2] or ())
     tensors = Steps.of(steps.layout, *layer_dims[8:])
     kinds_dims = tuple(
         (None, None if m is None else Masks(*masks[3 * k : 3 * k + 3]))

@@ -330,3 +330,9 @@ def test_functionalized_and_then_the_same():
     module = here(lstm_ext.LSTM(I, H, **F64)).requires_grad_(False)
     x = inputs()
     assert_close(torch.func.functionalize(lambda x: module(x)[0])(x), module(x)[0])
+
+
+def test_a_jacobian_of_nothing_is_refused():
+    module = here(lstm_ext.LSTM(I, H, **F64)).requires_grad_(False)
+    with pytest.raises(ValueError, match="to map over, got 0"):
+        jacrev(lambda x: module(x)[0])(here(torch.randn(0, B, I, **F64)))
