@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lstm_ext.cpu_engine import _workspace
+from lstm_ext import cpu_products
 from lstm_ext.engine import DTYPE_CODE, address, native_steps
 from lstm_ext.native import _C
 from lstm_ext.steps import Steps
@@ -28,7 +28,7 @@ def cell_forward(
     variants = _C.Variants(peephole=address(w_ch))
     h_new, c_new = torch.empty_like(h), torch.empty_like(c)
     native = native_steps(_C, steps, False)
-    workspace = _workspace(
+    workspace = cpu_products.workspace(
         _C.cpu_forward_workspace(code, threads, native, C, C, 0, False, False, False, variants)
     )
     _C.cpu_forward(
@@ -81,7 +81,7 @@ def cell_backward(
     dw_ch = None if w_ch is None else a.new_zeros(rows, 3 * C)
     dh0, dc0 = torch.empty_like(h), torch.empty_like(c)
     native = native_steps(_C, steps, False)
-    workspace = _workspace(
+    workspace = cpu_products.workspace(
         _C.cpu_backward_workspace(code, threads, native, C, C, False, False, variants)
     )
     _C.cpu_backward(

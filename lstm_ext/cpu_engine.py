@@ -1,4 +1,4 @@
-"""A layer on the native core's CPU kernels: allocation, products over all steps, calls.
+"""A layer on the native core's CPU kernels: allocation, calls, products over all steps.
 
 The core makes the input product too, a few steps at a time between those of the recurrence: what it
 makes is still in the caches when it is used, 2-10 % of inference beside oneDNN's product over all
@@ -10,11 +10,12 @@ layer norm needs whole rows, for a single step, and in the backward pass of bflo
 from __future__ import annotations
 
 import os
-import threading
 
 import torch
 from torch import Tensor
 
+from lstm_ext import cpu_products
+from lstm_ext.cpu_products import linear, matmul
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,
@@ -58,35 +59,9 @@ if _isa := os.environ.get("LSTM_EXT_CPU_ISA"):
     select_cpu_isa(_isa)
 
 
-# oneDNN's product, which torch.compile's CPU backend calls too. torch's own float32 matmul goes to
-# MKL, which on AMD processors ran at 175-200 GFLOP/s beside this one's 430 (two Zen 5 cores,
-# 3200 x 512 x 2048).
-_onednn_linear = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if torch.backends.mkldnn.is_available()
-    else None
-)
-_ONEDNN_MIN_MACS = 1_000_000  # below, its set-up (about 12 us) costs more than it gains
-
 # Up to this many sequences a single step is like any other; of more, packing W_hh for one use
 # costs more than a product by torch.
 _CORE_ONE_STEP_ROWS = 4
-
-
-def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (m, k) times the transpose of w (n, k), plus bias (n)."""
-    if (
-        _onednn_linear
-        and x.dtype == torch.float32
-        and x.size(0) * x.size(1) * w.size(0) >= _ONEDNN_MIN_MACS
-        and torch.backends.mkldnn.enabled
-        # With fewer threads than it asked for, oneDNN leaves parts of its result unwritten.
-        and _C.openmp_grants(torch.get_num_threads())
-    ):
-        # It reads the bias as if it were contiguous.
-        bias = None if bias is None else bias.contiguous()
-        return _onednn_linear(x, w, bias, "none", [], "")
-    return torch.nn.functional.linear(x, w, bias)
 
 
 def _bf16_products(dtype: torch.dtype, w: LayerWeights) -> bool:
@@ -107,67 +82,9 @@ def _even_rows(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, 1)) if x.size(1) % 2 else x.contiguous()
 
 
-def _matmul(a: Tensor, w: Tensor, *, a_transposed: bool = False) -> Tensor:
-    """a w for a (m, k), or transposed (k, m), and w (k, n); in a's dtype.
-
-    That is w's acc type, or bfloat16 for both: then it is a product by torch, which runs near the
-    processor's peak (700 to 880 GFLOP/s of 960, 600 or more rows, on two Zen 5 cores).
-    """
-    if a.dtype == torch.bfloat16:
-        return torch.mm(a.t() if a_transposed else a, w)
-    K, M = a.shape if a_transposed else a.shape[::-1]
-    N = w.size(1)
-    out = a.new_empty(M, N) if K else a.new_zeros(M, N)
-    if not out.numel() or not K:
-        return out
-    if a.dtype == w.dtype and (K if a_transposed else M) == 1:
-        # Packing w for a single row costs more than the product: torch took about half the time
-        # (H 32 to 256, on the same machine).
-        return torch.mm(a.t() if a_transposed else a, w, out=out)
-    a, w, code, threads = (
-        a.contiguous(),
-        w.contiguous(),
-        DTYPE_CODE[w.dtype],
-        torch.get_num_threads(),
-    )
-    workspace = _workspace(_C.cpu_matmul_workspace(code, threads, M, N, K, a_transposed))
-    recorded(_C.cpu_matmul)(
-        dtype=code,
-        threads=threads,
-        M=M,
-        N=N,
-        K=K,
-        a_transposed=a_transposed,
-        a=address(a),
-        w=address(w),
-        out=address(out),
-        workspace=address(workspace),
-    )
-    return out
-
-
 def _allocate(like: Tensor, *size: int, zero: bool, dtype: torch.dtype | None = None) -> Tensor:
     """Rows of padding are not touched by the core: then the tensor starts as zeros."""
     return (like.new_zeros if zero else like.new_empty)(size, dtype=dtype)
-
-
-_kept = threading.local()
-_KEEP_BYTES = 64 << 20
-
-
-def _workspace(size: int) -> Tensor:
-    """Scratch for one call of the core, on the CPU, contents arbitrary.
-
-    One buffer is kept per thread, up to a limit: glibc returns large ones to the system, and taking
-    their pages anew cost up to a fifth of a call (H 1024 to 2048).
-    """
-    buffer: Tensor | None = getattr(_kept, "buffer", None)
-    if buffer is None or buffer.numel() < size:
-        with torch.inference_mode(False):
-            buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
-        if size <= _KEEP_BYTES:
-            _kept.buffer = buffer
-    return buffer
 
 
 def layer_forward(
@@ -223,7 +140,7 @@ def _forward(
         biases = [b.to(acc) for b in (w.b_ih, w.b_hh) if b is not None]
         bias = sum(biases[1:], *biases[:1]) if biases else None
         with without_autocast(x.device):
-            gx = _linear(x.to(acc), w.w_ih.to(acc), None if normed else bias)
+            gx = linear(x.to(acc), w.w_ih.to(acc), None if normed else bias)
             if normed:
                 gx, more = norm_input(gx, w, bias, steps)
             if one_step:
@@ -265,7 +182,7 @@ def _forward(
         )
         if kept is None:
             steps.native[key] = size
-    workspace = _workspace(size)
+    workspace = cpu_products.workspace(size)
     # Kept by these names until the call is over.
     w_ih = None if w_ih is None else w_ih.contiguous()
     w_hh = None if w_hh is None else w_hh.contiguous()
@@ -393,7 +310,7 @@ def _backward(
     native = native_steps(_C, steps, reverse)
     threads = torch.get_num_threads()
     code = DTYPE_CODE[dtype]
-    workspace = _workspace(
+    workspace = cpu_products.workspace(
         _C.cpu_backward_workspace(
             code,
             threads,
@@ -442,7 +359,7 @@ def _backward(
     )
     with without_autocast(x.device):
         if one_step and wanted.h0:
-            product = _matmul(dgates, w.w_hh)
+            product = matmul(dgates, w.w_hh)
             if w.masks is not None and w.masks.h_dropout is not None:
                 product *= w.masks.h_dropout
             if steps.reset_mask is not None:
@@ -451,7 +368,7 @@ def _backward(
         dinput, dgamma_ih = dgates, None  # gradients of x W_ih^T and of its norm
         if normed and (wanted_x or wanted.w_ih or wanted.gamma_ih):
             dinput, dgamma_ih = norm_input_backward(dgates, w, tuple(more[:3]))
-        dx = _matmul(dinput, w.w_ih) if wanted_x else None
+        dx = matmul(dinput, w.w_ih) if wanted_x else None
         # What lies in the padding of x, and of what the core left untouched there, may be
         # anything, NaN too: its zero gradient must not meet it.
         real = steps.active_rows if padding else None
@@ -460,7 +377,7 @@ def _backward(
             return tensor if real is None else tensor.index_select(0, real)
 
         def over_rows(left: Tensor, right: Tensor) -> Tensor:
-            return _matmul(left, right, a_transposed=True).to(dtype)
+            return matmul(left, right, a_transposed=True).to(dtype)
 
         def summed(tensor: Tensor, start: int, size: int) -> Tensor:
             return tensor[:, start : start + size].sum(0).to(dtype)

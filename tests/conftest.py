@@ -2,7 +2,7 @@ import device
 import pytest
 import torch
 
-from lstm_ext import cpu_engine, ops
+from lstm_ext import cpu_products, ops
 
 
 def pytest_addoption(parser):
@@ -80,7 +80,9 @@ def isa(request):
 @pytest.fixture
 def poisoned(monkeypatch):
     """Every tensor that torch allocates without a value starts as NaN, workspaces as 0xff."""
-    monkeypatch.setattr(cpu_engine, "_workspace", lambda size: torch.empty(size, dtype=torch.uint8))
+    monkeypatch.setattr(
+        cpu_products, "workspace", lambda size: torch.empty(size, dtype=torch.uint8)
+    )
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3, device=device.DEVICE).isnan().all()

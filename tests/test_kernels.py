@@ -13,7 +13,7 @@ from tolerances import assert_as_good, tol
 from torch.utils.data import DataLoader, Dataset
 
 import lstm_ext
-from lstm_ext import cpu_engine, ops, reference
+from lstm_ext import cpu_engine, cpu_products, ops, reference
 from lstm_ext.ops import LayerWeights
 from lstm_ext.steps import Steps
 
@@ -157,7 +157,7 @@ def test_workspace_bounds(monkeypatch, isa, shape, threads):
         guarded.append(whole[size:])
         return whole[:size]
 
-    monkeypatch.setattr(cpu_engine, "_workspace", workspace)
+    monkeypatch.setattr(cpu_products, "workspace", workspace)
     torch.set_num_threads(threads)
     _both(*SHAPES[shape], torch.float32)
     _both(*SHAPES[shape][:3], 37, torch.bfloat16, P=9)

@@ -7,7 +7,7 @@ from layers import lstm_layer
 from tolerances import tol
 
 import lstm_ext
-from lstm_ext import cpu_engine, reference
+from lstm_ext import cpu_engine, cpu_products, reference
 from lstm_ext.ops import LayerWeights
 from lstm_ext.steps import Steps
 
@@ -54,7 +54,7 @@ def test_strided_single_bias():
     x, zero = here((torch.randn(B, 64), torch.zeros(B, H)))  # a single step: torch's product
     w_ih, w_hh = here((torch.randn(4 * H, 64) / 8, torch.randn(4 * H, H) / 13))
     assert B > cpu_engine._CORE_ONE_STEP_ROWS
-    assert x.numel() * 4 * H > cpu_engine._ONEDNN_MIN_MACS
+    assert x.numel() * 4 * H > cpu_products._ONEDNN_MIN_MACS
     for bias in (here(torch.randn(8 * H))[::2], here(torch.randn(1)).expand(4 * H)):
         ours = lstm_layer(x, zero, zero, LayerWeights(w_ih, w_hh, bias), Steps.padded(1, B))[0]
         plain = reference.lstm_layer(x.view(1, B, 64), zero, zero, w_ih, w_hh, bias)[0]
@@ -126,15 +126,15 @@ def test_more_threads_than_blocks_of_few_sequences():
 @pytest.mark.cpu_only(reason="the core's workspace on the CPU")
 def test_one_workspace_for_calls_of_any_size():
     """The kept buffer grows; a smaller call after a larger one, and under inference mode first."""
-    cpu_engine._kept.__dict__.clear()
+    cpu_products._kept.__dict__.clear()
     small, large = lstm_ext.LSTM(3, 4), lstm_ext.LSTM(30, 200)
     with torch.inference_mode():
         small(torch.randn(2, 1, 3))
     large(torch.randn(7, 40, 30))[0].sum().backward()
-    kept = cpu_engine._kept.buffer
+    kept = cpu_products._kept.buffer
     assert not kept.is_inference()
     y = small(torch.randn(2, 1, 3))[0]
-    assert cpu_engine._kept.buffer is kept
+    assert cpu_products._kept.buffer is kept
     y.sum().backward()
     assert small.weight_hh_l0.grad.isfinite().all()
 

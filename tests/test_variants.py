@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from variants import EVERYTHING, VARIANTS
 
 import lstm_ext
-from lstm_ext import cpu_engine
+from lstm_ext import cpu_products
 from lstm_ext.ops import LayerWeights, Masks
 
 DTYPES = [torch.float64, torch.float32, *HALF]
@@ -161,7 +161,7 @@ def test_workspace_bounds(monkeypatch, recorder, variant, proj, threads):
         guards.append(whole[size:])
         return whole[:size]
 
-    monkeypatch.setattr(cpu_engine, "_workspace", workspace)
+    monkeypatch.setattr(cpu_products, "workspace", workspace)
     torch.set_num_threads(threads)
     for H in (19, 150):
         recorder.directions.clear()
