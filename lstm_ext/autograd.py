@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from lstm_ext import batching, ops
 from lstm_ext.flat import Kind, grouped, unflatten
 from lstm_ext.ops import DirectionGrads
 from lstm_ext.steps import Steps
 from lstm_ext.torch_engine import reference_layer, side_by_side
+
+
+def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether what is made of the tensors is to be recorded for backward."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def has_tangent(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a tensor has a tangent of forward mode."""
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
 
 
 class LSTMLayer(Function):
@@ -75,7 +88,7 @@ class LSTMLayer(Function):
         plain = not (
             torch.is_grad_enabled()
             or torch._C._are_functorch_transforms_active()
-            or torch.autograd.forward_ad._current_level >= 0
+            or forward_ad._current_level >= 0
         )
         run = LSTMLayerBackward.forward if plain else LSTMLayerBackward.apply
         return (None, None, None, *run(*arguments))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lstm_ext import library, ops
-from lstm_ext.autograd import LSTMLayer
+from lstm_ext.autograd import LSTMLayer, has_tangent, needs_grad
 from lstm_ext.engine import is_recorded
 from lstm_ext.flat import flatten, kinds_of, map_tensors
 from lstm_ext.ops import Direction
@@ -72,7 +72,7 @@ def lstm_layer(
         if device != "meta":
             _warn_no_kernels(device)
         return reference_layer(x, directions, steps, cells=cells)
-    if torch._C._are_functorch_transforms_active() or _needs_autograd(flat):
+    if torch._C._are_functorch_transforms_active() or needs_grad(flat):
         y, all_cells, *states = LSTMLayer.run(steps, kinds_of(directions), cells, *flat)
         D = len(directions)
         return LayerOutputs(y, states[:D], states[D : 2 * D], all_cells)
@@ -92,19 +92,13 @@ def _is_forward_mode(tensors: list[Tensor | None]) -> bool:
     """Whether a tensor has a tangent, or may have one that a transform hides."""
     if forward_ad._current_level < 0:
         return False
-    return torch._C._are_functorch_transforms_active() or any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
+    return torch._C._are_functorch_transforms_active() or has_tangent(tensors)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast's lower-precision list: everything floating but float64."""
     eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(dtype) if eligible else tensor
-
-
-def _needs_autograd(inputs: list[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 @functools.cache

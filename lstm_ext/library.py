@@ -16,10 +16,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
-from torch.autograd import forward_ad
 
 from lstm_ext import batching, ops
-from lstm_ext.autograd import LSTMLayer, LSTMLayerBackward
+from lstm_ext.autograd import LSTMLayer, LSTMLayerBackward, has_tangent, needs_grad
 from lstm_ext.engine import acc_dtype, is_recorded
 from lstm_ext.flat import Kind, flatten, kinds_of, unflatten
 from lstm_ext.ops import Direction, Masks
@@ -246,23 +245,17 @@ def _refuse(what: str) -> NoReturn:
 def _refuse_transforms(tensors: Sequence[Tensor | None]) -> None:
     stack = get_interpreter_stack() or []
     names = [t.key().name for t in stack if t.key() != TransformType.Functionalize]
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
+    if has_tangent(tensors):
         names.append("forward mode")
     if names:
         _refuse(", ".join(names))
-
-
-def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _forward_autograd(*arguments: Any) -> list[Tensor]:
     *layer, cells, save = arguments
     x, flat = layer[:2]
     _refuse_transforms([x, *flat])
-    if not _needs_grad([x, *flat]):
+    if not needs_grad([x, *flat]):
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.lstm_ext.lstm_layer(*arguments)
     steps, kinds = _decode(*layer)
@@ -274,7 +267,7 @@ def _backward_autograd(*arguments: Any) -> list[Tensor]:
     *layer, grads, results, wanted = arguments
     x, flat = layer[:2]
     _refuse_transforms([x, *flat, *grads])
-    if not _needs_grad([x, *flat, *grads]):
+    if not needs_grad([x, *flat, *grads]):
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.lstm_ext.lstm_layer_backward(*arguments)
     steps, kinds = _decode(*layer)
