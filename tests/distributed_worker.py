@@ -155,5 +155,6 @@ def run(rank: int, folder: Path) -> None:
     try:
         for task in TASKS:
             torch.save(task(rank, folder), folder / f"{task.__name__}.{rank}.pt")
+        dist.barrier()  # nobody closes while the other still talks to it
     finally:
         dist.destroy_process_group()
