@@ -147,6 +147,11 @@ class Steps:
         active = self.active()
         return (active.T if self.batch_first else active).reshape(-1, 1).logical_not()
 
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        """The row at which each step of a packed sequence starts, and at last their number."""
+        return [0, *self.batch_sizes.cumsum(0).tolist()]
+
     def part(self, start: int, stop: int) -> StepsPart:
         """The steps start..stop-1 as steps of their own; packed, of the sequences that take any."""
         T = stop - start
@@ -156,10 +161,9 @@ class Steps:
             shape = {"rows": T * self.B, "batch_first": self.batch_first}
             steps = Steps(T, self.B, lengths=lengths, reset_mask=mask, **shape)
             return StepsPart(self, steps, start, stop)
-        ends = [0, *self.batch_sizes.cumsum(0).tolist()]
-        first, last = ends[start], ends[stop]
+        first, last = self._starts[start], self._starts[stop]
         offsets = self.offsets[start:stop] - first
-        B = ends[start + 1] - first
+        B = self._starts[start + 1] - first
         steps = Steps(T, B, rows=last - first, offsets=offsets, lengths=lengths[:B])
         return StepsPart(self, steps, first, last)
 
