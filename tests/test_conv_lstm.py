@@ -2,7 +2,6 @@
 
 import os
 
-import device
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +10,6 @@ from tolerances import assert_as_good, tol
 from torch import nn
 
 import lstm_ext
-from lstm_ext import cpu_cell, pointwise
-from lstm_ext.steps import Steps
 
 F64 = {"dtype": torch.float64}
 SEQUENCES = {1: lstm_ext.ConvLSTM1d, 2: lstm_ext.ConvLSTM2d, 3: lstm_ext.ConvLSTM3d}
@@ -344,53 +341,7 @@ def test_same_bits_at_every_run(dims):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
-# --- the cell alone -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("threads", device.THREADS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("peephole", [False, True], ids=["plain", "peephole"])
-@pytest.mark.parametrize("lengths", [False, True], ids=["all", "some"])
-def test_native_cell_matches_the_formula(isa, lengths, peephole, dtype, threads):
-    torch.set_num_threads(threads)
-    for rows, width in ((1, 1), (7, 5), (130, 17), (300, 32)):
-        mask = (torch.rand(rows) < 0.5).long() if lengths else None
-        steps = Steps.padded(1, rows, lengths=mask, device=device.DEVICE)
-        a, h, c = (here(torch.randn(rows, n * width, dtype=dtype)) for n in (4, 1, 1))
-        inputs = [t.requires_grad_() for t in (a, h, c)]
-        w_ch = leaf(torch.randn(3 * width, dtype=dtype)) if peephole else None
-        if peephole:
-            inputs.append(w_ch)
-        cotangents = [here(torch.randn(rows, width, dtype=dtype)) for _ in range(2)]
-        native = pointwise.lstm_cell(a, h, c, steps, w_ch)
-        formula = pointwise._formula(a, h, c, w_ch, steps)
-        assert native[0].grad_fn.name() == "PointwiseCellBackward" != formula[0].grad_fn.name()
-        results = []
-        for outputs in (native, formula):
-            gradients = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
-            zero = torch.zeros_like(h)
-            results.append([*outputs, *(zero if g is None else g for g in gradients)])
-        for got, want in zip(*results, strict=True):
-            _close(got, want)
-
-
-def test_the_native_cell_is_what_runs(monkeypatch):
-    cells, calls = type(pointwise._cells(device.DEVICE)), []
-    if device.NAME == "cpu":
-        cells = cpu_cell
-    native = cells.cell_forward
-
-    def spy(*args):
-        calls.append(args)
-        return native(*args)
-
-    monkeypatch.setattr(cells, "cell_forward", spy)
-    module = here(SEQUENCES[2](IN, C, 3, 2))
-    module(here(torch.randn(L, N, IN, 4, 4)))
-    assert len(calls) == 2 * L
-    with torch.device("meta"):
-        y, _ = SEQUENCES[2](IN, C, 3)(torch.randn(L, N, IN, 4, 4))
-    assert y.is_meta and len(calls) == 2 * L
+# --- transforms ----------------------------------------------------------------------------------
 
 
 def test_third_derivative():
@@ -450,93 +401,3 @@ def test_autocast():
         assert got.dtype == torch.bfloat16 and torch.equal(got, want)
     y.float().sum().backward()
     assert module.weight_ih_l0.grad.dtype == torch.float32
-
-
-# --- module -------------------------------------------------------------------------------------
-
-
-def test_parameters_and_repr():
-    module = lstm_ext.ConvLSTM2d(2, 3, (3, 5), 2, peephole=True, stride=2, padding=(1, 2))
-    assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {
-        "weight_ih_l0": (12, 2, 3, 5),
-        "weight_hh_l0": (12, 3, 3, 5),
-        "bias_ih_l0": (12,),
-        "bias_hh_l0": (12,),
-        "weight_ch_l0": (9,),
-        "weight_ih_l1": (12, 3, 3, 5),
-        "weight_hh_l1": (12, 3, 3, 5),
-        "bias_ih_l1": (12,),
-        "bias_hh_l1": (12,),
-        "weight_ch_l1": (9,),
-    }
-    bound = 1 / (3 * 15) ** 0.5
-    for parameter in module.parameters():
-        assert 0.5 * bound < parameter.abs().max() <= bound
-    assert repr(module) == (
-        "ConvLSTM2d(2, 3, kernel_size=(3, 5), num_layers=2, stride=(2, 2), padding=(1, 2), "
-        "peephole=True)"
-    )
-    assert repr(lstm_ext.ConvLSTM1dCell(1, 2, 3)) == "ConvLSTM1dCell(1, 2, kernel_size=(3,))"
-
-
-@pytest.mark.parametrize(
-    "change, error, message",
-    [
-        ({"in_channels": 0}, ValueError, "in_channels must be an integer of at least 1, got 0"),
-        ({"hidden_channels": 2.0}, ValueError, "hidden_channels must be .* got 2.0"),
-        ({"num_layers": True}, ValueError, "num_layers must be .* got True"),
-        ({"kernel_size": (3,)}, ValueError, r"kernel_size must be .* 2 of them, got \(3,\)"),
-        ({"kernel_size": 0}, ValueError, "kernel_size must be .* got 0"),
-        ({"stride": (1, 0)}, ValueError, r"stride must be .* got \(1, 0\)"),
-        ({"stride": None}, ValueError, "stride must be .* got None"),
-        ({"padding": "full"}, ValueError, "padding must be .* got 'full'"),
-        ({"padding": -1}, ValueError, "padding must be an integer of at least 0, .* got -1"),
-        ({"bias": 1}, TypeError, "bias should be of type bool, got: int"),
-        ({"peephole": 1}, TypeError, "peephole should be of type bool, got: int"),
-        ({"batch_first": 1}, TypeError, "batch_first should be of type bool, got: int"),
-    ],
-)
-def test_constructor_errors(change, error, message):
-    options = {"in_channels": IN, "hidden_channels": C, "kernel_size": 3, **change}
-    with pytest.raises(error, match=message):
-        lstm_ext.ConvLSTM2d(**options)
-
-
-def test_forward_errors():
-    module = here(lstm_ext.ConvLSTM2d(IN, C, 3, padding="valid"))
-    x = here(torch.randn(L, N, IN, 6, 5))
-    state = here(torch.zeros(1, N, C, 4, 3))
-    cases = [
-        (RuntimeError, r"in_channels channels. Expected 2, got 1", (x[:, :, :1],), {}),
-        (ValueError, "ConvLSTM2d: Expected input to be 4D or 5D, got 3D instead", (x[0, 0],), {}),
-        (RuntimeError, r"too small for kernel size \(3, 3\)", (x[..., :2],), {}),
-        (TypeError, r"hx should be a pair of Tensors \(h_0, c_0\), got Tensor", (x, state), {}),
-        (
-            RuntimeError,
-            r"Expected hidden\[1\] size \(1, 3, 5, 4, 3\), got \[1, 3, 5, 4, 2\]",
-            (x, (state, state[..., :2])),
-            {},
-        ),
-        (RuntimeError, "parameter tensors are not the same dtype", (x.double(),), {}),
-        (RuntimeError, "hidden tensors are not the same dtype", (x, (state, state.double())), {}),
-        (ValueError, "Expected lengths between 0 and", (x,), {"lengths": torch.tensor([1, 2, 5])}),
-        (ValueError, r"Expected lengths of size \(3,\)", (x,), {"lengths": torch.tensor([1, 2])}),
-    ]
-    for error, message, arguments, options in cases:
-        if "between" in message:
-            options["lengths"] = options["lengths"].cpu()
-        with pytest.raises(error, match=message):
-            module(*arguments, **options)
-    cell = here(lstm_ext.ConvLSTM2dCell(IN, C, 3))
-    with pytest.raises(ValueError, match="ConvLSTM2dCell: Expected input to be 3D or 4D, got 5D"):
-        cell(x)
-
-
-@pytest.mark.cpu_only(reason="tells what a build without CUDA does")
-def test_a_device_without_kernels_is_refused(monkeypatch):
-    def refuse(device):
-        raise RuntimeError("built for the CPU only")
-
-    monkeypatch.setattr(pointwise.ops, "has_native_kernels", refuse)
-    with pytest.raises(RuntimeError, match="built for the CPU only"):
-        lstm_ext.ConvLSTM1d(1, 1, 1)(torch.zeros(1, 1, 1, 1))

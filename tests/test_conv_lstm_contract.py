@@ -1,0 +1,97 @@
+"""ConvLSTM1d, 2d, 3d and their cells: parameters, repr and errors."""
+
+import pytest
+import torch
+from device import here
+
+import lstm_ext
+from lstm_ext import pointwise
+
+L, N, IN, C = 4, 3, 2, 5
+
+
+def test_parameters_and_repr():
+    module = lstm_ext.ConvLSTM2d(2, 3, (3, 5), 2, peephole=True, stride=2, padding=(1, 2))
+    assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {
+        "weight_ih_l0": (12, 2, 3, 5),
+        "weight_hh_l0": (12, 3, 3, 5),
+        "bias_ih_l0": (12,),
+        "bias_hh_l0": (12,),
+        "weight_ch_l0": (9,),
+        "weight_ih_l1": (12, 3, 3, 5),
+        "weight_hh_l1": (12, 3, 3, 5),
+        "bias_ih_l1": (12,),
+        "bias_hh_l1": (12,),
+        "weight_ch_l1": (9,),
+    }
+    bound = 1 / (3 * 15) ** 0.5
+    for parameter in module.parameters():
+        assert 0.5 * bound < parameter.abs().max() <= bound
+    assert repr(module) == (
+        "ConvLSTM2d(2, 3, kernel_size=(3, 5), num_layers=2, stride=(2, 2), padding=(1, 2), "
+        "peephole=True)"
+    )
+    assert repr(lstm_ext.ConvLSTM1dCell(1, 2, 3)) == "ConvLSTM1dCell(1, 2, kernel_size=(3,))"
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"in_channels": 0}, ValueError, "in_channels must be an integer of at least 1, got 0"),
+        ({"hidden_channels": 2.0}, ValueError, "hidden_channels must be .* got 2.0"),
+        ({"num_layers": True}, ValueError, "num_layers must be .* got True"),
+        ({"kernel_size": (3,)}, ValueError, r"kernel_size must be .* 2 of them, got \(3,\)"),
+        ({"kernel_size": 0}, ValueError, "kernel_size must be .* got 0"),
+        ({"stride": (1, 0)}, ValueError, r"stride must be .* got \(1, 0\)"),
+        ({"stride": None}, ValueError, "stride must be .* got None"),
+        ({"padding": "full"}, ValueError, "padding must be .* got 'full'"),
+        ({"padding": -1}, ValueError, "padding must be an integer of at least 0, .* got -1"),
+        ({"bias": 1}, TypeError, "bias should be of type bool, got: int"),
+        ({"peephole": 1}, TypeError, "peephole should be of type bool, got: int"),
+        ({"batch_first": 1}, TypeError, "batch_first should be of type bool, got: int"),
+    ],
+)
+def test_constructor_errors(change, error, message):
+    options = {"in_channels": IN, "hidden_channels": C, "kernel_size": 3, **change}
+    with pytest.raises(error, match=message):
+        lstm_ext.ConvLSTM2d(**options)
+
+
+def test_forward_errors():
+    module = here(lstm_ext.ConvLSTM2d(IN, C, 3, padding="valid"))
+    x = here(torch.randn(L, N, IN, 6, 5))
+    state = here(torch.zeros(1, N, C, 4, 3))
+    cases = [
+        (RuntimeError, r"in_channels channels. Expected 2, got 1", (x[:, :, :1],), {}),
+        (ValueError, "ConvLSTM2d: Expected input to be 4D or 5D, got 3D instead", (x[0, 0],), {}),
+        (RuntimeError, r"too small for kernel size \(3, 3\)", (x[..., :2],), {}),
+        (TypeError, r"hx should be a pair of Tensors \(h_0, c_0\), got Tensor", (x, state), {}),
+        (
+            RuntimeError,
+            r"Expected hidden\[1\] size \(1, 3, 5, 4, 3\), got \[1, 3, 5, 4, 2\]",
+            (x, (state, state[..., :2])),
+            {},
+        ),
+        (RuntimeError, "parameter tensors are not the same dtype", (x.double(),), {}),
+        (RuntimeError, "hidden tensors are not the same dtype", (x, (state, state.double())), {}),
+        (ValueError, "Expected lengths between 0 and", (x,), {"lengths": torch.tensor([1, 2, 5])}),
+        (ValueError, r"Expected lengths of size \(3,\)", (x,), {"lengths": torch.tensor([1, 2])}),
+    ]
+    for error, message, arguments, options in cases:
+        if "between" in message:
+            options["lengths"] = options["lengths"].cpu()
+        with pytest.raises(error, match=message):
+            module(*arguments, **options)
+    cell = here(lstm_ext.ConvLSTM2dCell(IN, C, 3))
+    with pytest.raises(ValueError, match="ConvLSTM2dCell: Expected input to be 3D or 4D, got 5D"):
+        cell(x)
+
+
+@pytest.mark.cpu_only(reason="tells what a build without CUDA does")
+def test_a_device_without_kernels_is_refused(monkeypatch):
+    def refuse(device):
+        raise RuntimeError("built for the CPU only")
+
+    monkeypatch.setattr(pointwise.ops, "has_native_kernels", refuse)
+    with pytest.raises(RuntimeError, match="built for the CPU only"):
+        lstm_ext.ConvLSTM1d(1, 1, 1)(torch.zeros(1, 1, 1, 1))
