@@ -1,5 +1,5 @@
-// The Python face of the native core: declarations only, no logic. Addresses are those of
-// tensors, contiguous but for dy, that lstm_ext.ops has checked and keeps alive; 0 is null.
+// The Python face of the native core: declarations only, no logic. Tensors are contiguous but for
+// dy; lstm_ext.ops has checked them and keeps them alive.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind_memory.h"
 #include "bind_steps.h"
 #include "bind_variants.h"
 #include "build_info.h"
@@ -45,14 +46,9 @@ py::list cpu_isas() {
   return names;
 }
 
-using Address = std::uintptr_t;
+using lstm_ext::Memory;
 
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-const lstm_ext::CpuKernels& cpu_kernels(bool bf16_products) {
+const lstm_ext::CpuKernels& cpu_kernels(bool bf16_products = false) {
   const lstm_ext::CpuKernels& kernels = lstm_ext::cpu_kernels();
   if (bf16_products && !kernels.bf16_products) {
     throw std::invalid_argument(std::string("the CPU kernels ") + kernels.name +
@@ -61,132 +57,104 @@ const lstm_ext::CpuKernels& cpu_kernels(bool bf16_products) {
   return kernels;
 }
 
+// Runs a kernel in the tensor that workspace(bytes) returns, without the interpreter's lock.
+template <class Params>
+void run_core(void (*kernel)(const Params&), int64_t (*bytes)(const Params&), Params params,
+              const py::function& workspace) {
+  const py::object scratch = workspace(bytes(params));
+  params.workspace = lstm_ext::memory_of(scratch);
+  const py::gil_scoped_release release;
+  kernel(params);
+}
+
 void cpu_forward(int dtype, bool bf16_products, int threads, const lstm_ext::Steps& steps,
-                 int64_t H, int64_t P, int64_t I, Address gx, Address x, Address w_ih, Address b_ih,
-                 Address b_hh, Address w_hh, Address w_hr, Address h0, Address c0,
-                 const lstm_ext::Variants& variants, Address gates, Address c_seq, Address norm,
-                 Address norm_r, Address y, int64_t y_stride, Address h_n, Address c_n,
-                 Address workspace) {
-  cpu_kernels(bf16_products)
-      .forward({static_cast<lstm_ext::Dtype>(dtype),
-                bf16_products,
-                threads,
-                steps,
-                H,
-                P,
-                I,
-                pointer(gx),
-                pointer(x),
-                pointer(w_ih),
-                pointer(b_ih),
-                pointer(b_hh),
-                pointer(w_hh),
-                pointer(w_hr),
-                pointer(h0),
-                pointer(c0),
-                variants,
-                pointer(gates),
-                pointer(c_seq),
-                pointer(norm),
-                pointer(norm_r),
-                pointer(y),
-                y_stride,
-                pointer(h_n),
-                pointer(c_n),
-                pointer(workspace)});
+                 int64_t H, int64_t P, int64_t I, Memory gx, Memory x, Memory w_ih, Memory b_ih,
+                 Memory b_hh, Memory w_hh, Memory w_hr, Memory h0, Memory c0,
+                 const lstm_ext::Variants& variants, Memory gates, Memory c_seq, Memory norm,
+                 Memory norm_r, Memory y, int64_t y_stride, Memory h_n, Memory c_n,
+                 const py::function& workspace) {
+  const lstm_ext::CpuKernels& kernels = cpu_kernels(bf16_products);
+  run_core(kernels.forward, kernels.forward_workspace,
+           {static_cast<lstm_ext::Dtype>(dtype),
+            bf16_products,
+            threads,
+            steps,
+            H,
+            P,
+            I,
+            gx.address,
+            x.address,
+            w_ih.address,
+            b_ih.address,
+            b_hh.address,
+            w_hh.address,
+            w_hr.address,
+            h0.address,
+            c0.address,
+            variants,
+            gates.address,
+            c_seq.address,
+            norm.address,
+            norm_r.address,
+            y.address,
+            y_stride,
+            h_n.address,
+            c_n.address,
+            nullptr},
+           workspace);
 }
 
 void cpu_backward(int dtype, bool bf16_products, int threads, const lstm_ext::Steps& steps,
-                  int64_t H, int64_t P, const lstm_ext::Variants& variants, Address w_hh,
-                  Address w_hr, Address h0, Address c0, Address y, int64_t y_stride, Address gates,
-                  Address c_seq, Address norm, Address norm_r, Address dy, int64_t dy_stride,
-                  Address dh_n, Address dc_n, Address dcells, Address dgates, Address dproduct,
-                  Address h_prev, Address dr, Address cell_out, Address dpeephole, Address dnorm,
-                  Address dh0, Address dc0, Address workspace) {
-  cpu_kernels(bf16_products)
-      .backward({static_cast<lstm_ext::Dtype>(dtype),
-                 bf16_products,
-                 threads,
-                 steps,
-                 H,
-                 P,
-                 variants,
-                 pointer(w_hh),
-                 pointer(w_hr),
-                 pointer(h0),
-                 pointer(c0),
-                 pointer(y),
-                 y_stride,
-                 pointer(gates),
-                 pointer(c_seq),
-                 pointer(norm),
-                 pointer(norm_r),
-                 pointer(dy),
-                 dy_stride,
-                 pointer(dh_n),
-                 pointer(dc_n),
-                 pointer(dcells),
-                 pointer(dgates),
-                 pointer(dproduct),
-                 pointer(h_prev),
-                 pointer(dr),
-                 pointer(cell_out),
-                 pointer(dpeephole),
-                 pointer(dnorm),
-                 pointer(dh0),
-                 pointer(dc0),
-                 pointer(workspace)});
-}
-
-// What the workspace's size depends on; x, w_hh, w_hr: whether there are such.
-template <class Params>
-Params sizes(int dtype, bool bf16_products, int threads, const lstm_ext::Steps& steps, int64_t H,
-             int64_t P, bool w_hh, bool w_hr, const lstm_ext::Variants& variants) {
-  static const char present = 0;
-  Params params{};
-  params.dtype = static_cast<lstm_ext::Dtype>(dtype);
-  params.bf16_products = bf16_products;
-  params.threads = threads;
-  params.steps = steps;
-  params.H = H;
-  params.P = P;
-  params.w_hh = w_hh ? &present : nullptr;
-  params.w_hr = w_hr ? &present : nullptr;
-  params.variants = variants;
-  return params;
-}
-
-int64_t cpu_forward_workspace(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H,
-                              int64_t P, int64_t I, bool x, bool w_hh, bool w_hr,
-                              const lstm_ext::Variants& variants, bool bf16_products) {
-  auto params = sizes<lstm_ext::LstmForward>(dtype, bf16_products, threads, steps, H, P, w_hh, w_hr,
-                                             variants);
-  static const char present = 0;
-  params.I = I;
-  params.x = x ? &present : nullptr;
-  return cpu_kernels(bf16_products).forward_workspace(params);
-}
-
-int64_t cpu_backward_workspace(int dtype, int threads, const lstm_ext::Steps& steps, int64_t H,
-                               int64_t P, bool w_hh, bool w_hr, const lstm_ext::Variants& variants,
-                               bool bf16_products) {
-  return cpu_kernels(bf16_products)
-      .backward_workspace(sizes<lstm_ext::LstmBackward>(dtype, bf16_products, threads, steps, H, P,
-                                                        w_hh, w_hr, variants));
+                  int64_t H, int64_t P, const lstm_ext::Variants& variants, Memory w_hh,
+                  Memory w_hr, Memory h0, Memory c0, Memory y, int64_t y_stride, Memory gates,
+                  Memory c_seq, Memory norm, Memory norm_r, Memory dy, int64_t dy_stride,
+                  Memory dh_n, Memory dc_n, Memory dcells, Memory dgates, Memory dproduct,
+                  Memory h_prev, Memory dr, Memory cell_out, Memory dpeephole, Memory dnorm,
+                  Memory dh0, Memory dc0, const py::function& workspace) {
+  const lstm_ext::CpuKernels& kernels = cpu_kernels(bf16_products);
+  run_core(kernels.backward, kernels.backward_workspace,
+           {static_cast<lstm_ext::Dtype>(dtype),
+            bf16_products,
+            threads,
+            steps,
+            H,
+            P,
+            variants,
+            w_hh.address,
+            w_hr.address,
+            h0.address,
+            c0.address,
+            y.address,
+            y_stride,
+            gates.address,
+            c_seq.address,
+            norm.address,
+            norm_r.address,
+            dy.address,
+            dy_stride,
+            dh_n.address,
+            dc_n.address,
+            dcells.address,
+            dgates.address,
+            dproduct.address,
+            h_prev.address,
+            dr.address,
+            cell_out.address,
+            dpeephole.address,
+            dnorm.address,
+            dh0.address,
+            dc0.address,
+            nullptr},
+           workspace);
 }
 
 void cpu_matmul(int dtype, int threads, int64_t M, int64_t N, int64_t K, bool a_transposed,
-                Address a, Address w, Address out, Address workspace) {
-  lstm_ext::cpu_kernels().matmul({static_cast<lstm_ext::Dtype>(dtype), threads, M, N, K,
-                                  a_transposed, pointer(a), pointer(w), pointer(out),
-                                  pointer(workspace)});
-}
-
-int64_t cpu_matmul_workspace(int dtype, int threads, int64_t M, int64_t N, int64_t K,
-                             bool a_transposed) {
-  return lstm_ext::cpu_kernels().matmul_workspace({static_cast<lstm_ext::Dtype>(dtype), threads, M,
-                                                   N, K, a_transposed, nullptr, nullptr, nullptr,
-                                                   nullptr});
+                Memory a, Memory w, Memory out, const py::function& workspace) {
+  const lstm_ext::CpuKernels& kernels = cpu_kernels();
+  run_core(kernels.matmul, kernels.matmul_workspace,
+           {static_cast<lstm_ext::Dtype>(dtype), threads, M, N, K, a_transposed, a.address,
+            w.address, out.address, nullptr},
+           workspace);
 }
 
 #ifdef LSTM_EXT_WITH_CUDA
@@ -240,27 +208,19 @@ PYBIND11_MODULE(_C, m) {
         "Whether OpenMP gives a team that many threads.");
   lstm_ext::bind_steps(m);
   lstm_ext::bind_variants(m);
-  // dtype codes: enum Dtype in params.h, where every argument is described.
-  m.def("cpu_forward", &cpu_forward, py::kw_only(), "dtype"_a, "bf16_products"_a = false,
-        "threads"_a, "steps"_a, "H"_a, "P"_a, "I"_a, "gx"_a, "x"_a, "w_ih"_a, "b_ih"_a, "b_hh"_a,
-        "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "variants"_a, "gates"_a, "c_seq"_a, "norm"_a,
-        "norm_r"_a, "y"_a, "y_stride"_a, "h_n"_a, "c_n"_a, "workspace"_a,
-        py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_backward", &cpu_backward, py::kw_only(), "dtype"_a, "bf16_products"_a = false,
-        "threads"_a, "steps"_a, "H"_a, "P"_a, "variants"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a,
-        "y"_a, "y_stride"_a, "gates"_a, "c_seq"_a, "norm"_a, "norm_r"_a, "dy"_a, "dy_stride"_a,
-        "dh_n"_a, "dc_n"_a, "dcells"_a, "dgates"_a, "dproduct"_a, "h_prev"_a, "dr"_a, "cell_out"_a,
-        "dpeephole"_a, "dnorm"_a, "dh0"_a, "dc0"_a, "workspace"_a,
-        py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_forward_workspace", &cpu_forward_workspace, "dtype"_a, "threads"_a, "steps"_a, "H"_a,
-        "P"_a, "I"_a, "x"_a, "w_hh"_a, "w_hr"_a, "variants"_a, "bf16_products"_a = false);
-  m.def("cpu_backward_workspace", &cpu_backward_workspace, "dtype"_a, "threads"_a, "steps"_a, "H"_a,
-        "P"_a, "w_hh"_a, "w_hr"_a, "variants"_a, "bf16_products"_a = false);
-  m.def("cpu_matmul", &cpu_matmul, py::kw_only(), "dtype"_a, "threads"_a, "M"_a, "N"_a, "K"_a,
-        "a_transposed"_a, "a"_a, "w"_a, "out"_a, "workspace"_a,
-        py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_matmul_workspace", &cpu_matmul_workspace, "dtype"_a, "threads"_a, "M"_a, "N"_a, "K"_a,
-        "a_transposed"_a);
+  // dtype codes: enum Dtype in params.h, where every argument is described. Positional as a rule:
+  // thirty keywords take 2 us. workspace(bytes) returns a tensor to work in.
+  m.def("cpu_forward", &cpu_forward, "dtype"_a, "bf16_products"_a, "threads"_a, "steps"_a, "H"_a,
+        "P"_a, "I"_a, "gx"_a, "x"_a, "w_ih"_a, "b_ih"_a, "b_hh"_a, "w_hh"_a, "w_hr"_a, "h0"_a,
+        "c0"_a, "variants"_a, "gates"_a, "c_seq"_a, "norm"_a, "norm_r"_a, "y"_a, "y_stride"_a,
+        "h_n"_a, "c_n"_a, "workspace"_a);
+  m.def("cpu_backward", &cpu_backward, "dtype"_a, "bf16_products"_a, "threads"_a, "steps"_a, "H"_a,
+        "P"_a, "variants"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "y_stride"_a, "gates"_a,
+        "c_seq"_a, "norm"_a, "norm_r"_a, "dy"_a, "dy_stride"_a, "dh_n"_a, "dc_n"_a, "dcells"_a,
+        "dgates"_a, "dproduct"_a, "h_prev"_a, "dr"_a, "cell_out"_a, "dpeephole"_a, "dnorm"_a,
+        "dh0"_a, "dc0"_a, "workspace"_a);
+  m.def("cpu_matmul", &cpu_matmul, "dtype"_a, "threads"_a, "M"_a, "N"_a, "K"_a, "a_transposed"_a,
+        "a"_a, "w"_a, "out"_a, "workspace"_a);
 #ifdef LSTM_EXT_WITH_CUDA
   m.def("cuda_report", &cuda_report, "CUDA runtime, driver and devices; never raises.");
   m.def("cuda_properties", &cuda_properties, "device"_a, "What the plan asks of a device.");

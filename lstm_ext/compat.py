@@ -194,16 +194,19 @@ def check_match(name: str, tensors: Iterable[Tensor], input: Tensor) -> None:
 
     Under autocast the dtypes may differ.
     """
+    dtype, device = input.dtype, input.device
     for tensor in tensors:
-        if tensor.device != input.device:
+        if tensor.dtype == dtype and tensor.device == device:
+            continue
+        if tensor.device != device:
             raise RuntimeError(
                 f"Input and {name} tensors are not at the same device, found input tensor at "
-                f"{input.device} and {name} tensor at {tensor.device}"
+                f"{device} and {name} tensor at {tensor.device}"
             )
-        if tensor.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
+        if not torch._C._is_any_autocast_enabled():
             raise RuntimeError(
                 f"Input and {name} tensors are not the same dtype, found input tensor with "
-                f"{input.dtype} and {name} tensor with {tensor.dtype}"
+                f"{dtype} and {name} tensor with {tensor.dtype}"
             )
 
 

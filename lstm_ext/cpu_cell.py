@@ -28,37 +28,15 @@ def cell_forward(
     variants = _C.Variants(peephole=address(w_ch))
     h_new, c_new = torch.empty_like(h), torch.empty_like(c)
     native = native_steps(_C, steps, False)
-    workspace = cpu_products.workspace(
-        _C.cpu_forward_workspace(code, threads, native, C, C, 0, False, False, False, variants)
-    )
+    # fmt: off
     _C.cpu_forward(
-        dtype=code,
-        threads=threads,
-        steps=native,
-        H=C,
-        P=C,
-        I=0,
-        gx=address(a),
-        x=0,
-        w_ih=0,
-        b_ih=0,
-        b_hh=0,
-        w_hh=0,
-        w_hr=0,
-        h0=address(h),
-        c0=address(c),
-        variants=variants,
-        gates=address(gates),
-        c_seq=address(c_new),
-        norm=0,
-        norm_r=0,
+        code, False, threads, native, C, C, 0,
+        a, None, None, None, None, None, None, h, c, variants,
+        gates, c_new, None, None,
         # One step: what it puts out is also the last state.
-        y=address(h_new),
-        y_stride=C,
-        h_n=address(h_new),
-        c_n=address(c_new),
-        workspace=address(workspace),
+        h_new, C, h_new, c_new, cpu_products.workspace,
     )
+    # fmt: on
     return h_new, c_new
 
 
@@ -81,40 +59,12 @@ def cell_backward(
     dw_ch = None if w_ch is None else a.new_zeros(rows, 3 * C)
     dh0, dc0 = torch.empty_like(h), torch.empty_like(c)
     native = native_steps(_C, steps, False)
-    workspace = cpu_products.workspace(
-        _C.cpu_backward_workspace(code, threads, native, C, C, False, False, variants)
-    )
+    # fmt: off
     _C.cpu_backward(
-        dtype=code,
-        threads=threads,
-        steps=native,
-        H=C,
-        P=C,
-        variants=variants,
-        w_hh=0,
-        w_hr=0,
-        h0=0,
-        c0=address(c),
-        y=0,
-        y_stride=C,
-        gates=address(gates),
-        c_seq=address(c_new),
-        norm=0,
-        norm_r=0,
-        dy=0,
-        dy_stride=0,
-        dh_n=address(dh),
-        dc_n=address(dc),
-        dcells=0,
-        dgates=address(da),
-        dproduct=0,
-        h_prev=0,
-        dr=0,
-        cell_out=0,
-        dpeephole=address(dw_ch),
-        dnorm=0,
-        dh0=address(dh0),
-        dc0=address(dc0),
-        workspace=address(workspace),
+        code, False, threads, native, C, C, variants,
+        None, None, None, c, None, C, gates, c_new, None, None,
+        None, 0, dh, dc, None,
+        da, None, None, None, None, dw_ch, None, dh0, dc0, cpu_products.workspace,
     )
+    # fmt: on
     return da, dh0, dc0, None if dw_ch is None else dw_ch.sum(0)

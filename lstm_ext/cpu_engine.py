@@ -23,7 +23,6 @@ from lstm_ext.engine import (
     LayerResult,
     LayerWeights,
     acc_dtype,
-    address,
     native_steps,
     native_variants,
     norm_input,
@@ -118,7 +117,7 @@ def _forward(
     core_input: Tensor | None = None
     gx: Tensor | None = None
     normed = w.normed
-    variants, kept = native_variants(_C, w, x.dtype)
+    variants, _kept = native_variants(_C, w, x.dtype)
     more: tuple[Tensor, ...] = ()
     bf16_products = _bf16_products(x.dtype, w)
     # One step of many sequences: h0 is known, so its product needs no packed weights either. But a
@@ -133,7 +132,10 @@ def _forward(
         and not bf16_products
     )
     if not one_step and not normed:
-        core_input = _even_rows(x) if bf16_products else x.to(acc).contiguous()
+        if bf16_products:
+            core_input = _even_rows(x)
+        else:
+            core_input = (x if x.dtype == acc else x.to(acc)).contiguous()
         w_ih = w.w_ih
         gates = x.new_empty((steps.rows, 4 * H), dtype=acc) if save else None
     else:
@@ -151,7 +153,8 @@ def _forward(
                 gx.addmm_(start, w.w_hh.to(acc).T)
                 w_hh = None
         gates = gx if save else None  # the core reads a row's gx before it writes its gates
-    h_n, c_n = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
+    h0, c0 = h0.contiguous(), c0.contiguous()
+    h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
     c_seq = (
         _allocate(x, steps.rows, H, zero=padding and cells, dtype=acc) if save or cells else None
     )
@@ -163,61 +166,20 @@ def _forward(
     native = native_steps(_C, steps, reverse)
     threads = torch.get_num_threads()
     code = DTYPE_CODE[x.dtype]
-    has_input, has_w_hh, has_w_hr = core_input is not None, w_hh is not None, w.w_hr is not None
-    key = (_C.cpu_isa(), code, bf16_products, threads, H, P, I, has_input, has_w_hh, has_w_hr)
-    size = steps.native.get(key) if kept is None else None
-    if size is None:
-        size = _C.cpu_forward_workspace(
-            code,
-            threads,
-            native,
-            H,
-            P,
-            I,
-            has_input,
-            has_w_hh,
-            has_w_hr,
-            variants,
-            bf16_products,
-        )
-        if kept is None:
-            steps.native[key] = size
-    workspace = cpu_products.workspace(size)
-    # Kept by these names until the call is over.
+    # Tensors are kept by these names until the call is over.
     w_ih = None if w_ih is None else w_ih.contiguous()
     w_hh = None if w_hh is None else w_hh.contiguous()
     b_ih = None if w.b_ih is None else w.b_ih.contiguous()
     b_hh = None if w.b_hh is None else w.b_hh.contiguous()
     w_hr = None if w.w_hr is None else w.w_hr.contiguous()
-    h0, c0 = h0.contiguous(), c0.contiguous()
+    # fmt: off
     recorded(_C.cpu_forward)(
-        dtype=code,
-        bf16_products=bf16_products,
-        threads=threads,
-        steps=native,
-        H=H,
-        P=P,
-        I=I,
-        gx=address(gx),
-        x=address(core_input),
-        w_ih=address(w_ih),
-        b_ih=address(b_ih),
-        b_hh=address(b_hh),
-        w_hh=address(w_hh),
-        w_hr=address(w_hr),
-        h0=address(h0),
-        c0=address(c0),
-        variants=variants,
-        gates=address(gates),
-        c_seq=address(c_seq),
-        norm=address(norm),
-        norm_r=address(norm_r),
-        y=address(y),
-        y_stride=y.stride(0),
-        h_n=address(h_n),
-        c_n=address(c_n),
-        workspace=address(workspace),
+        code, bf16_products, threads, native, H, P, I,
+        gx, core_input, w_ih, b_ih, b_hh, w_hh, w_hr, h0, c0, variants,
+        gates, c_seq, norm, norm_r,
+        y, y.stride(0), h_n, c_n, cpu_products.workspace,
     )
+    # fmt: on
     result.h_n.append(h_n)
     result.c_n.append(c_n)
     result.gates.append(gates)
@@ -280,7 +242,7 @@ def _backward(
     h0, c0, w, reverse = direction
     H, P, dtype = c0.size(1), h0.size(1), x.dtype
     normed = w.normed
-    variants, kept = native_variants(_C, w, dtype)
+    variants, _kept = native_variants(_C, w, dtype)
     # Then dh0 needs one product, without packing.
     one_step = steps.T == 1 and w.w_hr is None and not normed
     padding = steps.has_padding
@@ -310,53 +272,14 @@ def _backward(
     native = native_steps(_C, steps, reverse)
     threads = torch.get_num_threads()
     code = DTYPE_CODE[dtype]
-    workspace = cpu_products.workspace(
-        _C.cpu_backward_workspace(
-            code,
-            threads,
-            native,
-            H,
-            P,
-            w_hh is not None,
-            w_hr is not None,
-            variants,
-            bf16_products,
-        )
-    )
+    # fmt: off
     recorded(_C.cpu_backward)(
-        dtype=code,
-        bf16_products=bf16_products,
-        threads=threads,
-        steps=native,
-        H=H,
-        P=P,
-        variants=variants,
-        w_hh=address(w_hh),
-        w_hr=address(w_hr),
-        h0=address(h0),
-        c0=address(c0),
-        y=address(y),
-        y_stride=y.stride(0),
-        gates=address(gates),
-        c_seq=address(c_seq),
-        norm=address(norm),
-        norm_r=address(norm_r),
-        dy=address(dy),
-        dy_stride=0 if dy is None else dy.stride(0),
-        dh_n=address(dh_n),
-        dc_n=address(dc_n),
-        dcells=address(dcells),
-        dgates=address(dgates),
-        dproduct=address(dproduct),
-        h_prev=address(h_prev),
-        dr=address(dr),
-        cell_out=address(cell_out),
-        dpeephole=address(dpeephole),
-        dnorm=address(dnorm),
-        dh0=address(dh0),
-        dc0=address(dc0),
-        workspace=address(workspace),
+        code, bf16_products, threads, native, H, P, variants,
+        w_hh, w_hr, h0, c0, y, y.stride(0), gates, c_seq, norm, norm_r,
+        dy, 0 if dy is None else dy.stride(0), dh_n, dc_n, dcells,
+        dgates, dproduct, h_prev, dr, cell_out, dpeephole, dnorm, dh0, dc0, cpu_products.workspace,
     )
+    # fmt: on
     with without_autocast(x.device):
         if one_step and wanted.h0:
             product = matmul(dgates, w.w_hh)

@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
-from lstm_ext.engine import DTYPE_CODE, address
+from lstm_ext.engine import DTYPE_CODE
 from lstm_ext.native import _C
 from lstm_ext.profiling import recorded
 
@@ -55,25 +55,9 @@ def matmul(a: Tensor, w: Tensor, *, a_transposed: bool = False) -> Tensor:
         # Packing w for a single row costs more than the product: torch took about half the time
         # (H 32 to 256, on the same machine).
         return torch.mm(a.t() if a_transposed else a, w, out=out)
-    a, w, code, threads = (
-        a.contiguous(),
-        w.contiguous(),
-        DTYPE_CODE[w.dtype],
-        torch.get_num_threads(),
-    )
-    scratch = workspace(_C.cpu_matmul_workspace(code, threads, M, N, K, a_transposed))
-    recorded(_C.cpu_matmul)(
-        dtype=code,
-        threads=threads,
-        M=M,
-        N=N,
-        K=K,
-        a_transposed=a_transposed,
-        a=address(a),
-        w=address(w),
-        out=address(out),
-        workspace=address(scratch),
-    )
+    a, w = a.contiguous(), w.contiguous()
+    code, threads = DTYPE_CODE[w.dtype], torch.get_num_threads()
+    recorded(_C.cpu_matmul)(code, threads, M, N, K, a_transposed, a, w, out, workspace)
     return out
 
 

@@ -13,6 +13,8 @@ from .variants import Variants
 
 __all__ = ["LSTMCell"]
 
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
 
 class LSTMCell(Variants, nn.RNNCellBase):
     r"""A drop-in replacement for :class:`torch.nn.LSTMCell`: one step of an LSTM.
@@ -73,29 +75,37 @@ class LSTMCell(Variants, nn.RNNCellBase):
         """
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        batched = input.dim() == 2
+        as_expected = True
         if hx is not None:
             check_pair(hx, "lstm_cell")
-            for k, state in enumerate(hx):
-                if state.dim() not in (1, 2):
-                    raise ValueError(
-                        f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead"
-                    )
-        batched = input.dim() == 2
+            size = (*input.shape[:-1], self.hidden_size)
+            as_expected = hx[0].shape == size and hx[1].shape == size
+            if not as_expected:
+                for k, state in enumerate(hx):
+                    if state.dim() not in (1, 2):
+                        raise ValueError(
+                            f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead"
+                        )
         if not batched:
             input = input.unsqueeze(0)
         if input.size(1) != self.input_size:
             raise RuntimeError(
                 f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}"
             )
-        weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
-        weights += [getattr(self, name) for name in self._variant_names()]
+        # getattr finds every kind of replaced weight, but is slow for a plain parameter.
+        parameters = self._parameters
+        weights = [parameters[n] if n in parameters else getattr(self, n) for n in _WEIGHTS]
+        if self.peephole or self.layer_norm:
+            weights += [getattr(self, name) for name in self._variant_names()]
         batch = input.size(0)
         if hx is None:
             h = c = input.new_zeros(batch, self.hidden_size)
         else:
             h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-            self._check_state(h, 0, batch)
-            self._check_state(c, 1, batch)
+            if not as_expected:
+                self._check_state(h, 0, batch)
+                self._check_state(c, 1, batch)
         check_match("parameter", [w for w in weights if w is not None], input)
         check_match("hidden", (h, c), input)
         steps = Steps.padded(1, batch)

@@ -10,7 +10,9 @@ float32.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import functools
+from collections.abc import Sequence
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -142,26 +144,44 @@ def check_layer(x: Tensor, directions: list[Direction], steps: Steps) -> None:
     if x.shape != (steps.rows, I):
         raise RuntimeError(f"Expected input rows of size {(steps.rows, I)}, got {tuple(x.shape)}")
     H, P = directions[0].c0.size(-1), directions[0].h0.size(-1)
-    sizes = ((steps.B, P), (steps.B, H), (4 * H, I), (4 * H, P), (4 * H,), (4 * H,), (P, H))
-    sizes += ((3 * H,), (4 * H,), (4 * H,), (H,), (H,))
+    sizes = _sizes(steps.B, I, H, P)
     for direction in directions:
         tensors = (direction.h0, direction.c0, *direction.w.tensors)
-        for k, (tensor, size) in enumerate(zip(tensors, sizes, strict=False)):
+        for tensor, size in zip(tensors, sizes, strict=False):
             if tensor is None:
                 continue
-            if tensor.shape != size:
-                name = _DIRECTION_INPUTS[k]
-                raise RuntimeError(f"Expected {name} of size {size}, got {tuple(tensor.shape)}")
-            if tensor.dtype != dtype or tensor.device != device:
-                raise ValueError(
-                    f"Expected {_DIRECTION_INPUTS[k]} to be {dtype} on {device} like the input, "
-                    f"got {tensor.dtype} on {tensor.device}"
-                )
+            if tensor.shape != size or tensor.dtype != dtype or tensor.device != device:
+                _refuse(tensors, sizes, x)
         if direction.w.w_hr is None and P != H:
             got = tuple(direction.h0.shape)
             raise RuntimeError(f"Expected h0 of size {(steps.B, H)}, got {got}")
         if direction.w.masks is not None:
             _check_masks(direction.w.masks, ((steps.B, P), (steps.rows, P), (steps.rows, H)))
+
+
+@functools.lru_cache(maxsize=256)
+def _sizes(B: int, I: int, H: int, P: int) -> tuple[tuple[int, ...], ...]:
+    """Of the tensors of a direction, in the order of _DIRECTION_INPUTS."""
+    gates = (4 * H,)
+    weights = ((4 * H, I), (4 * H, P), gates, gates, (P, H), (3 * H,), gates, gates, (H,), (H,))
+    return ((B, P), (B, H), *weights)
+
+
+def _refuse(
+    tensors: Sequence[Tensor | None], sizes: Sequence[tuple[int, ...]], x: Tensor
+) -> NoReturn:
+    """Raises for the first of a direction's tensors that is not as x and the sizes ask."""
+    for name, tensor, size in zip(_DIRECTION_INPUTS, tensors, sizes, strict=False):
+        if tensor is None:
+            continue
+        if tensor.shape != size:
+            raise RuntimeError(f"Expected {name} of size {size}, got {tuple(tensor.shape)}")
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"Expected {name} to be {x.dtype} on {x.device} like the input, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    raise AssertionError("no tensor is wrong")
 
 
 def _check_masks(masks: Masks, sizes: tuple[tuple[int, int], ...]) -> None:

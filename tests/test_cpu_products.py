@@ -105,8 +105,8 @@ def test_which_layers_multiply_bf16(monkeypatch):
         def __getattr__(self, name):
             if name != "cpu_forward":
                 return getattr(_C, name)
-            return lambda **arguments: (
-                used.append(arguments["bf16_products"]) or _C.cpu_forward(**arguments)
+            return lambda dtype, bf16, *more: (
+                used.append(bf16) or _C.cpu_forward(dtype, bf16, *more)
             )
 
     monkeypatch.setattr(cpu_engine, "_C", Core())
@@ -135,7 +135,13 @@ def test_kernels_without_bf16_products_refuse_them():
     try:
         cpu_engine.select_cpu_isa("portable")
         with pytest.raises(ValueError, match="portable do not multiply bf16"):
-            _C.cpu_backward_workspace(2, 1, steps, 4, 4, True, False, _C.Variants(), True)
+            # fmt: off
+            _C.cpu_backward(
+                2, True, 1, steps, 4, 4, _C.Variants(), None, None, None, None, None, 4,
+                None, None, None, None, None, 4, None, None, None, None, None, None, None,
+                None, None, None, None, None, lambda size: None,
+            )
+            # fmt: on
     finally:
         cpu_engine.select_cpu_isa(before)
 
