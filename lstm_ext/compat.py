@@ -52,16 +52,12 @@ class LSTMBase(Variants, nn.RNNBase):
     def check_forward_args(self, input: Tensor, hidden: States, batch_sizes: Tensor | None) -> None:
         """Raise nn.LSTM's error for a wrong input, or states of another shape than expected."""
         self.check_input(input, batch_sizes)
-        self.check_hidden_size(
-            hidden[0],
-            self.get_expected_hidden_size(input, batch_sizes),
-            "Expected hidden[0] size {}, got {}",
-        )
-        self.check_hidden_size(
-            hidden[1],
-            self.get_expected_cell_size(input, batch_sizes),
-            "Expected hidden[1] size {}, got {}",
-        )
+        size = self.get_expected_hidden_size(input, batch_sizes)
+        if hidden[0].shape != size:
+            self.check_hidden_size(hidden[0], size, "Expected hidden[0] size {}, got {}")
+        size = self.get_expected_cell_size(input, batch_sizes)
+        if hidden[1].shape != size:
+            self.check_hidden_size(hidden[1], size, "Expected hidden[1] size {}, got {}")
 
     def permute_hidden(self, hx: States, permutation: Tensor | None) -> States:
         """The states with their sequences in the order of permutation (N,); None: as they are."""
