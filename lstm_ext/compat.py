@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.rnn import PackedSequence
 
 from .variants import Variants
 
@@ -58,6 +59,22 @@ class LSTMBase(Variants, nn.RNNBase):
         size = self.get_expected_cell_size(input, batch_sizes)
         if hidden[1].shape != size:
             self.check_hidden_size(hidden[1], size, "Expected hidden[1] size {}, got {}")
+
+    def check_packed_in_a_graph(self, packed: PackedSequence, hidden: States) -> int:
+        """:meth:`check_forward_args` where the number of sequences is data that a graph has not.
+
+        Returns the number that the order of the sequences has, or else the states: the operator
+        compares it with the data when it runs.
+        """
+        self.check_input(packed.data, packed.batch_sizes)
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        N = hidden[0].size(1) if hidden[0].dim() > 1 else 1
+        if packed.sorted_indices is not None:
+            N = packed.sorted_indices.size(0)
+        for k, width in enumerate((self.proj_size or self.hidden_size, self.hidden_size)):
+            words = f"Expected hidden[{k}] size {{}}, got {{}}"
+            self.check_hidden_size(hidden[k], (count, N, width), words)
+        return N
 
     def permute_hidden(self, hx: States, permutation: Tensor | None) -> States:
         """The states with their sequences in the order of permutation (N,); None: as they are."""

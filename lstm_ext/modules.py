@@ -256,16 +256,19 @@ class LSTM(LSTMBase):
     def _forward_packed(self, input: PackedSequence, hx: States | None):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         check_batch_sizes(batch_sizes, data)
+        sequences: int | None = None
         if hx is None:
             self.check_input(data, batch_sizes)
         else:
             check_pair(hx)
-            self.check_forward_args(data, hx, batch_sizes)
+            if torch.compiler.is_compiling():
+                sequences = self.check_packed_in_a_graph(input, hx)
+            else:
+                self.check_forward_args(data, hx, batch_sizes)
             check_match("hidden", hx, data)
             hx = self.permute_hidden(hx, sorted_indices)
-        y, h_n, c_n, cells = self._layers(
-            data, hx, Steps.packed(batch_sizes, data.size(0), data.device), packed=True
-        )
+        steps = Steps.packed(batch_sizes, data.size(0), data.device, sequences)
+        y, h_n, c_n, cells = self._layers(data, hx, steps, packed=True)
 
         def pack(rows: Tensor) -> PackedSequence | tuple[PackedSequence, ...]:
             parts = (rows,) if self.merge_mode is not None else rows.chunk(2, dim=1)

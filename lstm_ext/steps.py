@@ -107,12 +107,17 @@ class Steps:
         )
 
     @staticmethod
-    def packed(batch_sizes: Tensor, rows: int, device: torch.device | str = "cpu") -> Steps:
+    def packed(
+        batch_sizes: Tensor,
+        rows: int,
+        device: torch.device | str = "cpu",
+        sequences: int | None = None,
+    ) -> Steps:
         """The rows of a PackedSequence: batch_sizes[t] sequences take step t, longest first.
 
-        rows: their sum. device: of the layer.
+        rows: their sum. device: of the layer. sequences: batch_sizes[0], where it is known.
         """
-        T, B = batch_sizes.numel(), int(batch_sizes[0])
+        T, B = batch_sizes.numel(), int(batch_sizes[0]) if sequences is None else sequences
         ends = batch_sizes.cumsum(0)
         # Sequence b is as long as there are steps with more than b sequences.
         lengths = T - torch.searchsorted(
@@ -260,6 +265,7 @@ def check_packed(steps: Steps) -> None:
         (steps.offsets == sizes.cumsum(0) - sizes).all()
         & (sizes.sum() == steps.rows)
         & (steps.lengths.diff() <= 0).all()
+        & (steps.lengths > 0).all()
     )
     if right.is_cuda:
         torch._assert_async(right, "lstm_ext: batch_sizes do not fit a packed sequence's data")
@@ -267,7 +273,7 @@ def check_packed(steps: Steps) -> None:
         raise ValueError(
             "batch_sizes: expected numbers that do not increase and sum to the rows of data, "
             f"{steps.rows}, got steps that start at rows {steps.offsets.tolist()} and sequences of "
-            f"lengths {steps.lengths.tolist()}"
+            f"lengths {steps.lengths.tolist()}, with states of {steps.B} sequences"
         )
 
 

@@ -97,6 +97,32 @@ def test_packed_sequences():
         made(wrong)
 
 
+def test_packed_sequences_with_states():
+    module = here(lstm_ext.LSTM(I, H, 2, bidirectional=True, proj_size=4))
+    made = compiled(lambda p, hx: module(p, hx))
+
+    def states(N, count=4, width=H):
+        return here(torch.randn(count, N, 4)), here(torch.randn(count, N, width))
+
+    for lengths in ([5, 3, 3, 1], [9, 2, 2, 2, 1]):
+        for order in (torch.tensor(lengths), torch.tensor(lengths).flip(0)):
+            x, hx = here(torch.randn(lengths[0], len(lengths), I)), states(len(lengths))
+            packed = pack_padded_sequence(x, order, enforce_sorted=order[0] == lengths[0])
+            (y, got), (expected, wanted) = made(packed, hx), module(packed, hx)
+            assert_close((y.data, got), (expected.data, wanted), **BITS)
+    wrong = {0: [states(4), states(6), states(5, count=2)], 1: [states(5, width=4)]}
+    for k, cases in wrong.items():
+        for hx in cases:
+            with pytest.raises(RuntimeError, match=rf"Expected hidden\[{k}\] size \(4, \w+, "):
+                made(packed, hx)
+    if device.NAME == "cuda":
+        return  # there what follows is an assertion of the device, and the process's last call
+    in_order = PackedSequence(packed.data, packed.batch_sizes)
+    for N in (4, 6):
+        with pytest.raises(ValueError, match=f"batch_sizes: expected .* states of {N} sequences"):
+            made(in_order, states(N))
+
+
 def test_cells_in_a_loop():
     cell = here(lstm_ext.LSTMCell(I, H, peephole=True))
 
