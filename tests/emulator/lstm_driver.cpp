@@ -218,7 +218,7 @@ bool run_forward(const Request& r, const CudaLayer& layer, const std::vector<Dir
     });
   }
   const auto workspace = scratch(cuda_forward_workspace(layer, p.projection));
-  cuda_forward(layer, directions.data(), workspace.get());
+  cuda_forward(layer, directions.data(), workspace.get(), {0, layer.steps.T});
   bool ok = true;
   for (size_t i = 0; i < all.size(); ++i) {
     const CudaForwardDirection& got = directions[i];
@@ -272,7 +272,7 @@ bool run_backward(const Request& r, const CudaLayer& layer, const std::vector<Di
     });
   }
   const auto workspace = scratch(cuda_backward_workspace(layer, p.projection));
-  cuda_backward(layer, directions.data(), workspace.get());
+  cuda_backward(layer, directions.data(), workspace.get(), {0, layer.steps.T});
   bool ok = true;
   for (size_t i = 0; i < all.size(); ++i) {
     const CudaBackwardDirection& got = directions[i];
