@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Steps steps = args.steps;
   steps.reverse = d.reverse;
   const int H = args.H, K = args.K, slices = place.slices, shared = args.shape.shared;
-  // Step n of this launch is step n + skipped of the sequence; in all but the first launch n starts
+  // Step j of this launch is step j + skipped of the sequence; in all but the first launch j starts
   // at 1, for the product with the dgates before it.
   const int start = args.shape.first > 0, skipped = args.shape.first - start;
   const int unit_first = place.slice * kUnits;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Parts of this block's gradient of h: [2][slices][kMTiles][kNTiles][32 vectors].
   uint4* const boxes = reinterpret_cast<uint4*>(memory + kBarrierBytes);
   const int box_vectors = slices * kMTiles * kNTiles * 32;
-  // This block's dgates, gate by gate: [2][kRows][pitch]. Step n's lie in [n % 2].
+  // This block's dgates, gate by gate: [2][kRows][pitch]. Step j's lie in [j % 2].
   constexpr int kPitch = int(shared_row(4 * kUnits * int64_t(sizeof(T))));
   unsigned char* const own = reinterpret_cast<unsigned char*>(boxes + 2 * box_vectors);
   for (int v = threadIdx.x; v < 2 * kRows * kPitch / 16; v += kThreads)
@@ -115,6 +115,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (start) {
     __syncthreads();  // all of `own` is zero
     const int64_t t = steps.step_at(steps.T - 1 - skipped);
+#pragma unroll
     for (int j = 0; j < kCells; ++j) {
       if (!here(j)) continue;
       const int b = sequence(j);
@@ -159,9 +160,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kTogether = kColumns > 1 ? 2 : kHeld;
   static_assert(kHeld % kTogether == 0, "held in whole groups");
 
-  // The product with the dgates of step n - 1, sent as it is made.
-  const auto multiply = [&](int step) {
-    const unsigned char* gates = own + (step + 1) % 2 * (kRows * kPitch);
+  // The product with the dgates of step j - 1, sent as it is made.
+  const auto multiply = [&](int j) {
+    const unsigned char* gates = own + (j + 1) % 2 * (kRows * kPitch);
 #pragma unroll 1
     for (int first = 0; first < kNTiles; first += kColumns) {
       uint4 b[kChunks][kColumns][1];
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < kTogether; ++i)
 #pragma unroll
           for (int n = 0; n < kColumns; ++n)
-            if (q + i < mine) send(q + i, first + n, step % 2, sums[i][n]);
+            if (q + i < mine) send(q + i, first + n, j % 2, sums[i][n]);
       }
 #pragma unroll 1
       for (int q = kHeld; q < mine; ++q) {
@@ -199,56 +200,56 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int n = 0; n < kColumns; ++n)
             Arithmetic::multiply(sums[n], rows[chunk * 64], rows[chunk * 64 + 32], b[chunk][n]);
 #pragma unroll
-        for (int n = 0; n < kColumns; ++n) send(q, first + n, step % 2, sums[n]);
+        for (int n = 0; n < kColumns; ++n) send(q, first + n, j % 2, sums[n]);
       }
     }
   };
 
   typename Cell::Operands in[kCells];
   typename Cell::Result results[kCells] = {};
-  const auto load = [&](int n) {
+  const auto load = [&](int j) {
 #pragma unroll
     for (int i = 0; i < kCells; ++i)
-      in[i] = here(i) && n + skipped < args.shape.last ? cell.load(n + skipped, sequence(i))
+      in[i] = here(i) && j + skipped < args.shape.last ? cell.load(j + skipped, sequence(i))
                                                        : typename Cell::Operands{};
   };
-  const auto store = [&](int n) {
+  const auto store = [&](int j) {
 #pragma unroll
     for (int i = 0; i < kCells; ++i)
-      if (here(i)) cell.store(n + skipped, sequence(i), results[i]);
+      if (here(i)) cell.store(j + skipped, sequence(i), results[i]);
   };
   // A step ahead, but where weights take the registers.
   constexpr bool kAhead = kChunks <= 4;
   if (kAhead) load(start);
-  mailboxes.open();
   const int end = args.shape.last - skipped;
-  for (int n = start; n < end; ++n) {
+  mailboxes.open();
+  for (int j = start; j < end; ++j) {
     typename Cell::Operands now[kCells];
     const auto take = [&] {
 #pragma unroll
       for (int i = 0; i < kCells; ++i) now[i] = in[i];
     };
     if (kAhead) take();
-    if (n > 0) {
-      mailboxes.expect(n % 2, bytes);
-      multiply(n);
+    if (j > 0) {
+      mailboxes.expect(j % 2, bytes);
+      multiply(j);
       // While the parts are on their way: what the step before leaves, what the next one needs.
-      if (n > start) store(n - 1);
+      if (j > start) store(j - 1);
     }
-    load(kAhead ? n + 1 : n);
+    load(kAhead ? j + 1 : j);
     if (!kAhead) take();
-    if (n > 0) mailboxes.wait(n % 2, (n - 1) / 2);
-    const Acc* box = reinterpret_cast<const Acc*>(boxes + n % 2 * box_vectors);
+    if (j > 0) mailboxes.wait(j % 2, (j - 1) / 2);
+    const Acc* box = reinterpret_cast<const Acc*>(boxes + j % 2 * box_vectors);
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
       if (!here(i)) continue;
       const int row = row_of(i);
       const Acc* parts = box + (i ? part_of(row) : first_part);
       Acc sum = 0;
-      if (n > 0)
+      if (j > 0)
         for (int source = 0; source < slices; ++source) sum += parts[source * kSource];
-      results[i] = cell.compute(n + skipped, sequence(i), sum, now[i], dc[i], carry[i]);
-      T* gates = reinterpret_cast<T*>(own + n % 2 * (kRows * kPitch) + row * kPitch);
+      results[i] = cell.compute(j + skipped, sequence(i), sum, now[i], dc[i], carry[i]);
+      T* gates = reinterpret_cast<T*>(own + j % 2 * (kRows * kPitch) + row * kPitch);
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) gates[gate * kUnits + u] = results[i].next[gate];
     }
@@ -258,6 +259,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   store(end - 1);
   if (args.shape.last < steps.T)
+#pragma unroll
     for (int j = 0; j < kCells; ++j) {
       if (!here(j)) continue;
       as<Acc>(d.cells)[at(sequence(j), H, unit)] = dc[j];

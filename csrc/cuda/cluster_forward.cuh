@@ -137,6 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (here(j)) cell.store(t, sequence(j), in[j], results[j], c[j]);
   }
   if (args.shape.last < steps.T)
+#pragma unroll
     for (int j = 0; j < kCells; ++j)
       if (here(j)) as<Acc>(d.cells)[at(sequence(j), H, unit)] = c[j];
   mailboxes.close();
