@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from lstm_ext import cuda_wavefront, ops
+from lstm_ext import batching, cuda_wavefront, ops
 from lstm_ext.autograd import needs_grad
 from lstm_ext.cuda_wavefront import Saved, StackResult
 from lstm_ext.engine import is_recorded
@@ -123,6 +123,7 @@ class WavefrontStack(Function):
         return outputs
 
     @staticmethod
+    @batching.batched_gradients
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
         dy, dh_n, dc_n, dcells = grad_outputs
         count = len(ctx.needs_input_grad) - 5  # of flat
