@@ -44,9 +44,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   Steps steps = args.steps;
   steps.reverse = d.reverse;
   const int H = args.H, K = args.K, slices = place.slices, shared = args.shape.shared;
-  // Step j of this launch is step j + skipped of the sequence; in all but the first launch j starts
-  // at 1, for the product with the dgates before it.
-  const int start = args.shape.first > 0, skipped = args.shape.first - start;
+  const int start = args.shape.first, end = args.shape.last;
+  const int first_product = max(start, 1);  // the step of the launch's first
   const int unit_first = place.slice * kUnits;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, pair = lane % 4;
 
@@ -111,10 +110,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Cell cell(args, d, steps, unit);
   Acc dc[kCells], carry[kCells] = {};
 #pragma unroll
-  for (int j = 0; j < kCells; ++j) dc[j] = here(j) && !start ? cell.first_dc(sequence(j)) : Acc(0);
-  if (start) {
+  for (int j = 0; j < kCells; ++j)
+    dc[j] = here(j) && start == 0 ? cell.first_dc(sequence(j)) : Acc(0);
+  if (start > 0) {
     __syncthreads();  // all of `own` is zero
-    const int64_t t = steps.step_at(steps.T - 1 - skipped);
+    const int64_t t = steps.step_at(steps.T - start);
 #pragma unroll
     for (int j = 0; j < kCells; ++j) {
       if (!here(j)) continue;
@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (!steps.active(t, b) || resets(steps, t, b)) continue;
       const T* before = as<T>(d.dgates) + at(steps.row(t, b), 4 * H, unit);
       for (int gate = 0; gate < 4; ++gate)
-        reinterpret_cast<T*>(own + row_of(j) * kPitch)[gate * kUnits + u] =
+        reinterpret_cast<T*>(own + (start + 1) % 2 * (kRows * kPitch) +
+                             row_of(j) * kPitch)[gate * kUnits + u] =
             Arithmetic::round_state(before[gate * H]);
     }
   }
@@ -210,18 +211,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto load = [&](int j) {
 #pragma unroll
     for (int i = 0; i < kCells; ++i)
-      in[i] = here(i) && j + skipped < args.shape.last ? cell.load(j + skipped, sequence(i))
-                                                       : typename Cell::Operands{};
+      in[i] =
+          here(i) && j < args.shape.last ? cell.load(j, sequence(i)) : typename Cell::Operands{};
   };
   const auto store = [&](int j) {
 #pragma unroll
     for (int i = 0; i < kCells; ++i)
-      if (here(i)) cell.store(j + skipped, sequence(i), results[i]);
+      if (here(i)) cell.store(j, sequence(i), results[i]);
   };
   // A step ahead, but where weights take the registers.
   constexpr bool kAhead = kChunks <= 4;
   if (kAhead) load(start);
-  const int end = args.shape.last - skipped;
   mailboxes.open();
   for (int j = start; j < end; ++j) {
     typename Cell::Operands now[kCells];
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     load(kAhead ? j + 1 : j);
     if (!kAhead) take();
-    if (j > 0) mailboxes.wait(j % 2, (j - 1) / 2);
+    if (j > 0) mailboxes.wait(j % 2, (j - first_product) / 2);
     const Acc* box = reinterpret_cast<const Acc*>(boxes + j % 2 * box_vectors);
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       Acc sum = 0;
       if (j > 0)
         for (int source = 0; source < slices; ++source) sum += parts[source * kSource];
-      results[i] = cell.compute(j + skipped, sequence(i), sum, now[i], dc[i], carry[i]);
+      results[i] = cell.compute(j, sequence(i), sum, now[i], dc[i], carry[i]);
       T* gates = reinterpret_cast<T*>(own + j % 2 * (kRows * kPitch) + row * kPitch);
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) gates[gate * kUnits + u] = results[i].next[gate];
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
   }
   store(end - 1);
-  if (args.shape.last < steps.T)
+  if (end < steps.T)
 #pragma unroll
     for (int j = 0; j < kCells; ++j) {
       if (!here(j)) continue;

@@ -36,10 +36,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   Steps steps = args.steps;
   steps.reverse = d.reverse;
   const int H = args.H, K = args.K;
-  const int first = args.shape.first, count = args.shape.last - first;
+  const int first = args.shape.first, last = args.shape.last;
   const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
 
-  // [2][kRows][pitch]: h as the i-th step of this launch finds it lies in [i % 2].
+  // [2][kRows][pitch]: h as the i-th step finds it lies in [i % 2].
   const int pitch = int(shared_row(K * sizeof(T))), box_bytes = kRows * pitch;
   unsigned char* const states = memory + kBarrierBytes;
   Acc* const partial = reinterpret_cast<Acc*>(states + 2 * box_bytes);
@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (const int64_t before = steps.step_at(first - 1); steps.active(before, b))
         h = as<T>(d.y) + steps.row(before, b) * d.y_stride;
     for (int k = threadIdx.x % 32; k < H; k += 32)
-      reinterpret_cast<T*>(states + row * pitch)[k] = Arithmetic::round_state(h[k]);
+      reinterpret_cast<T*>(states + first % 2 * box_bytes + row * pitch)[k] =
+          Arithmetic::round_state(h[k]);
   }
 
   const Cell cell(args, d, steps, unit);
@@ -86,16 +87,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   mailboxes.open();
 
   const int bytes = place.rows() * ((H + kVector - 1) / kVector) * 16;
-  for (int i = 0; i < count; ++i) {
-    const bool goes_on = i + 1 < count;
-    const int64_t t = steps.step_at(first + i);
+  for (int i = first; i < last; ++i) {
+    const bool goes_on = i + 1 < last;
+    const int64_t t = steps.step_at(i);
     const int box = i % 2, next = (i + 1) % 2;
     const unsigned char* state = states + box * box_bytes;
     typename Cell::Operands in[kCells];
 #pragma unroll
     for (int j = 0; j < kCells; ++j)
-      in[j] = here(j) ? cell.load(first + i, t, sequence(j), c[j]) : typename Cell::Operands{};
-    if (i > 0) mailboxes.wait(box, (i - 1) / 2);
+      in[j] = here(j) ? cell.load(i, t, sequence(j), c[j]) : typename Cell::Operands{};
+    if (i > first) mailboxes.wait(box, (i - first - 1) / 2);
     if (goes_on) mailboxes.expect(next, bytes);
 
     Acc sums[kMTiles][kNTiles][4];
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int j = 0; j < kCells; ++j)
       if (here(j)) cell.store(t, sequence(j), in[j], results[j], c[j]);
   }
-  if (args.shape.last < steps.T)
+  if (last < steps.T)
 #pragma unroll
     for (int j = 0; j < kCells; ++j)
       if (here(j)) as<Acc>(d.cells)[at(sequence(j), H, unit)] = c[j];

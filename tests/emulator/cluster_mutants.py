@@ -164,8 +164,18 @@ MUTANTS = [
                 "mailboxes.open(); for (int row = threadIdx.x / 32;",
             ),
         ),
-        ("no wait", FORWARD, AHEAD, ("if (i > 0) mailboxes.wait(box, (i - 1) / 2);", "")),
-        ("wait for the time before", FORWARD, AHEAD, ("(i - 1) / 2", "(i + 1) / 2")),
+        (
+            "no wait",
+            FORWARD,
+            AHEAD,
+            ("if (i > first) mailboxes.wait(box, (i - first - 1) / 2);", ""),
+        ),
+        (
+            "wait for the time before",
+            FORWARD,
+            AHEAD,
+            ("(i - first - 1) / 2", "(i - first + 1) / 2"),
+        ),
         (
             "nothing is expected",
             FORWARD,
@@ -183,7 +193,7 @@ MUTANTS = [
             FORWARD,
             f"{RACE}|more arrivals",
             ("box = i % 2, next = (i + 1) % 2", "box = 0, next = 0"),
-            ("(i - 1) / 2", "i - 1"),
+            ("(i - first - 1) / 2", "i - first - 1"),
         ),
         (
             "sender does not wait for its lanes",
@@ -225,7 +235,7 @@ MUTANTS = [
             WRONG,
             ("if (first > 0) // h0 for", "if (false) // h0 for"),
         ),
-        ("c is not left", FORWARD_PARTS, WRONG, ("if (args.shape.last < steps.T)", "if (false)")),
+        ("c is not left", FORWARD_PARTS, WRONG, ("if (last < steps.T)", "if (false)")),
         (
             "goes on from c0",
             FORWARD_PARTS,
@@ -327,9 +337,14 @@ MUTANTS = [
             "no wait",
             BACKWARD,
             AHEAD,
-            ("if (j > 0) mailboxes.wait(j % 2, (j - 1) / 2);", ""),
+            ("if (j > 0) mailboxes.wait(j % 2, (j - first_product) / 2);", ""),
         ),
-        ("wait for the time before", BACKWARD, AHEAD, ("(j - 1) / 2", "(j + 1) / 2")),
+        (
+            "wait for the time before",
+            BACKWARD,
+            AHEAD,
+            ("(j - first_product) / 2", "(j - first_product + 2) / 2"),
+        ),
         (
             "one box for all steps",
             BACKWARD,
