@@ -32,6 +32,7 @@ from bench.timing import drop_in, free_memory, one_line, seconds, truth_of, warm
 from bench.work import build, error_of, make_call, make_input, outcome, rounding
 from lstm_ext import LSTM, ops
 from lstm_ext.cuda_engine import FAMILIES, CudaEngine
+from lstm_ext.cuda_wavefront import plan_of
 
 # Where the cost model expects a gain on an H100, and where none, for it may be wrong there too.
 PROBLEMS = (
@@ -130,7 +131,7 @@ def time_row(
                     tf32 = engine._uses_tf32(x)
                     sizes = (problem.batch, problem.hidden_size, problem.num_layers, problem.steps)
                     way["parts"] = [
-                        engine.wavefront_plan(device, dtype, tf32, backward, *sizes).parts
+                        plan_of(engine, device, dtype, tf32, backward, *sizes).parts
                         for backward in (False, True)
                     ]
                 call = make_call(module, [x], of_work, cotangent)

@@ -57,11 +57,17 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def _verbose() -> bool:
+def verbose() -> bool:
+    """Whether to say which kernels run what."""
     return os.environ.get("LSTM_EXT_VERBOSE", "0") not in ("", "0")
 
 
-def _wavefront_switch() -> bool:
+def wavefront_switch() -> bool:
+    """LSTM_EXT_WAVEFRONT.
+
+    Raises:
+        ValueError: it is neither on nor off.
+    """
     value = os.environ.get("LSTM_EXT_WAVEFRONT") or "off"
     if value not in ("on", "off"):
         raise ValueError(f"LSTM_EXT_WAVEFRONT should be on or off, got {value}")
@@ -78,9 +84,8 @@ class CudaEngine:
     def __init__(self, core: Any) -> None:
         self.core = core
         self.plan = functools.lru_cache(maxsize=4096)(self._plan)
-        self.wavefront_plan = functools.lru_cache(maxsize=4096)(self._wavefront_plan)
         #: Whether stacks of layers may run as a wavefront. Off: it has never run on a GPU.
-        self.wavefront = _wavefront_switch()
+        self.wavefront = wavefront_switch()
 
     # --- the device -------------------------------------------------------------------------------
 
@@ -138,7 +143,7 @@ class CudaEngine:
             P=P,
         )
         plan = self.choose(problem, device)
-        if _verbose():
+        if verbose():
             text = self.core.cuda_describe_plan(plan, problem)
             print(f"lstm_ext on {device}: {text}", file=sys.stderr)
         return plan
@@ -146,39 +151,6 @@ class CudaEngine:
     def choose(self, problem: Any, device: torch.device) -> Any:
         """The plan for a problem."""
         return self.core.cuda_plan(problem, self.properties(device))
-
-    def _wavefront_plan(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        tf32: bool,
-        backward: bool,
-        B: int,
-        H: int,
-        layers: int,
-        T: int,
-    ) -> Any:
-        problem = self.core.CudaProblem(
-            dtype=DTYPE_CODE[dtype],
-            tf32=tf32,
-            backward=backward,
-            projection=False,
-            variants=False,
-            normed=False,
-            directions=1,
-            T=T,
-            B=B,
-            H=H,
-            P=H,
-        )
-        wave = self.choose_wavefront(problem, device, layers, T)
-        if _verbose():
-            text = self.core.cuda_describe_plan(wave.plan, problem)
-            print(
-                f"lstm_ext on {device}: {layers} layers, {T} steps in {wave.parts} parts: {text}",
-                file=sys.stderr,
-            )
-        return wave
 
     def choose_wavefront(self, problem: Any, device: torch.device, layers: int, T: int) -> Any:
         """In how many parts, with which plan (CudaWavefront of csrc/cuda/plan.h)."""

@@ -11,13 +11,15 @@ On memory see :mod:`lanes`.
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lstm_ext.cuda_engine import CudaEngine, padded_rows
+from lstm_ext.cuda_engine import CudaEngine, padded_rows, verbose
 from lstm_ext.cuda_precision import products_in
 from lstm_ext.engine import (
     DTYPE_CODE,
@@ -49,6 +51,40 @@ class StackResult(NamedTuple):
     h_n: Tensor
     c_n: Tensor
     of_layers: Saved
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_of(
+    engine: CudaEngine,
+    device: torch.device,
+    dtype: torch.dtype,
+    tf32: bool,
+    backward: bool,
+    B: int,
+    H: int,
+    layers: int,
+    T: int,
+) -> Any:
+    """In how many parts, with which plan: CudaWavefront of csrc/cuda/plan.h."""
+    problem = engine.core.CudaProblem(
+        dtype=DTYPE_CODE[dtype],
+        tf32=tf32,
+        backward=backward,
+        projection=False,
+        variants=False,
+        normed=False,
+        directions=1,
+        T=T,
+        B=B,
+        H=H,
+        P=H,
+    )
+    wave = engine.choose_wavefront(problem, device, layers, T)
+    if verbose():
+        text = f"{layers} layers, {T} steps in {wave.parts} parts: "
+        text += engine.core.cuda_describe_plan(wave.plan, problem)
+        print(f"lstm_ext on {device}: {text}", file=sys.stderr)
+    return wave
 
 
 def order(layers: int, parts: int) -> Iterator[tuple[int, int]]:
@@ -101,7 +137,7 @@ def forward(
     L, H, B, rows = len(layers), layers[0].c0.size(1), steps.B, steps.rows
     tf32 = engine._uses_tf32(x)
     with engine.guard(x.device), without_autocast(x.device):
-        wave = engine.wavefront_plan(x.device, dtype, tf32, False, B, H, L, steps.T)
+        wave = plan_of(engine, x.device, dtype, tf32, False, B, H, L, steps.T)
         at = cuts(steps.T, wave.parts)
         row = row_cuts(steps, at)
         ys = [x.new_empty(rows, H) for _ in layers]
@@ -195,7 +231,7 @@ def backward(
         return None, grads
     count = L - lowest
     with engine.guard(x.device), without_autocast(x.device):
-        wave = engine.wavefront_plan(x.device, dtype, tf32, True, B, H, count, T)
+        wave = plan_of(engine, x.device, dtype, tf32, True, B, H, count, T)
         at = cuts(T, wave.parts)
         row = row_cuts(steps, at)
         native, size = _native(engine, x, H, steps, wave.plan, tf32, core.cuda_backward_workspace)

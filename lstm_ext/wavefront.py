@@ -59,7 +59,7 @@ def applies(module: LSTM, x: Tensor, steps: Steps) -> bool:
     tf32 = engine._uses_tf32(x.new_empty(0, dtype=dtype))
     sizes = (steps.B, module.hidden_size, module.num_layers, steps.T)
     return any(
-        engine.wavefront_plan(x.device, dtype, tf32, backward, *sizes).parts > 1
+        cuda_wavefront.plan_of(engine, x.device, dtype, tf32, backward, *sizes).parts > 1
         for backward in ((False, True) if grads else (False,))
     )
 

@@ -12,6 +12,7 @@ from torch import nn
 import lstm_ext
 from lstm_ext import ops, wavefront
 from lstm_ext.cuda_engine import FAMILIES
+from lstm_ext.cuda_wavefront import plan_of
 
 pytestmark = [
     pytest.mark.tf32,
@@ -45,9 +46,9 @@ def engine(monkeypatch):
     monkeypatch.setattr(engine, "choose_wavefront", choose)
     monkeypatch.setattr(engine, "wavefront", True)
     monkeypatch.setattr(engine, "stacks", 0, raising=False)
-    engine.wavefront_plan.cache_clear()
+    plan_of.cache_clear()
     yield engine
-    engine.wavefront_plan.cache_clear()
+    plan_of.cache_clear()
 
 
 def stack(dtype, **options):

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import lstm_ext
 from lstm_ext import ops, wavefront
-from lstm_ext.cuda_engine import FAMILIES, _wavefront_switch
+from lstm_ext.cuda_engine import FAMILIES, wavefront_switch
 from lstm_ext.cuda_wavefront import cuts, order
 
 pytestmark = pytest.mark.cpu_only(reason="brings the emulated device along")
@@ -336,10 +336,10 @@ def test_the_switch(monkeypatch):
         monkeypatch.delenv("LSTM_EXT_WAVEFRONT", raising=False)
         if value is not None:
             monkeypatch.setenv("LSTM_EXT_WAVEFRONT", value)
-        assert _wavefront_switch() is on
+        assert wavefront_switch() is on
     monkeypatch.setenv("LSTM_EXT_WAVEFRONT", "1")
     with pytest.raises(ValueError, match="should be on or off, got 1"):
-        _wavefront_switch()
+        wavefront_switch()
 
 
 # --- the plan -------------------------------------------------------------------------------------
