@@ -81,7 +81,7 @@ def run(
         layers.append(Direction(h0[k], c0[k], w, False))
         like = x.new_empty(0, dtype=dtype)
         if k + 1 < module.num_layers:
-            kept.append(_draw(dropout, x.new_ones(steps.rows, w.w_hh.size(1), dtype=dtype)))
+            kept.append(_draw(dropout, like, steps.rows, w.w_hh.size(1)) if dropout else None)
     scale = 1 / (1 - dropout)
     flat = [t for h, c, w, _ in layers for t in (h, c, *w.tensors[: _INPUTS - 2])]
     x, *flat = (None if t is None else _prepared(t, dtype) for t in (x, *flat))
@@ -236,9 +236,9 @@ def _prepared(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).resolve_neg() if tensor.dtype != torch.float64 else tensor.resolve_neg()
 
 
-def _draw(p: float, ones: Tensor) -> Tensor | None:
-    """What dropout keeps between two layers, bool (rows, n), drawn as ``LSTM._drop`` draws it."""
-    return torch.native_dropout(ones, p, True)[1] if p else None
+def _draw(p: float, like: Tensor, rows: int, width: int) -> Tensor:
+    """What dropout keeps between two layers, bool, drawn as ``LSTM._drop`` draws it."""
+    return torch.native_dropout(like.new_ones(rows, width), p, True)[1]
 
 
 def _time_major(steps: Steps) -> Steps:
