@@ -5,8 +5,7 @@ Part k of layer l needs part k - 1 of itself and part k of the layer below (back
 layer has a stream, its lane: part by part the input product and the launch of the recurrence, which
 goes on from what the launch before left on the device (`StepRange` of csrc/cuda/engine.h), so that
 nothing is rounded between two parts and the bits of the recurrence are those of one launch. What a
-part needs of another lane is an event.
-On memory see :mod:`lanes`.
+part needs of another lane is an event. On memory see :mod:`lanes`.
 """
 
 from __future__ import annotations
