@@ -30,13 +30,14 @@ from lstm_ext.engine import (
     rows_of,
     without_autocast,
 )
+from lstm_ext.lanes import Lanes, NoLanes
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
 
 FAMILIES = ("step", "grid", "cluster")  # enum CudaFamily of csrc/cuda/plan.h
 
 
-def _padded_rows(w: Tensor, size: int) -> Tensor:
+def padded_rows(w: Tensor, size: int) -> Tensor:
     """w (n, k) as the kernels read it: rows of ``size``, zero past k, on 16-byte boundaries."""
     if w.size(1) == size and w.is_contiguous() and w.data_ptr() % 16 == 0:
         return w
@@ -56,6 +57,23 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
+def verbose() -> bool:
+    """Whether to say which kernels run what."""
+    return os.environ.get("LSTM_EXT_VERBOSE", "0") not in ("", "0")
+
+
+def wavefront_switch() -> bool:
+    """LSTM_EXT_WAVEFRONT.
+
+    Raises:
+        ValueError: it is neither on nor off.
+    """
+    value = os.environ.get("LSTM_EXT_WAVEFRONT") or "off"
+    if value not in ("on", "off"):
+        raise ValueError(f"LSTM_EXT_WAVEFRONT should be on or off, got {value}")
+    return value == "on"
+
+
 class CudaEngine:
     """The kernels of one native module, for torch's CUDA devices.
 
@@ -66,6 +84,8 @@ class CudaEngine:
     def __init__(self, core: Any) -> None:
         self.core = core
         self.plan = functools.lru_cache(maxsize=4096)(self._plan)
+        #: Whether stacks of layers may run as a wavefront. Off: it has never run on a GPU.
+        self.wavefront = wavefront_switch()
 
     # --- the device -------------------------------------------------------------------------------
 
@@ -81,6 +101,10 @@ class CudaEngine:
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Makes the device current."""
         return torch.cuda.device(device)
+
+    def lanes(self, device: torch.device, count: int) -> Lanes | NoLanes:
+        """So many streams beside the current one."""
+        return Lanes(device, count) if count else NoLanes()
 
     def _uses_tf32(self, x: Tensor) -> bool:
         # Turing has no TF32: nn.LSTM is exact there too.
@@ -119,7 +143,7 @@ class CudaEngine:
             P=P,
         )
         plan = self.choose(problem, device)
-        if os.environ.get("LSTM_EXT_VERBOSE", "0") not in ("", "0"):
+        if verbose():
             text = self.core.cuda_describe_plan(plan, problem)
             print(f"lstm_ext on {device}: {text}", file=sys.stderr)
         return plan
@@ -127,6 +151,10 @@ class CudaEngine:
     def choose(self, problem: Any, device: torch.device) -> Any:
         """The plan for a problem."""
         return self.core.cuda_plan(problem, self.properties(device))
+
+    def choose_wavefront(self, problem: Any, device: torch.device, layers: int, T: int) -> Any:
+        """In how many parts, with which plan (CudaWavefront of csrc/cuda/plan.h)."""
+        return self.core.cuda_wavefront(problem, self.properties(device), layers, T)
 
     def _layer(
         self, x: Tensor, directions: list[Direction], steps: Steps, tf32: bool, backward: bool
@@ -191,8 +219,8 @@ class CudaEngine:
                 h_n, c_n = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
                 c_seq = x.new_empty(steps.rows, H, dtype=acc) if save or cells else None
                 tensors = (
-                    _padded_rows(w.w_hh, core.cuda_padded(P, code)),
-                    None if w.w_hr is None else _padded_rows(w.w_hr, core.cuda_padded(H, code)),
+                    padded_rows(w.w_hh, core.cuda_padded(P, code)),
+                    None if w.w_hr is None else padded_rows(w.w_hr, core.cuda_padded(H, code)),
                     *(None if b is None else b.contiguous() for b in biases),
                     h0.contiguous(),
                     c0.contiguous(),
@@ -262,9 +290,9 @@ class CudaEngine:
                 normed = w.normed
                 norm, norm_r = more[3:] if normed else (None, None)
                 part_y, part_dy = rows_of(y, k * P, P), rows_of(dy, k * P, P)
-                w_hh = _padded_rows(w.w_hh.t(), core.cuda_padded(4 * H, code))
+                w_hh = padded_rows(w.w_hh.t(), core.cuda_padded(4 * H, code))
                 w_hr = (
-                    None if w.w_hr is None else _padded_rows(w.w_hr.t(), core.cuda_padded(P, code))
+                    None if w.w_hr is None else padded_rows(w.w_hr.t(), core.cuda_padded(P, code))
                 )
                 tensors = [
                     None if t is None else t.resolve_neg().contiguous()

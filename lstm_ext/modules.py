@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from . import wavefront
 from .checkpointing import checkpointed_layer
 from .compat import (
     LSTMBase,
@@ -297,6 +298,8 @@ class LSTM(LSTMBase):
             h0, c0 = [h] * count, [c] * count
         else:
             h0, c0 = hx[0].unbind(0), hx[1].unbind(0)
+        if self.num_layers > 1 and wavefront.applies(self, x, steps):
+            return wavefront.run(self, x, h0, c0, steps)
         run, every = lstm_layer, self.checkpoint_every
         if every is not None and steps.T > every and torch.is_grad_enabled():
             run = functools.partial(checkpointed_layer, every=every)

@@ -19,6 +19,7 @@ from emulator.build import build
 
 from lstm_ext import ops
 from lstm_ext.cuda_engine import FAMILIES, CudaEngine
+from lstm_ext.lanes import NoLanes
 
 H100 = {"major": 9, "minor": 0, "sm_count": 132, "shared_bytes": 227 << 10, "l2_bytes": 50 << 20}
 H100 |= {"clusters": [132, 66, 32, 16, 8]}
@@ -75,6 +76,9 @@ class EmulatedEngine(CudaEngine):
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
+
+    def lanes(self, device: torch.device, count: int) -> NoLanes:
+        return NoLanes()
 
     def choose(self, problem: Any, device: torch.device) -> Any:
         plans = self.core.cuda_plans(problem, self._properties)

@@ -195,7 +195,8 @@ def test_dry_run_lists_every_part_and_its_commands():
     )
     dtypes = ("float32", "bfloat16", "float16")
     assert names[11:15] == ["floor", *(f"plans-{dtype}" for dtype in dtypes)]
-    assert names[15:] == [f"bench-{suite}-{dtype}" for suite in suites.split() for dtype in dtypes]
+    assert names[15:18] == [f"wavefront-{dtype}" for dtype in dtypes]
+    assert names[18:] == [f"bench-{suite}-{dtype}" for suite in suites.split() for dtype in dtypes]
     assert "LSTM_EXT_CUDA=1 LSTM_EXT_CUDA_ARCHS=90a" in printed
     assert "--tool racecheck --error-exitcode 86" in printed
     assert not (ROOT / "o").exists()

@@ -110,6 +110,13 @@ def _plans(out: Path, dtype: str) -> Part:
     return Part(f"plans-{dtype}", ((*command, "--repeats", "3", "--out", file),))
 
 
+def _wavefront(out: Path, dtype: str) -> Part:
+    """Stacks of layers as a wavefront, beside the layers in turn: whether to turn it on."""
+    file = str(out / f"wavefront-{dtype}.jsonl")
+    command = (sys.executable, "-m", "bench.wavefront", "--dtype", dtype)
+    return Part(f"wavefront-{dtype}", ((*command, "--repeats", "5", "--out", file),))
+
+
 def make_parts(out: Path, arch: str, environ: Mapping[str, str]) -> list[Part]:
     """All parts, in the order in which they are run.
 
@@ -142,6 +149,7 @@ def make_parts(out: Path, arch: str, environ: Mapping[str, str]) -> list[Part]:
         *(_sanitizer(out, t, sanitizer, tf32) for t in SANITIZERS for tf32 in (False, True)),
         Part("floor", ((python, "-m", "bench.floor", "--out", str(out / "floor.jsonl")),)),
         *(_plans(out, dtype) for dtype in DTYPES),
+        *(_wavefront(out, dtype) for dtype in DTYPES),
     ]
     for name, arguments in SUITES:
         for dtype in DTYPES:

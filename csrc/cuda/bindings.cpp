@@ -2,7 +2,9 @@
 
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "cuda/engine.h"
@@ -93,6 +95,10 @@ void require(const CudaLayer& layer, const std::vector<Direction>& directions) {
                                 " directions for a layer of " + std::to_string(layer.directions));
 }
 
+StepRange steps_of(const CudaLayer& layer, const std::optional<std::pair<int64_t, int64_t>>& r) {
+  return r ? StepRange{r->first, r->second} : StepRange{0, layer.steps.T};
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -133,6 +139,13 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_refuse_plan", &refuse, "plan"_a, "problem"_a,
         "Why the kernels cannot run a plan; empty if they can.");
   m.def("cuda_describe_plan", &describe, "plan"_a, "problem"_a, "A plan as a line of text.");
+  py::class_<CudaWavefront>(m, "CudaWavefront", py::module_local())
+      .def_readonly("parts", &CudaWavefront::parts)
+      .def_readonly("plan", &CudaWavefront::plan)
+      .def_readonly("us", &CudaWavefront::us)
+      .def_readonly("us_in_turn", &CudaWavefront::us_in_turn);
+  m.def("cuda_wavefront", &make_cuda_wavefront, "problem"_a, "properties"_a, "layers"_a, "steps"_a,
+        "In how many parts of the steps a stack of layers like this runs as a wavefront.");
   m.def(
       "cuda_padded", [](int64_t k, int dtype) { return padded(k, static_cast<Dtype>(dtype)); },
       "k"_a, "dtype"_a, "Elements of a row of a product's operand, padded to whole chunks.");
@@ -154,22 +167,22 @@ void bind_cuda(py::module_& m) {
   m.def(
       "cuda_forward",
       [](CudaLayer layer, const std::vector<CudaForwardDirection>& directions, Address workspace,
-         Address stream) {
+         Address stream, std::optional<std::pair<int64_t, int64_t>> range) {
         require(layer, directions);
         layer.stream = pointer(stream);
-        cuda_forward(layer, directions.data(), pointer(workspace));
+        cuda_forward(layer, directions.data(), pointer(workspace), steps_of(layer, range));
       },
-      "layer"_a, "directions"_a, "workspace"_a, "stream"_a,
+      "layer"_a, "directions"_a, "workspace"_a, "stream"_a, "range"_a = py::none(),
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "cuda_backward",
       [](CudaLayer layer, const std::vector<CudaBackwardDirection>& directions, Address workspace,
-         Address stream) {
+         Address stream, std::optional<std::pair<int64_t, int64_t>> range) {
         require(layer, directions);
         layer.stream = pointer(stream);
-        cuda_backward(layer, directions.data(), pointer(workspace));
+        cuda_backward(layer, directions.data(), pointer(workspace), steps_of(layer, range));
       },
-      "layer"_a, "directions"_a, "workspace"_a, "stream"_a,
+      "layer"_a, "directions"_a, "workspace"_a, "stream"_a, "range"_a = py::none(),
       py::call_guard<py::gil_scoped_release>());
 
   // Described in cuda/pointwise.h.

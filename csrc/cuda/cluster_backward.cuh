@@ -5,6 +5,9 @@
 // of every unit's gradient of h; it sends each part to the block that has the unit (st.async, fp32
 // straight from the product's registers), which adds the parts up in the order of the blocks: one
 // exchange a step, and the same bits every time.
+//
+// A launch may do a part of the steps: it goes on from the dgates that the launch before has
+// stored, and from its gradients of c and h that wait, which lie in cells and carry.
 #pragma once
 
 #include "cuda/cluster_block.cuh"
@@ -41,6 +44,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   Steps steps = args.steps;
   steps.reverse = d.reverse;
   const int H = args.H, K = args.K, slices = place.slices, shared = args.shape.shared;
+  const int start = args.shape.first, end = args.shape.last;
+  const int first_product = max(start, 1);  // the step of the launch's first
   const int unit_first = place.slice * kUnits;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, pair = lane % 4;
 
@@ -105,7 +110,25 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Cell cell(args, d, steps, unit);
   Acc dc[kCells], carry[kCells] = {};
 #pragma unroll
-  for (int j = 0; j < kCells; ++j) dc[j] = here(j) ? cell.first_dc(sequence(j)) : Acc(0);
+  for (int j = 0; j < kCells; ++j)
+    dc[j] = here(j) && start == 0 ? cell.first_dc(sequence(j)) : Acc(0);
+  if (start > 0) {
+    __syncthreads();  // all of `own` is zero
+    const int64_t t = steps.step_at(steps.T - start);
+#pragma unroll
+    for (int j = 0; j < kCells; ++j) {
+      if (!here(j)) continue;
+      const int b = sequence(j);
+      dc[j] = as<Acc>(d.cells)[at(b, H, unit)];
+      carry[j] = as<Acc>(d.carry)[at(b, H, unit)];
+      if (!steps.active(t, b) || resets(steps, t, b)) continue;
+      const T* before = as<T>(d.dgates) + at(steps.row(t, b), 4 * H, unit);
+      for (int gate = 0; gate < 4; ++gate)
+        reinterpret_cast<T*>(own + (start + 1) % 2 * (kRows * kPitch) +
+                             row_of(j) * kPitch)[gate * kUnits + u] =
+            Arithmetic::round_state(before[gate * H]);
+    }
+  }
 
   // Where a part lies: lane (g, pair) of the product has rows g and g + 8 and columns 2 pair and
   // 2 pair + 1 as one vector. Vectors are numbered so that a warp's threads, which have consecutive
@@ -188,7 +211,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto load = [&](int j) {
 #pragma unroll
     for (int i = 0; i < kCells; ++i)
-      in[i] = here(i) ? cell.load(j, sequence(i)) : typename Cell::Operands{};
+      in[i] =
+          here(i) && j < args.shape.last ? cell.load(j, sequence(i)) : typename Cell::Operands{};
   };
   const auto store = [&](int j) {
 #pragma unroll
@@ -197,9 +221,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   // A step ahead, but where weights take the registers.
   constexpr bool kAhead = kChunks <= 4;
-  if (kAhead) load(0);
+  if (kAhead) load(start);
   mailboxes.open();
-  for (int j = 0; j < args.shape.last; ++j) {
+  for (int j = start; j < end; ++j) {
     typename Cell::Operands now[kCells];
     const auto take = [&] {
 #pragma unroll
@@ -210,11 +234,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       mailboxes.expect(j % 2, bytes);
       multiply(j);
       // While the parts are on their way: what the step before leaves, what the next one needs.
-      store(j - 1);
+      if (j > start) store(j - 1);
     }
     load(kAhead ? j + 1 : j);
     if (!kAhead) take();
-    if (j > 0) mailboxes.wait(j % 2, (j - 1) / 2);
+    if (j > 0) mailboxes.wait(j % 2, (j - first_product) / 2);
     const Acc* box = reinterpret_cast<const Acc*>(boxes + j % 2 * box_vectors);
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
@@ -233,7 +257,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     // overwritten.
     __syncthreads();
   }
-  store(args.shape.last - 1);
+  store(end - 1);
+  if (end < steps.T)
+#pragma unroll
+    for (int j = 0; j < kCells; ++j) {
+      if (!here(j)) continue;
+      as<Acc>(d.cells)[at(sequence(j), H, unit)] = dc[j];
+      as<Acc>(d.carry)[at(sequence(j), H, unit)] = carry[j];
+    }
   mailboxes.close();
 #endif
 }

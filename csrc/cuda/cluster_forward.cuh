@@ -1,5 +1,6 @@
 // Forward, one launch for all steps on a cluster of blocks for each group of sequences: h travels
-// through distributed shared memory, and there is no barrier wider than a block.
+// through distributed shared memory, and there is no barrier wider than a block. A launch may do a
+// part of the steps: it goes on from the h in y and the c that the launch before has left.
 //
 // Each block keeps its slice's rows of W_hh in registers and shared memory, the c of its units in
 // registers, and h of all units in shared memory, where its peers write their part of the next
@@ -35,6 +36,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Steps steps = args.steps;
   steps.reverse = d.reverse;
   const int H = args.H, K = args.K;
+  const int first = args.shape.first, last = args.shape.last;
   const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
 
   // [2][kRows][pitch]: h as the i-th step finds it lies in [i % 2].
@@ -42,16 +44,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   unsigned char* const states = memory + kBarrierBytes;
   Acc* const partial = reinterpret_cast<Acc*>(states + 2 * box_bytes);
 
-  // The state before the first step: a warp per sequence. What nobody sends stays zero.
+  // The state before the launch's first step: a warp per sequence. What nobody sends stays zero.
   for (int at_box = threadIdx.x; at_box < 2 * box_bytes / 16; at_box += kThreads)
     reinterpret_cast<uint4*>(states)[at_box] = make_uint4(0, 0, 0, 0);
   __syncthreads();
   for (int row = threadIdx.x / 32; row < place.rows(); row += kWarps) {
     const int b = place.row_first + row;
-    if (resets(steps, steps.step_at(0), b)) continue;
+    if (resets(steps, steps.step_at(first), b)) continue;
+    const T* h = as<T>(d.h0) + at(b, H, 0);
+    if (first > 0)  // h0 for a sequence that has not begun; one that has ended reads it in vain
+      if (const int64_t before = steps.step_at(first - 1); steps.active(before, b))
+        h = as<T>(d.y) + steps.row(before, b) * d.y_stride;
     for (int k = threadIdx.x % 32; k < H; k += 32)
-      reinterpret_cast<T*>(states + row * pitch)[k] =
-          Arithmetic::round_state(as<T>(d.h0)[at(b, H, k)]);
+      reinterpret_cast<T*>(states + first % 2 * box_bytes + row * pitch)[k] =
+          Arithmetic::round_state(h[k]);
   }
 
   const Cell cell(args, d, steps, unit);
@@ -61,7 +67,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   Acc c[kCells];
 #pragma unroll
-  for (int j = 0; j < kCells; ++j) c[j] = here(j) ? cell.first_c(sequence(j)) : Acc(0);
+  for (int j = 0; j < kCells; ++j) {
+    c[j] = 0;
+    if (!here(j)) continue;
+    const int b = sequence(j);
+    c[j] = first > 0 ? as<Acc>(d.cells)[at(b, H, unit)] : cell.first_c(b);
+  }
   if (steps.lengths)
     for (int j = 0; j < kCells; ++j) {
       if (!here(j) || steps.lengths[sequence(j)]) continue;
@@ -76,8 +87,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   mailboxes.open();
 
   const int bytes = place.rows() * ((H + kVector - 1) / kVector) * 16;
-  for (int i = 0; i < args.shape.last; ++i) {
-    const bool goes_on = i + 1 < args.shape.last;
+  for (int i = first; i < last; ++i) {
+    const bool goes_on = i + 1 < last;
     const int64_t t = steps.step_at(i);
     const int box = i % 2, next = (i + 1) % 2;
     const unsigned char* state = states + box * box_bytes;
@@ -85,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int j = 0; j < kCells; ++j)
       in[j] = here(j) ? cell.load(i, t, sequence(j), c[j]) : typename Cell::Operands{};
-    if (i > 0) mailboxes.wait(box, (i - 1) / 2);
+    if (i > first) mailboxes.wait(box, (i - first - 1) / 2);
     if (goes_on) mailboxes.expect(next, bytes);
 
     Acc sums[kMTiles][kNTiles][4];
@@ -116,8 +127,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           const shared_addr to =
               shared_address(states + next * box_bytes + row * pitch + unit / kVector * 16);
 #pragma unroll
-          for (int first = 0; first < kMostBlocksOfCluster; first += kVector)
-            if (const int peer = first + unit % kVector; peer < place.slices)
+          for (int from = 0; from < kMostBlocksOfCluster; from += kVector)
+            if (const int peer = from + unit % kVector; peer < place.slices)
               mailboxes.send(peer, next, to, vector);
         }
       }
@@ -126,6 +137,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int j = 0; j < kCells; ++j)
       if (here(j)) cell.store(t, sequence(j), in[j], results[j], c[j]);
   }
+  if (last < steps.T)
+#pragma unroll
+    for (int j = 0; j < kCells; ++j)
+      if (here(j)) as<Acc>(d.cells)[at(sequence(j), H, unit)] = c[j];
   mailboxes.close();
 #endif
 }

@@ -125,6 +125,16 @@ void require_plan(const CudaLayer& layer, bool backward, bool projection) {
                                 describe(layer.plan, problem) + ")");
 }
 
+void require_range(const CudaLayer& layer, const StepRange& range) {
+  const bool all = range.first == 0 && range.last == layer.steps.T;
+  const bool part = layer.plan.family == CudaFamily::kCluster && 0 <= range.first &&
+                    range.first < range.last && range.last <= layer.steps.T;
+  if (!all && !part)
+    throw std::invalid_argument("only clusters do a part of the steps, and not an empty one: got " +
+                                std::to_string(range.first) + " to " + std::to_string(range.last) +
+                                " of " + std::to_string(layer.steps.T));
+}
+
 // The caller's runtime has made the device current already; ours is a copy of its own, which may
 // not know yet.
 void make_current(int device) {
@@ -219,9 +229,11 @@ int64_t cuda_backward_workspace(const CudaLayer& layer, bool projection) {
   return workspace_bytes<BackwardArgs>(layer, projection);
 }
 
-void cuda_forward(const CudaLayer& layer, const CudaForwardDirection* directions, void* workspace) {
+void cuda_forward(const CudaLayer& layer, const CudaForwardDirection* directions, void* workspace,
+                  StepRange range) {
   const bool projection = directions[0].w_hr;
   require_plan(layer, false, projection);
+  require_range(layer, range);
   auto args = make_args<ForwardArgs>(layer, directions, projection, workspace);
   args.K = int(layer.K);
   args.hidden_K = int(padded(layer.H, layer.dtype));
@@ -237,7 +249,8 @@ void cuda_forward(const CudaLayer& layer, const CudaForwardDirection* directions
   const ForwardKernel cell = find_cell(layer, kernels.forward, kernels.forward_variants,
                                        cluster_kernels_of(layer).forward);
   if (plan.family != CudaFamily::kStep) {
-    args.shape.last = T;
+    args.shape.first = int(range.first);
+    args.shape.last = int(range.last);
     launch(cell, cell_shape(layer), layer.stream, args, "launching the recurrence");
   } else {
     step_by_step<ForwardArgs, ForwardKernel>(layer, args, T,
@@ -247,10 +260,11 @@ void cuda_forward(const CudaLayer& layer, const CudaForwardDirection* directions
   }
 }
 
-void cuda_backward(const CudaLayer& layer, const CudaBackwardDirection* directions,
-                   void* workspace) {
+void cuda_backward(const CudaLayer& layer, const CudaBackwardDirection* directions, void* workspace,
+                   StepRange range) {
   const bool projection = directions[0].w_hr;
   require_plan(layer, true, projection);
+  require_range(layer, range);
   auto args = make_args<BackwardArgs>(layer, directions, projection, workspace);
   args.K = int(padded(4 * layer.H, layer.dtype));
   args.hidden_K = int(layer.K);
@@ -268,12 +282,13 @@ void cuda_backward(const CudaLayer& layer, const CudaBackwardDirection* directio
   }
   const int count = T + final;
   // A cluster begins by itself.
-  if (!clusters || h_prev)
+  if (!clusters || (h_prev && range.first == 0))
     prepare(kernels.backward_prepare, layer, args, 32 * std::max<int64_t>(T, 1) * layer.steps.B);
   const BackwardKernel cell = find_cell(layer, kernels.backward, kernels.backward_variants,
                                         cluster_kernels_of(layer).backward);
   if (plan.family != CudaFamily::kStep) {
-    args.shape.last = count;
+    args.shape.first = int(range.first);
+    args.shape.last = range.last == T ? count : int(range.last);
     launch(cell, cell_shape(layer), layer.stream, args, "launching the recurrence");
   } else {
     step_by_step<BackwardArgs, BackwardKernel>(

@@ -82,9 +82,18 @@ struct CudaBackwardDirection {
 int64_t cuda_forward_workspace(const CudaLayer&, bool projection);
 int64_t cuda_backward_workspace(const CudaLayer&, bool projection);
 
+// Steps first .. last - 1, in the order in which the pass takes them. Clusters may do a part of the
+// steps a call, in turn, with the same workspace and tensors: the bits of all at once. A later part
+// reads what the earlier ones left in the workspace, y (forward) or dgates (backward), and nothing
+// of a part is read before its own call: not its gx, not its dy. The last part in backward makes
+// dh0 and dc0 too; the first in backward makes all of h_prev.
+struct StepRange {
+  int64_t first, last;
+};
+
 // Both launch on the stream and return; nothing waits. Throw std::invalid_argument for a plan that
 // does not fit the layer, std::runtime_error with CUDA's own text for a call that fails.
-void cuda_forward(const CudaLayer&, const CudaForwardDirection*, void* workspace);
-void cuda_backward(const CudaLayer&, const CudaBackwardDirection*, void* workspace);
+void cuda_forward(const CudaLayer&, const CudaForwardDirection*, void* workspace, StepRange);
+void cuda_backward(const CudaLayer&, const CudaBackwardDirection*, void* workspace, StepRange);
 
 }  // namespace lstm_ext

@@ -65,6 +65,9 @@ struct Costs {
   double memory_per_sm = 22e3;   // HBM or GDDR, the same
   double shared_per_sm = 200e3;
   double tensor16 = 0.9e6, tensor32 = 0.45e6, fma32 = 0.12e6, fma64 = 0.05e6;  // per SM
+  double vendor = 2.2;  // a large product of the vendor's library against those
+  double part = 8;      // of a wavefront: two kernels begin and end, and an event between streams
+  double calls = 30;    // what the calling thread takes for it, from Python
 };
 
 double macs_per_us(const CudaProblem& p, const CudaProperties& device, const Costs& costs) {
@@ -247,6 +250,53 @@ CudaPlan make_cuda_plan(const CudaProblem& p, const CudaProperties& device) {
   return *std::min_element(plans.begin(), plans.end(), [](const CudaPlan& a, const CudaPlan& b) {
     return a.step_us < b.step_us;
   });
+}
+
+CudaWavefront make_cuda_wavefront(const CudaProblem& p, const CudaProperties& device,
+                                  int64_t layers, int64_t steps) {
+  const Costs costs;
+  const CudaPlan best = make_cuda_plan(p, device);
+  // The product of a layer's input with its weights over all steps, or backward that of its
+  // gradients; the input is as wide as the state, as it is in all layers but the first. It runs on
+  // so many multiprocessors, and moves the gates through memory.
+  const double macs = 4.0 * double(p.H) * double(p.P) * double(p.B) * double(steps);
+  const double bytes = 4.0 * double(p.H) * double(p.B) * double(steps) *
+                       double(p.backward ? storage_bytes(p.dtype) : acc_bytes(p.dtype));
+  const auto product = [&](double multiprocessors) {
+    return std::max(macs / (costs.vendor * macs_per_us(p, device, costs) * multiprocessors),
+                    bytes / (costs.memory_per_sm * device.sm_count));
+  };
+  const double in_turn = double(layers) * (product(device.sm_count) + double(steps) * best.step_us);
+  CudaWavefront wavefront = {1, best, in_turn, in_turn};
+  if (layers < 2) return wavefront;
+  double least = 0.9 * in_turn;  // less is not worth the parts
+  for (const CudaPlan& plan : all_cuda_plans(p, device)) {
+    if (plan.family != CudaFamily::kCluster) continue;
+    int size = 0;
+    while (plan.cluster > 1 << size) ++size;
+    const int64_t at_once = std::min(layers, device.clusters[size] / (plan.groups * p.directions));
+    if (at_once < 2) continue;
+    // While a layer's product runs, the others' clusters keep their multiprocessors.
+    const int64_t busy = (at_once - 1) * plan.groups * p.directions * plan.cluster;
+    const double whole =
+        product(double(std::max<int64_t>(device.sm_count - busy, device.sm_count / 8))) +
+        double(steps) * plan.step_us;
+    for (int parts = 2; parts <= 64 && parts <= steps; parts *= 2) {
+      // Diagonal by diagonal: the cells of one are independent.
+      double turns = 0;
+      for (int64_t diagonal = 0; diagonal < layers + parts - 1; ++diagonal) {
+        const int64_t cells =
+            std::min({diagonal + 1, layers, int64_t(parts), layers + parts - 1 - diagonal});
+        turns += double(ceil_div(cells, at_once));
+      }
+      const double us =
+          std::max(turns * (whole / parts + costs.part), double(layers * parts) * costs.calls);
+      if (us >= least) continue;
+      least = us;
+      wavefront = {parts, plan, us, in_turn};
+    }
+  }
+  return wavefront;
 }
 
 std::string refuse(const CudaPlan& plan, const CudaProblem& p) {

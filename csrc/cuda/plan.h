@@ -75,6 +75,19 @@ std::vector<CudaPlan> all_cuda_plans(const CudaProblem&, const CudaProperties&);
 // The one of them that the cost model expects to be the fastest.
 CudaPlan make_cuda_plan(const CudaProblem&, const CudaProperties&);
 
+// A stack of like layers as a wavefront: each takes its steps in parts, and part k of layer l needs
+// only part k - 1 of itself and part k of the layer below, so that several layers run at once.
+struct CudaWavefront {
+  int parts;      // 1: the layers run in turn, for nothing is to be gained
+  CudaPlan plan;  // of a layer: clusters, if there are parts
+  double us;      // what the cost model expects the stack to take, and with the layers in turn
+  double us_in_turn;
+};
+
+// Only clusters take a part of the steps: the other families fill the device with one layer.
+CudaWavefront make_cuda_wavefront(const CudaProblem&, const CudaProperties&, int64_t layers,
+                                  int64_t steps);
+
 // Empty if the kernels can run the plan, else what is wrong with it.
 std::string refuse(const CudaPlan&, const CudaProblem&);
 

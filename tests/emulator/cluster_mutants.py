@@ -12,9 +12,13 @@ BACKWARD_48 = "backward bfloat16 cluster 3x1 3+0 1 1 3 7 90 90 lengths"
 BACKWARD_32 = "backward tf32 cluster 2x1 2+0 2 1 3 9 35 35 lengths"  # one m-tile of the last two
 BACKWARD_EIGHTS = "backward bfloat16 cluster 1x2 2+0 1 1 2 9 40 40 dense"  # whole 16-byte loads
 BACKWARD_SHARED = "backward tf32 cluster 2x1 2+1 1 1 2 3 275 275 dense"
+# Three launches.
+FORWARD_PARTS = "forward bfloat16 cluster 4x2 4+0 2 1 4 13 37 37 lengths+parts"
+BACKWARD_PARTS = "backward bfloat16 cluster 1x2 2+0 2 1 4 13 37 37 lengths+parts"
 CONTROL = [
     *(FORWARD, FORWARD_48, FORWARD_SHARED),
     *(BACKWARD, BACKWARD_48, BACKWARD_32, BACKWARD_EIGHTS, BACKWARD_SHARED),
+    *(FORWARD_PARTS, BACKWARD_PARTS),
 ]
 
 # A block that does not wait is a step ahead.
@@ -139,7 +143,7 @@ MUTANTS = [
             "first step's reset ignored",
             FORWARD,
             WRONG,
-            ("if (resets(steps, steps.step_at(0), b)) continue;", ""),
+            ("if (resets(steps, steps.step_at(first), b)) continue;", ""),
         ),
         ("results of an empty sequence not made", FORWARD, WRONG, ("if (steps.lengths)", "if (0)")),
         (
@@ -160,8 +164,18 @@ MUTANTS = [
                 "mailboxes.open(); for (int row = threadIdx.x / 32;",
             ),
         ),
-        ("no wait", FORWARD, AHEAD, ("if (i > 0) mailboxes.wait(box, (i - 1) / 2);", "")),
-        ("wait for the time before", FORWARD, AHEAD, ("(i - 1) / 2", "(i + 1) / 2")),
+        (
+            "no wait",
+            FORWARD,
+            AHEAD,
+            ("if (i > first) mailboxes.wait(box, (i - first - 1) / 2);", ""),
+        ),
+        (
+            "wait for the time before",
+            FORWARD,
+            AHEAD,
+            ("(i - first - 1) / 2", "(i - first + 1) / 2"),
+        ),
         (
             "nothing is expected",
             FORWARD,
@@ -179,7 +193,7 @@ MUTANTS = [
             FORWARD,
             f"{RACE}|more arrivals",
             ("box = i % 2, next = (i + 1) % 2", "box = 0, next = 0"),
-            ("(i - 1) / 2", "i - 1"),
+            ("(i - first - 1) / 2", "i - first - 1"),
         ),
         (
             "sender does not wait for its lanes",
@@ -215,6 +229,19 @@ MUTANTS = [
             (" && unit / kVector * kVector < H", ""),
         ),
         ("not sent", FORWARD, DEADLOCK, ("mailboxes.send(peer, next, to, vector);", ";")),
+        (
+            "goes on from h0",
+            FORWARD_PARTS,
+            WRONG,
+            ("if (first > 0) // h0 for", "if (false) // h0 for"),
+        ),
+        ("c is not left", FORWARD_PARTS, WRONG, ("if (last < steps.T)", "if (false)")),
+        (
+            "goes on from c0",
+            FORWARD_PARTS,
+            WRONG,
+            ("first > 0 ? as<Acc>(d.cells)[at(b, H, unit)] :", ""),
+        ),
         (
             "weights over the sums",
             FORWARD_SHARED,
@@ -310,9 +337,14 @@ MUTANTS = [
             "no wait",
             BACKWARD,
             AHEAD,
-            ("if (j > 0) mailboxes.wait(j % 2, (j - 1) / 2);", ""),
+            ("if (j > 0) mailboxes.wait(j % 2, (j - first_product) / 2);", ""),
         ),
-        ("wait for the time before", BACKWARD, AHEAD, ("(j - 1) / 2", "(j + 1) / 2")),
+        (
+            "wait for the time before",
+            BACKWARD,
+            AHEAD,
+            ("(j - first_product) / 2", "(j - first_product + 2) / 2"),
+        ),
         (
             "one box for all steps",
             BACKWARD,
@@ -326,6 +358,42 @@ MUTANTS = [
             RACE,
             ("own + (j + 1) % 2 * (kRows * kPitch)", "own"),
             ("own + j % 2 * (kRows * kPitch) + row", "own + row"),
+        ),
+        (
+            "zeros written over the launch before's gradients",
+            BACKWARD_PARTS,
+            f"{RACE}|{WRONG}",
+            ("__syncthreads(); // all of `own`", "// all of `own`"),
+        ),
+        (
+            "the launch before's gradients not read",
+            BACKWARD_PARTS,
+            WRONG,
+            ("Arithmetic::round_state(before[gate * H])", "from_acc<T>(Acc(0))"),
+        ),
+        (
+            "gradients pass the reset of the launch before",
+            BACKWARD_PARTS,
+            WRONG,
+            ("if (!steps.active(t, b) || resets(steps, t, b))", "if (!steps.active(t, b))"),
+        ),
+        (
+            "gradients of c not gone on with",
+            BACKWARD_PARTS,
+            WRONG,
+            ("dc[j] = as<Acc>(d.cells)[at(b, H, unit)];", ""),
+        ),
+        (
+            "gradients that wait not gone on with",
+            BACKWARD_PARTS,
+            WRONG,
+            ("carry[j] = as<Acc>(d.carry)[at(b, H, unit)];", ""),
+        ),
+        (
+            "the launch before's last step stored again",
+            BACKWARD_PARTS,
+            WRONG,
+            ("if (j > start) store(j - 1);", "store(j - 1);"),
         ),
         (
             "boxes of all blocks in one place",

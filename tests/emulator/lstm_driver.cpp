@@ -8,7 +8,8 @@
 // that a warp keeps in registers and in shared memory; 0+0 streams them all. GROUPS: of sequences;
 // each takes several tiles if it has more than 8 N, which a cluster's may not. P: below H for a
 // projection. BATCH: dense; lengths (padded, with resets); packed (no padding, with resets); norm,
-// norm+lengths, norm+packed: the same with a layer norm, which has the family step only.
+// norm+lengths, norm+packed: the same with a layer norm, which has the family step only; +parts:
+// a launch for the first step, one for the last, one for those between, which only clusters can.
 // SEED: of the emulator's scheduling; each is a run.
 //
 // Exit code 0: all right, 1: a wrong result, 2: not run. Every buffer ends where malloc's block
@@ -38,7 +39,7 @@ using textbook::Direction;
 using textbook::Values;
 
 struct Request {
-  bool backward, packed, ragged;
+  bool backward, packed, ragged, parts;
   CudaProblem problem;
   CudaPlan plan;
   double tolerance;  // of the largest element, or of 1
@@ -181,6 +182,14 @@ Variants variants_of(const Direction& d, Memory& memory) {
   return v;
 }
 
+// What each launch does.
+std::vector<StepRange> ranges(const Request& r) {
+  const int64_t T = r.problem.T;
+  if (!r.parts) return {{0, T}};
+  if (T < 3) throw std::invalid_argument("three parts have three steps");
+  return {{0, 1}, {1, T - 1}, {T - 1, T}};
+}
+
 std::unique_ptr<void, void (*)(void*)> scratch(int64_t bytes) {
   void* p = std::aligned_alloc(256, size_t(bytes));
   std::memset(p, 0xff, size_t(bytes));  // NaN
@@ -218,7 +227,8 @@ bool run_forward(const Request& r, const CudaLayer& layer, const std::vector<Dir
     });
   }
   const auto workspace = scratch(cuda_forward_workspace(layer, p.projection));
-  cuda_forward(layer, directions.data(), workspace.get());
+  for (const StepRange& range : ranges(r))
+    cuda_forward(layer, directions.data(), workspace.get(), range);
   bool ok = true;
   for (size_t i = 0; i < all.size(); ++i) {
     const CudaForwardDirection& got = directions[i];
@@ -272,7 +282,8 @@ bool run_backward(const Request& r, const CudaLayer& layer, const std::vector<Di
     });
   }
   const auto workspace = scratch(cuda_backward_workspace(layer, p.projection));
-  cuda_backward(layer, directions.data(), workspace.get());
+  for (const StepRange& range : ranges(r))
+    cuda_backward(layer, directions.data(), workspace.get(), range);
   bool ok = true;
   for (size_t i = 0; i < all.size(); ++i) {
     const CudaBackwardDirection& got = directions[i];
@@ -358,6 +369,7 @@ Request parse(char** word) {
   p.variants = p.normed = has("norm");
   r.packed = has("packed");
   r.ragged = r.packed || has("lengths");
+  r.parts = has("parts");
 
   const int units = units_of(plan.m_tiles, p.backward);
   plan.slices = ceil_div(p.H, units);
