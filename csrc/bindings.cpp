@@ -175,18 +175,27 @@ int64_t cpu_backward_workspace(int dtype, int threads, const lstm_ext::Steps& st
                                                         w_hh, w_hr, variants));
 }
 
-void cpu_matmul(int dtype, int threads, int64_t M, int64_t N, int64_t K, bool a_transposed,
-                Address a, Address w, Address out, Address workspace) {
-  lstm_ext::cpu_kernels().matmul({static_cast<lstm_ext::Dtype>(dtype), threads, M, N, K,
-                                  a_transposed, pointer(a), pointer(w), pointer(out),
-                                  pointer(workspace)});
+void cpu_matmul(int dtype, bool bf16_products, int threads, int64_t M, int64_t N, int64_t more_N,
+                int64_t K, bool a_transposed, Address a, Address w, Address more_w, Address out,
+                Address more_out, Address sums, Address workspace) {
+  cpu_kernels(bf16_products)
+      .matmul({static_cast<lstm_ext::Dtype>(dtype), bf16_products, threads, M, N, more_N, K,
+               a_transposed, pointer(a), pointer(w), pointer(more_w), pointer(out),
+               pointer(more_out), pointer(sums), pointer(workspace)});
 }
 
-int64_t cpu_matmul_workspace(int dtype, int threads, int64_t M, int64_t N, int64_t K,
-                             bool a_transposed) {
-  return lstm_ext::cpu_kernels().matmul_workspace({static_cast<lstm_ext::Dtype>(dtype), threads, M,
-                                                   N, K, a_transposed, nullptr, nullptr, nullptr,
-                                                   nullptr});
+int64_t cpu_matmul_workspace(int dtype, bool bf16_products, int threads, int64_t M, int64_t N,
+                             int64_t more_N, int64_t K, bool a_transposed) {
+  lstm_ext::Matmul params{};
+  params.dtype = static_cast<lstm_ext::Dtype>(dtype);
+  params.bf16_products = bf16_products;
+  params.threads = threads;
+  params.M = M;
+  params.N = N;
+  params.more_N = more_N;
+  params.K = K;
+  params.a_transposed = a_transposed;
+  return cpu_kernels(bf16_products).matmul_workspace(params);
 }
 
 #ifdef LSTM_EXT_WITH_CUDA
@@ -256,11 +265,11 @@ PYBIND11_MODULE(_C, m) {
         "P"_a, "I"_a, "x"_a, "w_hh"_a, "w_hr"_a, "variants"_a, "bf16_products"_a = false);
   m.def("cpu_backward_workspace", &cpu_backward_workspace, "dtype"_a, "threads"_a, "steps"_a, "H"_a,
         "P"_a, "w_hh"_a, "w_hr"_a, "variants"_a, "bf16_products"_a = false);
-  m.def("cpu_matmul", &cpu_matmul, py::kw_only(), "dtype"_a, "threads"_a, "M"_a, "N"_a, "K"_a,
-        "a_transposed"_a, "a"_a, "w"_a, "out"_a, "workspace"_a,
-        py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_matmul_workspace", &cpu_matmul_workspace, "dtype"_a, "threads"_a, "M"_a, "N"_a, "K"_a,
-        "a_transposed"_a);
+  m.def("cpu_matmul", &cpu_matmul, py::kw_only(), "dtype"_a, "bf16_products"_a, "threads"_a, "M"_a,
+        "N"_a, "more_N"_a, "K"_a, "a_transposed"_a, "a"_a, "w"_a, "more_w"_a, "out"_a, "more_out"_a,
+        "sums"_a, "workspace"_a, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_matmul_workspace", &cpu_matmul_workspace, "dtype"_a, "bf16_products"_a, "threads"_a,
+        "M"_a, "N"_a, "more_N"_a, "K"_a, "a_transposed"_a);
 #ifdef LSTM_EXT_WITH_CUDA
   m.def("cuda_report", &cuda_report, "CUDA runtime, driver and devices; never raises.");
   m.def("cuda_properties", &cuda_properties, "device"_a, "What the plan asks of a device.");
