@@ -148,13 +148,15 @@ void cpu_backward(int dtype, bool bf16_products, int threads, const lstm_ext::St
            workspace);
 }
 
-void cpu_matmul(int dtype, int threads, int64_t M, int64_t N, int64_t K, bool a_transposed,
-                Memory a, Memory w, Memory out, const py::function& workspace) {
-  const lstm_ext::CpuKernels& kernels = cpu_kernels();
-  run_core(kernels.matmul, kernels.matmul_workspace,
-           {static_cast<lstm_ext::Dtype>(dtype), threads, M, N, K, a_transposed, a.address,
-            w.address, out.address, nullptr},
-           workspace);
+void cpu_matmul(int dtype, bool bf16_products, int threads, int64_t M, int64_t N, int64_t more_N,
+                int64_t K, bool a_transposed, Memory a, Memory w, Memory more_w, Memory out,
+                Memory more_out, Memory sums, const py::function& workspace) {
+  const lstm_ext::CpuKernels& kernels = cpu_kernels(bf16_products);
+  run_core(
+      kernels.matmul, kernels.matmul_workspace,
+      {static_cast<lstm_ext::Dtype>(dtype), bf16_products, threads, M, N, more_N, K, a_transposed,
+       a.address, w.address, more_w.address, out.address, more_out.address, sums.address, nullptr},
+      workspace);
 }
 
 #ifdef LSTM_EXT_WITH_CUDA
@@ -219,8 +221,9 @@ PYBIND11_MODULE(_C, m) {
         "c_seq"_a, "norm"_a, "norm_r"_a, "dy"_a, "dy_stride"_a, "dh_n"_a, "dc_n"_a, "dcells"_a,
         "dgates"_a, "dproduct"_a, "h_prev"_a, "dr"_a, "cell_out"_a, "dpeephole"_a, "dnorm"_a,
         "dh0"_a, "dc0"_a, "workspace"_a);
-  m.def("cpu_matmul", &cpu_matmul, "dtype"_a, "threads"_a, "M"_a, "N"_a, "K"_a, "a_transposed"_a,
-        "a"_a, "w"_a, "out"_a, "workspace"_a);
+  m.def("cpu_matmul", &cpu_matmul, "dtype"_a, "bf16_products"_a, "threads"_a, "M"_a, "N"_a,
+        "more_N"_a, "K"_a, "a_transposed"_a, "a"_a, "w"_a, "more_w"_a, "out"_a, "more_out"_a,
+        "sums"_a, "workspace"_a);
 #ifdef LSTM_EXT_WITH_CUDA
   m.def("cuda_report", &cuda_report, "CUDA runtime, driver and devices; never raises.");
   m.def("cuda_properties", &cuda_properties, "device"_a, "What the plan asks of a device.");

@@ -141,18 +141,23 @@ struct LstmBackward {
   void* workspace;  // backward_workspace() bytes, 64-byte aligned, contents irrelevant
 };
 
-// out = a w over one long dimension K, in the acc type.
+// out = a w, or a^T w, over one long dimension K; of the same a, more_out = a more_w at once.
 struct Matmul {
-  Dtype dtype;  // of w
+  Dtype dtype;         // of w
+  bool bf16_products;  // a and w are multiplied as bf16; K is then even, unless a is transposed
   int threads;
   int64_t M;
   int64_t N;
+  int64_t more_N;  // 0: no more_w
   int64_t K;
   bool a_transposed;
-  const void* a;    // acc [M, K], or [K, M] if transposed
-  const void* w;    // storage [K, N]
-  void* out;        // acc [M, N]
-  void* workspace;  // matmul_workspace() bytes, 64-byte aligned, contents irrelevant
+  const void* a;       // operand [M, K], or [K, M] if transposed
+  const void* w;       // storage [K, N]
+  const void* more_w;  // storage [K, more_N]
+  void* out;           // acc [M, N]
+  void* more_out;      // acc [M, more_N]
+  void* sums;          // acc [M]: of a over K, if a is transposed; null: not wanted
+  void* workspace;     // matmul_workspace() bytes, 64-byte aligned, contents irrelevant
 };
 
 }  // namespace lstm_ext

@@ -3,8 +3,8 @@
 The core makes the input product too, a few steps at a time between those of the recurrence: what it
 makes is still in the caches when it is used, 2-10 % of inference beside oneDNN's product over all
 steps (fp32, B 16-64, H 128-256, two Zen 5 cores). Products over all steps are a library's where a
-layer norm needs whole rows, for a single step, and in the backward pass of bfloat16. Letters as in
-:mod:`ops`.
+layer norm needs whole rows, for a single step, and in the backward pass of bfloat16 the gradient of
+x, and those of the weights where rows are few. Letters as in :mod:`ops`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lstm_ext import cpu_products
-from lstm_ext.cpu_products import linear, matmul
+from lstm_ext.cpu_products import linear, matmul, transposed_matmul
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,
@@ -299,24 +299,29 @@ def _backward(
         def rows(tensor: Tensor) -> Tensor:
             return tensor if real is None else tensor.index_select(0, real)
 
-        def over_rows(left: Tensor, right: Tensor) -> Tensor:
-            return matmul(left, right, a_transposed=True).to(dtype)
-
         def summed(tensor: Tensor, start: int, size: int) -> Tensor:
             return tensor[:, start : start + size].sum(0).to(dtype)
 
         if wanted.w_ih or wanted.w_hh or wanted.b_ih or wanted.b_hh:
             dgates = rows(dgates)
+        wanted_b = wanted.b_ih or wanted.b_hh
+        x_rows = rows(x) if wanted.w_ih else None
+        h_rows = None if h_prev is None else rows(h_prev)
+        dw_ih = dw_hh = db = dw_hr = None
         if not normed:
-            dinput = dproduct = dgates
-        elif padding:
-            dinput, dproduct = rows(dinput), rows(dproduct)
-        db = dgates.sum(0).to(dtype) if wanted.b_ih or wanted.b_hh else None
-        dw_ih = over_rows(dinput, rows(x)) if wanted.w_ih else None
-        dw_hh = over_rows(dproduct, rows(h_prev)) if h_prev is not None else None
-        dw_hr = None
+            if wanted_b or wanted.w_ih or wanted.w_hh:
+                dw_ih, dw_hh, db = transposed_matmul(dgates, x_rows, h_rows, wanted_b)
+        else:
+            if wanted.w_ih:
+                dw_ih = transposed_matmul(rows(dinput), x_rows, None, False)[0]
+            if h_rows is not None:
+                dw_hh = transposed_matmul(rows(dproduct), h_rows, None, False)[0]
+            db = dgates.sum(0) if wanted_b else None
         if cell_out is not None:
-            dw_hr = over_rows(rows(dr[:, :P]), rows(cell_out))
+            dw_hr = transposed_matmul(rows(dr[:, :P]), rows(cell_out), None, False)[0]
+        dw_ih, dw_hh, dw_hr, db = (
+            g if g is None else g.to(dtype) for g in (dw_ih, dw_hh, dw_hr, db)
+        )
     return dx, DirectionGrads(
         h0=dh0 if wanted.h0 else None,
         c0=dc0 if wanted.c0 else None,

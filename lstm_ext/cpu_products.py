@@ -38,27 +38,78 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, w, bias)
 
 
-def matmul(a: Tensor, w: Tensor, *, a_transposed: bool = False) -> Tensor:
-    """a w for a (m, k), or transposed (k, m), and w (k, n); in a's dtype.
+def matmul(a: Tensor, w: Tensor) -> Tensor:
+    """a w for a (m, k) and w (k, n); in a's dtype.
 
     That is w's acc type, or bfloat16 for both: then it is a product by torch, which runs near the
     processor's peak (700 to 880 GFLOP/s of 960, 600 or more rows, on two Zen 5 cores).
     """
     if a.dtype == torch.bfloat16:
-        return torch.mm(a.t() if a_transposed else a, w)
-    K, M = a.shape if a_transposed else a.shape[::-1]
-    N = w.size(1)
-    out = a.new_empty(M, N) if K else a.new_zeros(M, N)
-    if not out.numel() or not K:
-        return out
-    if a.dtype == w.dtype and (K if a_transposed else M) == 1:
+        return torch.mm(a, w)
+    if a.dtype == w.dtype and a.size(0) == 1:
         # Packing w for a single row costs more than the product: torch took about half the time
         # (H 32 to 256, on the same machine).
-        return torch.mm(a.t() if a_transposed else a, w, out=out)
-    a, w = a.contiguous(), w.contiguous()
-    code, threads = DTYPE_CODE[w.dtype], torch.get_num_threads()
-    recorded(_C.cpu_matmul)(code, threads, M, N, K, a_transposed, a, w, out, workspace)
+        return torch.mm(a, w)
+    out = a.new_empty(a.size(0), w.size(1))
+    _product(a, w, None, out, None, None)
     return out
+
+
+# Of fewer rows torch's bfloat16 products are faster: they are rounded as they are written, the
+# core's in a pass of their own.
+_CORE_BF16_ROWS = 512
+
+
+def transposed_matmul(
+    a: Tensor, w: Tensor | None, more_w: Tensor | None, sums: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """a^T w and a^T more_w, where given, and the sums over the rows of a, if wanted.
+
+    a (k, m), w (k, n) and more_w (k, n'); a of w's acc type, or bfloat16 like w. Returns
+    (m, n), (m, n') and (m,) of the acc type or, the first two, bfloat16: one pass over a for all
+    three.
+    """
+    if w is None and more_w is None:
+        return None, None, a.sum(0, dtype=torch.promote_types(a.dtype, torch.float32))
+    if w is None:
+        more, _, total = transposed_matmul(a, more_w, None, sums)
+        return None, more, total
+    acc = torch.promote_types(a.dtype, torch.float32)
+    few_bf16 = a.dtype == torch.bfloat16 and a.size(0) < _CORE_BF16_ROWS
+    if few_bf16 or (a.size(0) == 1 and a.dtype == w.dtype):
+        more_out = None if more_w is None else torch.mm(a.t(), more_w)
+        return torch.mm(a.t(), w), more_out, a.sum(0, dtype=acc) if sums else None
+    new = a.new_empty if a.size(0) else a.new_zeros
+    out = new(a.size(1), w.size(1), dtype=acc)
+    more_out = None if more_w is None else new(a.size(1), more_w.size(1), dtype=acc)
+    total = new(a.size(1), dtype=acc) if sums else None
+    if a.size(0):
+        _product(a, w, more_w, out, more_out, total, a_transposed=True)
+    return out, more_out, total
+
+
+def _product(
+    a: Tensor,
+    w: Tensor,
+    more_w: Tensor | None,
+    out: Tensor,
+    more_out: Tensor | None,
+    sums: Tensor | None,
+    a_transposed: bool = False,
+) -> None:
+    """The core's product; see Matmul in csrc/params.h."""
+    K, M = a.shape if a_transposed else a.shape[::-1]
+    N, more_N = w.size(1), 0 if more_w is None else more_w.size(1)
+    a, w = a.contiguous(), w.contiguous()
+    more_w = None if more_w is None else more_w.contiguous()
+    code, bf16_products = DTYPE_CODE[w.dtype], a.dtype == torch.bfloat16
+    threads = torch.get_num_threads()
+    # fmt: off
+    recorded(_C.cpu_matmul)(
+        code, bf16_products, threads, M, N, more_N, K, a_transposed,
+        a, w, more_w, out, more_out, sums, workspace,
+    )
+    # fmt: on
 
 
 _kept = threading.local()

@@ -10,7 +10,7 @@ from cases import Case
 from tolerances import assert_as_good, tol
 
 import lstm_ext
-from lstm_ext import _C, cpu_engine, reference
+from lstm_ext import _C, cpu_engine, cpu_products, reference
 from lstm_ext.engine import native_steps
 from lstm_ext.steps import Steps
 
@@ -193,3 +193,43 @@ for name in truth:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtypes", ["64 64", "32 32", "32 bf16", "bf16 bf16"])
+@pytest.mark.parametrize(
+    "size",
+    [(1, 20, 7, 3), (37, 76, 19, 5), (801, 52, 13, 200), (913, 268, 41, 64), (600, 520, 300, 0)],
+    ids=lambda size: "{}x{}x{}+{}".format(*size),
+)
+def test_products_of_all_weights_at_once(isa, size, dtypes, threads, monkeypatch):
+    """Both products and the sums: several slices and groups of rows; rows or columns shared."""
+    monkeypatch.setattr(cpu_products, "_CORE_BF16_ROWS", 0)
+    torch.set_num_threads(threads)
+    rows, M, N, more_N = size
+    dtype_a, dtype_w = (
+        {"64": torch.double, "32": torch.float, "bf16": BF16}[d] for d in dtypes.split()
+    )
+    if dtype_a == BF16 and not _C.cpu_bf16_products():
+        pytest.skip("these kernels do not multiply bf16")
+    g = torch.Generator().manual_seed(5)
+    a = torch.randn(rows, M, generator=g).to(dtype_a)
+    w = torch.randn(rows, N, generator=g).to(dtype_w)
+    more_w = torch.randn(rows, more_N, generator=g).to(dtype_w) if more_N else None
+    out, more_out, sums = cpu_products.transposed_matmul(a, w, more_w, True)
+    true = a.double().T @ torch.cat([w, *([more_w] if more_N else [])], 1).double()
+    found = torch.cat([out, *([more_out] if more_N else [])], 1)
+    limits = tol(found.dtype)
+    scale = true.abs().max().item()
+    torch.testing.assert_close(
+        found.double(), true, rtol=limits["rtol"], atol=limits["atol"] * scale
+    )
+    torch.testing.assert_close(
+        sums.double(), a.double().sum(0), rtol=0, atol=tol(sums.dtype)["atol"] * scale
+    )
+    # Whatever the number of threads, every sum is made in one order.
+    torch.set_num_threads(threads % 3 + 1)
+    again = cpu_products.transposed_matmul(a, w, more_w, True)
+    assert torch.equal(out, again[0])
+    assert more_w is None or torch.equal(more_out, again[1])
+    assert torch.equal(sums, again[2])

@@ -33,6 +33,7 @@ class Backward {
         P_(p.P),
         K_(p.w_hh ? 4 * p.H : 0),
         normed_(p.variants.gamma_hh),
+        varied_(p.variants.peephole || p.variants.zoneout_h() || p.variants.zoneout_c()),
         h_stride_(blocks_of<A>(p.P) * L),
         c_stride_(blocks_of<A>(p.H) * L) {
     Arena arena(p.workspace);
@@ -83,11 +84,7 @@ class Backward {
       if (p_.w_hr) {
         through_projection(m, count, meet, plan);
       } else if (!normed_) {
-        for (int64_t r = 0; r < count; ++r) {
-          for (int64_t u = m.units.begin; u < m.units.end; ++u) {
-            cell(m.rows[r], u * L, dh_fresh(m.rows[r], u * L));
-          }
-        }
+        varied_ ? varied_cells(m, count) : plain_cells(m, count);
       }
       meet.wait(plan.slices);
       if (normed_) {
@@ -167,6 +164,12 @@ class Backward {
     V c;  // before zoneout
   };
 
+  LSTM_EXT_INLINE V load_c_prev(const Row& row, int64_t j) const {
+    if (row.reset) return broadcast<A>(A(0));
+    if (row.first) return load<A>(static_cast<const S*>(p_.c0) + row.b * H_ + j, H_ - j);
+    return load<A>(static_cast<const A*>(p_.c_seq) + row.prev * H_ + j, H_ - j);
+  }
+
   Step load_step(const Row& row, int64_t j) const {
     const int64_t n = H_ - j;
     const A* gates = static_cast<const A*>(p_.gates) + row.row * 4 * H_ + j;
@@ -182,6 +185,79 @@ class Backward {
     }
     if (p_.variants.zoneout_c()) step.c = step.s.f * step.c_prev + step.s.i * step.s.g;
     return step;
+  }
+
+  void varied_cells(const Member<E>& m, int64_t count) {
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t u = m.units.begin; u < m.units.end; ++u) {
+        cell(m.rows[r], u * L, dh_fresh(m.rows[r], u * L));
+      }
+    }
+  }
+
+  // As varied_cells, without asking for each variant, and in two halves: see Forward::cells.
+  // Between them the gradients of o's pre-activation and of c lie where they belong.
+  void plain_cells(const Member<E>& m, int64_t count) {
+    const int64_t begin = m.units.begin * L, end = m.units.end * L;
+    const A* c_seq = static_cast<const A*>(p_.c_seq);
+    for (int64_t r = 0; r < count; ++r) {
+      const Row& row = m.rows[r];
+      const A* o = static_cast<const A*>(p_.gates) + (row.row * 4 + 3) * H_;
+      O* da_o = static_cast<O*>(p_.dgates) + (row.row * 4 + 3) * H_;
+      for (int64_t j = begin; j < end; j += L) {
+        const int64_t n = H_ - j;
+        V dh = load_full<A>(dh_ + row.b * h_stride_ + j);
+        if (p_.dy) dh += load<A>(static_cast<const S*>(p_.dy) + row.row * p_.dy_stride + j, n);
+        typename LstmCell::Gates s, da;
+        s.o = load<A>(o + j, n);
+        V dc = LstmCell::backward_output(s, Math<A>::tanh(load<A>(c_seq + row.row * H_ + j, n)), dh,
+                                         da);
+        dc += sent_to_c(row, j);
+        store<A>(da_o + j, da.o, n);
+        store_full<A>(dc_ + row.b * c_stride_ + j, dc);
+      }
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const Row& row = m.rows[r];
+      const A* gates = static_cast<const A*>(p_.gates) + row.row * 4 * H_;
+      O* dgates = static_cast<O*>(p_.dgates) + row.row * 4 * H_;
+      for (int64_t j = begin; j < end; j += L) {
+        const int64_t n = H_ - j;
+        A* dc_state = dc_ + row.b * c_stride_ + j;
+        V dc = load_full<A>(dc_state);
+        typename LstmCell::Gates s, da;
+        s.i = load<A>(gates + j, n);
+        s.f = load<A>(gates + H_ + j, n);
+        s.g = load<A>(gates + 2 * H_ + j, n);
+        LstmCell::backward_state(s, load_c_prev(row, j), dc, da, nullptr);
+        store_full<A>(dc_state, row.reset ? broadcast<A>(A(0)) : dc);
+        store<A>(dgates + j, da.i, n);
+        store<A>(dgates + H_ + j, da.f, n);
+        store<A>(dgates + 2 * H_ + j, da.g, n);
+        if (!row.first) fetch(row, j);
+      }
+    }
+  }
+
+  // Asks for what the next step reads and writes at units j .. j+L, a product before it is needed:
+  // pieces of rows are too short for the processor to see them coming.
+  LSTM_EXT_INLINE void fetch(const Row& row, int64_t j) const {
+    const A* gates = static_cast<const A*>(p_.gates) + row.prev * 4 * H_ + j;
+    const O* dgates = static_cast<const O*>(p_.dgates) + row.prev * 4 * H_ + j;
+    for (int gate = 0; gate < 4; ++gate) {
+      __builtin_prefetch(gates + gate * H_, 0, 2);
+      __builtin_prefetch(dgates + gate * H_, 1, 2);
+    }
+    const int64_t before = std::max<int64_t>(0, 2 * row.prev - row.row);  // often where c_prev lies
+    __builtin_prefetch(static_cast<const A*>(p_.c_seq) + before * H_ + j, 0, 2);
+    if (p_.dy) __builtin_prefetch(static_cast<const S*>(p_.dy) + row.prev * p_.dy_stride + j, 0, 2);
+  }
+
+  // Gradient of c from later steps and from outside.
+  LSTM_EXT_INLINE V sent_to_c(const Row& row, int64_t j) const {
+    const V sent = load_full<A>(dc_ + row.b * c_stride_ + j);
+    if (!p_.dcells) return sent;
+    return sent + load<A>(static_cast<const S*>(p_.dcells) + row.row * H_ + j, H_ - j);
   }
 
   // dout: gradient of o * tanh(c).
@@ -203,8 +279,7 @@ class Backward {
     const int64_t n = H_ - j;
     const Variants& v = p_.variants;
     A* dc_state = dc_ + row.b * c_stride_ + j;
-    V sent = load_full<A>(dc_state);
-    if (p_.dcells) sent += load<A>(static_cast<const S*>(p_.dcells) + row.row * H_ + j, n);
+    V sent = sent_to_c(row, j);
     V kept = broadcast<A>(A(0));
     if (v.zoneout_c()) {
       const V keep = keep_c<A>(v, H_, row.row, j);
@@ -342,6 +417,7 @@ class Backward {
   const int64_t B_, H_, P_;
   const int64_t K_;    // length of the recurrent product: 4H, or 0 without one
   const bool normed_;  // layer norm
+  const bool varied_;  // variants of the cell beside it
   const int64_t h_stride_, c_stride_;
   Member<E>* members_;
   Barrier* barriers_;  // one a group, then one for the whole team

@@ -14,8 +14,6 @@ constexpr bool kPairs = true;
 #else
 constexpr bool kPairs = false;
 #endif
-template <class Params>
-constexpr bool kMayPair = kPairs && !std::is_same_v<Params, Matmul>;
 
 template <template <class, class> class Direction, class Params>
 int64_t workspace(const Params& params) {
@@ -27,7 +25,7 @@ int64_t workspace(const Params& params) {
     case Dtype::kFloat32:
       return Direction<float, float>(counted).workspace();
     case Dtype::kBFloat16:
-      if constexpr (kMayPair<Params>) {
+      if constexpr (kPairs) {
         if (params.bf16_products) return Direction<BFloat16Pair, bfloat16>(counted).workspace();
       }
       return Direction<float, bfloat16>(counted).workspace();
@@ -44,7 +42,7 @@ void run(const Params& params) {
     case Dtype::kFloat32:
       return Direction<float, float>(params).run();
     case Dtype::kBFloat16:
-      if constexpr (kMayPair<Params>) {
+      if constexpr (kPairs) {
         if (params.bf16_products) return Direction<BFloat16Pair, bfloat16>(params).run();
       }
       return Direction<float, bfloat16>(params).run();

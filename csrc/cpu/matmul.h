@@ -2,7 +2,7 @@
 // recurrence.
 //
 // The longer side of out is shared among the threads, which need nothing of each other. K is cut
-// into slices, so that a slice of packed w and of transposed a stays in L2; slices are added in
+// into slices, so that a slice of packed w and of a chunk of rows stays in L2; slices are added in
 // order.
 #pragma once
 
@@ -11,32 +11,39 @@
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
 
-template <class A, class S>
+// E: the element of products, S: the storage type of w (operand.h).
+template <class E, class S>
 class MatmulOf {
+  using A = Acc<E>;
+  using O = Stored<E>;
   static constexpr int L = Lanes<A>::kCount;
-  static constexpr int64_t kSlice = 384;  // times 512 columns times 4 B: 768 KB of packed w
+  static constexpr int kDepth = Operand<E>::kDepth;
+  static constexpr int64_t kPackRows = 8;     // elements of K packed at once
+  static constexpr int64_t kMostSlice = 384;  // elements
+  static constexpr int64_t kLeastSlice = 128;
+  static constexpr int64_t kPackedBytes = 512 * 1024;  // of a slice of w, one thread's
+  // Rows of a^T packed at once: what lies side by side in a is read together.
+  static constexpr int64_t kGroupRows = 5 * kChunkRows;
 
   struct Scratch {
-    Member<A> member;
-    A* w;  // [blocks of N][kSlice][lanes]
-    A* a;  // [M][a_stride_], transposed; null if a is not
+    E* w;    // [blocks of N and more_N][slice_][lanes]
+    E* a;    // [kGroupRows / kChunkRows][slice_][kChunkRows], if a is transposed
+    A* acc;  // [kChunkRows][kPanelVectors][lanes]
   };
 
  public:
   explicit MatmulOf(const Matmul& p)
-      : p_(p), by_rows_(p.M >= p.N), a_stride_((std::min(p.K, kSlice) + L - 1) / L * L + L) {
+      : p_(p),
+        blocks_(blocks_of<A>(p.N) + blocks_of<A>(p.more_N)),
+        by_rows_(p.M >= p.N + p.more_N),
+        slice_(slice_of(depth_of<E>(p.K), blocks_ * L * int64_t(sizeof(E)))) {
     Arena arena(p.workspace);
-    const int64_t w_size = blocks_of<A>(p.N) * L * std::min(p.K, kSlice);
-    const int64_t a_size = p.a_transposed ? blocks_of<A>(p.M) * L * a_stride_ : 0;
     scratch_ = arena.take<Scratch>(p.threads);
-    // The threads' parts of the longer side do not overlap and share one buffer.
-    A* shared = arena.take<A>(by_rows_ ? a_size : w_size);
     for (int i = 0; i < p.threads; ++i) {
       Scratch s{};
-      Member<A>::take(arena, 1, p.M, &s.member);
-      A* own = arena.take<A>(by_rows_ ? w_size : a_size);
-      s.w = by_rows_ ? own : shared;
-      s.a = by_rows_ ? shared : own;
+      s.w = arena.take<E>(blocks_ * L * slice_);
+      s.a = arena.take<E>(p.a_transposed ? slice_ * kGroupRows : 0);
+      s.acc = arena.take<A>(kChunkRows * kPanelVectors * L);
       if (p.workspace) scratch_[i] = s;
     }
     workspace_ = arena.used();
@@ -46,65 +53,151 @@ class MatmulOf {
 
   void run() {
     // A team is started for this product alone, which costs more than meeting once.
-    const int64_t useful = std::max<int64_t>(1, p_.M * p_.N * p_.K / (4 * kMacsPerThread));
+    const int64_t macs = p_.M * (p_.N + p_.more_N) * p_.K;
+    const int64_t useful = std::max<int64_t>(1, macs / (4 * kMacsPerThread));
     run_team(int(std::min<int64_t>(p_.threads, useful)),
              [this](int thread, int threads) { work(thread, threads); });
   }
 
  private:
+  // Of the problem alone, not of the number of threads: sums are cut where it ends. As even as it
+  // goes.
+  static int64_t slice_of(int64_t depth, int64_t bytes) {
+    const int64_t fits = kPackedBytes / std::max<int64_t>(1, bytes);
+    const int64_t most = std::max(kLeastSlice, std::min(kMostSlice, fits));
+    const int64_t slices = (depth + most - 1) / most;
+    return slices ? (depth + slices - 1) / slices : 0;
+  }
+
+  // One right-hand side, and the columns of it that a thread makes.
+  struct Side {
+    const S* w;
+    A* out;
+    int64_t N;
+    Range columns;  // blocks
+    E* packed;
+  };
+
   void work(int thread, int threads) {
-    const int64_t row_blocks = blocks_of<A>(p_.M), blocks = blocks_of<A>(p_.N);
+    const int64_t row_blocks = blocks_of<A>(p_.M);
     const Range rows = by_rows_ ? share(row_blocks, threads, thread) : Range{0, row_blocks};
-    const Range columns = by_rows_ ? Range{0, blocks} : share(blocks, threads, thread);
     const int64_t m0 = rows.begin * L, m1 = std::min(p_.M, rows.end * L);
-    if (m0 >= m1 || columns.size() == 0) return;
-    Scratch& s = scratch_[thread];
-    A* out = static_cast<A*>(p_.out);
-    for (int64_t k0 = 0; k0 < p_.K; k0 += kSlice) {
-      const int64_t length = std::min(kSlice, p_.K - k0);
-      const S* w = static_cast<const S*>(p_.w) + k0 * p_.N;
-      // Blocks start where they would in a whole slice: another thread may be at a shorter one.
-      A* packed = s.w + columns.begin * L * (std::min(p_.K, kSlice) - length);
-      pack_matrix(w, p_.N, length, false, columns, s.member, 1, packed);
-      if (p_.a_transposed) transpose_slice(k0, length, m0, m1, s.a);
-      for (int64_t m = m0; m < m1; ++m) {
-        s.member.a[m - m0] =
-            p_.a_transposed ? s.a + m * a_stride_ : static_cast<const A*>(p_.a) + m * p_.K + k0;
+    if (m0 >= m1) return;
+    const Scratch& s = scratch_[thread];
+    Side sides[2] = {side(p_.w, p_.out, p_.N, thread, threads),
+                     side(p_.more_w, p_.more_out, p_.more_N, thread, threads)};
+    // Of a that is not split, every thread could make the sums.
+    A* sums = by_rows_ || thread == 0 ? static_cast<A*>(p_.sums) : nullptr;
+    const int64_t depth = depth_of<E>(p_.K);
+    for (int64_t k0 = 0; k0 < depth; k0 += slice_) {
+      const int64_t length = std::min(slice_, depth - k0);
+      E* to = s.w;
+      for (Side& side : sides) {
+        side.packed = to;
+        pack_side(side, k0, length);
+        to += side.columns.size() * length * L;
       }
-      for_panels(columns, s.member, m1 - m0, length, packed,
-                 [&](int64_t block, int vectors, Range part, const A* sums) {
-                   for (int64_t r = part.begin; r < part.end; ++r) {
-                     for (int v = 0; v < vectors; ++v, sums += L) {
-                       const int64_t j = (block + v) * L;
-                       A* to = out + (m0 + r) * p_.N + j;
-                       Vec<A> sum = load_full<A>(sums);
-                       if (k0) sum += load<A>(to, p_.N - j);
-                       store<A>(to, sum, p_.N - j);
-                     }
-                   }
-                 });
+      for (int64_t group = m0; group < m1; group += kGroupRows) {
+        const Range all{group, std::min(m1, group + kGroupRows)};
+        if (p_.a_transposed) pack_group(all, k0, length, s.a, sums);
+        for (int64_t m = all.begin; m < all.end; m += kChunkRows) {
+          const Range part{m, std::min(all.end, m + kChunkRows)};
+          const E* a[kChunkRows];
+          for (int64_t r = 0; r < part.size(); ++r) {
+            a[r] = p_.a_transposed
+                       ? s.a + (m - group) * length + r
+                       : as_elements<E>(static_cast<const O*>(p_.a) + (m + r) * p_.K) + k0;
+          }
+          for (const Side& side : sides) multiply(side, part, a, k0, length, s.acc);
+        }
+      }
     }
   }
 
-  // to[m][k] = a[k0 + k][m], in blocks of lanes x lanes.
-  void transpose_slice(int64_t k0, int64_t length, int64_t m0, int64_t m1, A* to) {
-    const A* a = static_cast<const A*>(p_.a) + k0 * p_.M;
-    for (int64_t k = 0; k < length; k += L) {
-      for (int64_t m = m0; m < m1; m += L) {
-        Vec<A> block[L];
-        for (int i = 0; i < L; ++i) {
-          block[i] =
-              k + i < length ? load<A>(a + (k + i) * p_.M + m, p_.M - m) : broadcast<A>(A(0));
-        }
-        transpose<A>(block);
-        for (int i = 0; i < L; ++i) store_full<A>(to + (m + i) * a_stride_ + k, block[i]);
+  Side side(const void* w, void* out, int64_t N, int thread, int threads) const {
+    const int64_t blocks = blocks_of<A>(N);
+    return {static_cast<const S*>(w), static_cast<A*>(out), N,
+            by_rows_ ? Range{0, blocks} : share(blocks, threads, thread), nullptr};
+  }
+
+  void pack_side(const Side& side, int64_t k0, int64_t length) const {
+    for (int64_t k = 0; k < length; k += kPackRows) {
+      each_panel(side.columns, [&](int64_t block, int vectors, int64_t) {
+        E* panel = side.packed + (block - side.columns.begin) * length * L;
+        pack(side.w + block * L, side.N, side.N - block * L, k0 + k,
+             std::min(kPackRows, length - k), panel + k * vectors * L, vectors);
+      });
+    }
+  }
+
+  // Rows `all` of a^T as [chunks][length][kChunkRows]; adds them up over k on the way.
+  void pack_group(Range all, int64_t k0, int64_t length, E* to, A* sums) const {
+    constexpr int vectors = kChunkRows / L;
+    for (int64_t k = 0; k < length; k += kPackRows) {
+      for (int64_t m = all.begin; m < all.end; m += kChunkRows) {
+        pack(static_cast<const O*>(p_.a) + m, p_.M, all.end - m, k0 + k,
+             std::min(kPackRows, length - k), to + (m - all.begin) * length + k * kChunkRows,
+             vectors);
       }
     }
+    if (!sums) return;
+    for (int64_t m = all.begin; m < all.end; m += L) {
+      const E* from =
+          to + (m - all.begin) / kChunkRows * kChunkRows * length + (m - all.begin) % kChunkRows;
+      Vec<A> sum = broadcast<A>(A(0));
+      for (int64_t k = 0; k < length; ++k) {
+        sum = multiply_add<E>(sum, load_elements<E>(from + k * kChunkRows), ones());
+      }
+      const int64_t n = all.end - m;
+      if (k0) sum += load<A>(sums + m, n);
+      store<A>(sums + m, sum, n);
+    }
+  }
+
+  // `length` elements from k0 on of `vectors` blocks of columns, of which `columns` exist.
+  template <class T>
+  void pack(const T* src, int64_t stride, int64_t columns, int64_t k0, int64_t length, E* dst,
+            int vectors) const {
+    const int64_t rows = std::min(length * kDepth, p_.K - k0 * kDepth);
+    for (int v = 0; v < vectors; ++v) {
+      const int count = int(std::max<int64_t>(0, std::min<int64_t>(L, columns - v * L)));
+      pack_columns<E>(src + k0 * kDepth * stride + v * L, stride, count, rows, dst + v * L,
+                      vectors * L);
+    }
+  }
+
+  static Vec<A> ones() {
+    if constexpr (kPaired<E>) {
+      const E one{{0x3f80}, {0x3f80}};
+      return broadcast_element<E>(&one);
+    } else {
+      return broadcast<A>(A(1));
+    }
+  }
+
+  void multiply(const Side& side, Range part, const E* const* a, int64_t k0, int64_t length,
+                A* acc) const {
+    each_panel(side.columns, [&](int64_t block, int vectors, int64_t) {
+      product<E>(a, int(part.size()), length,
+                 side.packed + (block - side.columns.begin) * length * L, vectors, 1, 0, acc, 0,
+                 p_.a_transposed ? kChunkRows : 1);
+      const A* sums = acc;
+      for (int64_t m = part.begin; m < part.end; ++m) {
+        for (int v = 0; v < vectors; ++v, sums += L) {
+          const int64_t j = (block + v) * L;
+          A* to = side.out + m * side.N + j;
+          Vec<A> sum = load_full<A>(sums);
+          if (k0) sum += load<A>(to, side.N - j);
+          store<A>(to, sum, side.N - j);
+        }
+      }
+    });
   }
 
   const Matmul& p_;
-  const bool by_rows_;      // threads share the rows of out, else its columns
-  const int64_t a_stride_;  // of transposed rows: not a power of two
+  const int64_t blocks_;  // of columns, both sides
+  const bool by_rows_;    // threads share the rows of out, else its columns
+  const int64_t slice_;   // elements of K at once
   Scratch* scratch_;
   int64_t workspace_;
 };

@@ -29,10 +29,11 @@ constexpr int kPanelVectors = 4;
 constexpr int kChunkRows = 48;
 constexpr int64_t kSliceK = 96;  // 128, 256 and no slices at all: within 4 % (Zen 5, fp32 and bf16)
 
-// acc[p][r][v] (+)= sum over k in [k0, k1) of a[r][k] * w[p][k][v], for NP panels at once.
+// acc[p][r][v] (+)= sum over k in [k0, k1) of a[r][k * a_step] * w[p][k][v], for NP panels at once.
 template <class E, int R, int NV, int NP>
 __attribute__((noinline)) void tile(const E* const* a, int64_t k0, int64_t k1, const E* w,
-                                    int64_t panel_stride, Acc<E>* acc, int64_t acc_stride) {
+                                    int64_t panel_stride, Acc<E>* acc, int64_t acc_stride,
+                                    int64_t a_step) {
   using A = Acc<E>;
   constexpr int L = Lanes<A>::kCount;
   Vec<A> sum[NP][R][NV];
@@ -51,7 +52,7 @@ __attribute__((noinline)) void tile(const E* const* a, int64_t k0, int64_t k1, c
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) row[r] = a[r];
   w += k0 * NV * L;
-  for (int64_t k = k0; k < k1; ++k, w += NV * L) {
+  for (int64_t k = k0 * a_step; k < k1 * a_step; k += a_step, w += NV * L) {
 #pragma GCC unroll 8
     for (int p = 0; p < NP; ++p) {
       Vec<A> weight[NV];
@@ -82,7 +83,8 @@ __attribute__((noinline)) void tile(const E* const* a, int64_t k0, int64_t k1, c
 }
 
 template <class E>
-using TileFn = void (*)(const E* const*, int64_t, int64_t, const E*, int64_t, Acc<E>*, int64_t);
+using TileFn = void (*)(const E* const*, int64_t, int64_t, const E*, int64_t, Acc<E>*, int64_t,
+                        int64_t);
 
 template <class E, int NV>
 TileFn<E> tile_of_rows(int rows) {
@@ -121,12 +123,13 @@ TileFn<E> tile_for(int rows, int vectors) {
 // acc[p][r][vectors * lanes] = a[r][0..K) * panel p, for `panels` panels of `vectors` vectors that
 // lie `panel_stride` elements apart, and `rows` rows (at most kChunkRows). Two panels are taken
 // at once for a single row, where one has too few independent sums to hide the FMA's latency.
+// Elements of a row of `a` lie a_step apart.
 template <class E>
 void product(const E* const* a, int rows, int64_t K, const E* w, int vectors, int panels,
-             int64_t panel_stride, Acc<E>* acc, int64_t acc_stride) {
+             int64_t panel_stride, Acc<E>* acc, int64_t acc_stride, int64_t a_step = 1) {
   constexpr int L = Lanes<Acc<E>>::kCount;
   if (rows == 1 && panels == 2 && vectors == kPanelVectors) {
-    return tile<E, 1, kPanelVectors, 2>(a, 0, K, w, panel_stride, acc, acc_stride);
+    return tile<E, 1, kPanelVectors, 2>(a, 0, K, w, panel_stride, acc, acc_stride, a_step);
   }
   const int tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t slice = tiles > 1 ? kSliceK : K;  // a single tile gains nothing from slices
@@ -136,7 +139,7 @@ void product(const E* const* a, int rows, int64_t K, const E* w, int vectors, in
       for (int i = 0; i < tiles; ++i) {  // as even as they go: 8 rows are 4 + 4, not 6 + 2
         const int r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
         tile_for<E>(r1 - r0, vectors)(a + r0, k0, k1, w + p * panel_stride, 0,
-                                      acc + p * acc_stride + int64_t(r0) * vectors * L, 0);
+                                      acc + p * acc_stride + int64_t(r0) * vectors * L, 0, a_step);
       }
     }
   }
