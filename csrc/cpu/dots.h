@@ -70,7 +70,9 @@ __attribute__((noinline)) void dots(const E* const* a, const S* w, int64_t last,
   constexpr int streams = rows < 4 ? rows : 4;
   constexpr int parts = kDotSums / (streams * R) < 1 ? 1 : kDotSums / (streams * R);
   for (int first = 0; first < L; first += rows) {
-    Vec<A> total[L] = {};
+    Vec<A> total[L];
+#pragma GCC unroll 4
+    for (int i = R * rows; i < L; ++i) total[i] = Vec<A>{};
     for (int s0 = 0; s0 < rows; s0 += streams) {
       const S* weight[streams];
 #pragma GCC unroll 4
@@ -84,10 +86,11 @@ __attribute__((noinline)) void dots(const E* const* a, const S* w, int64_t last,
         for (int p = 0; p < parts; ++p) {
           Vec<A> x[R];
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) x[r] = load_elements<E>(a[r] + k + p * L);
+          for (int r = 0; r < R; ++r) x[r] = in_register(load_elements<E>(a[r] + k + p * L));
 #pragma GCC unroll 4
           for (int i = 0; i < streams; ++i) {
-            const Vec<A> y = load_weights<E>(weight[i], k + p * L);
+            Vec<A> y = load_weights<E>(weight[i], k + p * L);
+            if constexpr (R > 1) y = in_register(y);
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
               sum[p][r][i] = multiply_add<E>(sum[p][r][i], x[r], y);
