@@ -108,7 +108,7 @@ class Forward {
         m.a[r] = as_elements<E>(m.rows[r].reset ? zeros_ : h_old + m.rows[r].b * h_stride_);
       }
       if (dots_) {
-        each_dots(m, count, static_cast<const S*>(p_.w_hh), K_,
+        each_dots(m, count, static_cast<const S*>(p_.w_hh), K_, i & 1,
                   [&](int64_t j, A* sums) { take(m.rows, Range{0, count}, j, sums, h_new); });
       } else {
         for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, depth_of<E>(K_), packed_hh_,
@@ -151,7 +151,7 @@ class Forward {
       }
     }
     if (input_dots_) {
-      each_dots(m, count, w_ih, p_.I,
+      each_dots(m, count, w_ih, p_.I, false,
                 [&](int64_t j, const A* sums) { put_gx(Range{first, first + count}, j, sums); });
     } else {
       for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, depth, packed_ih_,
@@ -189,11 +189,14 @@ class Forward {
   }
 
   // done(j, sums): units j .. j+L of all rows, at most kChunkRows, sums [rows][4 gates][lanes]. The
-  // weights lie unpacked.
+  // weights lie unpacked. Backwards every other step: weights too many for a cache are then read
+  // first where they were read last, and part of them is still there.
   template <class Done>
-  void each_dots(const Member<E>& m, int64_t count, const S* weights, int64_t K, Done&& done) {
+  void each_dots(const Member<E>& m, int64_t count, const S* weights, int64_t K, bool backwards,
+                 Done&& done) {
     constexpr int64_t most = kDotsMaxRows<A>;
-    for (int64_t j = m.units.begin * L; j < std::min(H_, m.units.end * L); j += L) {
+    for (int64_t i = 0; i < m.units.size(); ++i) {
+      const int64_t j = (backwards ? m.units.end - 1 - i : m.units.begin + i) * L;
       for (int gate = 0; gate < 4; ++gate) {
         for (int64_t r = 0; r < count; r += most) {
           dots_of_rows<E, S>(int(std::min(most, count - r)), m.a + r, weights + (gate * H_ + j) * K,
