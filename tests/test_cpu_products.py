@@ -39,7 +39,7 @@ def _judge(case, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize(("H", "P"), [(256, 0), (300, 256), (512, 0), (320, 0)])
 def test_single_sequence(isa, H, P, dtype):
-    """Long enough that W_hh may be read from a copy: a short last block, rows of several lengths."""
+    """Long enough for a copy of W_hh: a short last block, rows of several lengths."""
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
