@@ -75,8 +75,8 @@ class Forward {
   }
 
  private:
-  // Where rows of weights for dots lie: those of a block of units and of its next gate begin so many
-  // rows after the ones before.
+  // Where rows of weights for dots lie: those of a block of units and of its next gate begin so
+  // many rows after the ones before.
   struct Weights {
     const S* first;
     int64_t block, gate;
@@ -105,8 +105,8 @@ class Forward {
     start(m);
     barriers_[plan.groups].wait(plan.threads());
     Barrier& meet = barriers_[m.group];
-    const Weights w_hh = copied_ ? Weights{copied_hh_, 4 * L, L}
-                                 : Weights{static_cast<const S*>(p_.w_hh), L, H_};
+    const Weights w_hh =
+        copied_ ? Weights{copied_hh_, 4 * L, L} : Weights{static_cast<const S*>(p_.w_hh), L, H_};
     int64_t made = 0;  // row of gx_ where the rows of the step begin
     for (int64_t i = 0; i < p_.steps.T; ++i) {
       if (p_.x && i % steps_at_once_ == 0) {
