@@ -36,6 +36,20 @@ def _judge(case, dtype):
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize(("H", "P"), [(256, 0), (300, 256), (512, 0), (320, 0)])
+def test_single_sequence(isa, H, P, dtype):
+    """Long enough for a copy of W_hh: a short last block, rows of several lengths."""
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        case = Case(T=19, B=1, I=8, H=H, proj=P, dtype=dtype)
+        _judge(case, dtype)
+        with torch.no_grad():
+            results.append(lstm_ext.LSTM.from_torch(case.module())(case.inputs()["x"])[0])
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ class Forward {
         P_(p.P),
         K_(p.w_hh ? p.P : 0),
         dots_(B_ <= kDotsMaxRows<A> && dots_suit<E>(K_)),
+        copied_(dots_ && B_ == 1 && p.steps.T >= kCopyMinSteps &&
+                4 * H_ * K_ * int64_t(sizeof(S)) <= kCopyMaxBytes),
         input_dots_(p.x && dots_suit<E>(p.I) && p.steps.rows <= kChunkRows),
         steps_at_once_(std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, B_))),
         normed_(p.variants.gamma_hh),
@@ -45,6 +47,7 @@ class Forward {
     members_ = arena.take<Member<E>>(p.threads);
     barriers_ = arena.take<Barrier>(p.threads + 1);
     packed_hh_ = arena.take<E>(dots_ ? 0 : 4 * blocks_of<A>(H_) * depth_of<E>(K_) * L);
+    copied_hh_ = arena.take<S>(copied_ ? 4 * blocks_of<A>(H_) * L * K_ : 0);
     packed_ih_ =
         arena.take<E>(p.x && !input_dots_ ? 4 * blocks_of<A>(H_) * depth_of<E>(p.I) * L : 0);
     packed_hr_ = arena.take<E>(p.w_hr ? blocks_of<A>(P_) * depth_of<E>(H_) * L : 0);
@@ -72,6 +75,13 @@ class Forward {
   }
 
  private:
+  // Where rows of weights for dots lie: those of a block of units and of its next gate begin so
+  // many rows after the ones before.
+  struct Weights {
+    const S* first;
+    int64_t block, gate;
+  };
+
   Plan plan(int threads) const {
     const int64_t macs = B_ * 4 * H_ * std::max<int64_t>(K_, 1);
     // Dots of fewer sequences add up in another order: not split, they do not depend on threads.
@@ -84,6 +94,7 @@ class Forward {
     if (K_ && !dots_) {
       pack_gates(static_cast<const S*>(p_.w_hh), H_, K_, m, m.group, plan.groups, packed_hh_);
     }
+    if (copied_) copy_w_hh(m);
     if (p_.w_hr) {
       pack_matrix(static_cast<const S*>(p_.w_hr), P_, H_, true, m.proj, m, plan.groups, packed_hr_);
     }
@@ -94,6 +105,8 @@ class Forward {
     start(m);
     barriers_[plan.groups].wait(plan.threads());
     Barrier& meet = barriers_[m.group];
+    const Weights w_hh =
+        copied_ ? Weights{copied_hh_, 4 * L, L} : Weights{static_cast<const S*>(p_.w_hh), L, H_};
     int64_t made = 0;  // row of gx_ where the rows of the step begin
     for (int64_t i = 0; i < p_.steps.T; ++i) {
       if (p_.x && i % steps_at_once_ == 0) {
@@ -108,7 +121,7 @@ class Forward {
         m.a[r] = as_elements<E>(m.rows[r].reset ? zeros_ : h_old + m.rows[r].b * h_stride_);
       }
       if (dots_) {
-        each_dots(m, count, static_cast<const S*>(p_.w_hh), K_,
+        each_dots(m, count, w_hh, K_, i & 1,
                   [&](int64_t j, A* sums) { take(m.rows, Range{0, count}, j, sums, h_new); });
       } else {
         for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, depth_of<E>(K_), packed_hh_,
@@ -151,7 +164,7 @@ class Forward {
       }
     }
     if (input_dots_) {
-      each_dots(m, count, w_ih, p_.I,
+      each_dots(m, count, {w_ih, L, H_}, p_.I, false,
                 [&](int64_t j, const A* sums) { put_gx(Range{first, first + count}, j, sums); });
     } else {
       for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, depth, packed_ih_,
@@ -176,6 +189,16 @@ class Forward {
     return gx_ + (j / L * B_ * steps_at_once_ + row) * 4 * L;
   }
 
+  void copy_w_hh(const Member<E>& m) {
+    for (int64_t j = m.units.begin * L; j < m.units.end * L; j += L) {
+      for (int gate = 0; gate < 4; ++gate) {
+        std::memcpy(copied_hh_ + (j * 4 + gate * L) * K_,
+                    static_cast<const S*>(p_.w_hh) + (gate * H_ + j) * K_,
+                    std::min<int64_t>(L, H_ - j) * K_ * sizeof(S));
+      }
+    }
+  }
+
   void add_biases(const Member<E>& m) {
     for (int64_t j = m.units.begin * L; j < m.units.end * L; j += L) {
       for (int gate = 0; gate < 4; ++gate) {
@@ -189,15 +212,19 @@ class Forward {
   }
 
   // done(j, sums): units j .. j+L of all rows, at most kChunkRows, sums [rows][4 gates][lanes]. The
-  // weights lie unpacked.
+  // weights lie unpacked. Backwards every other step: weights too many for a cache are then read
+  // first where they were read last, and part of them is still there.
   template <class Done>
-  void each_dots(const Member<E>& m, int64_t count, const S* weights, int64_t K, Done&& done) {
+  void each_dots(const Member<E>& m, int64_t count, const Weights& weights, int64_t K,
+                 bool backwards, Done&& done) {
     constexpr int64_t most = kDotsMaxRows<A>;
-    for (int64_t j = m.units.begin * L; j < std::min(H_, m.units.end * L); j += L) {
+    for (int64_t i = 0; i < m.units.size(); ++i) {
+      const int64_t j = (backwards ? m.units.end - 1 - i : m.units.begin + i) * L;
       for (int gate = 0; gate < 4; ++gate) {
+        const S* rows = weights.first + (j / L * weights.block + gate * weights.gate) * K;
         for (int64_t r = 0; r < count; r += most) {
-          dots_of_rows<E, S>(int(std::min(most, count - r)), m.a + r, weights + (gate * H_ + j) * K,
-                             H_ - j - 1, depth_of<E>(K), m.acc + (r * 4 + gate) * L, 4 * L);
+          dots_of_rows<E, S>(int(std::min(most, count - r)), m.a + r, rows, H_ - j - 1,
+                             depth_of<E>(K), m.acc + (r * 4 + gate) * L, 4 * L);
         }
       }
       done(j, m.acc);
@@ -379,7 +406,8 @@ class Forward {
   const int64_t B_, H_, P_;
   const int64_t K_;              // length of the recurrent product: P, or 0 without one
   const bool dots_;              // few sequences: W_hh is read as it lies, not packed
-  const bool input_dots_;        // the same of W_ih
+  const bool copied_;            // W_hh is read from a copy
+  const bool input_dots_;        // the same as dots_ of W_ih
   const int64_t steps_at_once_;  // of the input product: enough rows to use each weight often
   const bool normed_;            // layer norm
   const bool varied_;            // variants beside it
@@ -387,6 +415,7 @@ class Forward {
   Member<E>* members_;
   Barrier* barriers_;  // one a group, then one for the whole team
   E* packed_hh_;       // [4 * blocks of H][depth of K][lanes]
+  S* copied_hh_;       // [blocks of H][4][lanes][K]
   E* packed_ih_;       // [4 * blocks of H][depth of I][lanes]
   E* packed_hr_;       // [blocks of P][depth of H][lanes]
   O* h_[2];            // [B, h_stride_]

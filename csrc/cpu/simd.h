@@ -77,6 +77,18 @@ LSTM_EXT_INLINE To bit_cast(From from) {
   return to;
 }
 
+// v, loaded once: gcc would make the load a part of each instruction that uses it, and loads are
+// then what a loop waits for.
+template <class V>
+LSTM_EXT_INLINE V in_register(V v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__AVX2__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 // The larger, the smaller of limit and x; x if it is a NaN. Compilers do not find the instruction.
 template <class A>
 LSTM_EXT_INLINE Vec<A> at_least(A limit, Vec<A> x) {
