@@ -67,17 +67,18 @@ void run_core(void (*kernel)(const Params&), int64_t (*bytes)(const Params&), Pa
   kernel(params);
 }
 
-void cpu_forward(int dtype, bool bf16_products, int threads, const lstm_ext::Steps& steps,
-                 int64_t H, int64_t P, int64_t I, Memory gx, Memory x, Memory w_ih, Memory b_ih,
-                 Memory b_hh, Memory w_hh, Memory w_hr, Memory h0, Memory c0,
-                 const lstm_ext::Variants& variants, Memory gates, Memory c_seq, Memory norm,
-                 Memory norm_r, Memory y, int64_t y_stride, Memory h_n, Memory c_n,
+void cpu_forward(int dtype, bool bf16_products, int threads, bool pack_input,
+                 const lstm_ext::Steps& steps, int64_t H, int64_t P, int64_t I, Memory gx, Memory x,
+                 Memory w_ih, Memory b_ih, Memory b_hh, Memory w_hh, Memory w_hr, Memory h0,
+                 Memory c0, const lstm_ext::Variants& variants, Memory gates, Memory c_seq,
+                 Memory norm, Memory norm_r, Memory y, int64_t y_stride, Memory h_n, Memory c_n,
                  const py::function& workspace) {
   const lstm_ext::CpuKernels& kernels = cpu_kernels(bf16_products);
   run_core(kernels.forward, kernels.forward_workspace,
            {static_cast<lstm_ext::Dtype>(dtype),
             bf16_products,
             threads,
+            pack_input,
             steps,
             H,
             P,
@@ -212,10 +213,10 @@ PYBIND11_MODULE(_C, m) {
   lstm_ext::bind_variants(m);
   // dtype codes: enum Dtype in params.h, where every argument is described. Positional as a rule:
   // thirty keywords take 2 us. workspace(bytes) returns a tensor to work in.
-  m.def("cpu_forward", &cpu_forward, "dtype"_a, "bf16_products"_a, "threads"_a, "steps"_a, "H"_a,
-        "P"_a, "I"_a, "gx"_a, "x"_a, "w_ih"_a, "b_ih"_a, "b_hh"_a, "w_hh"_a, "w_hr"_a, "h0"_a,
-        "c0"_a, "variants"_a, "gates"_a, "c_seq"_a, "norm"_a, "norm_r"_a, "y"_a, "y_stride"_a,
-        "h_n"_a, "c_n"_a, "workspace"_a);
+  m.def("cpu_forward", &cpu_forward, "dtype"_a, "bf16_products"_a, "threads"_a, "pack_input"_a,
+        "steps"_a, "H"_a, "P"_a, "I"_a, "gx"_a, "x"_a, "w_ih"_a, "b_ih"_a, "b_hh"_a, "w_hh"_a,
+        "w_hr"_a, "h0"_a, "c0"_a, "variants"_a, "gates"_a, "c_seq"_a, "norm"_a, "norm_r"_a, "y"_a,
+        "y_stride"_a, "h_n"_a, "c_n"_a, "workspace"_a);
   m.def("cpu_backward", &cpu_backward, "dtype"_a, "bf16_products"_a, "threads"_a, "steps"_a, "H"_a,
         "P"_a, "variants"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "y_stride"_a, "gates"_a,
         "c_seq"_a, "norm"_a, "norm_r"_a, "dy"_a, "dy_stride"_a, "dh_n"_a, "dc_n"_a, "dcells"_a,

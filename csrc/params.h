@@ -72,7 +72,8 @@ struct LstmForward {
   // sums fp32. x, and in backward dgates, dr and cell_out, are then of the operand's type, and rows
   // of x and dr, if their length is odd, have a zero more.
   bool bf16_products;
-  int threads;  // at most this many; the plan may use fewer
+  int threads;      // at most this many; the plan may use fewer
+  bool pack_input;  // even for few rows: the sums of x W_ih^T do not depend on how many there are
   Steps steps;
   int64_t H;
   int64_t P;

@@ -30,7 +30,7 @@ def cell_forward(
     native = native_steps(_C, steps, False)
     # fmt: off
     _C.cpu_forward(
-        code, False, threads, native, C, C, 0,
+        code, False, threads, False, native, C, C, 0,
         a, None, None, None, None, None, None, h, c, variants,
         gates, c_new, None, None,
         # One step: what it puts out is also the last state.

@@ -120,12 +120,14 @@ def _forward(
     variants, _kept = native_variants(_C, w, x.dtype)
     more: tuple[Tensor, ...] = ()
     bf16_products = _bf16_products(x.dtype, w)
+    # Then a step's sums do not depend on how many steps there are.
+    deterministic = torch.are_deterministic_algorithms_enabled()
     # One step of many sequences: h0 is known, so its product needs no packed weights either. But a
     # library's sums are in another order than the core's, whose bits are the same for one step and
     # for one of many.
     one_step = (
         steps.T == 1
-        and not torch.are_deterministic_algorithms_enabled()
+        and not deterministic
         and steps.B > _CORE_ONE_STEP_ROWS
         and w.w_hr is None
         and not normed
@@ -174,7 +176,7 @@ def _forward(
     w_hr = None if w.w_hr is None else w.w_hr.contiguous()
     # fmt: off
     recorded(_C.cpu_forward)(
-        code, bf16_products, threads, native, H, P, I,
+        code, bf16_products, threads, deterministic, native, H, P, I,
         gx, core_input, w_ih, b_ih, b_hh, w_hh, w_hr, h0, c0, variants,
         gates, c_seq, norm, norm_r,
         y, y.stride(0), h_n, c_n, cpu_products.workspace,

@@ -226,12 +226,19 @@ def stream(module, x, sizes):
         (8, 96, {"proj_size": 40}),
         (32, 64, {"peephole": True}),
         (70, 33, {"num_layers": 2}),
+        # Weights read as they lie, for some numbers of rows.
+        (1, 256, {"inputs": 256}),
+        (2, 320, {"inputs": 320}),
+        (4, 256, {"inputs": 256}),
+        (5, 256, {"inputs": 256}),
     ],
 )
 def test_a_stream_has_the_bits_of_the_whole(isa, batch, hidden, kwargs, dtype, threads):
     torch.set_num_threads(threads)
-    module = lstm_ext.LSTM(29, hidden, dtype=dtype, **kwargs)
-    x = torch.randn(48, batch, 29, dtype=dtype)
+    inputs = kwargs.get("inputs", 29)
+    kwargs = {name: value for name, value in kwargs.items() if name != "inputs"}
+    module = lstm_ext.LSTM(inputs, hidden, dtype=dtype, **kwargs)
+    x = torch.randn(48, batch, inputs, dtype=dtype)
     with torch.no_grad():
         whole = module(x)
         for sizes in ((1,), (7, 1, 20), (24,)):

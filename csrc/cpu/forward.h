@@ -36,7 +36,7 @@ class Forward {
         dots_(B_ <= kDotsMaxRows<A> && dots_suit<E>(K_)),
         copied_(dots_ && B_ == 1 && p.steps.T >= kCopyMinSteps &&
                 4 * H_ * K_ * int64_t(sizeof(S)) <= kCopyMaxBytes),
-        input_dots_(p.x && dots_suit<E>(p.I) && p.steps.rows <= kChunkRows),
+        input_dots_(p.x && !p.pack_input && dots_suit<E>(p.I) && p.steps.rows <= kChunkRows),
         steps_at_once_(std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, B_))),
         normed_(p.variants.gamma_hh),
         varied_(p.variants.peephole || p.variants.h_dropout || p.variants.zoneout_h() ||
