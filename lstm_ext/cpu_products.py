@@ -76,7 +76,7 @@ def transposed_matmul(
         return None, more, total
     acc = torch.promote_types(a.dtype, torch.float32)
     few_bf16 = a.dtype == torch.bfloat16 and a.size(0) < _CORE_BF16_ROWS
-    if few_bf16 or (a.size(0) == 1 and a.dtype == w.dtype):
+    if few_bf16 or (a.size(0) == 1 and a.dtype == w.dtype == acc):
         more_out = None if more_w is None else torch.mm(a.t(), more_w)
         return torch.mm(a.t(), w), more_out, a.sum(0, dtype=acc) if sums else None
     new = a.new_empty if a.size(0) else a.new_zeros
