@@ -1,8 +1,9 @@
 """How much longer two training processes take on the cores that one has.
 
-Run as python tools/two_processes.py.
-Each has two threads; on two cores the ideal is 2. No test: the scheduler and OpenMP's own waiting
-make it vary from run to run, for nn.LSTM too.
+Run as python tools/two_processes.py, where there are two cores; the ideal is 2.
+With two threads each, the scheduler and OpenMP's own waiting, milliseconds at the end of every
+parallel region, make it vary from run to run, for nn.LSTM too: no test. With one thread each, they
+do not wait for each other.
 """
 
 import subprocess
@@ -13,7 +14,7 @@ import sys, time
 import torch
 import lstm_ext
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(sys.argv[2]))
 cls = {"lstm_ext.LSTM": lstm_ext.LSTM, "nn.LSTM": torch.nn.LSTM}[sys.argv[1]]
 module, x = cls(256, 256), torch.randn(50, 32, 256)
 
@@ -30,11 +31,11 @@ print(seconds(40))
 """
 
 
-def seconds(name: str, processes: int) -> float:
-    """How long processes that start at the same time take, the longest of them."""
+def seconds(name: str, processes: int, threads: int) -> float:
+    """How long processes of so many threads that start at the same time take, the longest."""
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", SECONDS, name],
+            [sys.executable, "-c", SECONDS, name, str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -52,8 +53,10 @@ def seconds(name: str, processes: int) -> float:
 def main() -> None:
     for _ in range(3):
         for name in ("lstm_ext.LSTM", "nn.LSTM"):
-            one, two = seconds(name, 1), seconds(name, 2)
-            print(f"{name:14s} one {one:.2f} s, two {two:.2f} s: {two / one:.2f} times", flush=True)
+            one = seconds(name, 1, 2)
+            two, apart = (seconds(name, 2, threads) / one for threads in (2, 1))
+            times = f"two: {two:.2f} times that, {apart:.2f} with a thread each"
+            print(f"{name:14s} one {one:.2f} s; {times}", flush=True)
 
 
 if __name__ == "__main__":
