@@ -109,6 +109,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "onednn": torch.backends.mkldnn.is_available(),
+        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
     # glibc gives freed memory back to the system at each training step of a large problem unless

@@ -42,6 +42,7 @@ FACTS = {
     "threads": "threads",
     "lstm_ext_cpu_isa": "lstm_ext's vectors",
     "torch_cpu_capability": "torch's vectors",
+    "onednn_max_cpu_isa": "oneDNN's vectors at most",
     "torch": "torch",
     "cuda": "CUDA",
     "cudnn": "cuDNN",
@@ -109,8 +110,9 @@ def notes(record: Record) -> Iterator[str]:
 def section(record: Record, name: str, folder: Path) -> list[str]:
     settings = record["settings"]
     others = [peer for peer in records.peers(record) if peer != PEER]
-    beside = ", beside other peers" if others else ""
-    lines = [f"## {settings['suite']}, {settings['dtype']}{beside}", ""]
+    special = ", beside other peers" if others else ""
+    special += ", one thread" if settings["threads"] == 1 and settings["device"] == "cpu" else ""
+    lines = [f"## {settings['suite']}, {settings['dtype']}{special}", ""]
     if not record["complete"]:
         lines += ["**Not complete: the run was interrupted.**", ""]
     if settings["quick"]:

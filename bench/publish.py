@@ -4,12 +4,14 @@ About four minutes on two cores. The suite cpu in float32 and bfloat16, how time
 the gate's records, all beside nn.LSTM; then README.md and plots, and the speed section of the
 project's README.md. A step whose record is there, of the same commit and machine, is not run
 again: an interrupted call goes on.
-With --peers the suite cpu beside all peers instead, about as long.
+With --peers the suite cpu beside all peers instead, about as long. With --limited the suite cpu on
+one thread, and, in a folder of its own, with AVX2 as the most that lstm_ext, torch and oneDNN use.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -18,19 +20,30 @@ from collections.abc import Sequence
 from bench.machine import ROOT
 
 DTYPES = ("float32", "bfloat16")
+AVX2 = {"LSTM_EXT_CPU_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+Step = tuple[dict[str, str], list[str]]
 
 
-def steps(peers: bool, more: Sequence[str] = ()) -> list[list[str]]:
-    """Arguments of ``python -m bench``, in order."""
-    if peers:
-        runs = [["--suite", "cpu", "--dtype", dtype, "--peer", "all"] for dtype in DTYPES]
-    else:
-        runs = [
-            ["--suite", suite, "--dtype", dtype]
-            for suite in ("cpu", "scaling", "gate")
+def steps(kind: str | None = None, more: Sequence[str] = ()) -> list[Step]:
+    """What ``python -m bench`` runs, in order: what is set in the environment, and its arguments.
+
+    kind: None, "peers" or "limited".
+    """
+
+    def runs(*suites: str, options: Sequence[str] = (), **env: str) -> list[Step]:
+        return [
+            (env, ["--suite", suite, "--dtype", dtype, *options, *more])
+            for suite in suites
             for dtype in DTYPES
         ]
-    return [*([*run, *more] for run in runs), ["report", "--readme", "README.md"]]
+
+    report: Step = ({}, ["report", "--readme", "README.md"])
+    if kind == "peers":
+        return [*runs("cpu", options=("--peer", "all")), report]
+    if kind == "limited":
+        on_avx2 = [*runs("cpu", **AVX2), (AVX2, ["report"])]
+        return [*runs("cpu", options=("--threads", "1")), report, *on_avx2]
+    return [*runs("cpu", "scaling", "gate"), report]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,16 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bench publish",
         description=__doc__.split("\n\n", 1)[1],
     )
-    parser.add_argument("--peers", action="store_true", help="beside all peers of this machine")
+    kinds = parser.add_mutually_exclusive_group()
+    for kind, text in (
+        ("peers", "beside all peers of this machine"),
+        ("limited", "on one thread, and with AVX2 at most"),
+    ):
+        kinds.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, help=text)
     parser.add_argument("--fresh", action="store_true", help="measure again what is there")
     parser.add_argument("--dry-run", action="store_true", help="only print the steps")
     args = parser.parse_args(argv)
     begin = time.monotonic()
-    for step in steps(args.peers, ["--fresh"] if args.fresh else ["--once"]):
-        print(f"== python -m bench {' '.join(step)}", flush=True)
+    for env, step in steps(args.kind, ["--fresh"] if args.fresh else ["--once"]):
+        settings = "".join(f"{name}={value} " for name, value in env.items())
+        print(f"== {settings}python -m bench {' '.join(step)}", flush=True)
         if args.dry_run:
             continue
-        status = subprocess.run([sys.executable, "-m", "bench", *step], cwd=ROOT).returncode
+        command = [sys.executable, "-m", "bench", *step]
+        status = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}).returncode
         if status:
             print(f"stopped: exit status {status}; the same command goes on", file=sys.stderr)
             return status

@@ -105,7 +105,7 @@ MALLOC_MMAP_THRESHOLD_=1000000000 in the environment; the record says whether th
         type=Path,
         metavar="FILE",
         help="JSON lines; default: "
-        "bench/results/<machine>/<suite>-<dtype>-<device>[-peers][-host].jsonl",
+        "bench/results/<machine>/<suite>-<dtype>-<device>[-peers][-host][-<N>threads].jsonl",
     )
     return parser
 
@@ -276,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out
     if out is None:
         ends = ("-peers" if names else "") + ("-host" if args.host else "")
+        ends += f"-{args.threads}threads" if args.threads else ""
         folder = machine.results_folder(torch.device(args.device))
         out = folder / f"{args.suite}-{args.dtype}-{args.device}{ends}.jsonl"
     if args.once and is_there(out, settings):

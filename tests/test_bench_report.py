@@ -99,6 +99,15 @@ def test_the_same_records_give_the_same_bytes(folder):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
 
 
+def test_one_thread_is_a_section_of_its_own(folder):
+    table = markdown.speed_table(folder, folder)
+    write(folder / "cpu-float32-cpu-1threads.jsonl", row(P, "inference", 9.0, 3.0), threads=1)
+    text = markdown.report(folder)
+    assert "## cpu, bfloat16\n" in text and "## cpu, float32, one thread\n" in text
+    assert "| T50 B1 H64 | inference | 9.000 | 3.000 | 3.00 |" in text
+    assert markdown.speed_table(folder, folder) == table
+
+
 def test_a_run_that_is_no_good_is_marked(tmp_path):
     write(tmp_path / "a.jsonl", row(P, "inference", 4.0, 2.0), complete=False, quick=True)
     text = markdown.report(tmp_path)
@@ -242,15 +251,28 @@ def test_a_wrong_row_has_no_gain(tmp_path):
 # --- all of it ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("peers", [False, True])
-def test_steps_of_publish(peers):
-    *runs, last = publish.steps(peers, ["--once"])
-    parsed = [make_parser().parse_args(run) for run in runs]
+@pytest.mark.parametrize("kind", [None, "peers"])
+def test_steps_of_publish(kind):
+    *runs, last = publish.steps(kind, ["--once"])
+    parsed = [make_parser().parse_args(run) for _, run in runs]
     asked = {(args.suite, args.dtype, bool(args.peer)) for args in parsed}
-    suites = ("cpu",) if peers else ("cpu", "scaling", "gate")
-    assert asked == {(s, d, peers) for s in suites for d in ("float32", "bfloat16")}
+    suites = ("cpu",) if kind else ("cpu", "scaling", "gate")
+    assert asked == {(s, d, bool(kind)) for s in suites for d in ("float32", "bfloat16")}
     assert all(args.once and args.out is None for args in parsed)
-    assert last[0] == "report"
+    assert not any(env for env, _ in (*runs, last))
+    assert last[1] == ["report", "--readme", "README.md"]
+
+
+def test_steps_of_publish_on_less_of_the_processor():
+    steps = publish.steps("limited", ["--once"])
+    assert [args[0] for _, args in steps] == [*["--suite"] * 2, "report"] * 2
+    runs = [(env, make_parser().parse_args(args)) for env, args in steps if args[0] != "report"]
+    assert [(args.dtype, args.threads, bool(env)) for env, args in runs] == [
+        *(("float32", 1, False), ("bfloat16", 1, False)),
+        *(("float32", None, True), ("bfloat16", None, True)),
+    ]
+    # README.md's own table is of the whole processor.
+    assert steps[-1] == (publish.AVX2, ["report"])
 
 
 def test_publish_stops_at_what_fails(monkeypatch, capsys):
@@ -259,7 +281,7 @@ def test_publish_stops_at_what_fails(monkeypatch, capsys):
     class Done:
         returncode = 0
 
-    def run(command, cwd):
+    def run(command, cwd, env):
         ran.append(command[3:])
         done = Done()
         done.returncode = 3 if len(ran) == 2 else 0
