@@ -205,6 +205,10 @@ def layer_forward(
 
 
 def _check_saved(
+    dy: Tensor | None,
+    dcells: Tensor | None,
+    dh_n: list[Tensor | None],
+    dc_n: list[Tensor | None],
     x: Tensor,
     directions: list[Direction],
     y: Tensor,
@@ -227,6 +231,12 @@ def _check_saved(
                 f"Expected a result saved for backward to be {dtype} of size {size} on {x.device}, "
                 f"got {tensor.dtype} of size {tuple(tensor.shape)} on {tensor.device}"
             )
+    for gradient in (dy, dcells, *dh_n, *dc_n):  # of the sizes of the outputs, says autograd
+        if gradient is not None and gradient.dtype != x.dtype:
+            raise RuntimeError(
+                f"Expected what is saved for backward to be {gradient.dtype} like the gradients, "
+                f"got {x.dtype}"
+            )
 
 
 def layer_backward(*arguments: Any, **wanted: Any) -> tuple[Tensor | None, list[DirectionGrads]]:
@@ -240,8 +250,8 @@ def layer_backward(*arguments: Any, **wanted: Any) -> tuple[Tensor | None, list[
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`check_layer`; RuntimeError also for a result
-            of forward of another size, dtype or device.
+            of forward, of another size, dtype or device, or gradients of another dtype.
     """
     x: Tensor = arguments[4]
-    _check_saved(*arguments[4:])
+    _check_saved(*arguments)
     return engine_of(x.device).layer_backward(*arguments, **wanted)
