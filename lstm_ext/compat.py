@@ -187,19 +187,19 @@ def check_batch_sizes(batch_sizes: Tensor, data: Tensor) -> None:
     """Refuse a PackedSequence made by hand whose batch_sizes point to rows that are not there."""
     rows = data.size(0)
     words = (
-        "batch_sizes: expected a 1-D torch.int64 tensor of numbers that do not increase and sum to "
-        f"{rows}"
+        "batch_sizes: expected a 1-D torch.int64 tensor of numbers that do not increase and sum to"
     )
     if batch_sizes.dtype == torch.int64 and batch_sizes.dim() == 1 and batch_sizes.numel():
         right = (
             (batch_sizes[-1] >= 0) & (batch_sizes.diff() <= 0).all() & (batch_sizes.sum() == rows)
         )
         if torch.compiler.is_compiling():
-            torch._assert_async(right, words)
+            # The number itself in the message would make a graph for it alone.
+            torch._assert_async(right, f"{words} the rows of data")
             return
         if right:
             return
-    raise ValueError(f"{words}, got {batch_sizes.tolist()} of {batch_sizes.dtype}")
+    raise ValueError(f"{words} {rows}, got {batch_sizes.tolist()} of {batch_sizes.dtype}")
 
 
 def check_match(name: str, tensors: Iterable[Tensor], input: Tensor) -> None:

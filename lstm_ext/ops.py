@@ -204,6 +204,41 @@ def layer_forward(
     return engine.layer_forward(x, directions, steps, save=save, cells=cells)
 
 
+def _check_saved(
+    dy: Tensor | None,
+    dcells: Tensor | None,
+    dh_n: list[Tensor | None],
+    dc_n: list[Tensor | None],
+    x: Tensor,
+    directions: list[Direction],
+    y: Tensor,
+    saved: list[tuple[Tensor, ...]],
+    steps: Steps,
+) -> None:
+    """Refuses what is no longer as forward left it: a hook on saved tensors may return anything,
+    and ``.data``, which Module.to() sets too, changes a parameter without a new version."""
+    check_layer(x, directions, steps)
+    rows, acc = steps.rows, acc_dtype(x.dtype)
+    H, P = directions[0].c0.size(-1), directions[0].h0.size(-1)
+    # As LayerResult and, with a layer norm, norm_input and the engines list them.
+    sizes = ((rows, 4 * H), (rows, H), (rows, 4 * H), (rows, 1), (rows, 1), (rows, 4 * H), (rows,))
+    expected = [(y, (rows, len(directions) * P), x.dtype)]
+    for tensors in saved:
+        expected += [(t, size, acc) for t, size in zip(tensors, sizes, strict=False)]
+    for tensor, size, dtype in expected:
+        if tensor.shape != size or tensor.dtype != dtype or tensor.device != x.device:
+            raise RuntimeError(
+                f"Expected a result saved for backward to be {dtype} of size {size} on {x.device}, "
+                f"got {tensor.dtype} of size {tuple(tensor.shape)} on {tensor.device}"
+            )
+    for gradient in (dy, dcells, *dh_n, *dc_n):  # of the sizes of the outputs, says autograd
+        if gradient is not None and gradient.dtype != x.dtype:
+            raise RuntimeError(
+                f"Expected what is saved for backward to be {gradient.dtype} like the gradients, "
+                f"got {x.dtype}"
+            )
+
+
 def layer_backward(*arguments: Any, **wanted: Any) -> tuple[Tensor | None, list[DirectionGrads]]:
     """Gradients of a layer's inputs: of x, and per direction; None where they are not wanted.
 
@@ -212,6 +247,11 @@ def layer_backward(*arguments: Any, **wanted: Any) -> tuple[Tensor | None, list[
             and dc_n (B, H) likewise, a list over the directions. The rest: inputs and results of
             :func:`layer_forward` with ``save``, ``saved`` as (gates, c_seq, *more) of each.
         wanted_x, wanted: which gradients to make, a flag each.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`check_layer`; RuntimeError also for a result
+            of forward, of another size, dtype or device, or gradients of another dtype.
     """
     x: Tensor = arguments[4]
+    _check_saved(*arguments)
     return engine_of(x.device).layer_backward(*arguments, **wanted)

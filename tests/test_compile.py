@@ -187,6 +187,19 @@ def test_no_recompilation_for_other_sizes():
         assert counter.frame_count == seen
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_no_recompilation_for_other_packed_sizes(given):
+    module = here(lstm_ext.LSTM(I, H, 2, bidirectional=True))
+    counter = CompileCounterWithBackend("aot_eager")
+    made = compiled(module, counter)
+    for lengths in ([2, 5, 4], [7, 3], [3, 6, 6, 2], [3, 3], [9, 1, 8, 8, 3]):
+        x, N = here(torch.randn(max(lengths), len(lengths), I)), len(lengths)
+        packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
+        hx = (here(torch.randn(4, N, H)), here(torch.randn(4, N, H))) if given else None
+        assert_close(made(packed, hx)[0].data, module(packed, hx)[0].data, **BITS)
+    assert counter.frame_count == 2
+
+
 @pytest.mark.parametrize("name", ["layers", "batch_first", "everything", "cells"])
 def test_vmap_inside(name):
     """Over inputs and lengths, and over an ensemble's parameters; trained, too."""

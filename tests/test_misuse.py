@@ -191,3 +191,27 @@ def test_attributes_changed_after_construction(made, name, value):
     setattr(module, name, value)
     with pytest.raises(RuntimeError, match=f"got .*{name}={value}.*, expected what the module was"):
         module(x)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(
+    "change", ["half", "double", "narrow", "half_hook", "double_hook", "short_hook"]
+)
+def test_what_is_saved_for_backward_replaced(change, layer_norm):
+    """The core reads by address: of another size or dtype it would read memory of others."""
+    module = here(lstm_ext.LSTM(48, 64, bidirectional=True, layer_norm=layer_norm))
+    changed = {
+        "half_hook": torch.Tensor.half,
+        "double_hook": torch.Tensor.double,
+        "short_hook": lambda t: t[:1],
+    }
+    pack = changed.get(change, lambda t: t)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y, _ = module(leaf(torch.randn(9, 3, 48)))
+        loss = y.mul(2).sum()
+    if change in ("half", "double"):
+        getattr(module, change)()
+    elif change == "narrow":
+        module.weight_hh_l0.data = module.weight_hh_l0.data[:, :1].contiguous()
+    with pytest.raises((RuntimeError, ValueError), match="Expected"):
+        loss.backward()
