@@ -55,7 +55,10 @@ def select_cpu_isa(name: str) -> None:
 
 
 if _isa := os.environ.get("LSTM_EXT_CPU_ISA"):
-    select_cpu_isa(_isa)
+    try:
+        select_cpu_isa(_isa)
+    except ValueError as error:
+        raise ValueError(f"LSTM_EXT_CPU_ISA: {error}") from None
 
 
 # Up to this many sequences a single step is like any other; of more, packing W_hh for one use

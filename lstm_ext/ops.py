@@ -43,6 +43,7 @@ __all__ = [
     "acc_dtype",
     "autocast_is_on",
     "check_layer",
+    "check_saved",
     "cpu_isa",
     "cpu_isas",
     "engine_of",
@@ -204,39 +205,49 @@ def layer_forward(
     return engine.layer_forward(x, directions, steps, save=save, cells=cells)
 
 
-def _check_saved(
-    dy: Tensor | None,
-    dcells: Tensor | None,
-    dh_n: list[Tensor | None],
-    dc_n: list[Tensor | None],
+def check_saved(
+    gradients: Sequence[Tensor | None],
     x: Tensor,
     directions: list[Direction],
     y: Tensor,
-    saved: list[tuple[Tensor, ...]],
+    saved: Sequence[tuple[Tensor, ...]],
     steps: Steps,
 ) -> None:
     """Refuses what is no longer as forward left it: a hook on saved tensors may return anything,
-    and ``.data``, which Module.to() sets too, changes a parameter without a new version."""
+    and ``.data``, which Module.to() sets too, changes a parameter without a new version.
+
+    gradients: of the outputs. The rest as for :func:`layer_backward`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`check_layer`; RuntimeError also for a result
+            of forward of another size, dtype or device, or gradients of another dtype.
+    """
     check_layer(x, directions, steps)
-    rows, acc = steps.rows, acc_dtype(x.dtype)
-    H, P = directions[0].c0.size(-1), directions[0].h0.size(-1)
+    rows, dtype, device = steps.rows, x.dtype, x.device
+    H, P = directions[0].c0.size(1), directions[0].h0.size(1)
+    _check_result(y, (rows, len(directions) * P), dtype, device)
     # As LayerResult and, with a layer norm, norm_input and the engines list them.
     sizes = ((rows, 4 * H), (rows, H), (rows, 4 * H), (rows, 1), (rows, 1), (rows, 4 * H), (rows,))
-    expected = [(y, (rows, len(directions) * P), x.dtype)]
+    acc = acc_dtype(dtype)
     for tensors in saved:
-        expected += [(t, size, acc) for t, size in zip(tensors, sizes, strict=False)]
-    for tensor, size, dtype in expected:
-        if tensor.shape != size or tensor.dtype != dtype or tensor.device != x.device:
-            raise RuntimeError(
-                f"Expected a result saved for backward to be {dtype} of size {size} on {x.device}, "
-                f"got {tensor.dtype} of size {tuple(tensor.shape)} on {tensor.device}"
-            )
-    for gradient in (dy, dcells, *dh_n, *dc_n):  # of the sizes of the outputs, says autograd
-        if gradient is not None and gradient.dtype != x.dtype:
+        for tensor, size in zip(tensors, sizes, strict=False):
+            _check_result(tensor, size, acc, device)
+    for gradient in gradients:  # of the sizes of the outputs, says autograd
+        if gradient is not None and gradient.dtype != dtype:
             raise RuntimeError(
                 f"Expected what is saved for backward to be {gradient.dtype} like the gradients, "
-                f"got {x.dtype}"
+                f"got {dtype}"
             )
+
+
+def _check_result(
+    tensor: Tensor, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    if tensor.shape != size or tensor.dtype != dtype or tensor.device != device:
+        raise RuntimeError(
+            f"Expected a result saved for backward to be {dtype} of size {size} on {device}, "
+            f"got {tensor.dtype} of size {tuple(tensor.shape)} on {tensor.device}"
+        )
 
 
 def layer_backward(*arguments: Any, **wanted: Any) -> tuple[Tensor | None, list[DirectionGrads]]:
@@ -249,9 +260,8 @@ def layer_backward(*arguments: Any, **wanted: Any) -> tuple[Tensor | None, list[
         wanted_x, wanted: which gradients to make, a flag each.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`check_layer`; RuntimeError also for a result
-            of forward, of another size, dtype or device, or gradients of another dtype.
+        TypeError, ValueError, RuntimeError: see :func:`check_saved`.
     """
-    x: Tensor = arguments[4]
-    _check_saved(*arguments)
+    dy, dcells, dh_n, dc_n, x, *rest = arguments
+    check_saved((dy, dcells, *dh_n, *dc_n), x, *rest)
     return engine_of(x.device).layer_backward(*arguments, **wanted)

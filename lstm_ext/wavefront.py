@@ -138,16 +138,20 @@ class WavefrontStack(Function):
             or forward_ad._current_level >= 0
         ):
             return (None,) * 4 + _in_turn(ctx, x, flat, kept, grad_outputs)
+        layers, results = _layers(flat), Saved(*saved)
+        for of_layer, layer in zip(zip(*results, strict=True), layers, strict=True):
+            layer_x, y, gates, c_seq = of_layer
+            ops.check_saved(grad_outputs, layer_x, [layer], y, [(gates, c_seq)], ctx.steps)
         dx, grads = cuda_wavefront.backward(
             ops.engine_of(x.device),
             dy,
             dcells,
             dh_n,
             dc_n,
-            _layers(flat),
+            layers,
             kept,
             ctx.scale,
-            Saved(*saved),
+            results,
             ctx.steps,
             wanted_x=wanted_x,
             wanted=[DirectionGrads(*group, False) for group in grouped(wanted, L)],

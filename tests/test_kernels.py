@@ -288,6 +288,7 @@ def test_instruction_set_by_environment():
     assert run("portable").stdout.strip() == "portable"
     failed = run("sse9")
     assert failed.returncode != 0
+    assert "LSTM_EXT_CPU_ISA: CPU kernels that run here: " in failed.stderr
     assert "got 'sse9'" in failed.stderr and "portable" in failed.stderr
 
 

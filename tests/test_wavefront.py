@@ -242,6 +242,20 @@ def test_twice_through_the_same_graph(engine):
         torch.autograd.grad(y.square().sum(), x)
 
 
+@pytest.mark.parametrize("change", ["half", "half_hook", "short_hook"])
+def test_what_is_saved_for_backward_replaced(engine, stacks, change):
+    engine.wavefront = True
+    module, x = module_of(), data()
+    pack = {"half_hook": torch.Tensor.half, "short_hook": lambda t: t[:1]}.get(change, lambda t: t)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = module(x)[0].mul(2).sum()
+    assert len(stacks) == 1
+    if change == "half":
+        module.half()
+    with pytest.raises((RuntimeError, ValueError), match="Expected"):
+        loss.backward()
+
+
 def test_second_derivatives(engine, stacks, monkeypatch):
     """In float64, which has one part, to be told from a wrong formula."""
     monkeypatch.setattr(wavefront, "applies", lambda *_: engine.wavefront)
