@@ -81,6 +81,19 @@ def lstm_layer(
     return LayerOutputs(result.y, result.h_n, result.c_n, all_cells)
 
 
+def is_surrounded() -> bool:
+    """Whether anything but autograd's recording has a say in what an operation does: what records
+    operations or runs them otherwise, autocast, torch.func, forward mode."""
+    return (
+        torch.compiler.is_compiling()  # first: what traces this reads no further
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+    )
+
+
 def _any_negated(tensors: list[Tensor | None]) -> bool:
     for tensor in tensors:  # a loop: a generator takes twice as long, at every call
         if tensor is not None and tensor.is_neg():
