@@ -17,7 +17,6 @@ from torch.autograd import Function
 from lstm_ext import batching, cpu_engine, cpu_products, ops
 from lstm_ext.autograd import LSTMLayerBackward, must_apply
 from lstm_ext.engine import DTYPE_CODE
-from lstm_ext.layer import is_surrounded
 from lstm_ext.native import _C
 from lstm_ext.ops import Direction, DirectionGrads, LayerWeights
 from lstm_ext.profiling import recorded
@@ -36,11 +35,13 @@ def cell_step(
 ) -> tuple[Tensor, Tensor] | None:
     """(h_1, c_1) as LSTMCell.forward returns them; None where the call is one for the layer.
 
+    Only where not :func:`engine.is_surrounded`.
+
     Args:
         x, hx: whatever LSTMCell.forward got.
         weights: weight_ih, weight_hh, bias_ih, bias_hh; the biases may be None.
     """
-    if is_surrounded() or ops.engine_of(_CPU) is not cpu_engine:
+    if ops.engine_of(_CPU) is not cpu_engine:
         return None
     made = recorded(_cell.cpu_forward)(
         x,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .cell_step import cell_step
 from .compat import States, adopt, check_match, check_none, check_pair, forget
+from .engine import is_surrounded
 from .layer import lstm_layer
 from .ops import Direction
 from .steps import Steps
@@ -77,7 +78,7 @@ class LSTMCell(Variants, nn.RNNCellBase):
         # getattr finds every kind of replaced weight, but is slow for a plain parameter.
         parameters = self._parameters
         weights = [parameters[n] if n in parameters else getattr(self, n) for n in _WEIGHTS]
-        if not self._varied():
+        if not (is_surrounded() or self._varied()):
             states = cell_step(input, hx, weights, self.input_size, self.hidden_size)
             if states is not None:
                 return states

@@ -1,4 +1,4 @@
-"""The short way of the plain cell: when it is taken, and that it gives the layer's bits."""
+"""The short way of a single plain step: when it is taken, and that it gives the layer's bits."""
 
 import itertools
 
@@ -11,10 +11,11 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lstm_ext
-from lstm_ext import cell_step, lstm_cell, ops
+from lstm_ext import cell_step, layer, lstm_cell, ops
 
 pytestmark = pytest.mark.cpu_only(reason="the CPU engine's own way for one step of a cell")
 I, H = 5, 19
+CALLERS = (lstm_cell, layer)
 
 
 @pytest.fixture
@@ -28,7 +29,8 @@ def taken(monkeypatch):
             steps.append(made)
         return made
 
-    monkeypatch.setattr(lstm_cell, "cell_step", spy)
+    for caller in CALLERS:
+        monkeypatch.setattr(caller, "cell_step", spy)
     return steps
 
 
@@ -38,7 +40,8 @@ def inputs(batch, dtype=torch.float32):
 
 def by_the_layer(monkeypatch, call):
     with monkeypatch.context() as patch:
-        patch.setattr(lstm_cell, "cell_step", lambda *args: None)
+        for caller in CALLERS:
+            patch.setattr(caller, "cell_step", lambda *args: None)
         return call()
 
 
@@ -69,6 +72,57 @@ def test_the_layer_s_bits(batch, dtype, with_hx, bias, taken, monkeypatch, isa):
     theirs = by_the_layer(monkeypatch, run)
     assert len(taken) == 2
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+LAYERS = {
+    "plain": {},
+    "layers": {"num_layers": 2, "bias": False},
+    "batch_first": {"batch_first": True},
+    "two directions": {"bidirectional": True},
+    "projection": {"proj_size": 3},
+    "peephole": {"peephole": True},
+    "cells": {"return_cell_sequence": True},
+}
+ONE_STEP = {"plain": 1, "layers": 2, "batch_first": 1}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_layer_s_single_step(name, batch, taken, monkeypatch):
+    module = lstm_ext.LSTM(I, H, **LAYERS[name])
+    x = leaf(torch.randn(*((batch, 1) if module.batch_first else (1, batch)), I))
+
+    def run():
+        y, states, *cells = module(x)
+        outputs = [y, *states, *cells]
+        torch.manual_seed(1)
+        cotangents = [torch.randn_like(t) for t in outputs]
+        grads = torch.autograd.grad(outputs, [x, *module.parameters()], cotangents)
+        first = y.clone()
+        y.detach().zero_()  # changes no other
+        return [first, *outputs[1:], *grads]
+
+    ours = run()
+    assert len(taken) == ONE_STEP.get(name, 0)
+    theirs = by_the_layer(monkeypatch, run)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_single_step_with_lengths_or_a_reset(taken):
+    module, x = lstm_ext.LSTM(I, H), torch.randn(1, 2, I)
+    hx = (torch.randn(1, 2, H), torch.randn(1, 2, H))
+    h_n = module(x, hx, lengths=torch.tensor([1, 0]))[1][0]
+    assert torch.equal(h_n[0, 1], hx[0][0, 1])
+    module(x, hx, reset_mask=torch.tensor([[True, False]]))
+    assert not taken
+
+
+def test_unbatched(taken, monkeypatch):
+    module = lstm_ext.LSTMCell(I, H)
+    x, *hx = (t[0] for t in inputs(1))
+    ours = module(x, hx)
+    assert len(taken) == 1
+    assert all(map(torch.equal, ours, by_the_layer(monkeypatch, lambda: module(x, hx))))
 
 
 @pytest.mark.parametrize("index", range(7))
