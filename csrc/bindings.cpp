@@ -7,11 +7,12 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind_cpu.h"
+#include "bind_cpu_cell.h"
 #include "bind_memory.h"
 #include "bind_steps.h"
 #include "bind_variants.h"
 #include "build_info.h"
-#include "cpu/kernels.h"
 #include "params.h"
 #ifdef LSTM_EXT_WITH_CUDA
 #include "cuda/bindings.h"
@@ -46,26 +47,9 @@ py::list cpu_isas() {
   return names;
 }
 
+using lstm_ext::checked_cpu_kernels;
 using lstm_ext::Memory;
-
-const lstm_ext::CpuKernels& cpu_kernels(bool bf16_products = false) {
-  const lstm_ext::CpuKernels& kernels = lstm_ext::cpu_kernels();
-  if (bf16_products && !kernels.bf16_products) {
-    throw std::invalid_argument(std::string("the CPU kernels ") + kernels.name +
-                                " do not multiply bf16");
-  }
-  return kernels;
-}
-
-// Runs a kernel in the tensor that workspace(bytes) returns, without the interpreter's lock.
-template <class Params>
-void run_core(void (*kernel)(const Params&), int64_t (*bytes)(const Params&), Params params,
-              const py::function& workspace) {
-  const py::object scratch = workspace(bytes(params));
-  params.workspace = lstm_ext::memory_of(scratch);
-  const py::gil_scoped_release release;
-  kernel(params);
-}
+using lstm_ext::run_core;
 
 void cpu_forward(int dtype, bool bf16_products, int threads, bool pack_input,
                  const lstm_ext::Steps& steps, int64_t H, int64_t P, int64_t I, Memory gx, Memory x,
@@ -73,7 +57,7 @@ void cpu_forward(int dtype, bool bf16_products, int threads, bool pack_input,
                  Memory c0, const lstm_ext::Variants& variants, Memory gates, Memory c_seq,
                  Memory norm, Memory norm_r, Memory y, int64_t y_stride, Memory h_n, Memory c_n,
                  const py::function& workspace) {
-  const lstm_ext::CpuKernels& kernels = cpu_kernels(bf16_products);
+  const lstm_ext::CpuKernels& kernels = checked_cpu_kernels(bf16_products);
   run_core(kernels.forward, kernels.forward_workspace,
            {static_cast<lstm_ext::Dtype>(dtype),
             bf16_products,
@@ -112,7 +96,7 @@ void cpu_backward(int dtype, bool bf16_products, int threads, const lstm_ext::St
                   Memory dh_n, Memory dc_n, Memory dcells, Memory dgates, Memory dproduct,
                   Memory h_prev, Memory dr, Memory cell_out, Memory dpeephole, Memory dnorm,
                   Memory dh0, Memory dc0, const py::function& workspace) {
-  const lstm_ext::CpuKernels& kernels = cpu_kernels(bf16_products);
+  const lstm_ext::CpuKernels& kernels = checked_cpu_kernels(bf16_products);
   run_core(kernels.backward, kernels.backward_workspace,
            {static_cast<lstm_ext::Dtype>(dtype),
             bf16_products,
@@ -152,7 +136,7 @@ void cpu_backward(int dtype, bool bf16_products, int threads, const lstm_ext::St
 void cpu_matmul(int dtype, bool bf16_products, int threads, int64_t M, int64_t N, int64_t more_N,
                 int64_t K, bool a_transposed, Memory a, Memory w, Memory more_w, Memory out,
                 Memory more_out, Memory sums, const py::function& workspace) {
-  const lstm_ext::CpuKernels& kernels = cpu_kernels(bf16_products);
+  const lstm_ext::CpuKernels& kernels = checked_cpu_kernels(bf16_products);
   run_core(
       kernels.matmul, kernels.matmul_workspace,
       {static_cast<lstm_ext::Dtype>(dtype), bf16_products, threads, M, N, more_N, K, a_transposed,
@@ -211,6 +195,7 @@ PYBIND11_MODULE(_C, m) {
         "Whether OpenMP gives a team that many threads.");
   lstm_ext::bind_steps(m);
   lstm_ext::bind_variants(m);
+  lstm_ext::bind_cpu_cell(m);
   // dtype codes: enum Dtype in params.h, where every argument is described. Positional as a rule:
   // thirty keywords take 2 us. workspace(bytes) returns a tensor to work in.
   m.def("cpu_forward", &cpu_forward, "dtype"_a, "bf16_products"_a, "threads"_a, "pack_input"_a,

@@ -82,16 +82,8 @@ class LSTMLayer(Function):
         grads = grad_outputs[: 2 + 2 * len(ctx.kinds)]
         wanted = ctx.needs_input_grad[3:]
         steps, kinds = batching.unwrapped(ctx.steps, ctx.kinds)
-        arguments = (steps, kinds, wanted, *grads, *ctx.saved_tensors)
-        # With create_graph the gradients must themselves be differentiable; transforms of
-        # torch.func and forward mode reach a Function by its apply alone.
-        plain = not (
-            torch.is_grad_enabled()
-            or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-        )
-        run = LSTMLayerBackward.forward if plain else LSTMLayerBackward.apply
-        return (None, None, None, *run(*arguments))
+        run = LSTMLayerBackward.apply if must_apply() else LSTMLayerBackward.forward
+        return (None, None, None, *run(steps, kinds, wanted, *grads, *ctx.saved_tensors))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -144,6 +136,19 @@ class LSTMLayerBackward(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         return batching.backward(LSTMLayerBackward, info.batch_size, in_dims, inputs)
+
+
+def must_apply() -> bool:
+    """Whether a backward must go through LSTMLayerBackward.apply, rather than its forward alone.
+
+    With create_graph the gradients must themselves be differentiable; transforms of torch.func and
+    forward mode reach a Function by its apply alone.
+    """
+    return (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def _second_order(ctx: Any, second: tuple[Tensor | None, ...]) -> list[Tensor | None]:

@@ -63,7 +63,7 @@ if _isa := os.environ.get("LSTM_EXT_CPU_ISA"):
 
 # Up to this many sequences a single step is like any other; of more, packing W_hh for one use
 # costs more than a product by torch.
-_CORE_ONE_STEP_ROWS = 4
+CORE_ONE_STEP_ROWS = 4
 
 
 def _bf16_products(dtype: torch.dtype, w: LayerWeights) -> bool:
@@ -131,7 +131,7 @@ def _forward(
     one_step = (
         steps.T == 1
         and not deterministic
-        and steps.B > _CORE_ONE_STEP_ROWS
+        and steps.B > CORE_ONE_STEP_ROWS
         and w.w_hr is None
         and not normed
         and not bf16_products
@@ -212,7 +212,7 @@ def layer_backward(
     dx: Tensor | None = None
     grads = []
     for k, direction in enumerate(directions):
-        part, direction_grads = _backward(
+        part, direction_grads = direction_backward(
             rows_of(dy, k * P, P),
             rows_of(dcells, k * H, H),
             dh_n[k],
@@ -230,7 +230,11 @@ def layer_backward(
     return (None if dx is None else dx.to(x.dtype)), grads
 
 
-def _backward(
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    return gradient if gradient is None else gradient.resolve_neg().contiguous()
+
+
+def direction_backward(
     dy: Tensor | None,
     dcells: Tensor | None,
     dh_n: Tensor | None,
@@ -250,11 +254,11 @@ def _backward(
     variants, _kept = native_variants(_C, w, dtype)
     # Then dh0 needs one product, without packing.
     one_step = steps.T == 1 and w.w_hr is None and not normed
+    # Then W_hh was multiplied with h0 itself, and dh0 is that product.
+    plain_step = one_step and not w.varied and steps.lengths is None and steps.reset_mask is None
     padding = steps.has_padding
-    dh_n, dc_n, dcells = (
-        g if g is None else g.resolve_neg().contiguous() for g in (dh_n, dc_n, dcells)
-    )
-    gates, c_seq, *more = (t.contiguous() for t in saved)
+    dh_n, dc_n, dcells = _dense(dh_n), _dense(dc_n), _dense(dcells)
+    gates, c_seq, *more = [t.contiguous() for t in saved]
     h0, c0 = h0.contiguous(), c0.contiguous()
     norm, norm_r = more[3:] if normed else (None, None)
     w_hh = None if one_step else w.w_hh.contiguous()
@@ -262,7 +266,7 @@ def _backward(
     bf16_products = _bf16_products(dtype, w)
     operand = dtype if bf16_products else gates.dtype  # of the gradients that go into products
     dgates = _allocate(gates, steps.rows, 4 * H, zero=padding, dtype=operand)
-    h_prev = y.new_empty(steps.rows, P) if wanted.w_hh else None
+    h_prev = y.new_empty(steps.rows, P) if wanted.w_hh and not plain_step else None
     dproduct = gates.new_empty(steps.rows, 4 * H) if normed else None
     dr = None
     if w_hr is not None:
@@ -288,11 +292,14 @@ def _backward(
     with without_autocast(x.device):
         if one_step and wanted.h0:
             product = matmul(dgates, w.w_hh)
-            if w.masks is not None and w.masks.h_dropout is not None:
-                product *= w.masks.h_dropout
-            if steps.reset_mask is not None:
-                product.masked_fill_(steps.reset_mask.T, 0)
-            dh0 += product.to(dtype)
+            if plain_step:
+                dh0 = product.to(dtype)
+            else:
+                if w.masks is not None and w.masks.h_dropout is not None:
+                    product *= w.masks.h_dropout
+                if steps.reset_mask is not None:
+                    product.masked_fill_(steps.reset_mask.T, 0)
+                dh0 += product.to(dtype)
         dinput, dgamma_ih = dgates, None  # gradients of x W_ih^T and of its norm
         if normed and (wanted_x or wanted.w_ih or wanted.gamma_ih):
             dinput, dgamma_ih = norm_input_backward(dgates, w, tuple(more[:3]))
@@ -311,7 +318,9 @@ def _backward(
             dgates = rows(dgates)
         wanted_b = wanted.b_ih or wanted.b_hh
         x_rows = rows(x) if wanted.w_ih else None
-        h_rows = None if h_prev is None else rows(h_prev)
+        h_rows = None
+        if wanted.w_hh:
+            h_rows = h0 if plain_step else rows(h_prev)
         dw_ih = dw_hh = db = dw_hr = None
         if not normed:
             if wanted_b or wanted.w_ih or wanted.w_hh:
@@ -324,9 +333,10 @@ def _backward(
             db = dgates.sum(0) if wanted_b else None
         if cell_out is not None:
             dw_hr = transposed_matmul(rows(dr[:, :P]), rows(cell_out), None, False)[0]
-        dw_ih, dw_hh, dw_hr, db = (
-            g if g is None else g.to(dtype) for g in (dw_ih, dw_hh, dw_hr, db)
-        )
+        if dtype != gates.dtype:
+            dw_ih, dw_hh, dw_hr, db = [
+                g if g is None else g.to(dtype) for g in (dw_ih, dw_hh, dw_hr, db)
+            ]
     return dx, DirectionGrads(
         h0=dh0 if wanted.h0 else None,
         c0=dc0 if wanted.c0 else None,

@@ -77,8 +77,9 @@ def transposed_matmul(
     acc = torch.promote_types(a.dtype, torch.float32)
     few_bf16 = a.dtype == torch.bfloat16 and a.size(0) < _CORE_BF16_ROWS
     if few_bf16 or (a.size(0) == 1 and a.dtype == w.dtype == acc):
-        more_out = None if more_w is None else torch.mm(a.t(), more_w)
-        return torch.mm(a.t(), w), more_out, a.sum(0, dtype=acc) if sums else None
+        columns = a.t()
+        more_out = None if more_w is None else torch.mm(columns, more_w)
+        return torch.mm(columns, w), more_out, a.sum(0, dtype=acc) if sums else None
     new = a.new_empty if a.size(0) else a.new_zeros
     out = new(a.size(1), w.size(1), dtype=acc)
     more_out = None if more_w is None else new(a.size(1), more_w.size(1), dtype=acc)

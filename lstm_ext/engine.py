@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, peek_interpreter_stack
+from torch.autograd import forward_ad
 
 #: enum Dtype of csrc/params.h
 DTYPE_CODE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -238,3 +239,16 @@ def is_recorded() -> bool:
         return True
     transform = peek_interpreter_stack()
     return transform is not None and transform.key() == TransformType.Functionalize
+
+
+def is_surrounded() -> bool:
+    """Whether anything but autograd's recording has a say in what an operation does: what records
+    operations or runs them otherwise, autocast, torch.func, forward mode."""
+    return (
+        torch.compiler.is_compiling()  # first: what traces this reads no further
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+    )

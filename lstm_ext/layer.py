@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 
 from lstm_ext import library, ops
 from lstm_ext.autograd import LSTMLayer, has_tangent, needs_grad
-from lstm_ext.engine import is_recorded
+from lstm_ext.cell_step import cell_step
+from lstm_ext.engine import is_recorded, is_surrounded
 from lstm_ext.flat import flatten, kinds_of, map_tensors
 from lstm_ext.ops import Direction
 from lstm_ext.steps import Steps
@@ -43,6 +44,11 @@ def lstm_layer(
         TypeError, ValueError, RuntimeError: see :func:`ops.check_layer` and
             :func:`ops.has_native_kernels`.
     """
+    surrounded = is_surrounded()
+    if not (surrounded or cells) and steps.T == len(directions) == 1:
+        made = _one_step(x, directions[0], steps)
+        if made is not None:
+            return made
     device = x.device.type
     if ops.autocast_is_on(device):
         dtype = torch.get_autocast_dtype(device)
@@ -79,6 +85,18 @@ def lstm_layer(
     result = ops.layer_forward(x, directions, steps, save=False, cells=cells)
     all_cells = side_by_side(result.c_seq, x.dtype) if cells else None
     return LayerOutputs(result.y, result.h_n, result.c_n, all_cells)
+
+
+def _one_step(x: Tensor, direction: Direction, steps: Steps) -> LayerOutputs | None:
+    """A single step as a cell takes it; None if it is not a plain one for the CPU."""
+    h0, c0, w, _ = direction
+    if w.varied or w.w_hr is not None or steps.lengths is not None or steps.reset_mask is not None:
+        return None
+    states = cell_step(x, (h0, c0), list(w[:4]), x.size(-1), c0.size(-1))
+    if states is None:
+        return None
+    h, c = states
+    return LayerOutputs(h.clone(), [h], [c], None)  # two tensors: a caller may change one in place
 
 
 def _any_negated(tensors: list[Tensor | None]) -> bool:

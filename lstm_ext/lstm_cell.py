@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .cell_step import cell_step
 from .compat import States, adopt, check_match, check_none, check_pair, forget
+from .engine import is_surrounded
 from .layer import lstm_layer
 from .ops import Direction
 from .steps import Steps
@@ -73,6 +75,13 @@ class LSTMCell(Variants, nn.RNNCellBase):
             ValueError, RuntimeError, TypeError: nn.LSTMCell's own for what it refuses; RuntimeError
                 also for a c_0 of another dtype, which nn.LSTMCell lets pass.
         """
+        # getattr finds every kind of replaced weight, but is slow for a plain parameter.
+        parameters = self._parameters
+        weights = [parameters[n] if n in parameters else getattr(self, n) for n in _WEIGHTS]
+        if not (is_surrounded() or self._varied()):
+            states = cell_step(input, hx, weights, self.input_size, self.hidden_size)
+            if states is not None:
+                return states
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         batched = input.dim() == 2
@@ -93,9 +102,6 @@ class LSTMCell(Variants, nn.RNNCellBase):
             raise RuntimeError(
                 f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}"
             )
-        # getattr finds every kind of replaced weight, but is slow for a plain parameter.
-        parameters = self._parameters
-        weights = [parameters[n] if n in parameters else getattr(self, n) for n in _WEIGHTS]
         if self.peephole or self.layer_norm:
             weights += [getattr(self, name) for name in self._variant_names()]
         batch = input.size(0)

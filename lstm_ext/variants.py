@@ -77,6 +77,16 @@ class Variants(nn.Module):
             del values["zoneout"]
         return {name: value for name, value in values.items() if value}
 
+    def _varied(self) -> bool:
+        """Whether there may be any."""
+        return bool(
+            self.peephole
+            or self.layer_norm
+            or self.zoneout
+            or self.recurrent_dropout
+            or self.weight_dropout
+        )
+
     def _variants_repr(self) -> str:
         parts = self._variants()
         if self.forget_bias is not None:
@@ -148,8 +158,7 @@ class Variants(nn.Module):
 
         bias, projection: whether theirs are among the weights.
         """
-        varied = self.peephole or self.layer_norm or self.zoneout
-        if bias and not (varied or self.recurrent_dropout or self.weight_dropout):
+        if bias and not self._varied():
             return LayerWeights(*weights)  # nn.LSTM's own, in their order; the usual case
         w_ih, w_hh, *rest = weights
         b_ih = b_hh = w_hr = w_ch = None

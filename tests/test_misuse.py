@@ -53,7 +53,7 @@ def test_strided_single_bias():
     H, B = 160, 300
     x, zero = here((torch.randn(B, 64), torch.zeros(B, H)))  # a single step: torch's product
     w_ih, w_hh = here((torch.randn(4 * H, 64) / 8, torch.randn(4 * H, H) / 13))
-    assert B > cpu_engine._CORE_ONE_STEP_ROWS
+    assert B > cpu_engine.CORE_ONE_STEP_ROWS
     assert x.numel() * 4 * H > cpu_products._ONEDNN_MIN_MACS
     for bias in (here(torch.randn(8 * H))[::2], here(torch.randn(1)).expand(4 * H)):
         ours = lstm_layer(x, zero, zero, LayerWeights(w_ih, w_hh, bias), Steps.padded(1, B))[0]
