@@ -8,7 +8,7 @@
 #include <string>
 
 #include "bind_cpu.h"
-#include "bind_cpu_cell.h"
+#include "bind_cpu_plain.h"
 #include "bind_memory.h"
 #include "bind_steps.h"
 #include "bind_variants.h"
@@ -195,7 +195,7 @@ PYBIND11_MODULE(_C, m) {
         "Whether OpenMP gives a team that many threads.");
   lstm_ext::bind_steps(m);
   lstm_ext::bind_variants(m);
-  lstm_ext::bind_cpu_cell(m);
+  lstm_ext::bind_cpu_plain(m);
   // dtype codes: enum Dtype in params.h, where every argument is described. Positional as a rule:
   // thirty keywords take 2 us. workspace(bytes) returns a tensor to work in.
   m.def("cpu_forward", &cpu_forward, "dtype"_a, "bf16_products"_a, "threads"_a, "pack_input"_a,

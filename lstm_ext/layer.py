@@ -11,10 +11,10 @@ from torch.autograd import forward_ad
 
 from lstm_ext import library, ops
 from lstm_ext.autograd import LSTMLayer, has_tangent, needs_grad
-from lstm_ext.cell_step import cell_step
 from lstm_ext.engine import is_recorded, is_surrounded
 from lstm_ext.flat import flatten, kinds_of, map_tensors
 from lstm_ext.ops import Direction
+from lstm_ext.plain import plain_layer
 from lstm_ext.steps import Steps
 from lstm_ext.torch_engine import LayerOutputs, reference_layer, side_by_side
 
@@ -44,9 +44,8 @@ def lstm_layer(
         TypeError, ValueError, RuntimeError: see :func:`ops.check_layer` and
             :func:`ops.has_native_kernels`.
     """
-    surrounded = is_surrounded()
-    if not (surrounded or cells) and steps.T == len(directions) == 1:
-        made = _one_step(x, directions[0], steps)
+    if len(directions) == 1 and not (cells or is_surrounded()):
+        made = _plain(x, directions[0], steps)
         if made is not None:
             return made
     device = x.device.type
@@ -87,16 +86,19 @@ def lstm_layer(
     return LayerOutputs(result.y, result.h_n, result.c_n, all_cells)
 
 
-def _one_step(x: Tensor, direction: Direction, steps: Steps) -> LayerOutputs | None:
-    """A single step as a cell takes it; None if it is not a plain one for the CPU."""
-    h0, c0, w, _ = direction
-    if w.varied or w.w_hr is not None or steps.lengths is not None or steps.reset_mask is not None:
+def _plain(x: Tensor, direction: Direction, steps: Steps) -> LayerOutputs | None:
+    """By :func:`plain.plain_layer`; None where it is not for that."""
+    h0, c0, w, reverse = direction
+    if reverse or w.varied or w.w_hr is not None or steps.T == 0:
         return None
-    states = cell_step(x, (h0, c0), list(w[:4]), x.size(-1), c0.size(-1))
-    if states is None:
+    if steps.lengths is not None or steps.reset_mask is not None:
         return None
-    h, c = states
-    return LayerOutputs(h.clone(), [h], [c], None)  # two tensors: a caller may change one in place
+    sizes = (x.size(-1), c0.size(-1), steps.T, steps.batch_first)
+    made = plain_layer(x, (h0, c0), list(w[:4]), *sizes)
+    if made is None:
+        return None
+    y, h_n, c_n = made
+    return LayerOutputs(y, [h_n], [c_n], None)
 
 
 def _any_negated(tensors: list[Tensor | None]) -> bool:

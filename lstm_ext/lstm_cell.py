@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .cell_step import cell_step
 from .compat import States, adopt, check_match, check_none, check_pair, forget
 from .engine import is_surrounded
 from .layer import lstm_layer
 from .ops import Direction
+from .plain import plain_cell
 from .steps import Steps
 from .variants import Variants
 
@@ -79,7 +79,7 @@ class LSTMCell(Variants, nn.RNNCellBase):
         parameters = self._parameters
         weights = [parameters[n] if n in parameters else getattr(self, n) for n in _WEIGHTS]
         if not (is_surrounded() or self._varied()):
-            states = cell_step(input, hx, weights, self.input_size, self.hidden_size)
+            states = plain_cell(input, hx, weights, self.input_size, self.hidden_size)
             if states is not None:
                 return states
         if input.dim() not in (1, 2):

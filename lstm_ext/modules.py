@@ -28,8 +28,10 @@ from .compat import (
     check_weights,
     forget,
 )
+from .engine import is_surrounded
 from .layer import lstm_layer
 from .ops import Direction, LayerWeights
+from .plain import plain_layer
 from .steps import Steps
 from .variants import check_bool, check_merge_mode, merged
 
@@ -202,6 +204,10 @@ class LSTM(LSTMBase):
             if reset_mask is not None:
                 raise ValueError("reset_mask is not supported with a PackedSequence; use lengths=")
             return self._forward_packed(input, hx)
+        if lengths is None and reset_mask is None:
+            made = self._forward_plain(input, hx)
+            if made is not None:
+                return made
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
@@ -253,6 +259,32 @@ class LSTM(LSTMBase):
             y = y.chunk(2, dim=-1)
             cells = None if cells is None else cells.chunk(2, dim=-1)
         return (y, (h_n, c_n)) if cells is None else (y, (h_n, c_n), cells)
+
+    def _forward_plain(self, input: Tensor, hx: States | None):
+        """What forward returns, by :func:`plain.plain_layer`; None where it is not for that."""
+        if (
+            self.num_layers != 1
+            or self.bidirectional
+            or self.proj_size
+            or self.return_cell_sequence
+            or self.checkpoint_every is not None
+            or is_surrounded()
+            or self._varied()
+            or input.dim() != 3
+        ):
+            return None
+        names, parameters = self._all_weights[0], self._parameters
+        weights = [parameters.get(name) for name in names]
+        for weight in weights:
+            if weight is None:
+                return None  # replaced: to look at one may change a parametrization's state
+        if len(self._all_weights) != 1 or len(weights) != (4 if self.bias else 2):
+            return None  # attributes changed after construction
+        weights += (None, None)[: 4 - len(weights)]
+        steps = input.size(1 if self.batch_first else 0)
+        sizes = (self.input_size, self.hidden_size, steps, self.batch_first)
+        made = plain_layer(input, hx, weights, *sizes) if steps else None
+        return made if made is None else (made[0], made[1:])
 
     def _forward_packed(self, input: PackedSequence, hx: States | None):
         data, batch_sizes, sorted_indices, unsorted_indices = input

@@ -1,4 +1,4 @@
-"""The short way of a single plain step: when it is taken, and that it gives the layer's bits."""
+"""The short way of a plain layer or cell: when it is taken, and that it gives the layer's bits."""
 
 import itertools
 
@@ -11,11 +11,11 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lstm_ext
-from lstm_ext import cell_step, layer, lstm_cell, ops
+from lstm_ext import layer, lstm_cell, modules, native, ops, plain
 
 pytestmark = pytest.mark.cpu_only(reason="the CPU engine's own way for one step of a cell")
 I, H = 5, 19
-CALLERS = (lstm_cell, layer)
+CALLERS = ((lstm_cell, "plain_cell"), (layer, "plain_layer"), (modules, "plain_layer"))
 
 
 @pytest.fixture
@@ -23,14 +23,17 @@ def taken(monkeypatch):
     """A list with one entry for each step that went the short way."""
     steps = []
 
-    def spy(*args):
-        made = cell_step.cell_step(*args)
-        if made is not None:
-            steps.append(made)
-        return made
+    def spy_on(function):
+        def spy(*args):
+            made = function(*args)
+            if made is not None:
+                steps.append(made)
+            return made
 
-    for caller in CALLERS:
-        monkeypatch.setattr(caller, "cell_step", spy)
+        return spy
+
+    for caller, name in CALLERS:
+        monkeypatch.setattr(caller, name, spy_on(getattr(plain, name)))
     return steps
 
 
@@ -40,8 +43,8 @@ def inputs(batch, dtype=torch.float32):
 
 def by_the_layer(monkeypatch, call):
     with monkeypatch.context() as patch:
-        for caller in CALLERS:
-            patch.setattr(caller, "cell_step", lambda *args: None)
+        for caller, name in CALLERS:
+            patch.setattr(caller, name, lambda *args: None)
         return call()
 
 
@@ -83,29 +86,76 @@ LAYERS = {
     "peephole": {"peephole": True},
     "cells": {"return_cell_sequence": True},
 }
-ONE_STEP = {"plain": 1, "layers": 2, "batch_first": 1}
+CALLS = {"plain": 1, "layers": 2, "batch_first": 1}
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_a_layer_s_single_step(name, batch, taken, monkeypatch):
+@pytest.mark.parametrize("steps, batch", [(1, 1), (1, 3), (1, 6), (2, 1), (7, 6)])
+@pytest.mark.parametrize("given", [False, True])
+def test_the_bits_of_a_layer(name, steps, batch, given, taken, monkeypatch):
     module = lstm_ext.LSTM(I, H, **LAYERS[name])
-    x = leaf(torch.randn(*((batch, 1) if module.batch_first else (1, batch)), I))
+    x = leaf(torch.randn(*((batch, steps) if module.batch_first else (steps, batch)), I))
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    sizes = (module.proj_size or H, H)
+    hx = tuple(leaf(torch.randn(count, batch, n)) for n in sizes) if given else None
+    inputs = [x, *(hx or ()), *module.parameters()]
 
     def run():
-        y, states, *cells = module(x)
+        y, states, *cells = module(x, hx)
         outputs = [y, *states, *cells]
         torch.manual_seed(1)
         cotangents = [torch.randn_like(t) for t in outputs]
-        grads = torch.autograd.grad(outputs, [x, *module.parameters()], cotangents)
+        grads = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True)
+        for k in range(3):  # the others' gradients are None then
+            grads += torch.autograd.grad(outputs[k], inputs, cotangents[k], retain_graph=True)
         first = y.clone()
         y.detach().zero_()  # changes no other
-        return [first, *outputs[1:], *grads]
+        with torch.no_grad():
+            alone, _ = module(x, hx)[:2]
+        return [first, *outputs[1:], alone, *grads]
 
     ours = run()
-    assert len(taken) == ONE_STEP.get(name, 0)
+    expected = 0 if (steps, batch) == (1, 6) else 2 * CALLS.get(name, 0)
+    assert len(taken) == expected
     theirs = by_the_layer(monkeypatch, run)
+    assert len(taken) == expected
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_layer_s_second_derivatives(taken, monkeypatch):
+    module = lstm_ext.LSTM(2, 3, dtype=torch.float64, batch_first=True)
+    x = leaf(torch.randn(2, 4, 2, dtype=torch.float64))
+    hx = tuple(leaf(torch.randn(1, 2, 3, dtype=torch.float64)) for _ in range(2))
+
+    def run():
+        y, (h, c) = module(x, hx)
+        first = torch.autograd.grad((y.sum() * h * c).sum(), [x, *hx], create_graph=True)
+        loss = sum(g.pow(2).sum() for g in first)
+        batched = torch.autograd.functional.jacobian(lambda x: module(x, hx)[0], x, vectorize=True)
+        return [batched, *torch.autograd.grad(loss, [x, *hx, *module.parameters()])]
+
+    ours = run()
+    assert len(taken) == 2
+    torch.testing.assert_close(ours, by_the_layer(monkeypatch, run))
+
+
+def test_replaced_weights_are_looked_at_once(taken):
+    module = lstm_ext.LSTM(I, H)
+    seen = []
+
+    class Counted(nn.Module):
+        def forward(self, weight):
+            seen.append(1)
+            return weight * 2
+
+    nn.utils.parametrize.register_parametrization(module, "weight_hh_l0", Counted())
+    seen.clear()
+    y, _ = module(torch.randn(3, 2, I))
+    assert len(seen) == 1 and len(taken) == 1, "the layer's own short way, weights in hand"
+    y.sum().backward()
+    module.bias_ih_l0 = None
+    with pytest.raises(TypeError, match="bias_ih_l0: expected a Tensor, got NoneType"):
+        module(torch.randn(3, 2, I))
 
 
 def test_a_single_step_with_lengths_or_a_reset(taken):
@@ -193,10 +243,25 @@ def test_tensors_for_the_layer(kind, index, taken):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_types_go_the_layer_s_way(dtype, taken):
-    lstm_ext.LSTMCell(I, H, dtype=dtype)(inputs(1, dtype)[0])
-    assert not taken
+@pytest.mark.parametrize("steps, batch", [(1, 1), (1, 6), (7, 6)])
+@pytest.mark.parametrize(
+    "width, dtype", [(6, torch.bfloat16), (5, torch.bfloat16), (6, torch.half)]
+)
+def test_half_types(width, dtype, steps, batch, taken, monkeypatch, isa):
+    """bf16 only where the core multiplies it, pair by pair."""
+    module = lstm_ext.LSTM(width, H, dtype=dtype)
+    x = leaf(torch.randn(steps, batch, width, dtype=dtype))
+
+    def run():
+        y, (h, c) = module(x)
+        cotangents = [torch.ones_like(t) for t in (y, h, c)]
+        return [y, h, c, *torch.autograd.grad((y, h, c), [x, *module.parameters()], cotangents)]
+
+    ours = run()
+    short = dtype == torch.bfloat16 and width % 2 == 0 and native._C.cpu_bf16_products()
+    assert len(taken) == short
+    theirs = by_the_layer(monkeypatch, run)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_surroundings_that_see_the_layer_s_way(taken):

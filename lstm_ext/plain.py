@@ -1,0 +1,155 @@
+"""A plain layer or cell on the CPU, where nothing surrounds the call: the short way.
+
+For few sequences and steps the questions that :mod:`layer` and :mod:`ops` ask take longer than the
+steps. Here the core asks them, and a call of any other kind goes the layer's way, which has its
+errors. The bits are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from lstm_ext import batching, cpu_engine, cpu_products, ops
+from lstm_ext.autograd import LSTMLayerBackward, must_apply
+from lstm_ext.engine import DTYPE_CODE
+from lstm_ext.native import _C
+from lstm_ext.profiling import recorded
+from lstm_ext.steps import Steps
+
+_CPU = torch.device("cpu")
+_plain = _C.CpuPlain(
+    types=(Tensor, nn.Parameter),
+    codes={t: DTYPE_CODE[t] for t in (torch.float64, torch.float32, torch.bfloat16)},
+    bf16_acc=torch.float32,
+    most_rows=cpu_engine.CORE_ONE_STEP_ROWS,
+)
+
+
+def plain_layer(
+    x: Any,
+    hx: Any,
+    weights: Sequence[Tensor | None],
+    input_size: int,
+    hidden_size: int,
+    steps: int,
+    batch_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """y, h_n and c_n; None where the call is not one for the short way.
+
+    Only where not :func:`engine.is_surrounded`.
+
+    Args:
+        x, hx: whatever the caller got. To be taken, as a module has them: (T, B, in) or (B, T, in),
+            a pair of (1, B, H) or None for zeros; or as a layer: (T * B, in) and (B, H).
+        weights: weight_ih, weight_hh, bias_ih, bias_hh; the biases may be None.
+        steps: T, at least 1.
+    """
+    return _run(x, hx, weights, input_size, hidden_size, steps, batch_first)
+
+
+def plain_cell(
+    x: Any, hx: Any, weights: Sequence[Tensor | None], input_size: int, hidden_size: int
+) -> tuple[Tensor, Tensor] | None:
+    """(h_1, c_1) as LSTMCell.forward returns them, x and hx being what it got; else as
+    :func:`plain_layer`."""
+    return _run(x, hx, weights, input_size, hidden_size, 0, False)
+
+
+def _run(
+    x: Any,
+    hx: Any,
+    weights: Sequence[Tensor | None],
+    input_size: int,
+    hidden_size: int,
+    steps: int,
+    batch_first: bool,
+) -> Any:
+    if ops.engine_of(_CPU) is not cpu_engine:
+        return None
+    made = recorded(_plain.cpu_forward)(
+        x,
+        hx,
+        weights,
+        input_size,
+        hidden_size,
+        steps,
+        batch_first,
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_grad_enabled(),
+        cpu_products.workspace,
+    )
+    if made is None or len(made) <= 3:
+        return made
+    *outputs, gates, c_seq, h0, c0 = made
+    # Function.apply looks for wrappers of transforms before, which the core found none of.
+    return super(Function, PlainLayer).apply(
+        steps, batch_first, outputs, gates, c_seq, x, h0, c0, *weights
+    )
+
+
+class PlainLayer(Function):
+    """What was computed already, made differentiable.
+
+    Saved: references to the inputs, the gates and c_t, and y of several steps; not the last states
+    and not y of a single step, which the caller may change in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        steps: int,
+        batch_first: bool,
+        outputs: list[Tensor],
+        gates: Tensor,
+        c_seq: Tensor,
+        *inputs: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """outputs: y, unless of a cell (steps 0), h_n and c_n. inputs: x, h_0, c_0 and the weights.
+
+        gates (T * B, 4H), c_seq (T * B, H).
+        """
+        ctx.steps = steps, batch_first
+        ctx.save_for_backward(*inputs, gates, c_seq, outputs[0] if steps > 1 else None)
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @batching.batched_gradients
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        x, h0, c0, *weights, gates, c_seq, y = ctx.saved_tensors
+        T, batch_first = ctx.steps
+        *dy, dh, dc = gradients
+        H = h0.size(-1)
+        y = h0 if y is None else y  # the output is read only at a step before another
+        run = LSTMLayerBackward.apply if must_apply() else LSTMLayerBackward.forward
+        dx, dh0, dc0, *dweights = run(
+            Steps.padded(T or 1, h0.size(-2), batch_first=batch_first),
+            ((False, None),),
+            (*ctx.needs_input_grad[5:], False),  # no weight_hr
+            _rows(dy[0], H) if dy else None,
+            None,
+            _rows(dh, H),
+            _rows(dc, H),
+            _rows(x, x.size(-1)),
+            _rows(h0, H),
+            _rows(c0, H),
+            *weights,
+            None,
+            _rows(y, H),
+            gates,
+            c_seq,
+        )
+        dx, dh0, dc0 = (
+            g if g is None else g.view(of.shape) for g, of in ((dx, x), (dh0, h0), (dc0, c0))
+        )
+        return (None,) * 5 + (dx, dh0, dc0, *dweights[:4])
+
+
+def _rows(tensor: Tensor | None, width: int) -> Tensor | None:
+    return tensor if tensor is None or tensor.dim() == 2 else tensor.reshape(-1, width)
