@@ -6,9 +6,11 @@
 // step (two with a projection): dgates has memory of its own for every step. With a layer norm
 // the cell is walked by whole sequences instead, as in forward: a barrier more.
 //
-// Weight gradients are not formed here: they are one matrix product each over all steps.
+// The gradients of x and of the weights are made beside it, of some steps at a time (gradients.h), or
+// by the caller.
 #pragma once
 
+#include "gradients.h"
 #include "norm.h"
 #include "sequence.h"
 
@@ -26,7 +28,18 @@ class Backward {
   static constexpr int kNormRows = 3;
 
  public:
-  explicit Backward(const LstmBackward& p)
+  explicit Backward(const LstmBackward& p) : Backward(p, Arena(p.workspace)) {}
+
+  int64_t workspace() const { return workspace_; }
+
+  void run() {
+    run_planned(
+        p_.threads, barriers_, [this](int threads) { return plan(threads); },
+        [this](const Plan& plan, int thread) { work(plan, thread); });
+  }
+
+ private:
+  Backward(const LstmBackward& p, Arena&& arena)
       : p_(p),
         B_(p.steps.B),
         H_(p.H),
@@ -35,8 +48,10 @@ class Backward {
         normed_(p.variants.gamma_hh),
         varied_(p.variants.peephole || p.variants.zoneout_h() || p.variants.zoneout_c()),
         h_stride_(blocks_of<A>(p.P) * L),
-        c_stride_(blocks_of<A>(p.H) * L) {
-    Arena arena(p.workspace);
+        c_stride_(blocks_of<A>(p.H) * L),
+        gradients_(p, arena),
+        dgates_(p.dw_hh ? gradients_.dgates() : static_cast<O*>(p.dgates)),
+        h_prev_(p.dw_hh ? gradients_.h_prev() : static_cast<S*>(p.h_prev)) {
     members_ = arena.take<Member<E>>(p.threads);
     barriers_ = arena.take<Barrier>(p.threads + 1);
     packed_hh_ = arena.take<E>(blocks_of<A>(P_) * depth_of<E>(K_) * L);
@@ -49,15 +64,6 @@ class Backward {
     workspace_ = arena.used();
   }
 
-  int64_t workspace() const { return workspace_; }
-
-  void run() {
-    run_planned(
-        p_.threads, barriers_, [this](int threads) { return plan(threads); },
-        [this](const Plan& plan, int thread) { work(plan, thread); });
-  }
-
- private:
   Plan plan(int threads) const {
     return make_plan(threads, B_, blocks_of<A>(H_), B_ * std::max<int64_t>(K_, 4 * H_) * P_);
   }
@@ -73,12 +79,17 @@ class Backward {
       pack_matrix(static_cast<const S*>(p_.w_hr), H_, P_, false, m.units, m, plan.groups,
                   packed_hr_);
     }
+    if (p_.dx) gradients_.pack(m, plan, thread);
     start(m);
-    barriers_[plan.groups].wait(plan.threads());
+    Barrier& everyone = barriers_[plan.groups];
+    everyone.wait(plan.threads());
     Barrier& meet = barriers_[m.group];
+    StepsAtHand at_hand{p_.steps.T, p_.steps.T, 0};
     for (int64_t i = p_.steps.T - 1; i >= 0; --i) {
       const int64_t count = collect(p_.steps, p_.steps.step_at(i), m.batch, m.rows);
-      if (p_.h_prev) {
+      if (p_.dw_hh && i < at_hand.begin) at_hand = gradients_.steps_before(at_hand.begin);
+      for (int64_t r = 0; r < count; ++r) m.rows[r].slot = m.rows[r].row - at_hand.first_row;
+      if (h_prev_) {
         for (int64_t r = 0; r < count; ++r) put_h_prev(m.rows[r], m.proj);
       }
       if (p_.w_hr) {
@@ -92,8 +103,8 @@ class Backward {
         for (int64_t r = own.begin; r < own.end; ++r) normed_cell(m.rows[r], thread);
         meet.wait(plan.slices);
       }
-      const O* da = static_cast<const O*>(normed_ ? p_.dproduct : p_.dgates);
-      for (int64_t r = 0; r < count; ++r) m.a[r] = as_elements<E>(da + m.rows[r].row * 4 * H_);
+      const O* da = normed_ ? static_cast<const O*>(p_.dproduct) : dgates_;
+      for (int64_t r = 0; r < count; ++r) m.a[r] = as_elements<E>(da + m.rows[r].slot * 4 * H_);
       for_panels(m.proj, m, count, depth_of<E>(K_), packed_hh_,
                  [&](int64_t block, int vectors, Range part, const A* sums) {
                    for (int64_t r = part.begin; r < part.end; ++r) {
@@ -102,6 +113,11 @@ class Backward {
                      }
                    }
                  });
+      if (p_.dw_hh && i == at_hand.begin) {
+        if (plan.groups > 1) everyone.wait(plan.threads());
+        gradients_.make(at_hand, m, plan, thread);
+        everyone.wait(plan.threads());
+      }
     }
     finish(m);
   }
@@ -203,7 +219,7 @@ class Backward {
     for (int64_t r = 0; r < count; ++r) {
       const Row& row = m.rows[r];
       const A* o = static_cast<const A*>(p_.gates) + (row.row * 4 + 3) * H_;
-      O* da_o = static_cast<O*>(p_.dgates) + (row.row * 4 + 3) * H_;
+      O* da_o = dgates_ + (row.slot * 4 + 3) * H_;
       for (int64_t j = begin; j < end; j += L) {
         const int64_t n = H_ - j;
         V dh = load_full<A>(dh_ + row.b * h_stride_ + j);
@@ -220,7 +236,7 @@ class Backward {
     for (int64_t r = 0; r < count; ++r) {
       const Row& row = m.rows[r];
       const A* gates = static_cast<const A*>(p_.gates) + row.row * 4 * H_;
-      O* dgates = static_cast<O*>(p_.dgates) + row.row * 4 * H_;
+      O* dgates = dgates_ + row.slot * 4 * H_;
       for (int64_t j = begin; j < end; j += L) {
         const int64_t n = H_ - j;
         A* dc_state = dc_ + row.b * c_stride_ + j;
@@ -243,10 +259,10 @@ class Backward {
   // pieces of rows are too short for the processor to see them coming.
   LSTM_EXT_INLINE void fetch(const Row& row, int64_t j) const {
     const A* gates = static_cast<const A*>(p_.gates) + row.prev * 4 * H_ + j;
-    const O* dgates = static_cast<const O*>(p_.dgates) + row.prev * 4 * H_ + j;
-    for (int gate = 0; gate < 4; ++gate) {
-      __builtin_prefetch(gates + gate * H_, 0, 2);
-      __builtin_prefetch(dgates + gate * H_, 1, 2);
+    for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates + gate * H_, 0, 2);
+    if (p_.dgates) {
+      const O* dgates = dgates_ + row.prev * 4 * H_ + j;
+      for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(dgates + gate * H_, 1, 2);
     }
     const int64_t before = std::max<int64_t>(0, 2 * row.prev - row.row);  // often where c_prev lies
     __builtin_prefetch(static_cast<const A*>(p_.c_seq) + before * H_ + j, 0, 2);
@@ -301,7 +317,7 @@ class Backward {
     }
     if (v.zoneout_c()) dc += kept;
     store_full<A>(dc_state, row.reset ? broadcast<A>(A(0)) : dc);
-    O* dgates = static_cast<O*>(p_.dgates) + row.row * 4 * H_ + j;
+    O* dgates = dgates_ + row.slot * 4 * H_ + j;
     store<A>(dgates, da.i, n);
     store<A>(dgates + H_, da.f, n);
     store<A>(dgates + 2 * H_, da.g, n);
@@ -318,7 +334,7 @@ class Backward {
     const S* gamma_ch = static_cast<const S*>(v.gamma_ch);
     const S* beta_ch = static_cast<const S*>(v.beta_ch);
     const A* norm = static_cast<const A*>(p_.norm) + row.row * 4 * H_;
-    const O* dgates = static_cast<const O*>(p_.dgates) + row.row * 4 * H_;
+    const O* dgates = dgates_ + row.slot * 4 * H_;
     A* dproduct = static_cast<A*>(p_.dproduct) + row.row * 4 * H_;
     A* dnorm = p_.dnorm ? static_cast<A*>(p_.dnorm) + row.b * 6 * H_ : nullptr;
     A* c_row = norm_rows_ + thread * kNormRows * c_stride_;
@@ -371,7 +387,7 @@ class Backward {
   }
 
   void put_h_prev(const Row& row, Range columns) {
-    S* h_prev = static_cast<S*>(p_.h_prev) + row.row * P_;
+    S* h_prev = h_prev_ + row.slot * P_;
     if (row.reset) {
       const int64_t begin = columns.begin * L, end = std::min(P_, columns.end * L);
       if (begin < end) std::memset(h_prev + begin, 0, (end - begin) * sizeof(S));
@@ -419,6 +435,9 @@ class Backward {
   const bool normed_;  // layer norm
   const bool varied_;  // variants of the cell beside it
   const int64_t h_stride_, c_stride_;
+  const Gradients<E, S> gradients_;  // if p_.dw_hh
+  O* const dgates_;                  // [.., 4H]: rows by Row::slot, of all steps or of those at hand
+  S* const h_prev_;                  // [.., P], or null
   Member<E>* members_;
   Barrier* barriers_;  // one a group, then one for the whole team
   E* packed_hh_;       // [blocks of P][depth of 4H][lanes]
