@@ -146,10 +146,10 @@ struct LstmBackward {
   // The gradients of products, made beside the recurrence. All null: the caller makes them. Not
   // with a layer norm, and all steps are there, dense and in order: no offsets, no lengths,
   // stride_t = B and T > 0.
-  void* dx;     // acc [rows, I]; null: not wanted
-  void* dw_ih;  // acc [4H, I]
-  void* dw_hh;  // acc [4H, P]
-  void* db;     // acc [4H]; null: not wanted
+  void* dx;         // acc [rows, I]; null: not wanted
+  void* dw_ih;      // acc [4H, I]
+  void* dw_hh;      // acc [4H, P]
+  void* db;         // acc [4H]; null: not wanted
   void* workspace;  // backward_workspace() bytes, 64-byte aligned, contents irrelevant
 };
 

@@ -3,8 +3,9 @@
 The core makes the input product too, a few steps at a time between those of the recurrence: what it
 makes is still in the caches when it is used, 2-10 % of inference beside oneDNN's product over all
 steps (fp32, B 16-64, H 128-256, two Zen 5 cores). Products over all steps are a library's where a
-layer norm needs whole rows, for a single step, and in the backward pass of bfloat16 the gradient of
-x, and those of the weights where rows are few. Letters as in :mod:`ops`.
+layer norm needs whole rows, for a single step, and in the backward pass of bfloat16, where they are
+not made beside the recurrence, the gradient of x, and those of the weights where rows are few.
+Letters as in :mod:`ops`.
 """
 
 from __future__ import annotations
@@ -76,14 +77,15 @@ def _bf16_products(dtype: torch.dtype, w: LayerWeights) -> bool:
     )
 
 
-# Beside the recurrence the core makes the gradients of x and of the weights while dgates are in the
-# caches, if there are enough rows to be worth packing W_ih for them and it stays in a cache too: 7 %
-# of backward (T 50, B 64, H 128, float32) and the memory of dgates. At H 512 it took 8 % longer.
+# Beside the recurrence the core makes the gradients of x and of the weights from dgates that are
+# still in the caches, if there are enough rows to be worth packing W_ih for them, and it stays in a
+# cache as well. Backward took 5-8 % less time at H 128, level at H 256, 8 % more at H 512 (float32,
+# B 16 to 64, two Zen 5 cores); dgates of all steps need no memory.
 _FUSED_ROWS = 512
-_FUSED_WEIGHT_BYTES = 512 << 10
+_FUSED_WEIGHT_BYTES = 1 << 20  # as products read them
 
 
-def _fused(x: Tensor, w: LayerWeights, steps: Steps, wanted: DirectionGrads) -> bool:
+def _fused(w: LayerWeights, steps: Steps, operand: torch.dtype, wanted: DirectionGrads) -> bool:
     """Whether the core makes the gradients of products beside the recurrence."""
     return bool(
         wanted.w_ih
@@ -93,7 +95,7 @@ def _fused(x: Tensor, w: LayerWeights, steps: Steps, wanted: DirectionGrads) -> 
         and steps.lengths is None
         and not steps.batch_first
         and steps.rows >= _FUSED_ROWS
-        and w.w_ih.numel() * x.element_size() <= _FUSED_WEIGHT_BYTES
+        and w.w_ih.numel() * operand.itemsize <= _FUSED_WEIGHT_BYTES
     )
 
 
@@ -279,7 +281,7 @@ def _backward(
     w_hr = None if w.w_hr is None else w.w_hr.contiguous()
     bf16_products = _bf16_products(dtype, w)
     operand = dtype if bf16_products else gates.dtype  # of the gradients that go into products
-    fused = not one_step and _fused(x, w, steps, wanted)
+    fused = not one_step and _fused(w, steps, operand, wanted)
     dgates = h_prev = dx = dw_ih = dw_hh = db = None
     x_read = w_ih = None
     if fused:

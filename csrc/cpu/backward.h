@@ -6,8 +6,8 @@
 // step (two with a projection): dgates has memory of its own for every step. With a layer norm
 // the cell is walked by whole sequences instead, as in forward: a barrier more.
 //
-// The gradients of x and of the weights are made beside it, of some steps at a time (gradients.h), or
-// by the caller.
+// The gradients of x and of the weights are made beside it, of some steps at a time (gradients.h),
+// or by the caller.
 #pragma once
 
 #include "gradients.h"
@@ -436,8 +436,8 @@ class Backward {
   const bool varied_;  // variants of the cell beside it
   const int64_t h_stride_, c_stride_;
   const Gradients<E, S> gradients_;  // if p_.dw_hh
-  O* const dgates_;                  // [.., 4H]: rows by Row::slot, of all steps or of those at hand
-  S* const h_prev_;                  // [.., P], or null
+  O* const dgates_;  // [.., 4H]: rows by Row::slot, of all steps or of those at hand
+  S* const h_prev_;  // [.., P], or null
   Member<E>* members_;
   Barrier* barriers_;  // one a group, then one for the whole team
   E* packed_hh_;       // [blocks of P][depth of 4H][lanes]

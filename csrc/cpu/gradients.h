@@ -51,8 +51,8 @@ class Gradients {
   void pack(const Member<E>& m, const Plan& plan, int thread) const {
     Member<E> member = m;
     member.group = by_columns(plan) ? 0 : thread;
-    pack_matrix(static_cast<const S*>(p_.w_ih), p_.I, 4 * p_.H, false, columns(plan, thread), member,
-                by_columns(plan) ? 1 : plan.threads(), packed_ih_);
+    pack_matrix(static_cast<const S*>(p_.w_ih), p_.I, 4 * p_.H, false, columns(plan, thread),
+                member, by_columns(plan) ? 1 : plan.threads(), packed_ih_);
   }
 
   void make(const StepsAtHand& steps, const Member<E>& m, const Plan& plan, int thread) const {
@@ -62,8 +62,7 @@ class Gradients {
       make_dx(steps.first_row, rows, columns(plan, thread), m);
     }
     const S* x = static_cast<const S*>(p_.x) + steps.first_row * p_.I;
-    weights_.part(dgates_, x, h_prev_, count, steps.end == p_.steps.T)
-        .work(thread, plan.threads());
+    weights_.part(dgates_, x, h_prev_, count, steps.end == p_.steps.T).work(thread, plan.threads());
   }
 
  private:
@@ -117,11 +116,11 @@ class Gradients {
   }
 
   const LstmBackward& p_;
-  const int64_t chunks_;   // in which the steps are taken
-  const int64_t rows_;     // at hand, at most
-  O* const dgates_;        // [rows_, 4H]
-  S* const h_prev_;        // [rows_, P]: what W_hh was multiplied with
-  E* const packed_ih_;     // [blocks of I][depth of 4H][lanes]
+  const int64_t chunks_;  // in which the steps are taken
+  const int64_t rows_;    // at hand, at most
+  O* const dgates_;       // [rows_, 4H]
+  S* const h_prev_;       // [rows_, P]: what W_hh was multiplied with
+  E* const packed_ih_;    // [blocks of I][depth of 4H][lanes]
   const MatmulOf<E, S> weights_;
 };
 

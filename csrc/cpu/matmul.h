@@ -31,7 +31,6 @@ class MatmulOf {
     A* acc;  // [kChunkRows][kPanelVectors][lanes]
   };
 
-
   // One right-hand side, and the columns of it that a thread makes.
   struct Side {
     const S* w;
