@@ -95,7 +95,8 @@ void cpu_backward(int dtype, bool bf16_products, int threads, const lstm_ext::St
                   Memory c_seq, Memory norm, Memory norm_r, Memory dy, int64_t dy_stride,
                   Memory dh_n, Memory dc_n, Memory dcells, Memory dgates, Memory dproduct,
                   Memory h_prev, Memory dr, Memory cell_out, Memory dpeephole, Memory dnorm,
-                  Memory dh0, Memory dc0, const py::function& workspace) {
+                  Memory dh0, Memory dc0, const py::function& workspace, Memory x, Memory w_ih,
+                  int64_t I, Memory dx, Memory dw_ih, Memory dw_hh, Memory db) {
   const lstm_ext::CpuKernels& kernels = checked_cpu_kernels(bf16_products);
   run_core(kernels.backward, kernels.backward_workspace,
            {static_cast<lstm_ext::Dtype>(dtype),
@@ -120,6 +121,9 @@ void cpu_backward(int dtype, bool bf16_products, int threads, const lstm_ext::St
             dh_n.address,
             dc_n.address,
             dcells.address,
+            x.address,
+            w_ih.address,
+            I,
             dgates.address,
             dproduct.address,
             h_prev.address,
@@ -129,6 +133,10 @@ void cpu_backward(int dtype, bool bf16_products, int threads, const lstm_ext::St
             dnorm.address,
             dh0.address,
             dc0.address,
+            dx.address,
+            dw_ih.address,
+            dw_hh.address,
+            db.address,
             nullptr},
            workspace);
 }
@@ -206,7 +214,8 @@ PYBIND11_MODULE(_C, m) {
         "P"_a, "variants"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "y_stride"_a, "gates"_a,
         "c_seq"_a, "norm"_a, "norm_r"_a, "dy"_a, "dy_stride"_a, "dh_n"_a, "dc_n"_a, "dcells"_a,
         "dgates"_a, "dproduct"_a, "h_prev"_a, "dr"_a, "cell_out"_a, "dpeephole"_a, "dnorm"_a,
-        "dh0"_a, "dc0"_a, "workspace"_a);
+        "dh0"_a, "dc0"_a, "workspace"_a, "x"_a = py::none(), "w_ih"_a = py::none(), "I"_a = 0,
+        "dx"_a = py::none(), "dw_ih"_a = py::none(), "dw_hh"_a = py::none(), "db"_a = py::none());
   m.def("cpu_matmul", &cpu_matmul, "dtype"_a, "bf16_products"_a, "threads"_a, "M"_a, "N"_a,
         "more_N"_a, "K"_a, "a_transposed"_a, "a"_a, "w"_a, "more_w"_a, "out"_a, "more_out"_a,
         "sums"_a, "workspace"_a);

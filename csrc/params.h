@@ -126,12 +126,16 @@ struct LstmBackward {
   const void* dh_n;    // storage [B, P]; null: zero
   const void* dc_n;    // storage [B, H]; null: zero
   const void* dcells;  // storage [rows, H]: gradient of every c_t; null: zero
+  const void* x;       // storage [rows, I]; read with dw_hh only
+  const void* w_ih;    // storage [4H, I]; read for dx only
+  int64_t I;
   // outputs
-  void* dgates;    // operand [rows, 4H]: gradient before the activations; must not be gates
+  void* dgates;    // operand [rows, 4H]: gradient before the activations; must not be gates; null
+                   // with dw_hh
   void* dproduct;  // acc [rows, 4H]: gradient of the recurrent product; null: no layer norm, then
                    // it is dgates
   void* h_prev;  // storage [rows, P]: what W_hh was multiplied with at each step, for dW_hh; null:
-                 // not wanted
+                 // not wanted, or dw_hh is
   void* dr;      // operand [rows, P]: gradient of each product with W_hr, for dW_hr; null: no
                  // projection
   void* cell_out;   // operand [rows, H]: what W_hr was multiplied with, for dW_hr; null: not wanted
@@ -139,6 +143,13 @@ struct LstmBackward {
   void* dnorm;      // acc [B, 6H]: likewise of gamma_hh (4H), gamma_ch and beta_ch; null: none
   void* dh0;        // storage [B, P]
   void* dc0;        // storage [B, H]
+  // The gradients of products, made beside the recurrence. All null: the caller makes them. Not
+  // with a layer norm, and all steps are there, dense and in order: no offsets, no lengths,
+  // stride_t = B and T > 0.
+  void* dx;         // acc [rows, I]; null: not wanted
+  void* dw_ih;      // acc [4H, I]
+  void* dw_hh;      // acc [4H, P]
+  void* db;         // acc [4H]; null: not wanted
   void* workspace;  // backward_workspace() bytes, 64-byte aligned, contents irrelevant
 };
 

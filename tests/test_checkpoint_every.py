@@ -163,9 +163,10 @@ def test_arguments():
 
 
 PEAK = """
-import re, sys, torch, lstm_ext
-def peak():  # in KB; getrusage's is at least that of the process which started this one
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+import sys, torch, lstm_ext
+from pathlib import Path
+def peak():  # ru_maxrss would be at least that of the process that started this one
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 every = int(sys.argv[1]) or None
 torch.set_num_threads(1)
 module = lstm_ext.LSTM(8, 128, checkpoint_every=every)

@@ -248,3 +248,64 @@ def test_products_of_all_weights_at_once(isa, size, dtypes, threads, monkeypatch
     assert torch.equal(out, again[0])
     assert more_w is None or torch.equal(more_out, again[1])
     assert torch.equal(sums, again[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, BF16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("size", "more"),
+    [
+        ((23, 37, 19, 21), {"bidirectional": True}),
+        ((61, 16, 70, 33), {"proj": 18}),
+        ((3, 400, 5, 16), {"bias": False}),
+        ((90, 9, 144, 40), {"memory": "strided"}),
+    ],
+    ids=lambda value: "T{}-B{}-I{}-H{}".format(*value) if isinstance(value, tuple) else "",
+)
+def test_gradients_beside_the_recurrence(isa, size, more, dtype, monkeypatch):
+    """Several parts of the steps, of unequal length; columns or rows of dx shared by threads."""
+
+    def refuse(*args):
+        raise AssertionError("a product over all steps")
+
+    monkeypatch.setattr(cpu_engine, "matmul", refuse)
+    monkeypatch.setattr(cpu_engine, "transposed_matmul", refuse)
+    T, B, I, H = size
+    case = Case(T=T, B=B, I=I, H=H, dtype=dtype, **more)
+    if case.proj:  # W_hr's gradient is one still
+        monkeypatch.setattr(cpu_engine, "transposed_matmul", cpu_products.transposed_matmul)
+    module = lstm_ext.LSTM.from_torch(case.module())
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(case.run(module))
+    for name in results[0]:
+        assert all(torch.equal(results[0][name], other[name]) for other in results[1:]), name
+    if dtype != torch.float16:  # nn.LSTM has no gradients of it here
+        _judge(case, dtype)
+
+
+def test_gradients_beside_the_recurrence_of_variants(monkeypatch):
+    """As the products over all steps have them: resets, dropped h, state that stays, no dx."""
+    torch.manual_seed(0)
+    module = lstm_ext.LSTM(19, 21, peephole=True, zoneout=(0.2, 0.3), recurrent_dropout=0.4)
+    x, cotangent = torch.randn(50, 16, 19), torch.randn(50, 16, 21)
+    resets = torch.rand(50, 16) < 0.1
+
+    def gradients(fused_rows):
+        monkeypatch.setattr(cpu_engine, "_FUSED_ROWS", fused_rows)
+        torch.manual_seed(1)
+        y = module(x, reset_mask=resets)[0]
+        return torch.autograd.grad(y, list(module.parameters()), cotangent)
+
+    monkeypatch.setattr(cpu_engine, "_fused", _counted(cpu_engine._fused, found := []))
+    for beside, after in zip(gradients(1), gradients(10**9), strict=True):
+        torch.testing.assert_close(beside, after, rtol=1e-4, atol=1e-4 * after.abs().max().item())
+    assert found == [True, False]
+
+
+def _counted(call, results):
+    def run(*args):
+        results.append(call(*args))
+        return results[-1]
+
+    return run

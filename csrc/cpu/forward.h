@@ -117,7 +117,7 @@ class Forward {
       const O* h_old = h_[i & 1];
       O* h_new = h_[(i + 1) & 1];
       for (int64_t r = 0; r < count; ++r) {
-        m.rows[r].gx = made++;
+        m.rows[r].slot = made++;
         m.a[r] = as_elements<E>(m.rows[r].reset ? zeros_ : h_old + m.rows[r].b * h_stride_);
       }
       if (dots_) {
@@ -329,7 +329,7 @@ class Forward {
   template <bool kVaried>
   LSTM_EXT_INLINE V state(const Row& row, int64_t j, const V (&product)[4], V& c) {
     const int64_t n = H_ - j;
-    const A* gx = p_.x ? own_gx(row.gx, j) : static_cast<const A*>(p_.gx) + row.row * 4 * H_ + j;
+    const A* gx = p_.x ? own_gx(row.slot, j) : static_cast<const A*>(p_.gx) + row.row * 4 * H_ + j;
     const int64_t stride = p_.x ? L : H_;
     const typename LstmCell::Gates a{
         load<A>(gx, n) + product[0],

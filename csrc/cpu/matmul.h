@@ -31,23 +31,23 @@ class MatmulOf {
     A* acc;  // [kChunkRows][kPanelVectors][lanes]
   };
 
+  // One right-hand side, and the columns of it that a thread makes.
+  struct Side {
+    const S* w;
+    A* out;
+    int64_t N;
+    Range columns;  // blocks
+    E* packed;
+  };
+
  public:
-  explicit MatmulOf(const Matmul& p)
-      : p_(p),
-        blocks_(blocks_of<A>(p.N) + blocks_of<A>(p.more_N)),
-        by_rows_(p.M >= p.N + p.more_N),
-        slice_(slice_of(depth_of<E>(p.K), blocks_ * L * int64_t(sizeof(E)))) {
+  explicit MatmulOf(const Matmul& p) : p_(p) {
     Arena arena(p.workspace);
-    scratch_ = arena.take<Scratch>(p.threads);
-    for (int i = 0; i < p.threads; ++i) {
-      Scratch s{};
-      s.w = arena.take<E>(blocks_ * L * slice_);
-      s.a = arena.take<E>(p.a_transposed ? slice_ * kGroupRows : 0);
-      s.acc = arena.take<A>(kChunkRows * kPanelVectors * L);
-      if (p.workspace) scratch_[i] = s;
-    }
+    take_scratch(arena);
     workspace_ = arena.used();
   }
+  // With scratch of a caller that runs the threads itself.
+  MatmulOf(const Matmul& p, Arena& arena) : p_(p) { take_scratch(arena); }
 
   int64_t workspace() const { return workspace_; }
 
@@ -59,26 +59,19 @@ class MatmulOf {
              [this](int thread, int threads) { work(thread, threads); });
   }
 
- private:
-  // Of the problem alone, not of the number of threads: sums are cut where it ends. As even as it
-  // goes.
-  static int64_t slice_of(int64_t depth, int64_t bytes) {
-    const int64_t fits = kPackedBytes / std::max<int64_t>(1, bytes);
-    const int64_t most = std::max(kLeastSlice, std::min(kMostSlice, fits));
-    const int64_t slices = (depth + most - 1) / most;
-    return slices ? (depth + slices - 1) / slices : 0;
+  // The product over K rows more, of an a that is transposed. first: there were none before.
+  MatmulOf part(const void* a, const void* w, const void* more_w, int64_t K, bool first) const {
+    MatmulOf part = *this;
+    part.p_.a = a;
+    part.p_.w = w;
+    part.p_.more_w = more_w;
+    part.p_.K = K;
+    part.add_ = !first;
+    return part;
   }
 
-  // One right-hand side, and the columns of it that a thread makes.
-  struct Side {
-    const S* w;
-    A* out;
-    int64_t N;
-    Range columns;  // blocks
-    E* packed;
-  };
-
-  void work(int thread, int threads) {
+  // One thread's share.
+  void work(int thread, int threads) const {
     const int64_t row_blocks = blocks_of<A>(p_.M);
     const Range rows = by_rows_ ? share(row_blocks, threads, thread) : Range{0, row_blocks};
     const int64_t m0 = rows.begin * L, m1 = std::min(p_.M, rows.end * L);
@@ -114,6 +107,27 @@ class MatmulOf {
     }
   }
 
+ private:
+  void take_scratch(Arena& arena) {
+    scratch_ = arena.take<Scratch>(p_.threads);
+    for (int i = 0; i < p_.threads; ++i) {
+      Scratch s{};
+      s.w = arena.take<E>(blocks_ * L * slice_);
+      s.a = arena.take<E>(p_.a_transposed ? slice_ * kGroupRows : 0);
+      s.acc = arena.take<A>(kChunkRows * kPanelVectors * L);
+      if (scratch_) scratch_[i] = s;
+    }
+  }
+
+  // Of the problem alone, not of the number of threads: sums are cut where it ends. As even as it
+  // goes.
+  static int64_t slice_of(int64_t depth, int64_t bytes) {
+    const int64_t fits = kPackedBytes / std::max<int64_t>(1, bytes);
+    const int64_t most = std::max(kLeastSlice, std::min(kMostSlice, fits));
+    const int64_t slices = (depth + most - 1) / most;
+    return slices ? (depth + slices - 1) / slices : 0;
+  }
+
   Side side(const void* w, void* out, int64_t N, int thread, int threads) const {
     const int64_t blocks = blocks_of<A>(N);
     return {static_cast<const S*>(w), static_cast<A*>(out), N,
@@ -141,16 +155,20 @@ class MatmulOf {
       }
     }
     if (!sums) return;
-    for (int64_t m = all.begin; m < all.end; m += L) {
-      const E* from =
-          to + (m - all.begin) / kChunkRows * kChunkRows * length + (m - all.begin) % kChunkRows;
-      Vec<A> sum = broadcast<A>(A(0));
+    for (int64_t m = all.begin; m < all.end; m += kChunkRows) {
+      const E* from = to + (m - all.begin) * length;
+      Vec<A> sum[vectors] = {};
       for (int64_t k = 0; k < length; ++k) {
-        sum = multiply_add<E>(sum, load_elements<E>(from + k * kChunkRows), ones());
+        for (int v = 0; v < vectors; ++v) {
+          sum[v] = multiply_add<E>(sum[v], load_elements<E>(from + k * kChunkRows + v * L), ones());
+        }
       }
-      const int64_t n = all.end - m;
-      if (k0) sum += load<A>(sums + m, n);
-      store<A>(sums + m, sum, n);
+      for (int v = 0; v < vectors && m + v * L < all.end; ++v) {
+        A* at = sums + m + v * L;
+        const int64_t n = all.end - m - v * L;
+        if (k0 || add_) sum[v] += load<A>(at, n);
+        store<A>(at, sum[v], n);
+      }
     }
   }
 
@@ -187,19 +205,20 @@ class MatmulOf {
           const int64_t j = (block + v) * L;
           A* to = side.out + m * side.N + j;
           Vec<A> sum = load_full<A>(sums);
-          if (k0) sum += load<A>(to, side.N - j);
+          if (k0 || add_) sum += load<A>(to, side.N - j);
           store<A>(to, sum, side.N - j);
         }
       }
     });
   }
 
-  const Matmul& p_;
-  const int64_t blocks_;  // of columns, both sides
-  const bool by_rows_;    // threads share the rows of out, else its columns
-  const int64_t slice_;   // elements of K at once
-  Scratch* scratch_;
-  int64_t workspace_;
+  Matmul p_;
+  bool add_ = false;  // to what out, more_out and sums hold
+  int64_t blocks_ = blocks_of<A>(p_.N) + blocks_of<A>(p_.more_N);  // of columns, both sides
+  bool by_rows_ = p_.M >= p_.N + p_.more_N;  // threads share the rows of out, else its columns
+  int64_t slice_ = slice_of(depth_of<E>(p_.K), blocks_ * L * int64_t(sizeof(E)));  // of K at once
+  Scratch* scratch_ = nullptr;
+  int64_t workspace_ = 0;
 };
 
 }  // namespace LSTM_EXT_ISA

@@ -54,7 +54,7 @@ static inline Plan make_plan(int threads, int64_t B, int64_t unit_blocks, int64_
 struct Row {
   int64_t b;     // sequence
   int64_t row;   // where this step lies
-  int64_t gx;    // where its row of gx lies, if forward makes that itself
+  int64_t slot;  // where its row lies in a buffer of the steps at hand, if the caller has one
   int64_t prev;  // where the step taken before it lies; meaningless if first
   bool first;    // no step of this sequence was taken before
   bool last;     // none will be taken after
