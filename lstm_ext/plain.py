@@ -38,8 +38,8 @@ def plain_layer(
     hidden_size: int,
     steps: int,
     batch_first: bool = False,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """y, h_n and c_n; None where the call is not one for the short way.
+) -> Any:
+    """(y, h_n, c_n), all tensors; None where the call is not one for the short way.
 
     Only where not :func:`engine.is_surrounded`.
 
@@ -47,28 +47,8 @@ def plain_layer(
         x, hx: whatever the caller got. To be taken, as a module has them: (T, B, in) or (B, T, in),
             a pair of (1, B, H) or None for zeros; or as a layer: (T * B, in) and (B, H).
         weights: weight_ih, weight_hh, bias_ih, bias_hh; the biases may be None.
-        steps: T, at least 1.
+        steps: T; 0 for a cell's only one, x being (B, in): then there is no y.
     """
-    return _run(x, hx, weights, input_size, hidden_size, steps, batch_first)
-
-
-def plain_cell(
-    x: Any, hx: Any, weights: Sequence[Tensor | None], input_size: int, hidden_size: int
-) -> tuple[Tensor, Tensor] | None:
-    """(h_1, c_1) as LSTMCell.forward returns them, x and hx being what it got; else as
-    :func:`plain_layer`."""
-    return _run(x, hx, weights, input_size, hidden_size, 0, False)
-
-
-def _run(
-    x: Any,
-    hx: Any,
-    weights: Sequence[Tensor | None],
-    input_size: int,
-    hidden_size: int,
-    steps: int,
-    batch_first: bool,
-) -> Any:
     if ops.engine_of(_CPU) is not cpu_engine:
         return None
     made = recorded(_plain.cpu_forward)(
@@ -91,6 +71,14 @@ def _run(
     return super(Function, PlainLayer).apply(
         steps, batch_first, outputs, gates, c_seq, x, h0, c0, *weights
     )
+
+
+def plain_cell(
+    x: Any, hx: Any, weights: Sequence[Tensor | None], input_size: int, hidden_size: int
+) -> tuple[Tensor, Tensor] | None:
+    """(h_1, c_1) as LSTMCell.forward returns them, x and hx being what it got; else as
+    :func:`plain_layer`."""
+    return plain_layer(x, hx, weights, input_size, hidden_size, 0)
 
 
 class PlainLayer(Function):
