@@ -271,6 +271,9 @@ def test_steps_of_publish_on_less_of_the_processor():
         *(("float32", 1, False), ("bfloat16", 1, False)),
         *(("float32", None, True), ("bfloat16", None, True)),
     ]
+    assert not runs[2][1].rows
+    names = [p.name for p in SUITES["cpu"] if runs[3][1].rows.search(p.name)]
+    assert len(names) == 7 and all(p.batch <= 4 for p in SUITES["cpu"] if p.name in names)
     # README.md's own table is of the whole processor.
     assert steps[-1] == (publish.AVX2, ["report"])
 
