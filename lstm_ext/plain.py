@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from lstm_ext import batching, cpu_engine, cpu_products, ops
 from lstm_ext.autograd import LSTMLayerBackward, must_apply
-from lstm_ext.engine import DTYPE_CODE
+from lstm_ext.engine import DTYPE_CODE, Direction, DirectionGrads, LayerWeights, rows_of
 from lstm_ext.native import _C
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
@@ -111,32 +111,43 @@ class PlainLayer(Function):
     @batching.batched_gradients
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         x, h0, c0, *weights, gates, c_seq, y = ctx.saved_tensors
+        _, _, _, _, _, wanted_x, *wanted = ctx.needs_input_grad
         T, batch_first = ctx.steps
         *dy, dh, dc = gradients
-        H = h0.size(-1)
-        y = h0 if y is None else y  # the output is read only at a step before another
-        run = LSTMLayerBackward.apply if must_apply() else LSTMLayerBackward.forward
-        dx, dh0, dc0, *dweights = run(
-            Steps.padded(T or 1, h0.size(-2), batch_first=batch_first),
-            ((False, None),),
-            (*ctx.needs_input_grad[5:], False),  # no weight_hr
-            _rows(dy[0], H) if dy else None,
-            None,
-            _rows(dh, H),
-            _rows(dc, H),
-            _rows(x, x.size(-1)),
-            _rows(h0, H),
-            _rows(c0, H),
-            *weights,
-            None,
-            _rows(y, H),
-            gates,
-            c_seq,
-        )
+        I, H, of = x.size(-1), h0.size(-1), (x, h0, c0)
+        steps = Steps.padded(T or 1, h0.size(-2), batch_first=batch_first)
+        dy = _rows(dy[0], H) if dy else None
+        dh, dc = _rows(dh, H), _rows(dc, H)
+        x, h0, c0 = _rows(x, I), _rows(h0, H), _rows(c0, H)
+        y = h0 if y is None else _rows(y, H)  # the output is read only at a step before another
+        if must_apply():
+            layer = (x, h0, c0, *weights, None, y, gates, c_seq)
+            flags = (wanted_x, *wanted, False)  # no weight_hr
+            dx, *grads = LSTMLayerBackward.apply(
+                steps, ((False, None),), flags, dy, None, dh, dc, *layer
+            )
+        else:
+            # As ops and the engine do for a list of directions.
+            direction, saved = Direction(h0, c0, LayerWeights(*weights), False), (gates, c_seq)
+            ops.check_saved((dy, dh, dc), x, [direction], y, [saved], steps)
+            dx, grads = cpu_engine.direction_backward(
+                rows_of(dy, 0, H),
+                None,
+                dh,
+                dc,
+                x,
+                direction,
+                rows_of(y, 0, H),
+                saved,
+                steps,
+                wanted_x,
+                DirectionGrads(*wanted, False),
+            )
+            dx = None if dx is None else dx.to(x.dtype)
         dx, dh0, dc0 = (
-            g if g is None else g.view(of.shape) for g, of in ((dx, x), (dh0, h0), (dc0, c0))
+            g if g is None else g.view(t.shape) for g, t in zip((dx, *grads[:2]), of, strict=True)
         )
-        return (None,) * 5 + (dx, dh0, dc0, *dweights[:4])
+        return (None,) * 5 + (dx, dh0, dc0, *grads[2:6])
 
 
 def _rows(tensor: Tensor | None, width: int) -> Tensor | None:
