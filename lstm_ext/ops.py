@@ -220,7 +220,8 @@ def check_saved(
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`check_layer`; RuntimeError also for a result
-            of forward of another size, dtype or device, or gradients of another dtype.
+            of forward of another size, dtype or device, gradients of another dtype, and for what
+            is lazily negated.
     """
     check_layer(x, directions, steps)
     rows, dtype, device = steps.rows, x.dtype, x.device
@@ -232,6 +233,10 @@ def check_saved(
     for tensors in saved:
         for tensor, size in zip(tensors, sizes, strict=False):
             _check_result(tensor, size, acc, device)
+    for direction in directions:
+        for tensor in (x, direction.h0, direction.c0, *direction.w.tensors):
+            if tensor is not None and tensor.is_neg():  # forward has resolved its caller's
+                raise RuntimeError("Expected what was saved for backward, got it lazily negated")
     for gradient in gradients:  # of the sizes of the outputs, says autograd
         if gradient is not None and gradient.dtype != dtype:
             raise RuntimeError(
@@ -243,10 +248,16 @@ def check_saved(
 def _check_result(
     tensor: Tensor, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    if tensor.shape != size or tensor.dtype != dtype or tensor.device != device:
+    if (
+        tensor.shape != size
+        or tensor.dtype != dtype
+        or tensor.device != device
+        or tensor.is_neg()  # lazily: its memory is that of the opposite
+    ):
+        negated = ", lazily negated" if tensor.is_neg() else ""
         raise RuntimeError(
             f"Expected a result saved for backward to be {dtype} of size {size} on {device}, "
-            f"got {tensor.dtype} of size {tuple(tensor.shape)} on {tensor.device}"
+            f"got {tensor.dtype} of size {tuple(tensor.shape)} on {tensor.device}{negated}"
         )
 
 

@@ -195,15 +195,18 @@ def test_attributes_changed_after_construction(made, name, value):
 
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize(
-    "change", ["half", "double", "narrow", "half_hook", "double_hook", "short_hook"]
+    "change",
+    ["half", "double", "narrow", "half_hook", "double_hook", "short_hook", "negated_hook"],
 )
-def test_what_is_saved_for_backward_replaced(change, layer_norm):
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_what_is_saved_for_backward_replaced(change, bidirectional, layer_norm):
     """The core reads by address: of another size or dtype it would read memory of others."""
-    module = here(lstm_ext.LSTM(48, 64, bidirectional=True, layer_norm=layer_norm))
+    module = here(lstm_ext.LSTM(48, 64, bidirectional=bidirectional, layer_norm=layer_norm))
     changed = {
         "half_hook": torch.Tensor.half,
         "double_hook": torch.Tensor.double,
         "short_hook": lambda t: t[:1],
+        "negated_hook": lambda t: torch._neg_view(-t) if t.is_floating_point() else t,
     }
     pack = changed.get(change, lambda t: t)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
