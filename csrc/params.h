@@ -31,6 +31,13 @@ struct Steps {
 
   // Always inlined (see inline.h).
   LSTM_EXT_INLINE bool active(int64_t t, int64_t b) const { return !lengths || t < lengths[b]; }
+  // How many sequences from `begin` to `end` take step t.
+  LSTM_EXT_INLINE int64_t count(int64_t t, int64_t begin, int64_t end) const {
+    if (!lengths) return end - begin;
+    int64_t active_ones = 0;
+    for (int64_t b = begin; b < end; ++b) active_ones += active(t, b);
+    return active_ones;
+  }
   LSTM_EXT_INLINE int64_t row(int64_t t, int64_t b) const {
     return (offsets ? offsets[t] : t * stride_t) + b * stride_b;
   }
@@ -144,8 +151,8 @@ struct LstmBackward {
   void* dh0;        // storage [B, P]
   void* dc0;        // storage [B, H]
   // The gradients of products, made beside the recurrence. All null: the caller makes them. Not
-  // with a layer norm, and all steps are there, dense and in order: no offsets, no lengths,
-  // stride_t = B and T > 0.
+  // with a layer norm, and T > 0. With lengths they are zeros before: padding is left as it is, and
+  // so is everything if no sequence has a step.
   void* dx;         // acc [rows, I]; null: not wanted
   void* dw_ih;      // acc [4H, I]
   void* dw_hh;      // acc [4H, P]

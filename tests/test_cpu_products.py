@@ -1,5 +1,6 @@
 """The CPU core's products: bf16 by its own instruction, and the input product in pieces."""
 
+import math
 import os
 import subprocess
 import sys
@@ -258,6 +259,10 @@ def test_products_of_all_weights_at_once(isa, size, dtypes, threads, monkeypatch
         ((61, 16, 70, 33), {"proj": 18}),
         ((3, 400, 5, 16), {"bias": False}),
         ((90, 9, 144, 40), {"memory": "strided"}),
+        ((60, 17, 23, 33), {"batch_first": True, "bidirectional": True}),
+        ((400, 3, 70, 20), {"batch_first": True, "memory": "strided"}),
+        ((90, 12, 70, 33), {"lengths": [90, 3, 41, 90, 89, 1, 77, 60, 30, 90, 20, 51], "proj": 9}),
+        ((300, 5, 19, 21), {"lengths": [7, 300, 299, 12, 288], "bidirectional": True}),
     ],
     ids=lambda value: "T{}-B{}-I{}-H{}".format(*value) if isinstance(value, tuple) else "",
 )
@@ -282,6 +287,40 @@ def test_gradients_beside_the_recurrence(isa, size, more, dtype, monkeypatch):
         assert all(torch.equal(results[0][name], other[name]) for other in results[1:]), name
     if dtype != torch.float16:  # nn.LSTM has no gradients of it here
         _judge(case, dtype)
+
+
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time first", "batch first"])
+@pytest.mark.parametrize(
+    "lengths",
+    [[60, 0, 200, 133, 5, 199], [90, 12, 17, 0, 33, 61], [1, 0, 0, 0, 0, 0], [0] * 6],
+    ids=["all steps", "the first 90", "one step", "none"],
+)
+def test_gradients_beside_the_recurrence_of_lengths(batch_first, lengths, monkeypatch):
+    """As the products over all steps have them; what lies in the padding is NaN."""
+    torch.manual_seed(0)
+    T, B, I, H = 200, 6, 37, 24
+    module = lstm_ext.LSTM(I, H, bidirectional=True, batch_first=batch_first)
+    x, lengths = torch.randn(T, B, I), torch.tensor(lengths)
+    padding = torch.arange(T)[:, None] >= lengths
+    x[padding] = math.nan
+    cotangent = torch.randn(T, B, 2 * H)
+    if batch_first:
+        x, cotangent = x.transpose(0, 1).contiguous(), cotangent.transpose(0, 1)
+    x.requires_grad_()
+    parameters = [x, *module.parameters()]
+
+    def gradients(threads):
+        torch.set_num_threads(threads)
+        y = module(x, lengths=lengths)[0]
+        return torch.autograd.grad(y, parameters, cotangent)
+
+    beside, *others = (gradients(threads) for threads in (1, 2, 3))
+    monkeypatch.setattr(cpu_engine, "_FUSED_ROWS", 10**9)
+    after = gradients(2)
+    assert not beside[0][padding.T if batch_first else padding].any()
+    for found, expected, *again in zip(beside, after, *others, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(found, other) for other in again)
 
 
 def test_gradients_beside_the_recurrence_of_variants(monkeypatch):

@@ -76,11 +76,22 @@ class Backward {
     Barrier& everyone = barriers_[plan.groups];
     everyone.wait(plan.threads());
     Barrier& meet = barriers_[m.group];
-    StepsAtHand at_hand{p_.steps.T, p_.steps.T, 0};
+    StepsAtHand at_hand{p_.steps.T, p_.steps.T, 0, 0};
+    int64_t filled = 0;  // rows at hand of the steps walked already
     for (int64_t i = p_.steps.T - 1; i >= 0; --i) {
-      const int64_t count = collect(p_.steps, p_.steps.step_at(i), m.batch, m.rows);
-      if (p_.dw_hh && i < at_hand.begin) at_hand = gradients_.steps_before(at_hand.begin);
-      for (int64_t r = 0; r < count; ++r) m.rows[r].slot = m.rows[r].row - at_hand.first_row;
+      const int64_t t = p_.steps.step_at(i);
+      const int64_t count = collect(p_.steps, t, m.batch, m.rows);
+      if (p_.dw_hh) {
+        if (i < at_hand.begin) {
+          at_hand = gradients_.steps_before(at_hand.begin);
+          filled = 0;
+        }
+        const int64_t before = filled + p_.steps.count(t, 0, m.batch.begin);
+        gradients_.put_x(at_hand, m.rows, count, before, m.slice, plan.slices);
+        filled += p_.steps.count(t, 0, B_);
+      } else {
+        for (int64_t r = 0; r < count; ++r) m.rows[r].slot = m.rows[r].row;
+      }
       if (h_prev_) {
         for (int64_t r = 0; r < count; ++r) put_h_prev(m.rows[r], m.proj);
       }

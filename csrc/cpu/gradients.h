@@ -11,9 +11,11 @@
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
 
-// Steps begin .. end in the order in which forward took them, whose rows begin at first_row.
+// Steps begin .. end in the order in which forward took them.
 struct StepsAtHand {
-  int64_t begin, end, first_row;
+  int64_t begin, end;
+  int64_t rows;       // that these steps have
+  int64_t first_row;  // where they begin, if they lie in one piece
 };
 
 // E: the element of products, S: the storage type (operand.h).
@@ -27,8 +29,10 @@ class Gradients {
  public:
   Gradients(const LstmBackward& p, Arena& arena)
       : p_(p),
-        chunks_(chunks_of(p.steps)),
-        rows_((p.steps.T + chunks_ - 1) / chunks_ * p.steps.B),
+        in_one_piece_(p.steps.offsets || (p.steps.stride_b == 1 && !p.steps.lengths)),
+        rows_(std::min(std::max(kRows, p.steps.B), p.steps.T * p.steps.B)),
+        row_of_(arena.take<int64_t>(p.dw_hh && !in_one_piece_ ? rows_ : 0)),
+        x_(arena.take<S>(p.dw_hh && !in_one_piece_ ? rows_ * p.I : 0)),
         dgates_(arena.take<O>(p.dw_hh ? rows_ * 4 * p.H : 0)),
         h_prev_(arena.take<S>(p.dw_hh ? rows_ * p.P : 0)),
         packed_ih_(arena.take<E>(p.dx ? blocks_of<A>(p.I) * depth_of<E>(4 * p.H) * L : 0)),
@@ -39,12 +43,33 @@ class Gradients {
 
   // Of all steps before the end-th, those that are at hand together with the last.
   StepsAtHand steps_before(int64_t end) const {
-    const int64_t T = p_.steps.T;
-    int64_t chunk = (end * chunks_ - 1) / T;
-    while (share(T, chunks_, chunk).end < end) ++chunk;
-    const Range steps = share(T, chunks_, chunk);
-    const int64_t t = std::min(p_.steps.step_at(steps.begin), p_.steps.step_at(steps.end - 1));
-    return {steps.begin, steps.end, t * p_.steps.B};
+    StepsAtHand steps{end, end, 0, 0};
+    while (steps.begin > 0) {
+      const int64_t more = p_.steps.count(p_.steps.step_at(steps.begin - 1), 0, p_.steps.B);
+      if (steps.rows + more > rows_) break;
+      --steps.begin;
+      steps.rows += more;
+    }
+    const int64_t t = std::min(p_.steps.step_at(steps.begin), p_.steps.step_at(end - 1));
+    steps.first_row = p_.steps.row(t, 0);
+    return steps;
+  }
+
+  // Gives the sequences of a step their slots, all but its x already in place, or, with `before`
+  // rows of other steps and sequences before them, puts x there, the columns of one of the slices.
+  void put_x(const StepsAtHand& steps, Row* rows, int64_t count, int64_t before, int64_t slice,
+             int64_t slices) const {
+    if (in_one_piece_) {
+      for (int64_t r = 0; r < count; ++r) rows[r].slot = rows[r].row - steps.first_row;
+      return;
+    }
+    const Range columns = share(blocks_of<A>(p_.I), slices, slice);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t slot = rows[r].slot = before + r;
+      if (slice == 0) row_of_[slot] = rows[r].row;
+      copy_blocks<A>(static_cast<const S*>(p_.x) + rows[r].row * p_.I, x_ + slot * p_.I, columns,
+                     p_.I);
+    }
   }
 
   // W_ih for dx: before make, which every thread then calls with all of dgates there.
@@ -56,21 +81,18 @@ class Gradients {
   }
 
   void make(const StepsAtHand& steps, const Member<E>& m, const Plan& plan, int thread) const {
-    const int64_t count = (steps.end - steps.begin) * p_.steps.B;
+    if (!steps.rows) return;
     if (p_.dx) {
-      const Range rows = by_columns(plan) ? Range{0, count} : share(count, plan.threads(), thread);
+      const Range all{0, steps.rows};
+      const Range rows = by_columns(plan) ? all : share(steps.rows, plan.threads(), thread);
       make_dx(steps.first_row, rows, columns(plan, thread), m);
     }
-    const S* x = static_cast<const S*>(p_.x) + steps.first_row * p_.I;
-    weights_.part(dgates_, x, h_prev_, count, steps.end == p_.steps.T).work(thread, plan.threads());
+    const S* x = in_one_piece_ ? static_cast<const S*>(p_.x) + steps.first_row * p_.I : x_;
+    weights_.part(dgates_, x, h_prev_, steps.rows, steps.end == p_.steps.T)
+        .work(thread, plan.threads());
   }
 
  private:
-  static int64_t chunks_of(const Steps& steps) {
-    const int64_t most = std::max<int64_t>(1, kRows / std::max<int64_t>(1, steps.B));
-    return std::max<int64_t>(1, (steps.T + most - 1) / most);
-  }
-
   Matmul of_weights() const {
     Matmul product{};
     if (!p_.dw_hh) return product;
@@ -102,13 +124,15 @@ class Gradients {
       for (int64_t r = 0; r < count; ++r) {
         m.a[r] = as_elements<E>(dgates_ + (begin + r) * 4 * p_.H);
       }
-      A* dx = static_cast<A*>(p_.dx) + (first_row + begin) * p_.I;
       for_panels(columns, m, count, depth_of<E>(4 * p_.H), packed_ih_,
                  [&](int64_t block, int vectors, Range part, const A* sums) {
                    for (int64_t r = part.begin; r < part.end; ++r) {
+                     const int64_t slot = begin + r;
+                     const int64_t row = in_one_piece_ ? first_row + slot : row_of_[slot];
+                     A* dx = static_cast<A*>(p_.dx) + row * p_.I;
                      for (int v = 0; v < vectors; ++v, sums += L) {
                        const int64_t j = (block + v) * L;
-                       store<A>(dx + r * p_.I + j, load_full<A>(sums), p_.I - j);
+                       store<A>(dx + j, load_full<A>(sums), p_.I - j);
                      }
                    }
                  });
@@ -116,11 +140,13 @@ class Gradients {
   }
 
   const LstmBackward& p_;
-  const int64_t chunks_;  // in which the steps are taken
-  const int64_t rows_;    // at hand, at most
-  O* const dgates_;       // [rows_, 4H]
-  S* const h_prev_;       // [rows_, P]: what W_hh was multiplied with
-  E* const packed_ih_;    // [blocks of I][depth of 4H][lanes]
+  const bool in_one_piece_;  // the rows of steps one after the other, without padding
+  const int64_t rows_;       // at hand, at most
+  int64_t* const row_of_;    // [rows_]: where a slot's row lies, unless in one piece
+  S* const x_;               // [rows_, I]: x by slots, unless in one piece
+  O* const dgates_;          // [rows_, 4H]
+  S* const h_prev_;          // [rows_, P]: what W_hh was multiplied with
+  E* const packed_ih_;       // [blocks of I][depth of 4H][lanes]
   const MatmulOf<E, S> weights_;
 };
 
