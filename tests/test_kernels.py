@@ -23,6 +23,8 @@ SHAPES = {
     "ones": (1, 1, 1, 1),
     "odd": (4, 7, 5, 19),
     "wide": (3, 2, 40, 130),
+    "one_row": (4, 1, 9, 200),
+    "three_rows": (3, 3, 5, 77),
     "dots": (3, 1, 256, 256),
     "dots_odd_units": (3, 4, 272, 272 + 16),
     "dots_three_rows": (2, 3, 256, 256),
@@ -127,10 +129,11 @@ def test_lengths_and_resets(isa, options, proj, reverse, dtype):
 
 
 def test_lengths_with_few_rows_left(isa):
-    """The dots of one to four rows: how many sequences are left changes from step to step."""
+    """One to four rows, dots and not: how many sequences are left changes from step to step."""
     options = {"lengths": torch.tensor([5, 1, 3, 4])}
-    for reverse in (False, True):
-        _check(*_both(5, 4, 8, 256, torch.float32, reverse=reverse, **options), torch.float32)
+    for H in (200, 256):
+        for reverse in (False, True):
+            _check(*_both(5, 4, 8, H, torch.float32, reverse=reverse, **options), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

