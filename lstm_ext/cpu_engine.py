@@ -85,7 +85,7 @@ def _bf16_products(dtype: torch.dtype, w: LayerWeights) -> bool:
 # cache as well. Backward took 5-8 % less time at H 128, level at H 256, 8 % more at H 512 (float32,
 # B 16 to 64, two Zen 5 cores); dgates of all steps need no memory. Of padded sequences, whose rows
 # would have to be gathered first, training takes 4-19 % less at any size (H 64 to 1024).
-_FUSED_ROWS = 512
+FUSED_ROWS = 512
 _FUSED_WEIGHT_BYTES = 1 << 20  # as products read them
 
 
@@ -95,7 +95,7 @@ def _fused(w: LayerWeights, steps: Steps, operand: torch.dtype, wanted: Directio
         wanted.w_ih
         and wanted.w_hh
         and not w.normed
-        and steps.rows >= _FUSED_ROWS
+        and steps.rows >= FUSED_ROWS
         and (steps.has_padding or w.w_ih.numel() * operand.itemsize <= _FUSED_WEIGHT_BYTES)
     )
 

@@ -57,7 +57,7 @@ def matmul(a: Tensor, w: Tensor) -> Tensor:
 
 # Of fewer rows torch's bfloat16 products are faster: they are rounded as they are written, the
 # core's in a pass of their own.
-_CORE_BF16_ROWS = 512
+CORE_BF16_ROWS = 512
 
 
 def transposed_matmul(
@@ -75,7 +75,7 @@ def transposed_matmul(
         more, _, total = transposed_matmul(a, more_w, None, sums)
         return None, more, total
     acc = torch.promote_types(a.dtype, torch.float32)
-    few_bf16 = a.dtype == torch.bfloat16 and a.size(0) < _CORE_BF16_ROWS
+    few_bf16 = a.dtype == torch.bfloat16 and a.size(0) < CORE_BF16_ROWS
     if few_bf16 or (a.size(0) == 1 and a.dtype == w.dtype == acc):
         columns = a.t()
         more_out = None if more_w is None else torch.mm(columns, more_w)

@@ -110,9 +110,24 @@ class PlainLayer(Function):
     @staticmethod
     @batching.batched_gradients
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        x, h0, c0, *weights, gates, c_seq, y = ctx.saved_tensors
-        _, _, _, _, _, wanted_x, *wanted = ctx.needs_input_grad
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[5:]
         T, batch_first = ctx.steps
+        applied = must_apply()
+        if not applied and not torch._C._is_any_autocast_enabled():
+            made = recorded(_plain.cpu_backward)(
+                gradients,
+                saved,
+                wanted,
+                T,
+                batch_first,
+                torch.get_num_threads(),
+                min(cpu_engine.FUSED_ROWS, cpu_products.CORE_BF16_ROWS) - 1,
+                cpu_products.workspace,
+            )
+            if made is not None:
+                return (None,) * 5 + made
+        x, h0, c0, *weights, gates, c_seq, y = saved
+        wanted_x, *wanted = wanted
         *dy, dh, dc = gradients
         I, H, of = x.size(-1), h0.size(-1), (x, h0, c0)
         steps = Steps.padded(T or 1, h0.size(-2), batch_first=batch_first)
@@ -120,7 +135,7 @@ class PlainLayer(Function):
         dh, dc = _rows(dh, H), _rows(dc, H)
         x, h0, c0 = _rows(x, I), _rows(h0, H), _rows(c0, H)
         y = h0 if y is None else _rows(y, H)  # the output is read only at a step before another
-        if must_apply():
+        if applied:
             layer = (x, h0, c0, *weights, None, y, gates, c_seq)
             flags = (wanted_x, *wanted, False)  # no weight_hr
             dx, *grads = LSTMLayerBackward.apply(

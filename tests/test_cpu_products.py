@@ -220,7 +220,7 @@ for name in truth:
 )
 def test_products_of_all_weights_at_once(isa, size, dtypes, threads, monkeypatch):
     """Both products and the sums: several slices and groups of rows; rows or columns shared."""
-    monkeypatch.setattr(cpu_products, "_CORE_BF16_ROWS", 0)
+    monkeypatch.setattr(cpu_products, "CORE_BF16_ROWS", 0)
     torch.set_num_threads(threads)
     rows, M, N, more_N = size
     dtype_a, dtype_w = (
@@ -315,7 +315,7 @@ def test_gradients_beside_the_recurrence_of_lengths(batch_first, lengths, monkey
         return torch.autograd.grad(y, parameters, cotangent)
 
     beside, *others = (gradients(threads) for threads in (1, 2, 3))
-    monkeypatch.setattr(cpu_engine, "_FUSED_ROWS", 10**9)
+    monkeypatch.setattr(cpu_engine, "FUSED_ROWS", 10**9)
     after = gradients(2)
     assert not beside[0][padding.T if batch_first else padding].any()
     for found, expected, *again in zip(beside, after, *others, strict=True):
@@ -331,7 +331,7 @@ def test_gradients_beside_the_recurrence_of_variants(monkeypatch):
     resets = torch.rand(50, 16) < 0.1
 
     def gradients(fused_rows):
-        monkeypatch.setattr(cpu_engine, "_FUSED_ROWS", fused_rows)
+        monkeypatch.setattr(cpu_engine, "FUSED_ROWS", fused_rows)
         torch.manual_seed(1)
         y = module(x, reset_mask=resets)[0]
         return torch.autograd.grad(y, list(module.parameters()), cotangent)

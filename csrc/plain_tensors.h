@@ -1,0 +1,136 @@
+// What the short way of a plain layer asks of tensors and does with them, through torch's Python
+// interface, without which the core would be bound to one version of torch.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "bind_memory.h"
+#include "params.h"
+
+namespace lstm_ext {
+
+class PlainTensors {
+ public:
+  using Object = pybind11::object;
+  using Handle = pybind11::handle;
+
+  // types: of tensors without behaviour of their own. codes: enum Dtype by dtype: of dtypes that
+  // are their own acc type, and of bf16. bf16_acc: its acc type. most_rows: of a single step,
+  // unless its input is packed or products multiply bf16.
+  PlainTensors(pybind11::tuple types, pybind11::dict codes, Object bf16_acc, int64_t most_rows)
+      : most_rows(most_rows),
+        types_(std::move(types)),
+        codes_(std::move(codes)),
+        bf16_acc_(std::move(bf16_acc)) {}
+
+  const int64_t most_rows;
+
+  struct Names {
+    PyObject* dtype = PyUnicode_InternFromString("dtype");
+    PyObject* shape = PyUnicode_InternFromString("shape");
+    PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
+    PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+    PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
+    PyObject* contiguous = PyUnicode_InternFromString("contiguous");
+    PyObject* new_empty = PyUnicode_InternFromString("new_empty");
+    PyObject* new_zeros = PyUnicode_InternFromString("new_zeros");
+    PyObject* view = PyUnicode_InternFromString("view");
+    PyObject* t = PyUnicode_InternFromString("t");
+    PyObject* mm = PyUnicode_InternFromString("mm");
+    PyObject* sum = PyUnicode_InternFromString("sum");
+    PyObject* to = PyUnicode_InternFromString("to");
+    PyObject* clone = PyUnicode_InternFromString("clone");
+  };
+  static const Names& names() {
+    static const Names instance;
+    return instance;
+  }
+
+  // Of up to three dimensions; of more, only how many.
+  struct Sizes {
+    int64_t of[3] = {};
+    Py_ssize_t count;
+    Sizes(int64_t a) : of{a}, count(1) {}
+    Sizes(int64_t a, int64_t b) : of{a, b}, count(2) {}
+    Sizes(int64_t a, int64_t b, int64_t c) : of{a, b, c}, count(3) {}
+    explicit Sizes(Handle tensor) {
+      const Object shape = get(tensor, names().shape);
+      count = PyTuple_GET_SIZE(shape.ptr());
+      for (Py_ssize_t k = 0; k < count && k < 3; ++k) {
+        of[k] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), k));
+      }
+    }
+    bool operator==(const Sizes& other) const {
+      return count == other.count && of[0] == other.of[0] && of[1] == other.of[1] &&
+             of[2] == other.of[2];
+    }
+  };
+
+  bool is_plain(Handle value) const {
+    for (const Handle type : types_) {
+      if (Py_TYPE(value.ptr()) == reinterpret_cast<PyTypeObject*>(type.ptr())) return true;
+    }
+    return false;
+  }
+
+  // The dtype of a tensor of the types, which lives on, and its code; null if it has none.
+  PyObject* dtype_of(Handle value, Dtype& code) const {
+    if (!is_plain(value)) return nullptr;
+    PyObject* const dtype = get(value, names().dtype).ptr();
+    PyObject* const number = PyDict_GetItem(codes_.ptr(), dtype);
+    if (!number) return nullptr;
+    code = static_cast<Dtype>(PyLong_AsLong(number));
+    return dtype;
+  }
+  // Of sums, gates and cell states.
+  PyObject* acc_of(PyObject* dtype, Dtype code) const {
+    return code == Dtype::kBFloat16 ? bf16_acc_.ptr() : dtype;
+  }
+
+  // The memory of a tensor of the types, dense, on the CPU, of this dtype and these sizes, or of
+  // its contiguous copy; else null. kept: keeps that memory.
+  void* dense(Handle value, PyObject* dtype, const Sizes& sizes, Object& kept) const {
+    if (!is_plain(value) || get(value, names().dtype).ptr() != dtype ||
+        get(value, names().is_cpu).ptr() != Py_True || !(Sizes(value) == sizes)) {
+      return nullptr;
+    }
+    // Lazily negated, the memory is that of the opposite.
+    if (call(value, names().is_neg).ptr() != Py_False) return nullptr;
+    kept = call(value, names().contiguous);
+    return memory_of(kept);
+  }
+
+  static Object checked(PyObject* made) {
+    if (!made) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<Object>(made);
+  }
+  static Object get(Handle value, PyObject* name) {
+    return checked(PyObject_GetAttr(value.ptr(), name));
+  }
+  static Object call(Handle value, PyObject* name) {
+    return checked(PyObject_CallMethodNoArgs(value.ptr(), name));
+  }
+  static Object call(Handle value, PyObject* name, Handle argument) {
+    return checked(PyObject_CallMethodOneArg(value.ptr(), name, argument.ptr()));
+  }
+  // What like's method makes of sizes. dtype: of the new tensor; null: that of like.
+  static Object make(Handle like, PyObject* name, const Sizes& sizes, Handle dtype = {}) {
+    static PyObject* const keywords = PyTuple_Pack(1, names().dtype);
+    Object numbers[3];
+    PyObject* arguments[5] = {like.ptr()};
+    for (Py_ssize_t k = 0; k < sizes.count; ++k) {
+      numbers[k] = checked(PyLong_FromLongLong(sizes.of[k]));
+      arguments[k + 1] = numbers[k].ptr();
+    }
+    arguments[sizes.count + 1] = dtype.ptr();
+    return checked(PyObject_VectorcallMethod(name, arguments, size_t(sizes.count) + 1,
+                                             dtype ? keywords : nullptr));
+  }
+
+ private:
+  pybind11::tuple types_;
+  pybind11::dict codes_;
+  Object bf16_acc_;
+};
+
+}  // namespace lstm_ext
