@@ -13,6 +13,7 @@
 #include "bind_steps.h"
 #include "bind_variants.h"
 #include "build_info.h"
+#include "cpu/choice.h"
 #include "params.h"
 #ifdef LSTM_EXT_WITH_CUDA
 #include "cuda/bindings.h"
@@ -142,14 +143,14 @@ void cpu_backward(int dtype, bool bf16_products, int threads, const lstm_ext::St
 }
 
 void cpu_matmul(int dtype, bool bf16_products, int threads, int64_t M, int64_t N, int64_t more_N,
-                int64_t K, bool a_transposed, Memory a, Memory w, Memory more_w, Memory out,
-                Memory more_out, Memory sums, const py::function& workspace) {
+                int64_t K, bool a_transposed, Memory a, Memory w, Memory more_w, bool rounded,
+                Memory out, Memory more_out, Memory sums, const py::function& workspace) {
   const lstm_ext::CpuKernels& kernels = checked_cpu_kernels(bf16_products);
-  run_core(
-      kernels.matmul, kernels.matmul_workspace,
-      {static_cast<lstm_ext::Dtype>(dtype), bf16_products, threads, M, N, more_N, K, a_transposed,
-       a.address, w.address, more_w.address, out.address, more_out.address, sums.address, nullptr},
-      workspace);
+  run_core(kernels.matmul, kernels.matmul_workspace,
+           {static_cast<lstm_ext::Dtype>(dtype), bf16_products, threads, M, N, more_N, K,
+            a_transposed, a.address, w.address, more_w.address, rounded, out.address,
+            more_out.address, sums.address, nullptr},
+           workspace);
 }
 
 #ifdef LSTM_EXT_WITH_CUDA
@@ -204,6 +205,8 @@ PYBIND11_MODULE(_C, m) {
   lstm_ext::bind_steps(m);
   lstm_ext::bind_variants(m);
   lstm_ext::bind_cpu_plain(m);
+  m.def("cpu_multiplies", &lstm_ext::core_multiplies, "bf16_products"_a, "M"_a, "N"_a, "K"_a,
+        "a_transposed"_a, "Whether cpu_matmul is to be used, or torch's product.");
   // dtype codes: enum Dtype in params.h, where every argument is described. Positional as a rule:
   // thirty keywords take 2 us. workspace(bytes) returns a tensor to work in.
   m.def("cpu_forward", &cpu_forward, "dtype"_a, "bf16_products"_a, "threads"_a, "pack_input"_a,
@@ -217,8 +220,8 @@ PYBIND11_MODULE(_C, m) {
         "dh0"_a, "dc0"_a, "workspace"_a, "x"_a = py::none(), "w_ih"_a = py::none(), "I"_a = 0,
         "dx"_a = py::none(), "dw_ih"_a = py::none(), "dw_hh"_a = py::none(), "db"_a = py::none());
   m.def("cpu_matmul", &cpu_matmul, "dtype"_a, "bf16_products"_a, "threads"_a, "M"_a, "N"_a,
-        "more_N"_a, "K"_a, "a_transposed"_a, "a"_a, "w"_a, "more_w"_a, "out"_a, "more_out"_a,
-        "sums"_a, "workspace"_a);
+        "more_N"_a, "K"_a, "a_transposed"_a, "a"_a, "w"_a, "more_w"_a, "rounded"_a, "out"_a,
+        "more_out"_a, "sums"_a, "workspace"_a);
 #ifdef LSTM_EXT_WITH_CUDA
   m.def("cuda_report", &cuda_report, "CUDA runtime, driver and devices; never raises.");
   m.def("cuda_properties", &cuda_properties, "device"_a, "What the plan asks of a device.");

@@ -173,8 +173,9 @@ struct Matmul {
   const void* a;       // operand [M, K], or [K, M] if transposed
   const void* w;       // storage [K, N]
   const void* more_w;  // storage [K, more_N]
-  void* out;           // acc [M, N]
-  void* more_out;      // acc [M, more_N]
+  bool rounded;        // out and more_out are storage, else acc
+  void* out;           // [M, N]
+  void* more_out;      // [M, more_N]
   void* sums;          // acc [M]: of a over K, if a is transposed; null: not wanted
   void* workspace;     // matmul_workspace() bytes, 64-byte aligned, contents irrelevant
 };

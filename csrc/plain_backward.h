@@ -6,6 +6,7 @@
 #include <array>
 
 #include "bind_cpu.h"
+#include "cpu/choice.h"
 #include "plain_tensors.h"
 
 namespace lstm_ext {
@@ -26,8 +27,8 @@ class PlainBackward {
   //
   // Returns those gradients, None where not wanted. Or None, if anything is not a tensor of the
   // types, dense, on the CPU, of its size and dtype; if there are more than most_rows rows; or if
-  // only gradients of biases are wanted, or bf16 is not multiplied. Its products of bf16, and of a
-  // single row, are torch's: not under autocast.
+  // only gradients of biases are wanted, or bf16 is not multiplied. Some products are torch's: not
+  // under autocast.
   static Object run(const PlainTensors& tensors, const pybind11::tuple& gradients,
                     const pybind11::tuple& saved, const pybind11::tuple& wanted, int64_t T,
                     bool batch_first, int threads, int64_t most_rows,
@@ -108,17 +109,12 @@ class PlainBackward {
     p_.dc0 = memory_of(made_[kC0]);
     const CpuKernels& kernels = cpu_kernels();
     run_core(kernels.backward, kernels.backward_workspace, p_, workspace);
-    // For one row, packing the weights costs more than the product.
-    if (p_.bf16_products || rows == 1) {
-      products_by_torch(dgates, h_prev ? h_prev : kept_[kH0]);
-    } else {
-      if (wanted_[kX]) {
-        made_[kX] = like(kX, Sizes(kept_[kX]));
-        times_weights(w_ih_, I, made_[kX], workspace);
-      }
-      if (one_step && wanted_[kH0]) times_weights(w_hh_, H, made_[kH0], workspace);
-      if (wanted_[kWih] || wanted_[kWhh]) of_weights(workspace);
-    }
+    const auto by_weights = [&](int k, int weight, const void* w, int64_t width) {
+      if (wanted_[k]) made_[k] = times_weights(dgates, k, weight, w, width, workspace);
+    };
+    by_weights(kX, kWih, w_ih_, I);
+    if (one_step) by_weights(kH0, kWhh, w_hh_, H);
+    if (wanted_[kWih] || wanted_[kWhh]) of_weights(dgates, h_prev ? h_prev : kept_[kH0], workspace);
     if (wanted_[kBhh]) {
       // Two tensors, as for two parameters: a caller may change one in place.
       made_[kBhh] = wanted_[kBih] ? PlainTensors::call(made_[kBih], PlainTensors::names().clone)
@@ -129,74 +125,75 @@ class PlainBackward {
     return result;
   }
 
-  // out = dgates w, w (4H, N).
-  void times_weights(const void* w, int64_t N, const Object& out,
-                     const pybind11::function& workspace) {
+  // dgates w for w (4H, N), which kept_[weight] holds; of the sizes of kept_[k].
+  Object times_weights(const Object& dgates, int k, int weight, const void* w, int64_t N,
+                       const pybind11::function& workspace) const {
+    const Sizes sizes(kept_[k]);
     Matmul m{};
     m.M = p_.steps.rows;
     m.N = N;
     m.K = 4 * p_.H;
+    if (!core_multiplies(p_.bf16_products, m.M, m.N, m.K, false)) {
+      const Object product = PlainTensors::call(dgates, PlainTensors::names().mm, kept_[weight]);
+      return PlainTensors::make(product, PlainTensors::names().view, sizes);
+    }
+    const Object out = like(k, sizes);
     m.w = w;
     m.out = memory_of(out);
     multiply(m, workspace);
+    return out;
   }
 
-  // dW_ih, dW_hh and db in one pass over dgates.
-  void of_weights(const pybind11::function& workspace) {
-    const int64_t H = p_.H, I = p_.I;
-    const void* const h_prev = p_.h_prev ? p_.h_prev : h_0_;
-    Matmul m{};
-    m.M = 4 * H;
-    m.K = p_.steps.rows;
-    m.a_transposed = true;
-    if (wanted_[kWih]) {
-      made_[kWih] = like(kX, {4 * H, I});
-      m.N = I;
-      m.w = x_;
-      m.out = memory_of(made_[kWih]);
-    }
-    if (wanted_[kWhh]) {
-      made_[kWhh] = like(kX, {4 * H, H});
-      (wanted_[kWih] ? m.more_N : m.N) = H;
-      (wanted_[kWih] ? m.more_w : m.w) = h_prev;
-      (wanted_[kWih] ? m.more_out : m.out) = memory_of(made_[kWhh]);
-    }
-    if (wanted_[kBih] || wanted_[kBhh]) {
-      made_[kBih] = like(kX, 4 * H);
-      m.sums = memory_of(made_[kBih]);
-    }
-    multiply(m, workspace);
-  }
-
-  void multiply(Matmul& m, const pybind11::function& workspace) {
-    m.dtype = p_.dtype;
-    m.threads = p_.threads;
-    m.a = p_.dgates;
-    const CpuKernels& kernels = cpu_kernels();
-    run_core(kernels.matmul, kernels.matmul_workspace, m, workspace);
-  }
-
-  // The same gradients. dgates (rows, 4H); h_prev: rows of H.
-  void products_by_torch(const Object& dgates, const Object& h_prev) {
+  // dW_ih, dW_hh and db, in one pass over dgates. h_prev: rows of H.
+  void of_weights(const Object& dgates, const Object& h_prev, const pybind11::function& workspace) {
     const auto& names = PlainTensors::names();
     const int64_t rows = p_.steps.rows, H = p_.H, I = p_.I;
-    const auto mm = [&](Handle a, Handle b) { return PlainTensors::call(a, names.mm, b); };
-    const auto rows_of = [&](Handle value, int64_t width) {
-      return PlainTensors::make(value, names.view, {rows, width});
-    };
-    const auto shaped = [&](const Object& product, int k) {
-      return PlainTensors::make(product, names.view, Sizes(kept_[k]));
-    };
-    if (wanted_[kX]) made_[kX] = shaped(mm(dgates, kept_[kWih]), kX);
-    if (p_.steps.T == 1 && wanted_[kH0]) made_[kH0] = shaped(mm(dgates, kept_[kWhh]), kH0);
-    if (!wanted_[kWih] && !wanted_[kWhh]) return;
-    const Object columns = PlainTensors::call(dgates, names.t);
-    if (wanted_[kWih]) made_[kWih] = mm(columns, rows_of(kept_[kX], I));
-    if (wanted_[kWhh]) made_[kWhh] = mm(columns, rows_of(h_prev, H));
-    if (wanted_[kBih] || wanted_[kBhh]) {
-      const Object sums = PlainTensors::make(dgates, names.sum, 0, acc_);
+    const bool wanted_b = wanted_[kBih] || wanted_[kBhh];
+    Matmul m{};
+    m.M = 4 * H;
+    m.K = rows;
+    m.a_transposed = true;
+    Object sums;
+    if (core_multiplies(p_.bf16_products, m.M, wanted_[kWih] * I + wanted_[kWhh] * H, rows, true)) {
+      const auto side = [&](int k, int64_t N, const void* w, int64_t& columns, const void*& from,
+                            void*& to) {
+        made_[k] = like(kX, {4 * H, N});
+        columns = N;
+        from = w;
+        to = memory_of(made_[k]);
+      };
+      const void* const previous = p_.h_prev ? p_.h_prev : h_0_;
+      if (wanted_[kWih]) side(kWih, I, x_, m.N, m.w, m.out);
+      if (wanted_[kWih] && wanted_[kWhh]) side(kWhh, H, previous, m.more_N, m.more_w, m.more_out);
+      if (!wanted_[kWih]) side(kWhh, H, previous, m.N, m.w, m.out);
+      if (wanted_b) {
+        sums = PlainTensors::make(kept_[kX], names.new_empty, 4 * H, acc_);
+        m.sums = memory_of(sums);
+      }
+      multiply(m, workspace);
+    } else {
+      const Object columns = PlainTensors::call(dgates, names.t);
+      const auto product = [&](const Object& value, int64_t width) {
+        const Object matrix = PlainTensors::make(value, names.view, {rows, width});
+        return PlainTensors::call(columns, names.mm, matrix);
+      };
+      if (wanted_[kWih]) made_[kWih] = product(kept_[kX], I);
+      if (wanted_[kWhh]) made_[kWhh] = product(h_prev, H);
+      if (wanted_b) sums = PlainTensors::make(dgates, names.sum, 0, acc_);
+    }
+    if (wanted_b) {
       made_[kBih] = p_.bf16_products ? PlainTensors::call(sums, names.to, dtype_) : sums;
     }
+  }
+
+  void multiply(Matmul& m, const pybind11::function& workspace) const {
+    m.dtype = p_.dtype;
+    m.bf16_products = p_.bf16_products;
+    m.threads = p_.threads;
+    m.a = p_.dgates;
+    m.rounded = true;
+    const CpuKernels& kernels = cpu_kernels();
+    run_core(kernels.matmul, kernels.matmul_workspace, m, workspace);
   }
 
   const void* dense(int k, const Sizes& sizes, PyObject* dtype = nullptr) {

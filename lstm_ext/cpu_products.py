@@ -41,23 +41,13 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 def matmul(a: Tensor, w: Tensor) -> Tensor:
     """a w for a (m, k) and w (k, n); in a's dtype.
 
-    That is w's acc type, or bfloat16 for both: then it is a product by torch, which runs near the
-    processor's peak (700 to 880 GFLOP/s of 960, 600 or more rows, on two Zen 5 cores).
+    That is w's acc type, or bfloat16 for both.
     """
-    if a.dtype == torch.bfloat16:
-        return torch.mm(a, w)
-    if a.dtype == w.dtype and a.size(0) == 1:
-        # Packing w for a single row costs more than the product: torch took about half the time
-        # (H 32 to 256, on the same machine).
+    if _is_for_torch(a, w, w.size(1), a_transposed=False):
         return torch.mm(a, w)
     out = a.new_empty(a.size(0), w.size(1))
     _product(a, w, None, out, None, None)
     return out
-
-
-# Of fewer rows torch's bfloat16 products are faster: they are rounded as they are written, the
-# core's in a pass of their own.
-CORE_BF16_ROWS = 512
 
 
 def transposed_matmul(
@@ -66,27 +56,33 @@ def transposed_matmul(
     """a^T w and a^T more_w, where given, and the sums over the rows of a, if wanted.
 
     a (k, m), w (k, n) and more_w (k, n'); a of w's acc type, or bfloat16 like w. Returns
-    (m, n), (m, n') and (m,) of the acc type or, the first two, bfloat16: one pass over a for all
-    three.
+    (m, n) and (m, n') of w's dtype, and (m,) of the acc type: one pass over a for all three.
     """
+    acc = torch.promote_types(a.dtype, torch.float32)
     if w is None and more_w is None:
-        return None, None, a.sum(0, dtype=torch.promote_types(a.dtype, torch.float32))
+        return None, None, a.sum(0, dtype=acc)
     if w is None:
         more, _, total = transposed_matmul(a, more_w, None, sums)
         return None, more, total
-    acc = torch.promote_types(a.dtype, torch.float32)
-    few_bf16 = a.dtype == torch.bfloat16 and a.size(0) < CORE_BF16_ROWS
-    if few_bf16 or (a.size(0) == 1 and a.dtype == w.dtype == acc):
+    more_columns = 0 if more_w is None else more_w.size(1)
+    if _is_for_torch(a, w, w.size(1) + more_columns, a_transposed=True):
         columns = a.t()
         more_out = None if more_w is None else torch.mm(columns, more_w)
         return torch.mm(columns, w), more_out, a.sum(0, dtype=acc) if sums else None
-    new = a.new_empty if a.size(0) else a.new_zeros
-    out = new(a.size(1), w.size(1), dtype=acc)
-    more_out = None if more_w is None else new(a.size(1), more_w.size(1), dtype=acc)
+    new = w.new_empty if a.size(0) else w.new_zeros
+    out = new(a.size(1), w.size(1))
+    more_out = None if more_w is None else new(a.size(1), more_columns)
     total = new(a.size(1), dtype=acc) if sums else None
     if a.size(0):
         _product(a, w, more_w, out, more_out, total, a_transposed=True)
     return out, more_out, total
+
+
+def _is_for_torch(a: Tensor, w: Tensor, columns: int, a_transposed: bool) -> bool:
+    """Whether a library's product is the faster one, which takes operands of one dtype."""
+    K, M = a.shape if a_transposed else a.shape[::-1]
+    bf16_products = a.dtype == torch.bfloat16
+    return a.dtype == w.dtype and not _C.cpu_multiplies(bf16_products, M, columns, K, a_transposed)
 
 
 def _product(
@@ -108,7 +104,7 @@ def _product(
     # fmt: off
     recorded(_C.cpu_matmul)(
         code, bf16_products, threads, M, N, more_N, K, a_transposed,
-        a, w, more_w, out, more_out, sums, workspace,
+        a, w, more_w, out.dtype == w.dtype, out, more_out, sums, workspace,
     )
     # fmt: on
 

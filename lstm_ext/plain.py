@@ -121,7 +121,7 @@ class PlainLayer(Function):
                 T,
                 batch_first,
                 torch.get_num_threads(),
-                min(cpu_engine.FUSED_ROWS, cpu_products.CORE_BF16_ROWS) - 1,
+                cpu_engine.FUSED_ROWS - 1,
                 cpu_products.workspace,
             )
             if made is not None:

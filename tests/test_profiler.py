@@ -22,8 +22,9 @@ def test_every_call_of_the_core_is_named():
     module, x = here(lstm_ext.LSTM(3, 4, 2)), here(torch.randn(5, 2, 3))
     with torch.no_grad():
         assert counted(lambda: module(x)) == {f"lstm_ext::{KIND}_forward": 2}
-    y = module(x)[0].sum()
-    names = counted(y.backward)
+    names = counted(module(x)[0].sum().backward)
+    assert names == {f"lstm_ext::{KIND}_backward": 2}
+    names = counted(module(x, lengths=torch.tensor([5, 4]))[0].sum().backward)
     # The products of backward are the core's on the CPU, torch's on CUDA: one of each layer for all
     # its weights, and one for the gradient of what the second reads.
     assert names.pop("lstm_ext::cpu_matmul", 0) == (3 if KIND == "cpu" else 0)

@@ -3,8 +3,10 @@
 //
 // The longer side of out is shared among the threads, which need nothing of each other. K is cut
 // into slices, so that a slice of packed w and of a chunk of rows stays in L2; slices are added in
-// order.
+// order. What is to be rounded is when the last slice is added, the sums before in scratch.
 #pragma once
+
+#include <type_traits>
 
 #include "sequence.h"
 
@@ -29,12 +31,14 @@ class MatmulOf {
     E* w;    // [blocks of N and more_N][slice_][lanes]
     E* a;    // [kGroupRows / kChunkRows][slice_][kChunkRows], if a is transposed
     A* acc;  // [kChunkRows][kPanelVectors][lanes]
+    A* out;  // [M][N + more_N], every thread's the same: of slices, if out is rounded
   };
 
   // One right-hand side, and the columns of it that a thread makes.
   struct Side {
     const S* w;
-    A* out;
+    void* out;
+    A* slices;  // where their sums are kept: out itself, unless that is rounded
     int64_t N;
     Range columns;  // blocks
     E* packed;
@@ -77,8 +81,9 @@ class MatmulOf {
     const int64_t m0 = rows.begin * L, m1 = std::min(p_.M, rows.end * L);
     if (m0 >= m1) return;
     const Scratch& s = scratch_[thread];
-    Side sides[2] = {side(p_.w, p_.out, p_.N, thread, threads),
-                     side(p_.more_w, p_.more_out, p_.more_N, thread, threads)};
+    Side sides[2] = {side(p_.w, p_.out, s.out, p_.N, thread, threads),
+                     side(p_.more_w, p_.more_out, s.out ? s.out + p_.M * p_.N : nullptr, p_.more_N,
+                          thread, threads)};
     // Of a that is not split, every thread could make the sums.
     A* sums = by_rows_ || thread == 0 ? static_cast<A*>(p_.sums) : nullptr;
     const int64_t depth = depth_of<E>(p_.K);
@@ -101,7 +106,14 @@ class MatmulOf {
                        ? s.a + (m - group) * length + r
                        : as_elements<E>(static_cast<const O*>(p_.a) + (m + r) * p_.K) + k0;
           }
-          for (const Side& side : sides) multiply(side, part, a, k0, length, s.acc);
+          const bool last = k0 + length == depth;
+          for (const Side& side : sides) {
+            if (rounded_ && last) {
+              multiply(side, static_cast<S*>(side.out), part, a, k0, length, s.acc);
+            } else {
+              multiply(side, side.slices, part, a, k0, length, s.acc);
+            }
+          }
         }
       }
     }
@@ -110,11 +122,14 @@ class MatmulOf {
  private:
   void take_scratch(Arena& arena) {
     scratch_ = arena.take<Scratch>(p_.threads);
+    const bool kept = rounded_ && slice_ < depth_of<E>(p_.K);
+    A* const out = arena.take<A>(kept ? p_.M * (p_.N + p_.more_N) : 0);
     for (int i = 0; i < p_.threads; ++i) {
       Scratch s{};
       s.w = arena.take<E>(blocks_ * L * slice_);
       s.a = arena.take<E>(p_.a_transposed ? slice_ * kGroupRows : 0);
       s.acc = arena.take<A>(kChunkRows * kPanelVectors * L);
+      s.out = out;
       if (scratch_) scratch_[i] = s;
     }
   }
@@ -128,10 +143,14 @@ class MatmulOf {
     return slices ? (depth + slices - 1) / slices : 0;
   }
 
-  Side side(const void* w, void* out, int64_t N, int thread, int threads) const {
+  Side side(const void* w, void* out, A* slices, int64_t N, int thread, int threads) const {
     const int64_t blocks = blocks_of<A>(N);
-    return {static_cast<const S*>(w), static_cast<A*>(out), N,
-            by_rows_ ? Range{0, blocks} : share(blocks, threads, thread), nullptr};
+    return {static_cast<const S*>(w),
+            out,
+            rounded_ ? slices : static_cast<A*>(out),
+            N,
+            by_rows_ ? Range{0, blocks} : share(blocks, threads, thread),
+            nullptr};
   }
 
   void pack_side(const Side& side, int64_t k0, int64_t length) const {
@@ -193,8 +212,9 @@ class MatmulOf {
     }
   }
 
-  void multiply(const Side& side, Range part, const E* const* a, int64_t k0, int64_t length,
-                A* acc) const {
+  template <class Out>
+  void multiply(const Side& side, Out* out, Range part, const E* const* a, int64_t k0,
+                int64_t length, A* acc) const {
     each_panel(side.columns, [&](int64_t block, int vectors, int64_t) {
       product<E>(a, int(part.size()), length,
                  side.packed + (block - side.columns.begin) * length * L, vectors, 1, 0, acc, 0,
@@ -203,16 +223,17 @@ class MatmulOf {
       for (int64_t m = part.begin; m < part.end; ++m) {
         for (int v = 0; v < vectors; ++v, sums += L) {
           const int64_t j = (block + v) * L;
-          A* to = side.out + m * side.N + j;
+          const int64_t at = m * side.N + j;
           Vec<A> sum = load_full<A>(sums);
-          if (k0 || add_) sum += load<A>(to, side.N - j);
-          store<A>(to, sum, side.N - j);
+          if (k0 || add_) sum += load<A>(side.slices + at, side.N - j);
+          store<A>(out + at, sum, side.N - j);
         }
       }
     });
   }
 
   Matmul p_;
+  bool rounded_ = p_.rounded && !std::is_same_v<A, S>;
   bool add_ = false;  // to what out, more_out and sums hold
   int64_t blocks_ = blocks_of<A>(p_.N) + blocks_of<A>(p_.more_N);  // of columns, both sides
   bool by_rows_ = p_.M >= p_.N + p_.more_N;  // threads share the rows of out, else its columns
