@@ -7,8 +7,8 @@
 #include <array>
 
 #include "bind_cpu.h"
-#include "plain_backward.h"
-#include "plain_tensors.h"
+#include "bind_cpu_plain_backward.h"
+#include "bind_tensors.h"
 
 namespace lstm_ext {
 

@@ -3,8 +3,7 @@
 The core makes the input product too, a few steps at a time between those of the recurrence: what it
 makes is still in the caches when it is used, 2-10 % of inference beside oneDNN's product over all
 steps (fp32, B 16-64, H 128-256, two Zen 5 cores). Products over all steps are a library's where a
-layer norm needs whole rows, for a single step, and in the backward pass of bfloat16, where they are
-not made beside the recurrence, the gradient of x, and those of the weights where rows are few.
+layer norm needs whole rows, for a single step, and in backward where csrc/cpu/choice.h says so.
 Letters as in :mod:`ops`.
 """
 

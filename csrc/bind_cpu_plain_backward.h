@@ -6,8 +6,8 @@
 #include <array>
 
 #include "bind_cpu.h"
+#include "bind_tensors.h"
 #include "cpu/choice.h"
-#include "plain_tensors.h"
 
 namespace lstm_ext {
 
