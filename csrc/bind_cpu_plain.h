@@ -34,11 +34,8 @@ class PlainForward {
     LstmForward p{};
     p.pack_input = pack_input;
     p.threads = threads;
-    try {
-      if (!in.read(x, hx, weights, I, H, T, batch_first, p)) return py::none();
-    } catch (const py::error_already_set&) {  // a tensor without memory
-      return py::none();
-    }
+    const auto read = [&] { return in.read(x, hx, weights, I, H, T, batch_first, p); };
+    if (!PlainTensors::answered(read)) return py::none();
     const int64_t B = p.steps.B, rows = p.steps.rows;
     const bool save = grad && in.requires_grad_, module = in.x_dims_ == 3;
     const auto empty = [&](const Sizes& sizes, Handle dtype = {}) {

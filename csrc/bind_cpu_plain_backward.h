@@ -36,11 +36,8 @@ class PlainBackward {
     PlainBackward in(tensors, saved);
     in.p_.threads = threads;
     for (int k = 0; k < 7; ++k) in.wanted_[k] = wanted[k].ptr() == Py_True;
-    try {
-      if (!in.read(gradients, T, batch_first, most_rows)) return pybind11::none();
-    } catch (const pybind11::error_already_set&) {  // a tensor without memory
-      return pybind11::none();
-    }
+    const auto read = [&] { return in.read(gradients, T, batch_first, most_rows); };
+    if (!PlainTensors::answered(read)) return pybind11::none();
     return in.made(workspace);
   }
 

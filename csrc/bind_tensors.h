@@ -4,6 +4,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "bind_memory.h"
 #include "params.h"
 
@@ -15,8 +17,8 @@ class PlainTensors {
   using Handle = pybind11::handle;
 
   // types: of tensors without behaviour of their own. codes: enum Dtype by dtype: of dtypes that
-  // are their own acc type, and of bf16. bf16_acc: its acc type. most_rows: of a single step,
-  // unless its input is packed or products multiply bf16.
+  // are their own acc type, and of bf16. bf16_acc: its acc type. most_rows: forward's, of a single
+  // step, unless its input is packed or products multiply bf16.
   PlainTensors(pybind11::tuple types, pybind11::dict codes, Object bf16_acc, int64_t most_rows)
       : most_rows(most_rows),
         types_(std::move(types)),
@@ -55,9 +57,14 @@ class PlainTensors {
     Sizes(int64_t a, int64_t b, int64_t c) : of{a, b, c}, count(3) {}
     explicit Sizes(Handle tensor) {
       const Object shape = get(tensor, names().shape);
+      if (!PyTuple_Check(shape.ptr())) {
+        throw pybind11::type_error("Expected a tensor's shape to be a tuple, got " +
+                                   pybind11::repr(shape).cast<std::string>());
+      }
       count = PyTuple_GET_SIZE(shape.ptr());
       for (Py_ssize_t k = 0; k < count && k < 3; ++k) {
         of[k] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), k));
+        if (of[k] == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
       }
     }
     bool operator==(const Sizes& other) const {
@@ -98,6 +105,18 @@ class PlainTensors {
     if (call(value, names().is_neg).ptr() != Py_False) return nullptr;
     kept = call(value, names().contiguous);
     return memory_of(kept);
+  }
+
+  // Whether read() says yes. Where torch refuses a question, such as for the memory of a tensor
+  // that has none, the answer is no; whatever else is raised, an interrupt as well, goes on.
+  template <class Read>
+  static bool answered(const Read& read) {
+    try {
+      return read();
+    } catch (pybind11::error_already_set& error) {
+      if (!error.matches(PyExc_RuntimeError)) throw;
+      return false;
+    }
   }
 
   static Object checked(PyObject* made) {

@@ -69,7 +69,7 @@ CORE_ONE_STEP_ROWS = 4
 def _bf16_products(dtype: torch.dtype, w: LayerWeights) -> bool:
     """Whether products multiply bf16 as it is, rather than as float32. The sums are float32.
 
-    oneDNN, which then makes the products of backward over all steps, needs all its threads.
+    oneDNN, which makes some of the products of backward over all steps, needs all its threads.
     """
     return (
         dtype == torch.bfloat16

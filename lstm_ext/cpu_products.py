@@ -44,7 +44,7 @@ def matmul(a: Tensor, w: Tensor) -> Tensor:
     That is w's acc type, or bfloat16 for both.
     """
     if _is_for_torch(a, w, w.size(1), a_transposed=False):
-        return torch.mm(a, w)
+        return torch.mm(a, w.contiguous())  # its sums may depend on how w lies
     out = a.new_empty(a.size(0), w.size(1))
     _product(a, w, None, out, None, None)
     return out
@@ -67,8 +67,8 @@ def transposed_matmul(
     more_columns = 0 if more_w is None else more_w.size(1)
     if _is_for_torch(a, w, w.size(1) + more_columns, a_transposed=True):
         columns = a.t()
-        more_out = None if more_w is None else torch.mm(columns, more_w)
-        return torch.mm(columns, w), more_out, a.sum(0, dtype=acc) if sums else None
+        more_out = None if more_w is None else torch.mm(columns, more_w.contiguous())
+        return torch.mm(columns, w.contiguous()), more_out, a.sum(0, dtype=acc) if sums else None
     new = w.new_empty if a.size(0) else w.new_zeros
     out = new(a.size(1), w.size(1))
     more_out = None if more_w is None else new(a.size(1), more_columns)

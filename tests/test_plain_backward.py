@@ -6,6 +6,8 @@ import itertools
 import pytest
 import torch
 from device import leaf
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
 
 import lstm_ext
 from lstm_ext import native, plain
@@ -200,3 +202,67 @@ def test_saved_tensors_that_are_others(index, change, short):
     with pytest.raises((RuntimeError, TypeError, ValueError)):
         torch.autograd.grad(y.sum(), [x, *hx, *module.parameters()])
     assert short == [False]
+
+
+class Interrupts(TorchFunctionMode):
+    """Raises at the first look at a tensor of a kind that the core asks for."""
+
+    def __init__(self, name, error):
+        super().__init__()
+        self.name, self.error = name, error
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") == self.name:
+            raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["is_neg", "contiguous", "data_ptr"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, AssertionError])
+def test_what_is_raised_meanwhile_goes_on(name, error):
+    """As by a signal's handler, for which a mode gives Python the time."""
+    module, x = lstm_ext.LSTM(I, H), torch.randn(4, 1, I)
+    with pytest.raises(error), Interrupts(name, error):
+        module(x)
+    y = module(x)[0]
+    # torch.autograd.grad would leave the mode before.
+    with pytest.raises(error), Interrupts(name, error):
+        _engine_run_backward(
+            (y,),
+            (torch.ones_like(y),),
+            False,
+            False,
+            (),
+            allow_unreachable=True,
+            accumulate_grad=True,
+        )
+
+
+class OtherShape(TorchFunctionMode):
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return self.shape if isinstance(result, torch.Size) else result
+
+
+@pytest.mark.parametrize("shape", [[4, 6], (4.0, 6.0), None])
+def test_shapes_that_are_no_tuples_of_numbers(shape):
+    module, x = lstm_ext.LSTMCell(I, H), torch.randn(4, I)
+    with pytest.raises(TypeError), OtherShape(shape):
+        module(x)
+
+
+def test_weights_that_lie_column_by_column(short):
+    module = lstm_ext.LSTM(90, 70)
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        weight = getattr(module, name)
+        weight.data = weight.data.t().contiguous().t()
+    x, *hx = (leaf(torch.randn(1, 1, n)) for n in (90, 70, 70))
+
+    def run():
+        return torch.autograd.grad(module(x, hx)[0].sum(), [x, *hx, *module.parameters()])
+
+    both_ways(short, run)

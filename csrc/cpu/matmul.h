@@ -3,7 +3,8 @@
 //
 // The longer side of out is shared among the threads, which need nothing of each other. K is cut
 // into slices, so that a slice of packed w and of a chunk of rows stays in L2; slices are added in
-// order. What is to be rounded is when the last slice is added, the sums before in scratch.
+// order. An out that is to be rounded is written with the last slice; the sums of those before are
+// scratch.
 #pragma once
 
 #include <type_traits>
@@ -31,7 +32,7 @@ class MatmulOf {
     E* w;    // [blocks of N and more_N][slice_][lanes]
     E* a;    // [kGroupRows / kChunkRows][slice_][kChunkRows], if a is transposed
     A* acc;  // [kChunkRows][kPanelVectors][lanes]
-    A* out;  // [M][N + more_N], every thread's the same: of slices, if out is rounded
+    A* out;  // [M][N], [M][more_N], of all threads: the sums of slices, if out is rounded
   };
 
   // One right-hand side, and the columns of it that a thread makes.
@@ -63,7 +64,8 @@ class MatmulOf {
              [this](int thread, int threads) { work(thread, threads); });
   }
 
-  // The product over K rows more, of an a that is transposed. first: there were none before.
+  // The product over K rows more, of an a that is transposed. first: there were none before. Not of
+  // an out that is rounded.
   MatmulOf part(const void* a, const void* w, const void* more_w, int64_t K, bool first) const {
     MatmulOf part = *this;
     part.p_.a = a;
