@@ -15,6 +15,7 @@ from lstm_ext.steps import Steps
 
 T, B, I, H, P = 3, 2, 2, 3, 2
 F64 = {"dtype": torch.float64}
+ON = {"device": device.DEVICE}
 
 
 def _lengths():
@@ -26,14 +27,14 @@ def _resets():
 
 
 STEPS = {
-    "plain": lambda: Steps.padded(T, B),
-    "batch_first": lambda: Steps.padded(T, B, batch_first=True),
-    "lengths": lambda: Steps.padded(T, B, **_lengths()),
-    "zero_length": lambda: Steps.padded(T, B, lengths=torch.tensor([0, 2])),
-    "resets": lambda: Steps.padded(T, B, **_resets()),
-    "lengths_resets": lambda: Steps.padded(T, B, **_lengths(), **_resets()),
-    "packed": lambda: Steps.packed(torch.tensor([2, 2, 1]), 5),
-    "one_step": lambda: Steps.padded(1, B, reset_mask=torch.tensor([[False, True]])),
+    "plain": lambda: Steps.padded(T, B, **ON),
+    "batch_first": lambda: Steps.padded(T, B, batch_first=True, **ON),
+    "lengths": lambda: Steps.padded(T, B, **_lengths(), **ON),
+    "zero_length": lambda: Steps.padded(T, B, lengths=torch.tensor([0, 2]), **ON),
+    "resets": lambda: Steps.padded(T, B, **_resets(), **ON),
+    "lengths_resets": lambda: Steps.padded(T, B, **_lengths(), **_resets(), **ON),
+    "packed": lambda: Steps.packed(torch.tensor([2, 2, 1]), 5, **ON),
+    "one_step": lambda: Steps.padded(1, B, reset_mask=torch.tensor([[False, True]]), **ON),
 }
 
 
@@ -138,7 +139,7 @@ WANTED += [pytest.param(13, index) for index in range(13)]
 @pytest.mark.parametrize("count, index", WANTED)
 def test_only_what_is_wanted_is_computed(count, index, monkeypatch):
     """Of nn.LSTM's eight inputs of a layer and, with 13, of those that variants add."""
-    steps = Steps.padded(T, B)
+    steps = Steps.padded(T, B, **ON)
     variants = [leaf(torch.randn(n * H, **F64)) for n in (3, 4, 4, 1, 1)]
     inputs = [t.detach() for t in (*_inputs(steps, True), *variants[: count - 8])]
     inputs[index].requires_grad_()

@@ -122,9 +122,10 @@ def test_a_training_step_with_autocast_and_a_capturable_optimizer_in_a_graph():
 def test_lengths_on_the_cpu_cannot_be_captured():
     module, (x, lengths, _) = layer(), batch()
     module(x, lengths=lengths)
+    on_cpu = lengths.cpu()
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            module(x, lengths=lengths.cpu())
+            module(x, lengths=on_cpu)
 
 
 def test_the_current_stream_is_used():
@@ -166,7 +167,8 @@ def test_memory_comes_from_torch():
     """What a call leaves behind is what its results need; scratch goes back to torch."""
     module, (x, lengths, _) = layer(), batch()
     with torch.no_grad():
-        kept = module(x, lengths=lengths)
+        for _ in range(2):  # what is kept once, such as the plan's facts, is there after one
+            kept = module(x, lengths=lengths)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         for _ in range(5):

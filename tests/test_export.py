@@ -42,6 +42,7 @@ def weights(dtype, proj, varied, masks):
     return LayerWeights(**made, masks=masks)
 
 
+ON = {"device": device.DEVICE}
 CALLS = {
     "plain": {},
     "two_directions": {"D": 2},
@@ -50,10 +51,10 @@ CALLS = {
     "cells_in_half": {"cells": True, "dtype": torch.bfloat16},
     "projection": {"proj": True, "dtype": torch.float64},
     "variants": {"varied": True, "masked": True, "D": 2},
-    "lengths": {"steps": lambda: Steps.padded(T, B, lengths=torch.tensor([5, 0, 1, 2]))},
-    "resets": {"steps": lambda: Steps.padded(T, B, reset_mask=torch.rand(T, B) < 0.3)},
-    "packed": {"steps": lambda: Steps.packed(torch.tensor([4, 2, 2, 1, 1]), 10)},
-    "batch_first": {"steps": lambda: Steps.padded(T, B, batch_first=True)},
+    "lengths": {"steps": lambda: Steps.padded(T, B, lengths=torch.tensor([5, 0, 1, 2]), **ON)},
+    "resets": {"steps": lambda: Steps.padded(T, B, reset_mask=torch.rand(T, B) < 0.3, **ON)},
+    "packed": {"steps": lambda: Steps.packed(torch.tensor([4, 2, 2, 1, 1]), 10, **ON)},
+    "batch_first": {"steps": lambda: Steps.padded(T, B, batch_first=True, **ON)},
 }
 
 
@@ -61,7 +62,7 @@ def operands(
     D=1, dtype=torch.float32, proj=False, varied=False, masked=False, cells=False, steps=None
 ):
     """Those of lstm_layer but save."""
-    steps = steps() if steps else Steps.padded(T, B)
+    steps = steps() if steps else Steps.padded(T, B, device=device.DEVICE)
     masks = Masks(None, 0.25, here(torch.rand(steps.rows, H) < 0.4)) if masked else None
     directions = [
         Direction(

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import device
 import pytest
 import torch
 from cases import HALF, Case, compare
@@ -72,6 +73,7 @@ def _both(T, B, I, H, dtype, *, P=None, batch_first=False, reverse=False, **opti
         batch_first=batch_first,
         lengths=options.get("lengths"),
         reset_mask=mask.T if mask is not None and batch_first else mask,
+        device=device.DEVICE,
     )
 
     def core(x, h0, c0, *weights):

@@ -6,7 +6,9 @@ import torch
 from allpairspy import AllPairs
 from cases import Case, compare
 from device import without_cudnn
+from tolerances import tol
 
+import lstm_ext
 from lstm_ext import ops
 
 pytestmark = pytest.mark.tf32
@@ -94,6 +96,12 @@ def test_batch_of_65536_and_more():
         compare(Case(T=2, B=65_537, I=1, H=2))
 
 
-def test_65536_steps_and_more():
-    with without_cudnn():
-        compare(Case(T=65_537, B=1, I=1, H=2))
+def test_65536_steps_and_more(monkeypatch):
+    case = Case(T=65_537, B=1, I=1, H=2)
+    ours = case.run(lstm_ext.LSTM.from_torch(case.module()))
+    # On a GPU cuDNN refuses so many steps, and without it nn.LSTM takes minutes.
+    monkeypatch.setattr(device, "DEVICE", torch.device("cpu"))
+    theirs = case.run(case.module())
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name].cpu(), expected, msg=name, **tol(case.dtype))
