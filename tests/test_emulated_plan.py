@@ -232,17 +232,19 @@ def test_shared_bytes_of_a_cluster():
         (plan,) = (p for p in plans if (p.m_tiles, p.n_tiles, p.group_rows) == (m_tiles, 1, 8))
         return plan.shared, plan.shared_bytes
 
-    # Mbarriers; two states of 8 rows of 512, padded; the sums of 2 warps for 8 m-tiles.
+    # Mbarriers; two states of 8 rows of 512, two parts of 8 rows of 32; the sums of 2 warps for 8
+    # m-tiles.
     assert of(8) == (0, 128 + 2 * 8 * (1024 + 64) + 2 * 8 * 128 * 4)
     # The same with fp32 elements, and 8 of a warp's 16 chunks for its 2 m-tiles.
     kept = 8 * 8 * 2 * 1024
-    assert of(8, dtype=1, tf32=True) == (8, 128 + 2 * 8 * (2048 + 64) + 2 * 8 * 128 * 4 + kept)
-    # Mbarriers; two boxes of 2 m-tiles from 16 blocks; two times 8 rows of 4 x 32 gradients.
-    assert of(2, backward=True) == (0, 128 + 2 * 16 * 2 * 128 * 4 + 2 * 8 * (256 + 64))
+    assert of(8, dtype=1, tf32=True) == (8, 128 + 2 * 8 * (2048 + 128) + 2 * 8 * 128 * 4 + kept)
+    # Mbarriers; two times 2 m-tiles from 16 blocks, and for them; two times 8 rows of 4 x 32
+    # gradients.
+    assert of(2, backward=True) == (0, 128 + 4 * 16 * 2 * 128 * 4 + 2 * 8 * (256 + 64))
     # fp32, and 2 of a warp's 4 m-tiles, each of 4 x 32 elements a row.
     kept = 2 * 8 * 16 * 4 * 32 * 4
     tf32 = of(2, backward=True, dtype=1, tf32=True)
-    assert tf32 == (2, 128 + 2 * 16 * 2 * 128 * 4 + 2 * 8 * (512 + 64) + kept)
+    assert tf32 == (2, 128 + 4 * 16 * 2 * 128 * 4 + 2 * 8 * (512 + 64) + kept)
 
 
 @pytest.mark.parametrize(

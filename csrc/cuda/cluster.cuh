@@ -138,6 +138,20 @@ LSTM_EXT_DEVICE void st_async(shared_addr dst, uint4 v, shared_addr mbar) {
       : "memory");
 }
 
+// ---- cp.async.bulk: `bytes`, a multiple of 16, of this block's shared memory into a peer's (or its
+// own); both 16-byte aligned. On arrival they count at the mbarrier, which lies in the same block's.
+// Only what was written before copies_see() and a barrier after it is copied, whoever wrote it.
+
+LSTM_EXT_DEVICE void copies_see() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+LSTM_EXT_DEVICE void copy_async(shared_addr dst, const void* src, unsigned bytes,
+                                shared_addr mbar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(dst),
+      "r"(shared_address(src)), "r"(bytes), "r"(mbar)
+      : "memory");
+}
+
 #endif
 
 #else  // =============================== CPU twins ===============================================
@@ -209,6 +223,20 @@ LSTM_EXT_DEVICE void st_async(shared_addr dst, uint4 v, shared_addr mbar) {
   emu::mbarrier_complete_tx(m, sizeof v);
 }
 
+LSTM_EXT_DEVICE void copies_see() {}
+LSTM_EXT_DEVICE void copy_async(shared_addr dst, const void* src, unsigned bytes,
+                                shared_addr mbar) {
+  if (bytes % 16 || uintptr_t(src) % 16) emu::fail("a copy of %u bytes from %p", bytes, src);
+  auto* m = reinterpret_cast<uint64_t*>(mbar);
+  for (unsigned done = 0; done < bytes; done += 16) {
+    auto* to = reinterpret_cast<uint4*>(dst + done);
+    const auto* from = reinterpret_cast<const uint4*>(static_cast<const char*>(src) + done);
+    if (!emu::copy_async(to, from, 16, m)) continue;  // read and delivered later
+    *to = *from;
+    emu::mbarrier_complete_tx(m, 16);
+  }
+}
+
 #endif
 
 // Kernels for clusters have no body elsewhere.
@@ -218,28 +246,6 @@ LSTM_EXT_DEVICE void st_async(shared_addr dst, uint4 v, shared_addr mbar) {
 LSTM_EXT_DEVICE void cluster_sync() {
   cluster_arrive();
   cluster_wait();
-}
-
-// The values of 16 / sizeof(T) lanes side by side, the first of them at a multiple, as 16 bytes:
-// every lane gets those of its own group. The whole warp calls.
-template <class T>
-LSTM_EXT_DEVICE uint4 gather_lanes(T value) {
-  const unsigned all = ~0u, lane = threadIdx.x;
-  uint32_t first = 0;
-  memcpy(&first, &value, sizeof(T));
-  unsigned step = 1;
-  if constexpr (sizeof(T) == 2) {
-    const uint32_t other = __shfl_xor_sync(all, first, 1);
-    first = lane & 1 ? other | first << 16 : first | other << 16;
-    step = 2;
-  } else {
-    static_assert(sizeof(T) == 4, "2 or 4 bytes");
-  }
-  const uint32_t next = __shfl_xor_sync(all, first, step);
-  const uint32_t lo = lane & step ? next : first, hi = lane & step ? first : next;
-  step *= 2;
-  const uint32_t lo2 = __shfl_xor_sync(all, lo, step), hi2 = __shfl_xor_sync(all, hi, step);
-  return lane & step ? make_uint4(lo2, hi2, lo, hi) : make_uint4(lo, hi, lo2, hi2);
 }
 #endif
 

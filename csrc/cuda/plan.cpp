@@ -137,10 +137,11 @@ ClusterWeights cluster_weights(const CudaProblem& p, const Tile& tile) {
   const int of_rows = warps_of_rows(tile.m);
   return {ceil_div(chunks_of(p), kWarps / of_rows), tile.m / of_rows * kTileBytes};
 }
-int64_t base_cluster_shared(const CudaProblem& p, const Tile& tile, int64_t slices) {
-  const int64_t element = storage_bytes(p.dtype);
-  return p.backward ? backward_cluster_bytes(tile, slices, int(element))
-                    : forward_cluster_bytes(tile, product_length(p) * element);
+int64_t base_cluster_shared(const CudaProblem& p, const Tile& tile, int64_t slices,
+                            int64_t group_rows) {
+  const int element = int(storage_bytes(p.dtype));
+  return p.backward ? backward_cluster_bytes(tile, slices, group_rows, element)
+                    : forward_cluster_bytes(tile, slices, product_length(p) * element, element);
 }
 
 // The same for the cluster family, for groups of so many sequences.
@@ -160,7 +161,7 @@ CudaPlan try_cluster_plan(const CudaProblem& p, const CudaProperties& device, co
   plan.held = tile.held;
   const ClusterWeights weights = cluster_weights(p, tile);
   plan.shared = int(std::max<int64_t>(weights.count - plan.held, 0));
-  const int64_t base = base_cluster_shared(p, tile, plan.slices);
+  const int64_t base = base_cluster_shared(p, tile, plan.slices, group_rows);
   const int64_t kept = plan.shared * kWarps * weights.bytes;
   plan.shared_bytes = base + kept;
   if (plan.cluster > kMostBlocksOfCluster || !device.clusters[size]) return plan;  // it cannot run
@@ -194,9 +195,9 @@ std::string refuse_cluster(const CudaPlan& plan, const CudaProblem& p, const Til
   if (plan.held != tile.held) return "no kernel holds so many chunks";
   const ClusterWeights weights = cluster_weights(p, tile);
   if (plan.held + plan.shared < weights.count) return "a cluster keeps all of the weights";
-  if (plan.shared < 0 || plan.shared_bytes != base_cluster_shared(p, tile, plan.slices) +
-                                                  int64_t(plan.shared) * kWarps * weights.bytes)
-    return "shared_bytes is not what its parts add up to";
+  const int64_t base = base_cluster_shared(p, tile, plan.slices, plan.group_rows);
+  if (plan.shared < 0 || plan.shared_bytes < base + plan.shared * kWarps * weights.bytes)
+    return "shared_bytes is not enough for its parts";
   return "";
 }
 

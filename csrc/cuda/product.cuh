@@ -65,22 +65,30 @@ struct WarpShare {
   }
 };
 
+// The k-th 16 bytes of a sequence's state lie at start() + row(sequence, K in 16 bytes) + k * kStep.
+
 // The state in global memory, written by other blocks.
 template <class T>
 struct StateInL2 {
   static constexpr bool kNear = false;
+  static constexpr uint32_t kStep = 1;
   const T* state;  // [count][K], as long as the weights'
-  LSTM_EXT_DEVICE const uint4* rows() const { return reinterpret_cast<const uint4*>(state); }
-  LSTM_EXT_DEVICE uint32_t pitch(uint32_t of_weights) const { return of_weights; }
+  LSTM_EXT_DEVICE const uint4* start() const { return reinterpret_cast<const uint4*>(state); }
+  LSTM_EXT_DEVICE uint32_t row(int b, uint32_t K) const { return uint32_t(b) * K; }
   LSTM_EXT_DEVICE uint4 load(const uint4* at) const { return load_shared_by_blocks(at); }
 };
-// The state in this block's own shared memory.
+// The state in this block's own shared memory: [K in 16 bytes][kRows], the sequences of the k-th in
+// an order that puts what the lanes of a warp take together into different banks. A lane takes k's
+// of one remainder by 4, tensor cores' lane % 4.
+template <int kRows>
 struct StateInShared {
   static constexpr bool kNear = true;
-  const uint4* rows_;
-  uint32_t pitch_;  // of a row, in 16-byte pieces
-  LSTM_EXT_DEVICE const uint4* rows() const { return rows_; }
-  LSTM_EXT_DEVICE uint32_t pitch(uint32_t) const { return pitch_; }
+  static constexpr uint32_t kStep = kRows;
+  const uint4* state;
+  // Where 16 bytes of a sequence lie.
+  static LSTM_EXT_DEVICE int place(int k, int b) { return k * kRows + (b ^ k % 4 * 2); }
+  LSTM_EXT_DEVICE const uint4* start() const { return state; }
+  LSTM_EXT_DEVICE uint32_t row(int b, uint32_t) const { return b ^ threadIdx.x % 4 * 2; }
   LSTM_EXT_DEVICE uint4 load(const uint4* at) const { return *at; }
 };
 
@@ -149,7 +157,7 @@ class Weights {
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         const int b = first + n * 8 + Arithmetic::column(lane, j);
-        columns[n][j] = uint32_t(min(b, last)) * state.pitch(chunks_ * kVectors);
+        columns[n][j] = state.row(min(b, last), chunks_ * kVectors);
       }
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m)
@@ -211,7 +219,7 @@ class Weights {
                              int j, int end, Acc (&sums)[kMTiles][kNTiles][4],
                              Acc (&second)[kMTiles][kNTiles][4]) const {
     const int lane = threadIdx.x % 32, warp = Share::k();
-    const uint4* states = state.rows();
+    const uint4* states = state.start();
     const uint4 zero = make_uint4(0, 0, 0, 0);
 #pragma unroll 1
     for (int part = 0; part < kParts; ++part) {
@@ -224,7 +232,7 @@ class Weights {
         for (int n = 0; n < kNTiles; ++n)
 #pragma unroll
           for (int c = 0; c < kColumns; ++c)
-            b[i][n][c] = j + i < end ? state.load(states + columns[n][c] + k) : zero;
+            b[i][n][c] = j + i < end ? state.load(states + columns[n][c] + k * State::kStep) : zero;
       }
 #pragma unroll
       for (int i = 0; i < kCount; ++i)

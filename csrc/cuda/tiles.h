@@ -69,16 +69,34 @@ LSTM_EXT_INLINE constexpr int64_t shared_row(int64_t bytes) {
   return bytes % 128 ? bytes : bytes + 64;
 }
 
-// Bytes of shared memory of a block besides weights. Forward: two states of all units, partial
-// sums.
-LSTM_EXT_INLINE constexpr int64_t forward_cluster_bytes(const Tile& tile, int64_t state_row) {
-  return kBarrierBytes + 2 * 8 * tile.n * shared_row(state_row) +
+// Forward: of a block's part of the state, and of the whole, a part from each block and at least
+// state_row bytes of a sequence.
+LSTM_EXT_INLINE constexpr int64_t forward_slice_bytes(const Tile& tile, int element) {
+  return int64_t(8 * tile.n) * 4 * tile.m * element;
+}
+LSTM_EXT_INLINE constexpr int64_t forward_box_bytes(const Tile& tile, int64_t slices,
+                                                    int64_t state_row, int element) {
+  const int64_t parts = slices * forward_slice_bytes(tile, element);
+  const int64_t rows = 8 * tile.n * state_row;
+  return parts < rows ? rows : parts;
+}
+// Backward: of what one block sends another, the sums of its units for the sequences of a group.
+LSTM_EXT_INLINE constexpr int64_t backward_part_bytes(const Tile& tile, int64_t group_rows) {
+  return (group_rows + 1) / 2 * tile.m * 128;
+}
+
+// Bytes of shared memory of a block besides weights. Forward: two states of all units, two times
+// its own part, partial sums.
+LSTM_EXT_INLINE constexpr int64_t forward_cluster_bytes(const Tile& tile, int64_t slices,
+                                                        int64_t state_row, int element) {
+  return kBarrierBytes + 2 * forward_box_bytes(tile, slices, state_row, element) +
+         2 * forward_slice_bytes(tile, element) +
          int64_t(kWarps / warps_of_rows(tile.m)) * tile.n * tile.m * 128 * 4;
 }
-// Backward: two sums of this block's units from every block, two times its own gates' gradients.
+// Backward: two times a part from every block and for every block, and its own gates' gradients.
 LSTM_EXT_INLINE constexpr int64_t backward_cluster_bytes(const Tile& tile, int64_t slices,
-                                                         int element) {
-  return kBarrierBytes + 2 * slices * tile.m * tile.n * 128 * 4 +
+                                                         int64_t group_rows, int element) {
+  return kBarrierBytes + 4 * slices * backward_part_bytes(tile, group_rows) +
          2 * 8 * tile.n * shared_row(64 * tile.m * element);
 }
 

@@ -87,9 +87,10 @@ struct Fiber {
   unsigned cluster_arrivals = 0, cluster_waits = 0;
 };
 
-struct RemoteStore {  // st.async in flight
+struct RemoteStore {  // st.async in flight, or 16 bytes of a bulk copy
   void* dst;
   unsigned char data[16];
+  const void* source;  // of a copy: read on arrival; null: data
   unsigned bytes;
   uint64_t* mbar;
 };
@@ -173,6 +174,8 @@ bool mbarrier_try_wait(uint64_t*, unsigned parity);
 void mbarrier_complete_tx(uint64_t*, unsigned bytes);
 // True: the caller is to store now, and then to call mbarrier_complete_tx.
 bool st_async(void* dst, const void* data, unsigned bytes, uint64_t* mbar);
+// The same for a piece of a bulk copy, whose source must stay as it is until then.
+bool copy_async(void* dst, const void* source, unsigned bytes, uint64_t* mbar);
 
 // ---- warp collectives: publish, meet, read
 inline Exchange& exchange_area() {  // for collectives of the full warp; ask before rendezvous()
