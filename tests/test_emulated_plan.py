@@ -347,5 +347,5 @@ def test_description_of_a_cluster():
         plans, problem = cluster_plans(H=512, B=8, backward=backward)
         (plan,) = (p for p in plans if (p.m_tiles, p.group_rows) == (3 if backward else 12, 4))
         text = core.cuda_describe_plan(plan, problem)
-        for part in ("bfloat16 B 8 H 512", ": clusters, 16 blocks (16 slices of 48 units x", kept):
+        for part in ("bfloat16 B 8 H 512", ": clusters, 32 blocks (16 slices of 48 units x", kept):
             assert part in text
