@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto fetch = [&](int i, const Turn(&of)[kCells]) {
 #pragma unroll
     for (int j = 0; j < kCells; ++j) {
-      if (!here(j) || !of[j].active) continue;
+      // What comes after this launch may not be there yet.
+      if (!here(j) || !of[j].active || i >= last) continue;
       const Acc* gx = cell.gx(of[j]);
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) ahead.fetch(i, gate, j, gx + gate * H);
@@ -112,8 +113,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       reinterpret_cast<unsigned char*>(partial + Sum::kCells * 4 * (kWarps / kMWarps)));
   const int part = pinned(Sum::part());
 
-  // This block's part begins at a unit whose vector is a multiple of rows * 4, or of rows * 2: from
-  // there on place() is the same but for the sequences' order, which it counts from the first unit.
+  // In `own` a cell lies where it does in the whole state, counted from the slice's first.
   const int own_start = place.slice * (slice_bytes / int(sizeof(T)));
   const int first_own_cell = pinned(place_of(unit, row_of(0)) - own_start);
   const Letter letter(mailboxes, slices, states + place.slice * slice_bytes, box_bytes);
