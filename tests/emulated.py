@@ -36,25 +36,29 @@ SOURCES = [
 ]
 
 
-@functools.cache
-def build_module() -> Path:
-    """Path of the extension module _emulated."""
+def build_module(name: str, sources: list[str]) -> Path:
+    """Path of an extension module."""
     # torch brings pybind11's headers.
     torch_headers = Path(torch.__file__).parent / "include"
     include = [f"-isystem{torch_headers}", f"-I{sysconfig.get_paths()['include']}"]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     flags = [*include, "-fvisibility=hidden"]
-    return build(f"_emulated{suffix}", SOURCES, kind="shared", extra_flags=flags)
+    return build(f"{name}{suffix}", sources, kind="shared", extra_flags=flags)
 
 
-@functools.cache
-def load() -> Any:
+def load_module(name: str, sources: list[str]) -> Any:
     """The module itself."""
-    spec = importlib.util.spec_from_file_location("_emulated", build_module())
+    spec = importlib.util.spec_from_file_location(name, build_module(name, sources))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def load() -> Any:
+    """The extension module _emulated."""
+    return load_module("_emulated", SOURCES)
 
 
 class EmulatedEngine(CudaEngine):
