@@ -25,7 +25,7 @@ _CPU = torch.device("cpu")
 _plain = _C.CpuPlain(
     types=(Tensor, nn.Parameter),
     codes={t: DTYPE_CODE[t] for t in (torch.float64, torch.float32, torch.bfloat16)},
-    bf16_acc=torch.float32,
+    half_acc=torch.float32,
     most_rows=cpu_engine.CORE_ONE_STEP_ROWS,
 )
 
