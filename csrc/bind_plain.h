@@ -104,7 +104,8 @@ struct PlainInputs : PlainCall {
     if (weights.size() != 4 || !read_sizes(x, inputs, hidden, T, batch_first) || !accepts())
       return false;
     if (!input(kX, x)) return false;
-    if (!hx.is_none()) {
+    const bool given = !hx.is_none();
+    if (given) {
       if (!(PyTuple_Check(hx.ptr()) || PyList_Check(hx.ptr())) ||
           PySequence_Fast_GET_SIZE(hx.ptr()) != 2) {
         return false;
@@ -115,7 +116,7 @@ struct PlainInputs : PlainCall {
     } else if (makes_zeros) {
       h_0 = c_0 = PlainTensors::make(x, PlainTensors::names().new_zeros, state_size());
     }
-    if (!h_0.is_none() && !(input(kH0, h_0) && input(kC0, c_0))) return false;
+    if ((given || makes_zeros) && !(input(kH0, h_0) && input(kC0, c_0))) return false;
     for (int k = kWih; k < kInputs; ++k) {
       const Handle weight(PyList_GET_ITEM(weights.ptr(), k - kWih));
       if (!(is_bias(k) && weight.is_none()) && !input(k, weight)) return false;

@@ -28,11 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 Pick = Callable[[list[Any], Any], Any]
 SOURCES = [
     *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*kernels_*.cu")),
-    "csrc/cuda/engine.cu",
+    *(f"csrc/cuda/{name}.cu" for name in ("arrange", "engine", "plain")),
     "csrc/cuda/plan.cpp",
     "csrc/cuda/pointwise.cu",
     "csrc/cuda/bindings.cpp",
     "tests/emulator/module.cpp",
+    "tests/emulator/vendor.cpp",
 ]
 
 
@@ -64,8 +65,11 @@ def load() -> Any:
 class EmulatedEngine(CudaEngine):
     """The CUDA engine on tensors of the CPU, as a device with few multiprocessors."""
 
+    device_type = "cpu"
+
     def __init__(self, core: Any, pick: Pick | None, **properties: Any):
         super().__init__(core)
+        self.plain = self._make_plain()  # on the emulator's own vendor.cpp, whatever torch has
         self._pick = pick
         self.picked: list[Any] = []
         facts = {"major": 9, "minor": 0, "sm_count": 6, "shared_bytes": 227 << 10}
@@ -75,8 +79,11 @@ class EmulatedEngine(CudaEngine):
     def properties(self, device: torch.device) -> Any:
         return self._properties
 
-    def stream(self, device: torch.device) -> int:
+    def raw_stream(self, index: int) -> int:
         return 0
+
+    def is_current(self, index: int) -> bool:
+        return True
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
