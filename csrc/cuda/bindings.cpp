@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/bind_cuda_plain.h"
+#include "cuda/bind_vendor.h"
 #include "cuda/engine.h"
 #include "cuda/pointwise.h"
 
@@ -204,6 +206,9 @@ void bind_cuda(py::module_& m) {
       },
       "cell"_a, py::kw_only(), "dh"_a, "dc"_a, "da"_a, "dh0"_a, "dc0"_a, "dpeephole"_a,
       py::call_guard<py::gil_scoped_release>());
+
+  bind_vendor(m);
+  bind_cuda_plain(m);
 }
 
 }  // namespace lstm_ext

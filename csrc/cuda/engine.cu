@@ -5,6 +5,7 @@
 #include "cuda/engine.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/scratch.h"
 
 namespace lstm_ext {
 namespace {
@@ -32,22 +33,6 @@ const ClusterKernelSet& cluster_kernels_of(const CudaLayer& layer) {
       return cluster_kernels_bfloat16();  // refuse() has none of float64
   }
 }
-
-// Cuts pieces off a buffer; without a buffer it only counts.
-class Cutter {
- public:
-  explicit Cutter(void* base) : base_(static_cast<char*>(base)) {}
-  void* take(int64_t bytes) {
-    char* piece = base_ ? base_ + used_ : nullptr;
-    used_ += ceil_div(bytes, 256) * 256;
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
 
 // Only the blocks of one launch meet.
 int64_t counter_words(const CudaPlan& plan) {
@@ -133,14 +118,6 @@ void require_range(const CudaLayer& layer, const StepRange& range) {
     throw std::invalid_argument("only clusters do a part of the steps, and not an empty one: got " +
                                 std::to_string(range.first) + " to " + std::to_string(range.last) +
                                 " of " + std::to_string(layer.steps.T));
-}
-
-// The caller's runtime has made the device current already; ours is a copy of its own, which may
-// not know yet.
-void make_current(int device) {
-  int current = -1;
-  check_cuda(cudaGetDevice(&current), "asking for the device");
-  if (current != device) check_cuda(cudaSetDevice(device), "choosing the device");
 }
 
 // Enough blocks to fill any device; work: threads that have something to do.
