@@ -116,6 +116,8 @@ def variants(plans: Sequence[Any], within: float) -> Iterator[Any]:
 
 def order_of_sums(plan: Any, backward: bool) -> tuple[str, int]:
     """Plans of which this is the same add up in the same order, and so give the same bits."""
+    if FAMILIES[plan.family] == "vendor":
+        return "vendor", 0
     if FAMILIES[plan.family] != "cluster":
         return "step or grid", 0
     # Forward: how many warps have the same k (csrc/cuda/tiles.h). Backward: units of a block.

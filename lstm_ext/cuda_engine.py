@@ -35,7 +35,7 @@ from lstm_ext.lanes import Lanes, NoLanes
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
 
-FAMILIES = ("step", "grid", "cluster")  # enum CudaFamily of csrc/cuda/plan.h
+FAMILIES = ("step", "grid", "cluster", "vendor")  # enum CudaFamily of csrc/cuda/plan.h
 
 
 def padded_rows(w: Tensor, size: int) -> Tensor:

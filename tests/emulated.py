@@ -22,13 +22,13 @@ from lstm_ext.cuda_engine import FAMILIES, CudaEngine
 from lstm_ext.lanes import NoLanes
 
 H100 = {"major": 9, "minor": 0, "sm_count": 132, "shared_bytes": 227 << 10, "l2_bytes": 50 << 20}
-H100 |= {"clusters": [132, 66, 32, 16, 8]}
+H100 |= {"clusters": [132, 66, 32, 16, 8], "vendor": True}
 ROOT = Path(__file__).resolve().parent.parent
 #: Chooses among the plans that could run a problem.
 Pick = Callable[[list[Any], Any], Any]
 SOURCES = [
     *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*kernels_*.cu")),
-    *(f"csrc/cuda/{name}.cu" for name in ("arrange", "engine", "plain")),
+    *(f"csrc/cuda/{name}.cu" for name in ("arrange", "engine", "plain", "vendor_steps")),
     "csrc/cuda/plan.cpp",
     "csrc/cuda/pointwise.cu",
     "csrc/cuda/bindings.cpp",
@@ -73,7 +73,7 @@ class EmulatedEngine(CudaEngine):
         self._pick = pick
         self.picked: list[Any] = []
         facts = {"major": 9, "minor": 0, "sm_count": 6, "shared_bytes": 227 << 10}
-        facts |= {"l2_bytes": 50 << 20, "clusters": [6, 3, 1, 1, 1]} | properties
+        facts |= {"l2_bytes": 50 << 20, "clusters": [6, 3, 1, 1, 1], "vendor": True} | properties
         self._properties = core.CudaProperties(**facts)
 
     def properties(self, device: torch.device) -> Any:
@@ -133,7 +133,7 @@ def only(
     """A ``pick``: plans of a family, with these m- and n-tiles; of several, that of most groups.
 
     stream: nothing of the weights stays on the multiprocessor; not for clusters. A problem that has
-    no such plan (a projection has no grid kernels) gets one of another kind.
+    no such plan (a projection has no grid kernels) gets one of another kind, with our own products.
     """
 
     def pick(plans: list[Any], problem: Any) -> Any:
@@ -143,7 +143,8 @@ def only(
             for p in plans
             if FAMILIES[p.family] == family and tile in (None, (p.m_tiles, p.n_tiles))
         ]
-        plan = max(fitting or plans, key=lambda p: (p.groups, p.m_tiles, p.n_tiles))
+        others = [p for p in plans if FAMILIES[p.family] != "vendor"]
+        plan = max(fitting or others, key=lambda p: (p.groups, p.m_tiles, p.n_tiles))
         if stream and plan.shared:
             plan.shared_bytes -= plan.shared * 8 * plan.m_tiles * 1024
             plan.shared = 0

@@ -29,8 +29,8 @@ struct BlockPlace {
   }
 };
 
-// Element `column` of row `row`, which is not negative: the row's start may lie past 2^31, its number
-// not past 2^32.
+// Element `column` of row `row`, which is not negative: the row's start may lie past 2^31, its
+// number not past 2^32.
 LSTM_EXT_DEVICE int64_t at(unsigned row, int stride, int column) {
   return int64_t(uint64_t(row) * unsigned(stride)) + column;
 }
@@ -94,9 +94,7 @@ class Walk {
 
   // The step taken in the i-th place.
   LSTM_EXT_DEVICE int step_at(int i) const { return reverse_ ? T() - 1 - i : i; }
-  LSTM_EXT_DEVICE int length(int b) const {
-    return steps_.lengths ? int(steps_.lengths[b]) : T();
-  }
+  LSTM_EXT_DEVICE int length(int b) const { return steps_.lengths ? int(steps_.lengths[b]) : T(); }
   LSTM_EXT_DEVICE bool active(int t, int b) const { return t < length(b); }
   LSTM_EXT_DEVICE unsigned row(int t, int b) const {
     return (steps_.offsets ? unsigned(steps_.offsets[t])
@@ -136,7 +134,7 @@ struct ForwardArgs {
   struct Direction : CudaForwardDirection {
     void* state;  // storage [2][B][K]: h as the i-th step finds it lies in [i % 2], resets applied
     void* cells;  // acc [B][H]: c
-    void* product;  // acc [B][4H]: h W_hh^T, for the kernel of a layer norm; null: none
+    void* product;  // acc [B][4H]: h W_hh^T, for the kernel that does all else; null: none
     void* hidden;   // storage [B][hidden_K]: o * tanh(c) before the projection; null: none
     unsigned* counters;
   };
@@ -153,8 +151,8 @@ struct BackwardArgs {
                    // where no gradient goes further back
     void* hidden;  // storage [B][hidden_K]: gradient of h before the projection; null: none
     void* cells;   // acc [B][H]: gradient of c
-    // acc [B][6H]: the product in the first H, for the kernel of a layer norm, which puts more
-    // there; null: none.
+    // The product, for the kernel that does all else: acc [B][H]; with a layer norm, whose kernel
+    // puts more there, the first H of acc [B][6H]; null: none.
     void* product;
     void* carry;  // acc [B][P]: gradient of h that waits for another step
     unsigned* counters;
