@@ -96,25 +96,31 @@ class Walk {
   LSTM_EXT_DEVICE int step_at(int i) const { return reverse_ ? T() - 1 - i : i; }
   LSTM_EXT_DEVICE int length(int b) const { return steps_.lengths ? int(steps_.lengths[b]) : T(); }
   LSTM_EXT_DEVICE bool active(int t, int b) const { return t < length(b); }
-  LSTM_EXT_DEVICE unsigned row(int t, int b) const {
-    return (steps_.offsets ? unsigned(steps_.offsets[t])
-                           : unsigned(t) * unsigned(steps_.stride_t)) +
-           unsigned(b) * unsigned(steps_.stride_b);
+  // Row of sequence 0 at a step, from which that of each other follows.
+  LSTM_EXT_DEVICE unsigned first_row(int t) const {
+    return steps_.offsets ? unsigned(steps_.offsets[t]) : unsigned(t) * unsigned(steps_.stride_t);
   }
+  LSTM_EXT_DEVICE unsigned row_from(unsigned first_row, int b) const {
+    return first_row + unsigned(b) * unsigned(steps_.stride_b);
+  }
+  LSTM_EXT_DEVICE unsigned row(int t, int b) const { return row_from(first_row(t), b); }
   // Of a sequence of so many steps.
   LSTM_EXT_DEVICE bool resets(int t, int b, int length) const {
     return steps_.reset && t < length && steps_.reset[int64_t(t) * B() + b];
   }
   LSTM_EXT_DEVICE bool resets(int t, int b) const { return resets(t, b, length(b)); }
-  // length: of sequence b, which need not be asked for at each step.
-  LSTM_EXT_DEVICE Turn turn(int t, int b, int length) const {
+  // first_row: of step t, length: of sequence b, where they are known.
+  LSTM_EXT_DEVICE Turn turn(unsigned first_row, int t, int b, int length) const {
     return {t,
             b,
-            row(t, b),
+            row_from(first_row, b),
             t < length,
             t == (reverse_ ? length - 1 : 0),
             t == (reverse_ ? 0 : length - 1),
             resets(t, b, length)};
+  }
+  LSTM_EXT_DEVICE Turn turn(int t, int b, int length) const {
+    return turn(first_row(t), t, b, length);
   }
   LSTM_EXT_DEVICE Turn turn(int t, int b) const { return turn(t, b, length(b)); }
   // The row of the step taken before a turn that is not the first.

@@ -99,15 +99,18 @@ class ForwardUnit {
 
   LSTM_EXT_DEVICE Acc first_c(int b) const { return at_or_zero(as<T>(d_.c0), at(b, H_, unit_)); }
 
+  // Of a turn that is active: its gates i, f, g, o, each H behind the one before.
+  LSTM_EXT_DEVICE const Acc* gx(const Turn& turn) const { return gx_ + at(turn.row, 4 * H_, 0); }
+
   // c: what the step before left. reset_follows: whether the state is zero before the next step.
   LSTM_EXT_DEVICE Operands load(const Turn& turn, Acc c, bool reset_follows) const {
     Operands in = {};
     in.reset_follows = reset_follows;
     in.c = turn.reset ? Acc(0) : c;
     if (turn.active) {
-      const Acc* gx = gx_ + at(turn.row, 4 * H_, 0);
+      const Acc* of_turn = gx(turn);
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) in.gx[gate] = gx[gate * H_];
+      for (int gate = 0; gate < 4; ++gate) in.gx[gate] = of_turn[gate * H_];
     }
     return in;
   }
@@ -293,19 +296,32 @@ class BackwardUnit {
   // Gradient of c before the first step.
   LSTM_EXT_DEVICE Acc first_dc(int b) const { return at_or_zero(as<T>(d_.dc_n), at(b, H_, unit_)); }
 
+  // Of a turn that is active: its gates i, f, g, o, each H behind the one before; c after it, and
+  // before it unless it is the sequence's first; the gradients of its outputs.
+  LSTM_EXT_DEVICE const Acc* gates(const Turn& turn) const {
+    return gates_ + at(turn.row, 4 * H_, 0);
+  }
+  LSTM_EXT_DEVICE const Acc* c_after(unsigned row) const { return c_seq_ + at(row, H_, 0); }
+  LSTM_EXT_DEVICE Acc first_c(const Turn& turn) const {
+    return at_or_zero(as<T>(d_.c0), at(turn.b, H_, unit_));
+  }
+  // With a projection, dy is in the gradient that comes from the step's other kernel.
+  LSTM_EXT_DEVICE bool has_dy() const { return dy_; }
+  LSTM_EXT_DEVICE const T* dy(const Turn& turn) const { return dy_ + at(turn.row, dy_stride_, 0); }
+  LSTM_EXT_DEVICE Acc dcell(const Turn& turn) const {
+    return at_or_zero(dcells_, at(turn.row, H_, 0));
+  }
+
   // Of any turn of turn_back.
   LSTM_EXT_DEVICE Operands load(const Turn& turn) const {
     Operands in = {};
     if (!turn.active) return in;
-    const Acc* gates = gates_ + at(turn.row, 4 * H_, 0);
-    in.s = {gates[0], gates[H_], gates[2 * H_], gates[3 * H_]};
-    in.c = c_seq_[at(turn.row, H_, 0)];
-    if (!turn.reset)
-      in.c_prev = turn.first ? at_or_zero(as<T>(d_.c0), at(turn.b, H_, unit_))
-                             : c_seq_[at(walk_.row_before(turn), H_, 0)];
-    // With a projection, dy is in the gradient that comes from the step's other kernel.
-    if (dy_) in.dy = to_acc(dy_[at(turn.row, dy_stride_, 0)]);
-    if (dcells_) in.dcell = to_acc(dcells_[at(turn.row, H_, 0)]);
+    const Acc* s = gates(turn);
+    in.s = {s[0], s[H_], s[2 * H_], s[3 * H_]};
+    in.c = *c_after(turn.row);
+    if (!turn.reset) in.c_prev = turn.first ? first_c(turn) : *c_after(walk_.row_before(turn));
+    if (has_dy()) in.dy = to_acc(*dy(turn));
+    in.dcell = dcell(turn);
     return in;
   }
 
@@ -362,8 +378,7 @@ class BackwardUnit {
   }
   // What W_hr was multiplied with.
   LSTM_EXT_DEVICE void put_cell_out(const Turn& turn, Acc out) const {
-    if (kVariants && d_.cell_out)
-      as<T>(d_.cell_out)[at(turn.row, H_, unit_)] = from_acc<T>(out);
+    if (kVariants && d_.cell_out) as<T>(d_.cell_out)[at(turn.row, H_, unit_)] = from_acc<T>(out);
   }
   // From the gradient that reached c through h: what is left of da, and dc of the step before.
   LSTM_EXT_DEVICE void state(const Turn& turn, const Operands& in, Acc c, Acc through_h, Acc& dc,

@@ -89,14 +89,17 @@ LSTM_EXT_DEVICE void mbarrier_arrive_expect_tx(uint64_t* m, unsigned bytes) {
 LSTM_EXT_DEVICE void mbarrier_arrive_remote(shared_addr m) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(m) : "memory");
 }
-// True when the phase of this parity (0 for the first, then by turns) has completed. .cluster: what
-// peers wrote is to be seen, not only what this block wrote.
+// True when the phase of this parity (0 for the first, then by turns) has completed; then what was
+// counted there is to be seen. .cta, the default, as is usual for copies from peers too: they write
+// to this block's own memory. .cluster would drop the multiprocessor's L1 (CCTL.IVALL) or, as a
+// fence after a relaxed wait, hold the warp up until all of its loads have come: half of a step,
+// measured on an H100.
 LSTM_EXT_DEVICE bool mbarrier_try_wait(uint64_t* m, unsigned parity) {
   uint32_t done;
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
       "selp.u32 %0, 1, 0, p;\n"
       "}"
       : "=r"(done)
@@ -104,27 +107,9 @@ LSTM_EXT_DEVICE bool mbarrier_try_wait(uint64_t* m, unsigned parity) {
       : "memory");
   return done;
 }
-// acquire.cluster itself would also drop the multiprocessor's L1 (CCTL.IVALL), with what global
-// memory it holds; a fence for shared memory alone does not.
 LSTM_EXT_DEVICE void mbarrier_wait(uint64_t* m, unsigned parity) {
-#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(done)
-        : "r"(shared_address(m)), "r"(parity)
-        : "memory");
-  } while (!done);
-  asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
-#else
   while (!mbarrier_try_wait(m, parity)) {
   }
-#endif
 }
 
 // ---- st.async: 16 bytes into a peer's shared memory. On arrival they count at the mbarrier, which
@@ -138,9 +123,24 @@ LSTM_EXT_DEVICE void st_async(shared_addr dst, uint4 v, shared_addr mbar) {
       : "memory");
 }
 
-// ---- cp.async.bulk: `bytes`, a multiple of 16, of this block's shared memory into a peer's (or its
-// own); both 16-byte aligned. On arrival they count at the mbarrier, which lies in the same block's.
-// Only what was written before copies_see() and a barrier after it is copied, whoever wrote it.
+// ---- cp.async: 4 bytes of global memory into shared memory, for the thread alone that asks for
+// it. It has all but the `pending` newest of its groups after async_wait(). No other wait waits for
+// them, as one for a register's scoreboard may.
+
+LSTM_EXT_DEVICE void async_load(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
+LSTM_EXT_DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending>
+LSTM_EXT_DEVICE void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// ---- cp.async.bulk: `bytes`, a multiple of 16, of this block's shared memory into a peer's (or
+// its own); both 16-byte aligned. On arrival they count at the mbarrier, which lies in the same
+// block's. Only what was written before copies_see() and a barrier after it is copied, whoever
+// wrote it.
 
 LSTM_EXT_DEVICE void copies_see() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 LSTM_EXT_DEVICE void copy_async(shared_addr dst, const void* src, unsigned bytes,
@@ -221,6 +221,16 @@ LSTM_EXT_DEVICE void st_async(shared_addr dst, uint4 v, shared_addr mbar) {
   if (!emu::st_async(to, &v, sizeof v, m)) return;  // delivered later
   *to = v;
   emu::mbarrier_complete_tx(m, sizeof v);
+}
+
+LSTM_EXT_DEVICE void async_load(void* to, const void* from) {
+  if (uintptr_t(to) % 4 || uintptr_t(from) % 4) emu::fail("cp.async from %p to %p", from, to);
+  emu::async_load(to, from);
+}
+LSTM_EXT_DEVICE void async_commit() { emu::async_commit(); }
+template <int pending>
+LSTM_EXT_DEVICE void async_wait() {
+  emu::async_wait(pending);
 }
 
 LSTM_EXT_DEVICE void copies_see() {}

@@ -2,8 +2,9 @@
 //
 // Forward's exchange turned round: dgates stay in the block that makes them, and each block
 // multiplies its slice of them, as k, with all rows of W_hh transposed. Every block so has a part
-// of every unit's gradient of h; it copies each part, in fp32, to the block that has the unit, which
-// adds the parts up in the order of the blocks: one exchange a step, and the same bits every time.
+// of every unit's gradient of h; it copies each part, in fp32, to the block that has the unit,
+// which adds the parts up in the order of the blocks: one exchange a step, and the same bits every
+// time.
 //
 // A launch may do a part of the steps: it goes on from the dgates that the launch before has
 // stored, and from its gradients of c and h that wait, which lie in cells and carry.
@@ -24,8 +25,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Cell = BackwardUnit<Arithmetic>;
   constexpr int kUnits = 16 * kMTiles, kRows = 8 * kNTiles, kVector = 16 / sizeof(T);
   constexpr int kChunks = 4 * kUnits * int(sizeof(T)) / kChunkBytes;  // of a block's k
+  constexpr Tile kTile = {kMTiles, kNTiles, kHeld};
   constexpr int kStride = kThreads / kUnits * kUnits;
-  constexpr int kCells = (kUnits * kRows + kStride - 1) / kStride;
+  constexpr int kCells = cluster_cells(kUnits, cluster_rows(kTile, true));
   // n-tiles whose operands are in registers at a time.
   constexpr int kColumns = kNTiles < 2 || kChunks > 4 ? 1 : 2;
   // The product's columns are sent in pairs.
@@ -47,11 +49,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int unit_first = place.slice * kUnits;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, pair = lane % 4;
 
-  // A part: [columns 2 pair and 2 pair + 1 of kNTiles * 4][kMTiles][rows g and g + 8 of 8] vectors of
-  // row g's two columns and row g + 8's, as the product's lanes have them. In another order of the
-  // g's for each pair, and of a vector's columns in odd m-tiles: then what the threads of a warp
-  // write or read together lies in different banks.
-  const int part_bytes = int(backward_part_bytes({kMTiles, kNTiles, kHeld}, args.shape.group_rows));
+  // A part: [columns 2 pair and 2 pair + 1 of kNTiles * 4][kMTiles][rows g and g + 8 of 8] vectors
+  // of row g's two columns and row g + 8's, as the product's lanes have them. In another order of
+  // the g's for each pair, and of a vector's columns in odd m-tiles: then what the threads of a
+  // warp write or read together lies in different banks.
+  const int part_bytes = int(backward_part_bytes(kTile, args.shape.group_rows));
   const int parts_bytes = slices * part_bytes;
   // [2] a part from each block; [2] one for each block, until it has it.
   unsigned char* const boxes = memory + kBarrierBytes;
@@ -64,7 +66,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   // ---- the weights: warp w has the m-tiles w, w + kWarps, ... of all units
 
-  uint4* const kept = reinterpret_cast<uint4*>(own + 2 * kRows * kPitch) +
+  unsigned char* const fetched = own + 2 * kRows * kPitch;
+  uint4* const kept = reinterpret_cast<uint4*>(fetched + ahead_bytes(kBackwardWords, kCells)) +
                       size_t(warp) * shared * kChunks * 64 + lane;
   const int tiles = (H + 15) / 16, mine = (tiles - warp + kWarps - 1) / kWarps;
   // Row `half` of this lane: 16 bytes of k, which is the gates of this block's units.
@@ -150,9 +153,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Columns of sequences that the group does not have are not sent.
   const int pairs = (place.rows() + 1) / 2;
   const int bytes = pairs * kMTiles * 128;  // of a part
-  const int peer = peer_to_copy_to(slices);
-  const Letter letter(mailboxes, peer < 0 ? 0 : peer, boxes + place.slice * part_bytes,
-                      parts_bytes);
+  const Letter letter(mailboxes, slices, boxes + place.slice * part_bytes, parts_bytes);
   const auto write = [&](int q, int n, unsigned char* parts, const Acc(&sum)[4]) {
     if (n * 4 + pair >= pairs) return;
     const int tile = warp + q * kWarps, m = tile % kMTiles;
@@ -214,50 +215,77 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     copies_see();
     __syncthreads();  // all warps have written
-    if (peer >= 0) letter.copy(j % 2, parts + peer * part_bytes, bytes);
+    letter.send(j % 2, parts, part_bytes, bytes);
   };
 
-  typename Cell::Operands in[kCells];
   typename Cell::Result results[kCells] = {};
-  Turn turn[kCells], before[kCells] = {}, following[kCells];  // of steps j, j - 1 and j + 1
-  // The turns and operands of step j, as `following` and `in`.
-  const auto load = [&](int j) {
+  Turn turn[kCells], before[kCells] = {}, following[kCells] = {};  // of steps j, j - 1 and j + 1
+  // dy has elements of 2 bytes, which cannot be fetched ahead: it waits in registers, as it is, and
+  // is read whether or not there is any, for what is read in a branch is waited for at its end.
+  T dy[kCells], next_dy[kCells] = {};
+  const T* const any = reinterpret_cast<const T*>(d.gates);
+  Ahead<kBackwardWords, kCells> ahead(fetched);
+  // Rows of step j, for all of the launch's and as far as there are any: a packed batch reads them.
+  const auto rows_at = [&](int j) {
+    return j < walk.T() ? walk.first_row(walk.step_at(walk.T() - 1 - j)) : 0;
+  };
+  unsigned next_rows = rows_at(start), rows_after = rows_at(start + 1);
+  // The turns of step j, as `following`, and what its cells need.
+  const auto fetch = [&](int j) {
+    const unsigned rows = next_rows;
+    next_rows = rows_after;
+    rows_after = rows_at(j + 2);
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
+      const int b = here(i) ? sequence(i) : place.row_first;
       following[i] = {};
-      in[i] = {};
-      if (!here(i) || j > walk.T()) continue;
-      following[i] = turn_back(walk, j, sequence(i), length[i]);
-      if (j < args.shape.last) in[i] = cell.load(following[i]);
+      following[i].t = -1;
+      following[i].b = b;
+      if (here(i) && j < walk.T())
+        following[i] = walk.turn(rows, walk.step_at(walk.T() - 1 - j), b, length[i]);
+      const Turn& of = following[i];
+      const bool reads = of.active && j < args.shape.last;
+      next_dy[i] = *(reads && cell.has_dy() ? cell.dy(of) : any);
+      if (!reads) continue;
+      const Acc* s = cell.gates(of);
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) ahead.fetch(j, gate, i, s + gate * H);
+      ahead.fetch(j, 4, i, cell.c_after(of.row));
+      if (!of.first) ahead.fetch(j, 5, i, cell.c_after(walk.row_from(next_rows, b)));
     }
+    ahead.close();
+  };
+  const auto operands = [&](int j, int i) {
+    typename Cell::Operands in = {};
+    if (!turn[i].active) return in;
+    in.s = {ahead.get(j, 0, i), ahead.get(j, 1, i), ahead.get(j, 2, i), ahead.get(j, 3, i)};
+    in.c = ahead.get(j, 4, i);
+    if (!turn[i].reset) in.c_prev = turn[i].first ? cell.first_c(turn[i]) : ahead.get(j, 5, i);
+    if (cell.has_dy()) in.dy = to_acc(dy[i]);
+    in.dcell = cell.dcell(turn[i]);
+    return in;
   };
   const auto store = [&](int j, const Turn(&of)[kCells]) {
 #pragma unroll
     for (int i = 0; i < kCells; ++i)
       if (here(i)) cell.store(j, of[i], results[i]);
   };
-  // A step ahead, but where weights take the registers.
-  constexpr bool kAhead = kChunks <= 4;
-  if (kAhead) load(start);
+  fetch(start);
   mailboxes.open();
   for (int j = start; j < end; ++j) {
-    typename Cell::Operands now[kCells];
-    const auto take = [&] {
 #pragma unroll
-      for (int i = 0; i < kCells; ++i) {
-        now[i] = in[i];
-        turn[i] = following[i];
-      }
-    };
-    if (kAhead) take();
+    for (int i = 0; i < kCells; ++i) {
+      turn[i] = following[i];
+      dy[i] = next_dy[i];
+    }
     if (j > 0) {
       mailboxes.expect(j % 2, slices * bytes);
       multiply(j);
-      // While the parts are on their way: what the step before leaves, what the next one needs.
-      if (j > start) store(j - 1, before);
     }
-    load(kAhead ? j + 1 : j);
-    if (!kAhead) take();
+    // While the parts are on their way: what the next step needs, what the one before leaves.
+    fetch(j + 1);
+    if (j > start) store(j - 1, before);
+    ahead.wait();
     if (j > 0) mailboxes.wait(j % 2, (j - first_product) / 2);
     const unsigned char* const box = boxes + j % 2 * parts_bytes;
 #pragma unroll
@@ -265,6 +293,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       before[i] = turn[i];
       if (!here(i)) continue;
       const int row = row_of(i);
+      const typename Cell::Operands now = operands(j, i);
       const unsigned char* const sums = box + (i ? sum_of(row) : first_sum) * sizeof(Acc);
       Acc sum = 0;
       if (j > 0) {
@@ -276,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int source = 0; source < kMostBlocksOfCluster; ++source) sum += part[source];
       }
-      results[i] = cell.compute(j, turn[i], sum, now[i], dc[i], carry[i]);
+      results[i] = cell.compute(j, turn[i], sum, now, dc[i], carry[i]);
       T* gates = reinterpret_cast<T*>(own + j % 2 * (kRows * kPitch) + row * kPitch);
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) gates[gate * kUnits + u] = results[i].next[gate];

@@ -11,10 +11,6 @@
 
 namespace lstm_ext {
 
-// A step of up to so many messages of 16 bytes is sent by st.async, which then is as fast as bulk
-// copies or faster: 875 cycles for 64 in a cluster of 16, 1180 for a copy to each peer.
-constexpr int kMostMessages = 128;
-
 // kMTiles: of a warp; kMWarps warps have different rows.
 template <class Arithmetic, int kMTiles, int kMWarps, int kNTiles, int kHeld>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -24,12 +20,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Acc = typename Arithmetic::Acc;
   using Sum = Reduction<Arithmetic, GateRows, kMTiles, kNTiles, kMWarps, kNTiles>;
   using Cell = ForwardUnit<Arithmetic>;
-  constexpr int kRows = 8 * kNTiles, kVector = 16 / sizeof(T), kCells = Sum::kPerThread;
-  using State = StateInShared<kRows>;
-  // 16-byte vectors of a block's part of a sequence's h.
-  constexpr int kSliceVectors = Sum::kUnits / kVector;
-  constexpr int kSliceBytes = kSliceVectors * kRows * 16;
+  constexpr Tile kTile = {kMTiles * kMWarps, kNTiles, kHeld};
+  constexpr int kVector = 16 / sizeof(T);
+  constexpr int kCells = cluster_cells(Sum::kUnits, cluster_rows(kTile, false));
   static_assert(Sum::kUnits % kVector == 0, "a vector's units belong to one block");
+  static_assert(sizeof(Acc) == 4, "16-bit and TF32 only");
 
   DYNAMIC_SHARED(memory);
   const ClusterPlace place(args.shape, int(args.steps.B));
@@ -46,15 +41,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
 
   // [2] states of all units as StateInShared has them: h as the i-th step finds it lies in [i % 2].
-  const int box_bytes = int(forward_box_bytes({kMTiles * kMWarps, kNTiles, kHeld}, slices,
-                                              K * int64_t(sizeof(T)), sizeof(T)));
+  const int state_rows = lstm_ext::state_rows(args.shape.group_rows);
+  const int slice_bytes = int(forward_slice_bytes(kTile, state_rows, sizeof(T)));
+  const int box_bytes =
+      int(forward_box_bytes(kTile, slices, state_rows, K * int64_t(sizeof(T)), sizeof(T)));
   unsigned char* const states = memory + kBarrierBytes;
   // [2] this block's part of it, likewise, until peers have it.
   unsigned char* const own = states + 2 * box_bytes;
-  Acc* const partial = reinterpret_cast<Acc*>(own + 2 * kSliceBytes);
+  unsigned char* const fetched = own + 2 * slice_bytes;
+  Acc* const partial = reinterpret_cast<Acc*>(fetched + ahead_bytes(kForwardWords, kCells));
+  const auto place_of = [&](int k, int row) {  // in elements
+    return StateInShared::place(k / kVector, row, state_rows) * kVector + k % kVector;
+  };
 
   // The state before the launch's first step: a warp per sequence. What nobody sends stays zero.
-  for (int v = threadIdx.x; v < 2 * (box_bytes + kSliceBytes) / 16; v += kThreads)
+  for (int v = threadIdx.x; v < 2 * (box_bytes + slice_bytes) / 16; v += kThreads)
     reinterpret_cast<uint4*>(states)[v] = make_uint4(0, 0, 0, 0);
   __syncthreads();
   for (int row = threadIdx.x / 32; row < place.rows(); row += kWarps) {
@@ -65,10 +66,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (const int before = walk.step_at(first - 1); walk.active(before, b))
         h = as<T>(d.y) + walk.row(before, b) * d.y_stride;
     if (!h) continue;
-    uint4* const state = reinterpret_cast<uint4*>(states + first % 2 * box_bytes);
+    T* const state = reinterpret_cast<T*>(states + first % 2 * box_bytes);
     for (int k = threadIdx.x % 32; k < H; k += 32)
-      reinterpret_cast<T*>(state + State::place(k / kVector, row))[k % kVector] =
-          Arithmetic::round_state(h[k]);
+      state[place_of(k, row)] = Arithmetic::round_state(h[k]);
   }
 
   const Cell cell(args, d, walk, unit);
@@ -76,6 +76,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto sequence = [&](int j) { return place.row_first + row_of(j); };
   const auto here = [&](int j) {
     return Sum::has_cell(j) && sequence(j) < place.row_end && unit < H;
+  };
+  Ahead<kForwardWords, kCells> ahead(fetched);
+  const auto fetch = [&](int i, const Turn(&of)[kCells]) {
+#pragma unroll
+    for (int j = 0; j < kCells; ++j) {
+      if (!here(j) || !of[j].active) continue;
+      const Acc* gx = cell.gx(of[j]);
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) ahead.fetch(i, gate, j, gx + gate * H);
+    }
+    ahead.close();
   };
   Acc c[kCells];
   int length[kCells];
@@ -95,85 +106,68 @@ __global__ void __launch_bounds__(kThreads, 1)
     as<T>(d.h_n)[result] = from_acc<T>(at_or_zero(as<T>(d.h0), result));
     as<T>(d.c_n)[result] = from_acc<T>(at_or_zero(as<T>(d.c0), result));
   }
+  fetch(first, turn);
   const Weights<Arithmetic, GateRows, kMTiles, kHeld, kMWarps> weights(
       as<T>(d.w_hh), H, K, unit_first, args.shape.shared,
       reinterpret_cast<unsigned char*>(partial + Sum::kCells * 4 * (kWarps / kMWarps)));
   const int part = pinned(Sum::part());
 
-  // Few messages: this thread has one of them at most, a vector of a sequence for a peer.
-  const int messages = slices * kSliceVectors * place.rows();
-  const bool by_message = messages <= kMostMessages;
-  static_assert(kMostMessages <= kThreads, "a message a thread");
-  int peer = peer_to_copy_to(slices), vector = 0, of_row = 0;
-  if (by_message) {
-    peer = int(threadIdx.x) % slices;
-    vector = int(threadIdx.x) / slices % kSliceVectors;
-    of_row = int(threadIdx.x) / (slices * kSliceVectors);
-    if (of_row >= place.rows() || unit_first + vector * kVector >= H) peer = -1;
-  }
-  // place() is the same in every part, for their vectors come in fours or, where there are two of
-  // them, the first parts' remainders by 4 count on.
-  const int first_vector = place.slice * kSliceVectors;
-  const int own_place =
-      State::place(first_vector + vector, of_row) - first_vector * kRows;  // in `own`
-  const Letter letter(mailboxes, peer < 0 ? 0 : peer,
-                      states + (first_vector * kRows + (by_message ? own_place : 0)) * 16,
-                      box_bytes);
-  const int bytes = by_message ? place.rows() * ((H + kVector - 1) / kVector) * 16
-                               : slices * kSliceBytes;
-  // Where this thread's cells lie in `own`.
-  const auto own_cell = [&](int j) {
-    return (State::place(unit / kVector, row_of(j)) - first_vector * kRows) * kVector +
-           unit % kVector;
-  };
-  const int first_own_cell = pinned(own_cell(0));
+  // This block's part begins at a unit whose vector is a multiple of rows * 4, or of rows * 2: from
+  // there on place() is the same but for the sequences' order, which it counts from the first unit.
+  const int own_start = place.slice * (slice_bytes / int(sizeof(T)));
+  const int first_own_cell = pinned(place_of(unit, row_of(0)) - own_start);
+  const Letter letter(mailboxes, slices, states + place.slice * slice_bytes, box_bytes);
   mailboxes.open();
 
+  // Rows of the next step and of the one after it: a packed batch reads them.
+  unsigned next_rows = first + 1 < walk.T() ? walk.first_row(walk.step_at(first + 1)) : 0;
   for (int i = first; i < last; ++i) {
     const bool goes_on = i + 1 < last;
     const int box = i % 2, next = (i + 1) % 2;
     const uint4* state = reinterpret_cast<const uint4*>(states + box * box_bytes);
     Turn following[kCells];
-    typename Cell::Operands in[kCells];
+    const unsigned rows = next_rows;
+    if (i + 2 < walk.T()) next_rows = walk.first_row(walk.step_at(i + 2));
 #pragma unroll
     for (int j = 0; j < kCells; ++j) {
       following[j] = {};
-      in[j] = {};
-      if (!here(j)) continue;
-      if (i + 1 < walk.T())
-        following[j] = walk.turn(walk.step_at(i + 1), sequence(j), length[j]);
-      in[j] = cell.load(turn[j], c[j], following[j].reset);
+      if (here(j) && i + 1 < walk.T())
+        following[j] = walk.turn(rows, walk.step_at(i + 1), sequence(j), length[j]);
     }
+    fetch(i + 1, following);
     if (i > first) mailboxes.wait(box, (i - first - 1) / 2);
-    if (goes_on) mailboxes.expect(next, bytes);
+    if (goes_on) mailboxes.expect(next, slices * slice_bytes);
 
     Acc sums[kMTiles][kNTiles][4];
-    weights.template multiply<kNTiles>(State{state}, 0, kRows - 1, sums);
+    weights.template multiply<kNTiles>(StateInShared{state, state_rows}, 0, 8 * kNTiles - 1, sums);
     // The partial sums of the step before have been taken: whoever took some has sent its h since,
     // and this block has waited for that.
     Sum::put(partial, sums, 0);
+    ahead.wait();
     __syncthreads();  // all warps' parts are there, and nobody reads this state any more
     typename Cell::Result results[kCells];
     // First what peers wait for, then what is kept.
-    T* const next_own = reinterpret_cast<T*>(own + next * kSliceBytes);
+    T* const next_own = reinterpret_cast<T*>(own + next * slice_bytes);
 #pragma unroll
     for (int j = 0; j < kCells; ++j) {
       results[j] = {};
       if (!here(j)) continue;
+      typename Cell::Operands in;
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) in.gx[gate] = ahead.get(i, gate, j);
+      in.c = turn[j].reset ? Acc(0) : c[j];
+      in.reset_follows = following[j].reset;
       Acc sum[4];
       Sum::take(partial, sum, Sum::part(j, part));
-      results[j] = cell.compute(turn[j], sum, in[j], c[j], [&] {
-        return reinterpret_cast<const T*>(state + State::place(unit / kVector, row_of(j)))
-            [unit % kVector];
+      results[j] = cell.compute(turn[j], sum, in, c[j], [&] {
+        return reinterpret_cast<const T*>(state)[place_of(unit, row_of(j))];
       });
-      next_own[j ? own_cell(j) : first_own_cell] = results[j].next;
+      next_own[j ? place_of(unit, row_of(j)) - own_start : first_own_cell] = results[j].next;
     }
     if (goes_on) {
-      if (!by_message) copies_see();
+      copies_see();
       __syncthreads();  // all of this block's part is there
-      const uint4* const from = reinterpret_cast<const uint4*>(next_own);
-      if (peer >= 0 && by_message) letter.send(next, from[own_place]);
-      if (peer >= 0 && !by_message) letter.copy(next, from, kSliceBytes);
+      letter.send(next, own + next * slice_bytes, 0, slice_bytes);
     }
 #pragma unroll
     for (int j = 0; j < kCells; ++j) {

@@ -53,8 +53,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       return;
     }
     Acc c;
-    const auto result =
-        cell.compute(in.turn, sum, in, c, [&] { return state[at(b, K, unit)]; });
+    const auto result = cell.compute(in.turn, sum, in, c, [&] { return state[at(b, K, unit)]; });
     cell.store(in.turn, result, c);
     as<Acc>(d.cells)[at(b, H, unit)] = c;
     if (!d.hidden && i + 1 < walk.T()) next[at(b, K, unit)] = result.next;
@@ -134,7 +133,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (walk.resets(following, b))
       to = from_acc<T>(Acc(0));
     else
-      to = turn.active ? product_input<Arithmetic>(d.variants, b, P, unit, out) : state[at(b, K, unit)];
+      to = turn.active ? product_input<Arithmetic>(d.variants, b, P, unit, out)
+                       : state[at(b, K, unit)];
   }
 }
 
