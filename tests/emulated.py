@@ -29,7 +29,7 @@ Pick = Callable[[list[Any], Any], Any]
 SOURCES = [
     *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*kernels_*.cu")),
     *(f"csrc/cuda/{name}.cu" for name in ("arrange", "engine", "plain", "vendor_steps")),
-    "csrc/cuda/plan.cpp",
+    *(f"csrc/cuda/{name}.cpp" for name in ("plan", "vendor_plan")),
     "csrc/cuda/pointwise.cu",
     "csrc/cuda/bindings.cpp",
     "tests/emulator/module.cpp",

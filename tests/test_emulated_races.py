@@ -27,7 +27,9 @@ pytestmark = pytest.mark.skipif(
 
 ALL_MUTANTS = os.environ.get("LSTM_EXT_ALL_MUTANTS") == "1"
 ENGINE = ["tests/emulator/lstm_driver.cpp", "tests/emulator/vendor.cpp"]
-ENGINE += [f"csrc/cuda/{name}" for name in ("engine.cu", "plan.cpp", "vendor_steps.cu")]
+ENGINE += [
+    f"csrc/cuda/{name}" for name in ("engine.cu", "plan.cpp", "vendor_plan.cpp", "vendor_steps.cu")
+]
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*kernels_*.cu"))
 FEW = ("few_kernels.cu", "few_cluster_kernels.cu")
 

@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <stdexcept>
 
+#include "cuda/vendor_plan.h"
+
 namespace lstm_ext {
 namespace {
 
@@ -78,11 +80,6 @@ struct Costs {
   double vendor = 2.2;  // a large product of the vendor's library against those; a lead
   double part = 8;      // of a wavefront: two kernels begin and end, and an event between streams
   double calls = 30;    // what the calling thread takes for it, from Python
-  // Of the vendor family: a launch after another whose results it reads; products of skinny
-  // matrices per SM, at half of what large ones reach; and their least tile of sequences.
-  double dependent_launch = 3;
-  double skinny16 = 1.5e6, skinny32 = 0.75e6, skinny_fma32 = 0.15e6, skinny_fma64 = 0.15e6;
-  int64_t skinny_rows = 64;
 };
 
 double macs_per_us(const CudaProblem& p, const CudaProperties& device, const Costs& costs) {
@@ -208,49 +205,6 @@ CudaPlan try_cluster_plan(const CudaProblem& p, const CudaProperties& device, co
   return plan;
 }
 
-// What a step of the vendor family takes: each direction's product, and a launch for all else.
-CudaPlan try_vendor_plan(const CudaProblem& p, const CudaProperties& device) {
-  const Costs costs;
-  CudaPlan plan{};
-  plan.family = CudaFamily::kVendor;
-  plan.slices = ceil_div(p.H, kThreads);
-  // No more blocks than run at once: a thread that goes on to another sequence has its biases.
-  const int64_t most = kVendorBlocks * device.sm_count / (plan.slices * p.directions);
-  plan.group_rows = std::max<int64_t>(ceil_div(p.B, std::max<int64_t>(most, 1)), 1);
-  plan.groups = std::max<int64_t>(ceil_div(p.B, plan.group_rows), 1);
-
-  const double sms = device.sm_count, directions = p.directions;
-  const double matrix = 4.0 * double(p.H) * double(p.P);  // elements of W_hh
-  const double rate = p.dtype == Dtype::kFloat64                        ? costs.skinny_fma64
-                      : !on_tensor_cores(p.dtype, p.tf32, device.major) ? costs.skinny_fma32
-                      : p.dtype == Dtype::kFloat32                      ? costs.skinny32
-                                                                        : costs.skinny16;
-  const double math =
-      double(ceil_div(p.B, costs.skinny_rows) * costs.skinny_rows) * matrix / (rate * sms);
-  const double weights = matrix * double(storage_bytes(p.dtype));
-  const bool stay = weights * directions <= 0.8 * double(device.l2_bytes);
-  const double read = weights / ((stay ? costs.l2_per_sm : costs.memory_per_sm) * sms);
-  // Of a unit and sequence, as vendor_steps.cu counts them.
-  const double element = double(storage_bytes(p.dtype)), acc = double(acc_bytes(p.dtype));
-  const double bytes = p.backward ? 9 * acc + 9 * element : 15 * acc + 2 * element;
-  const double busy =
-      std::clamp(double(p.normed ? p.B : plan.slices * plan.groups) * directions, 1.0, sms);
-  const double rest = bytes * double(p.B) * double(p.H) * directions / (costs.memory_per_sm * busy);
-  plan.step_us =
-      (1 + directions) * costs.dependent_launch + directions * std::max(math, read) + rest;
-  return plan;
-}
-
-std::string refuse_vendor(const CudaPlan& plan, const CudaProblem& p) {
-  if (p.projection) return "the vendor family has no projection";
-  if (plan.m_tiles || plan.n_tiles || plan.held || plan.shared || plan.cluster || plan.shared_bytes)
-    return "the vendor family has no tiles, no clusters and keeps no weights";
-  if (plan.slices != ceil_div(p.H, kThreads)) return "the slices do not cover the hidden units";
-  if (plan.groups < 1 || plan.group_rows < 1 || plan.groups * plan.group_rows < p.B)
-    return "the groups do not cover the batch";
-  return "";
-}
-
 std::string refuse_cluster(const CudaPlan& plan, const CudaProblem& p, const Tile& tile) {
   // A block without units, or a group without sequences, would receive nothing, and so run ahead of
   // its peers.
@@ -302,9 +256,7 @@ std::vector<CudaPlan> all_cuda_plans(const CudaProblem& p, const CudaProperties&
     for (int64_t groups = 1; groups <= std::min(most, ceil_div(p.B, 8)); ++groups)
       add(try_plan(p, device, *tile, CudaFamily::kGrid, groups));
   }
-  // bf16 is no type of Turing's, for the library either.
-  const bool has_type = p.dtype != Dtype::kBFloat16 || device.major >= 8;
-  if (device.vendor && !p.projection && p.T > 1 && has_type) add(try_vendor_plan(p, device));
+  if (has_vendor_plan(p, device)) add(make_vendor_plan(p, device));
   if (steps_apart(p) || p.variants || p.T < 2 || !on_tensor_cores(p.dtype, p.tf32, device.major))
     return plans;
   const Tiles clusters = cluster_tiles_of(p);
@@ -375,7 +327,7 @@ CudaWavefront make_cuda_wavefront(const CudaProblem& p, const CudaProperties& de
 }
 
 std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
-  if (plan.family == CudaFamily::kVendor) return refuse_vendor(plan, p);
+  if (plan.family == CudaFamily::kVendor) return refuse_vendor_plan(plan, p);
   const bool cluster = plan.family == CudaFamily::kCluster;
   if (cluster && (p.projection || p.variants || !on_tensor_cores(p.dtype, p.tf32, 9)))
     return "clusters have no projection, no variant, no product outside of tensor cores";
