@@ -13,7 +13,7 @@ namespace {
 // gates' gx and sums (16 each) and c (4), and writes the gates (16), c (4 and 4), y and h for the
 // next product (2 each), 64 in all; backward reads the gates (16), two c (8), dy (2), the sum and
 // dc (4 each), and writes dc (4) and the gates' gradients, for later and for the next product (8
-// each), 54 in all. What passes between the launches of a step can stay in L2: 44 and 20 of them.
+// each), 54 in all. What passes between the launches of a step can stay in L2: 26 and 20 of them.
 
 // Twice the registers for sums of twice the size.
 template <class Arithmetic>
