@@ -116,6 +116,8 @@ def variants(plans: Sequence[Any], within: float) -> Iterator[Any]:
 
 def order_of_sums(plan: Any, backward: bool) -> tuple[Any, ...]:
     """Plans of which this is the same add up in the same order, and so give the same bits."""
+    if FAMILIES[plan.family] == "vendor":
+        return ("vendor",)
     if FAMILIES[plan.family] != "cluster":
         return ("step or grid",)
     if backward:

@@ -16,21 +16,19 @@ class PlainTensors {
   using Object = pybind11::object;
   using Handle = pybind11::handle;
 
-  // types: of tensors without behaviour of their own. codes: enum Dtype by dtype: of dtypes that
-  // are their own acc type, and of bf16. bf16_acc: its acc type. most_rows: forward's, of a single
-  // step, unless its input is packed or products multiply bf16.
-  PlainTensors(pybind11::tuple types, pybind11::dict codes, Object bf16_acc, int64_t most_rows)
-      : most_rows(most_rows),
-        types_(std::move(types)),
+  // types: of tensors without behaviour of their own. codes: enum Dtype by dtype. half_acc: the acc
+  // type of half types; the others are their own. is_here: the name of a tensor's attribute that is
+  // True on the kind of device that this is for.
+  PlainTensors(pybind11::tuple types, pybind11::dict codes, Object half_acc, Object is_here)
+      : types_(std::move(types)),
         codes_(std::move(codes)),
-        bf16_acc_(std::move(bf16_acc)) {}
-
-  const int64_t most_rows;
+        half_acc_(std::move(half_acc)),
+        is_here_(std::move(is_here)) {}
 
   struct Names {
     PyObject* dtype = PyUnicode_InternFromString("dtype");
     PyObject* shape = PyUnicode_InternFromString("shape");
-    PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
+    PyObject* get_device = PyUnicode_InternFromString("get_device");
     PyObject* is_neg = PyUnicode_InternFromString("is_neg");
     PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
     PyObject* contiguous = PyUnicode_InternFromString("contiguous");
@@ -91,16 +89,26 @@ class PlainTensors {
   }
   // Of sums, gates and cell states.
   PyObject* acc_of(PyObject* dtype, Dtype code) const {
-    return code == Dtype::kBFloat16 ? bf16_acc_.ptr() : dtype;
+    const bool half = code == Dtype::kBFloat16 || code == Dtype::kFloat16;
+    return half ? half_acc_.ptr() : dtype;
+  }
+  // Of a kind of device that has several, the number; -1 of another.
+  static int64_t device_of(Handle value) {
+    const int64_t index = PyLong_AsLongLong(call(value, names().get_device).ptr());
+    if (index == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
+    return index;
   }
 
-  // The memory of a tensor of the types, dense, on the CPU, of this dtype and these sizes, or of
-  // its contiguous copy; else null. kept: keeps that memory.
-  void* dense(Handle value, PyObject* dtype, const Sizes& sizes, Object& kept) const {
+  // The memory of a tensor of the types, dense, on this kind of device and, if it has several, on
+  // this one, of this dtype and these sizes, or of its contiguous copy; else null. kept: keeps that
+  // memory.
+  void* dense(Handle value, PyObject* dtype, int64_t device, const Sizes& sizes,
+              Object& kept) const {
     if (!is_plain(value) || get(value, names().dtype).ptr() != dtype ||
-        get(value, names().is_cpu).ptr() != Py_True || !(Sizes(value) == sizes)) {
+        get(value, is_here_.ptr()).ptr() != Py_True || !(Sizes(value) == sizes)) {
       return nullptr;
     }
+    if (device >= 0 && device_of(value) != device) return nullptr;
     // Lazily negated, the memory is that of the opposite.
     if (call(value, names().is_neg).ptr() != Py_False) return nullptr;
     kept = call(value, names().contiguous);
@@ -149,7 +157,8 @@ class PlainTensors {
  private:
   pybind11::tuple types_;
   pybind11::dict codes_;
-  Object bf16_acc_;
+  Object half_acc_;
+  Object is_here_;
 };
 
 }  // namespace lstm_ext

@@ -19,6 +19,7 @@
 #include "cuda/bindings.h"
 #include "cuda/device_info.h"
 #include "cuda/plan.h"
+#include "cuda/vendor.h"
 #endif
 
 namespace py = pybind11;
@@ -181,7 +182,8 @@ lstm_ext::CudaProperties cuda_properties(int index) {
                                          device.sm_count,
                                          int64_t(device.shared_memory_optin),
                                          int64_t(device.l2_bytes),
-                                         {}};
+                                         {},
+                                         lstm_ext::vendor_version() != 0};
   std::copy(std::begin(device.clusters), std::end(device.clusters), properties.clusters.begin());
   return properties;
 }

@@ -13,9 +13,10 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lstm_ext.cuda_precision import lstm_uses_tf32, products_in
+from lstm_ext.cuda_products import open_vendor
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,
@@ -34,7 +35,7 @@ from lstm_ext.lanes import Lanes, NoLanes
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
 
-FAMILIES = ("step", "grid", "cluster")  # enum CudaFamily of csrc/cuda/plan.h
+FAMILIES = ("step", "grid", "cluster", "vendor")  # enum CudaFamily of csrc/cuda/plan.h
 
 
 def padded_rows(w: Tensor, size: int) -> Tensor:
@@ -81,11 +82,24 @@ class CudaEngine:
     the device.
     """
 
+    device_type = "cuda"
+
     def __init__(self, core: Any) -> None:
         self.core = core
         self.plan = functools.lru_cache(maxsize=4096)(self._plan)
+        #: Of plain layers, each way in one call of the core; None: cuBLASLt is not to be had.
+        self.plain = None if open_vendor(core) else self._make_plain()
         #: Whether stacks of layers may run as a wavefront. Off: it has never run on a GPU.
         self.wavefront = wavefront_switch()
+
+    def _make_plain(self) -> Any:
+        return self.core.CudaPlain(
+            types=(Tensor, nn.Parameter),
+            codes=DTYPE_CODE,
+            half_acc=torch.float32,
+            is_here=f"is_{self.device_type}",
+            bytes=torch.uint8,
+        )
 
     # --- the device -------------------------------------------------------------------------------
 
@@ -96,7 +110,15 @@ class CudaEngine:
 
     def stream(self, device: torch.device) -> int:
         """The address of torch's current stream."""
-        return torch._C._cuda_getCurrentRawStream(device.index)
+        return self.raw_stream(device.index)
+
+    def raw_stream(self, index: int) -> int:
+        """As :meth:`stream`, by the device's index."""
+        return torch._C._cuda_getCurrentRawStream(index)
+
+    def is_current(self, index: int) -> bool:
+        """Whether the device is the calling thread's current one."""
+        return torch._C._cuda_getDevice() == index
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Makes the device current."""

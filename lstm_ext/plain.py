@@ -1,8 +1,8 @@
-"""A plain layer or cell on the CPU, where nothing surrounds the call: the short way.
+"""A plain layer or cell, where nothing surrounds the call: the short way.
 
 For few sequences and steps the questions that :mod:`layer` and :mod:`ops` ask take longer than the
-steps. Here the core asks them, and a call of any other kind goes the layer's way, which has its
-errors. The bits are the same.
+steps, and so do, on a GPU, allocations and products one by one. Here the core does all that, and a
+call of any other kind goes the layer's way, which has its errors. On the CPU the bits are the same.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch.autograd import Function
 
 from lstm_ext import batching, cpu_engine, cpu_products, ops
 from lstm_ext.autograd import LSTMLayerBackward, must_apply
-from lstm_ext.engine import DTYPE_CODE, Direction, DirectionGrads, LayerWeights, rows_of
+from lstm_ext.engine import DTYPE_CODE
 from lstm_ext.native import _C
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
 
-_CPU = torch.device("cpu")
+_TYPES = (Tensor, nn.Parameter)
 _plain = _C.CpuPlain(
-    types=(Tensor, nn.Parameter),
+    types=_TYPES,
     codes={t: DTYPE_CODE[t] for t in (torch.float64, torch.float32, torch.bfloat16)},
-    bf16_acc=torch.float32,
+    half_acc=torch.float32,
     most_rows=cpu_engine.CORE_ONE_STEP_ROWS,
 )
 
@@ -49,21 +49,20 @@ def plain_layer(
         weights: weight_ih, weight_hh, bias_ih, bias_hh; the biases may be None.
         steps: T; 0 for a cell's only one, x being (B, in): then there is no y.
     """
-    if ops.engine_of(_CPU) is not cpu_engine:
+    engine = _engine_of(x)
+    call = (x, hx, weights, input_size, hidden_size, steps, batch_first)
+    if engine is None:
         return None
-    made = recorded(_plain.cpu_forward)(
-        x,
-        hx,
-        weights,
-        input_size,
-        hidden_size,
-        steps,
-        batch_first,
-        torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_grad_enabled(),
-        cpu_products.workspace,
-    )
+    if engine is cpu_engine:
+        made = recorded(_plain.cpu_forward)(
+            *call,
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_grad_enabled(),
+            cpu_products.workspace,
+        )
+    else:
+        made = recorded(engine.plain.cuda_forward)(engine, *call, torch.is_grad_enabled())
     if made is None or len(made) <= 3:
         return made
     *outputs, gates, c_seq, h0, c0 = made
@@ -71,6 +70,14 @@ def plain_layer(
     return super(Function, PlainLayer).apply(
         steps, batch_first, outputs, gates, c_seq, x, h0, c0, *weights
     )
+
+
+def _engine_of(x: Any) -> Any:
+    """The engine that has a short way for x; None where there is none."""
+    if type(x) not in _TYPES:
+        return None
+    engine = ops._engines.get(x.device.type)
+    return engine if engine is cpu_engine or getattr(engine, "plain", None) is not None else None
 
 
 def plain_cell(
@@ -114,55 +121,49 @@ class PlainLayer(Function):
         T, batch_first = ctx.steps
         applied = must_apply()
         if not applied and not torch._C._is_any_autocast_enabled():
-            made = recorded(_plain.cpu_backward)(
-                gradients,
-                saved,
-                wanted,
-                T,
-                batch_first,
-                torch.get_num_threads(),
-                cpu_engine.FUSED_ROWS - 1,
-                cpu_products.workspace,
-            )
+            made = _backward(gradients, saved, wanted, T, batch_first)
             if made is not None:
                 return (None,) * 5 + made
         x, h0, c0, *weights, gates, c_seq, y = saved
         wanted_x, *wanted = wanted
         *dy, dh, dc = gradients
-        I, H, of = x.size(-1), h0.size(-1), (x, h0, c0)
+        I, of = x.size(-1), (x, h0, c0)
+        if h0 is None:
+            h0 = c0 = x.new_zeros(x.numel() // (I * (T or 1)), weights[1].size(1))
+        H = h0.size(-1)
         steps = Steps.padded(T or 1, h0.size(-2), batch_first=batch_first)
         dy = _rows(dy[0], H) if dy else None
         dh, dc = _rows(dh, H), _rows(dc, H)
         x, h0, c0 = _rows(x, I), _rows(h0, H), _rows(c0, H)
         y = h0 if y is None else _rows(y, H)  # the output is read only at a step before another
-        if applied:
-            layer = (x, h0, c0, *weights, None, y, gates, c_seq)
-            flags = (wanted_x, *wanted, False)  # no weight_hr
-            dx, *grads = LSTMLayerBackward.apply(
-                steps, ((False, None),), flags, dy, None, dh, dc, *layer
-            )
-        else:
-            # As ops and the engine do for a list of directions.
-            direction, saved = Direction(h0, c0, LayerWeights(*weights), False), (gates, c_seq)
-            ops.check_saved((dy, dh, dc), x, [direction], y, [saved], steps)
-            dx, grads = cpu_engine.direction_backward(
-                rows_of(dy, 0, H),
-                None,
-                dh,
-                dc,
-                x,
-                direction,
-                rows_of(y, 0, H),
-                saved,
-                steps,
-                wanted_x,
-                DirectionGrads(*wanted, False),
-            )
-            dx = None if dx is None else dx.to(x.dtype)
+        layer = (x, h0, c0, *weights, None, y, gates, c_seq)
+        flags = (wanted_x, *wanted, False)  # no weight_hr
+        run = LSTMLayerBackward.apply if applied else LSTMLayerBackward.forward
+        dx, *grads = run(steps, ((False, None),), flags, dy, None, dh, dc, *layer)
         dx, dh0, dc0 = (
             g if g is None else g.view(t.shape) for g, t in zip((dx, *grads[:2]), of, strict=True)
         )
         return (None,) * 5 + (dx, dh0, dc0, *grads[2:6])
+
+
+def _backward(
+    gradients: tuple[Tensor | None, ...],
+    saved: tuple[Tensor | None, ...],
+    wanted: tuple[bool, ...],
+    steps: int,
+    batch_first: bool,
+) -> tuple[Tensor | None, ...] | None:
+    """The gradients of the inputs, None where not wanted; None where the call is not one for the
+    short way."""
+    engine = _engine_of(saved[0])
+    call = (gradients, saved, wanted, steps, batch_first)
+    if engine is None:
+        return None
+    if engine is cpu_engine:
+        return recorded(_plain.cpu_backward)(
+            *call, torch.get_num_threads(), cpu_engine.FUSED_ROWS - 1, cpu_products.workspace
+        )
+    return recorded(engine.plain.cuda_backward)(engine, *call)
 
 
 def _rows(tensor: Tensor | None, width: int) -> Tensor | None:

@@ -22,57 +22,68 @@ from lstm_ext.cuda_engine import FAMILIES, CudaEngine
 from lstm_ext.lanes import NoLanes
 
 H100 = {"major": 9, "minor": 0, "sm_count": 132, "shared_bytes": 227 << 10, "l2_bytes": 50 << 20}
-H100 |= {"clusters": [132, 66, 32, 16, 8]}
+H100 |= {"clusters": [132, 66, 32, 16, 8], "vendor": True}
 ROOT = Path(__file__).resolve().parent.parent
 #: Chooses among the plans that could run a problem.
 Pick = Callable[[list[Any], Any], Any]
 SOURCES = [
     *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*kernels_*.cu")),
-    "csrc/cuda/engine.cu",
-    "csrc/cuda/plan.cpp",
+    *(f"csrc/cuda/{name}.cu" for name in ("arrange", "engine", "plain", "vendor_steps")),
+    *(f"csrc/cuda/{name}.cpp" for name in ("plan", "vendor_plan")),
     "csrc/cuda/pointwise.cu",
     "csrc/cuda/bindings.cpp",
     "tests/emulator/module.cpp",
+    "tests/emulator/vendor.cpp",
 ]
 
 
-@functools.cache
-def build_module() -> Path:
-    """Path of the extension module _emulated."""
+def build_module(name: str, sources: list[str]) -> Path:
+    """Path of an extension module."""
     # torch brings pybind11's headers.
     torch_headers = Path(torch.__file__).parent / "include"
     include = [f"-isystem{torch_headers}", f"-I{sysconfig.get_paths()['include']}"]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     flags = [*include, "-fvisibility=hidden"]
-    return build(f"_emulated{suffix}", SOURCES, kind="shared", extra_flags=flags)
+    return build(f"{name}{suffix}", sources, kind="shared", extra_flags=flags)
 
 
-@functools.cache
-def load() -> Any:
+def load_module(name: str, sources: list[str]) -> Any:
     """The module itself."""
-    spec = importlib.util.spec_from_file_location("_emulated", build_module())
+    spec = importlib.util.spec_from_file_location(name, build_module(name, sources))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+@functools.cache
+def load() -> Any:
+    """The extension module _emulated."""
+    return load_module("_emulated", SOURCES)
+
+
 class EmulatedEngine(CudaEngine):
     """The CUDA engine on tensors of the CPU, as a device with few multiprocessors."""
 
+    device_type = "cpu"
+
     def __init__(self, core: Any, pick: Pick | None, **properties: Any):
         super().__init__(core)
+        self.plain = self._make_plain()  # on the emulator's own vendor.cpp, whatever torch has
         self._pick = pick
         self.picked: list[Any] = []
         facts = {"major": 9, "minor": 0, "sm_count": 6, "shared_bytes": 227 << 10}
-        facts |= {"l2_bytes": 50 << 20, "clusters": [6, 3, 1, 1, 1]} | properties
+        facts |= {"l2_bytes": 50 << 20, "clusters": [6, 3, 1, 1, 1], "vendor": True} | properties
         self._properties = core.CudaProperties(**facts)
 
     def properties(self, device: torch.device) -> Any:
         return self._properties
 
-    def stream(self, device: torch.device) -> int:
+    def raw_stream(self, index: int) -> int:
         return 0
+
+    def is_current(self, index: int) -> bool:
+        return True
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -122,7 +133,7 @@ def only(
     """A ``pick``: plans of a family, with these m- and n-tiles; of several, that of most groups.
 
     stream: nothing of the weights stays on the multiprocessor; not for clusters. A problem that has
-    no such plan (a projection has no grid kernels) gets one of another kind.
+    no such plan (a projection has no grid kernels) gets one of another kind, with our own products.
     """
 
     def pick(plans: list[Any], problem: Any) -> Any:
@@ -132,7 +143,8 @@ def only(
             for p in plans
             if FAMILIES[p.family] == family and tile in (None, (p.m_tiles, p.n_tiles))
         ]
-        plan = max(fitting or plans, key=lambda p: (p.groups, p.m_tiles, p.n_tiles))
+        others = [p for p in plans if FAMILIES[p.family] != "vendor"]
+        plan = max(fitting or others, key=lambda p: (p.groups, p.m_tiles, p.n_tiles))
         if stream and plan.shared:
             plan.shared_bytes -= plan.shared * 8 * plan.m_tiles * 1024
             plan.shared = 0

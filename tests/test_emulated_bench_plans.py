@@ -29,7 +29,7 @@ def test_every_plan_is_timed_and_checked(bidirectional):
     entries = list(plans.time_plans(*arguments, torch.device("cpu"), within=1e9, repeats=2))
     assert counting_clock.calls == 3 * len(entries)
     assert {entry["pass"] for entry in entries} == {"forward", "backward"}
-    assert {entry["family"] for entry in entries} == {"step", "grid", "cluster"}
+    assert {entry["family"] for entry in entries} == {"step", "grid", "cluster", "vendor"}
     assert all(entry["same_bits"] for entry in entries)
     assert all(entry["difference"] < 2e-2 for entry in entries), "bfloat16"
     assert all(entry["measured_us"] == 60 / 3 for entry in entries)

@@ -1,5 +1,5 @@
 """The CUDA engine on the emulator: every kernel of the families step and grid, all dtypes, several
-schedules; test_emulated_clusters.py has the third family.
+schedules; test_emulated_clusters.py and test_emulated_vendor.py have the other families.
 
 `pytest --device=emulated` runs the whole suite this way; here are the kernels one by one.
 """
@@ -165,7 +165,7 @@ def test_every_schedule_gives_the_same_bits(family, arithmetic):
 
 @pytest.mark.parametrize(
     "family, dtype",
-    [(f, d) for f in PAIR for d in (torch.float64, torch.float32, *HALF)]
+    [(f, d) for f in (*PAIR, "vendor") for d in (torch.float64, torch.float32, *HALF)]
     + [("cluster", d) for d in HALF],
 )
 @pytest.mark.parametrize(

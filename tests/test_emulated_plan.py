@@ -24,9 +24,9 @@ DTYPES = {"float64": (0, False), "float32": (1, False), "tf32": (1, True), "bflo
 GPU_SUITES = ("deepbench-train", "deepbench-infer", "flashrnn", "classic", "edges")
 
 
-def properties(name):
+def properties(name, vendor=True):
     names = ("major", "minor", "sm_count", "shared_bytes", "l2_bytes", "clusters")
-    facts = dict(zip(names, DEVICES[name], strict=True))
+    facts = dict(zip(names, DEVICES[name], strict=True), vendor=vendor)
     return emulated.load().CudaProperties(**facts)
 
 
@@ -45,8 +45,9 @@ def check(plan, problem, device, *, directions, B, H, backward):
     core = emulated.load()
     assert core.cuda_refuse_plan(plan, problem) == ""
     _, _, sm_count, shared_bytes, _, clusters = DEVICES[device]
-    assert 0 < plan.shared_bytes <= shared_bytes
-    units = plan.m_tiles * (16 if backward else 4)
+    vendor = FAMILIES[plan.family] == "vendor"
+    assert 0 < plan.shared_bytes <= shared_bytes or vendor
+    units = 256 if vendor else plan.m_tiles * (16 if backward else 4)
     assert (plan.slices - 1) * units < H <= plan.slices * units
     assert (plan.groups - 1) * plan.group_rows < B <= plan.groups * plan.group_rows
     if FAMILIES[plan.family] == "grid":  # all blocks of a cooperative launch run at once
@@ -126,9 +127,10 @@ def test_variants_have_few_tiles(dtype, backward):
         facts |= {"variants": True, "normed": normed, "T": 9, "B": 16, "H": 128}
         problem = emulated.problem(**facts)
         plans = emulated.load().cuda_plans(problem, properties("H100"))
-        families = {"step"} if normed else {"step", "grid"}
+        families = {"step", "vendor"} if normed else {"step", "grid", "vendor"}
         assert {FAMILIES[plan.family] for plan in plans} == families
-        assert {(plan.m_tiles, plan.n_tiles) for plan in plans} == few
+        tiles = {(p.m_tiles, p.n_tiles) for p in plans if FAMILIES[p.family] != "vendor"}
+        assert tiles == few
         for plan in plans:
             check(plan, problem, "H100", directions=1, B=16, H=128, backward=backward)
             assert plan.held == 0
@@ -188,6 +190,98 @@ def test_description():
         plan, problem = plan_of("H100", T=100, B=16, H=1024, variants=True, **facts)
         text = emulated.load().cuda_describe_plan(plan, problem)
         assert f"forward bfloat16 {what} B 16 H 1024" in text
+
+
+# ---- products of the vendor's library
+
+
+def vendor_plans(device="H100", is_open=True, **facts):
+    problem = emulated.problem(**({"T": 100} | facts))
+    every = emulated.load().cuda_plans(problem, properties(device, is_open))
+    return [plan for plan in every if FAMILIES[plan.family] == "vendor"], problem
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("dtype", ["tf32", "bfloat16"])
+def test_large_layers_run_on_the_vendors_products(dtype, backward):
+    """deepbench-train on an H100."""
+    code, tf32 = DTYPES[dtype]
+    facts = {"T": 25, "dtype": code, "tf32": tf32, "backward": backward}
+    plan, _ = plan_of("H100", H=4096, B=128, **facts)
+    assert FAMILIES[plan.family] == "vendor"
+    for small in ({"H": 512, "B": 16}, {"H": 4096, "B": 128, "T": 1}):
+        plan, _ = plan_of("H100", **(facts | small))
+        assert FAMILIES[plan.family] != "vendor"
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_vendor_plans(device, backward):
+    """One a problem, whatever the arithmetic; blocks for all units and sequences."""
+    for dtype, (code, tf32) in DTYPES.items():
+        for H, B, directions in itertools.product((1, 257, 4096), (1, 33, 70_000), (1, 2)):
+            facts = {"dtype": code, "tf32": tf32, "backward": backward, "directions": directions}
+            plans, problem = vendor_plans(device, H=H, B=B, **facts)
+            assert len(plans) == (device != "T4" or dtype != "bfloat16")
+            for plan in plans:
+                check(plan, problem, device, directions=directions, B=B, H=H, backward=backward)
+                most = 4 * DEVICES[device][2]
+                assert plan.group_rows == 1 or plan.slices * plan.groups * directions <= most
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"is_open": False}, {"T": 1}, {"T": 0}, {"projection": True, "P": 32}],
+    ids=str,
+)
+def test_where_there_is_no_vendor_plan(facts):
+    assert vendor_plans(H=4096, B=128)[0]
+    assert not vendor_plans(H=4096, B=128, **facts)[0]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"m_tiles": 2}, "the vendor family has no tiles"),
+        ({"n_tiles": 1}, "the vendor family has no tiles"),
+        ({"cluster": 2}, "no clusters and keeps no weights"),
+        ({"held": 1}, "no clusters and keeps no weights"),
+        ({"shared": 1}, "no clusters and keeps no weights"),
+        ({"shared_bytes": 1024}, "no clusters and keeps no weights"),
+        ({"slices": 3}, "slices do not cover"),
+        ({"slices": 5}, "slices do not cover"),
+        ({"groups": 32}, "groups do not cover"),
+        ({"group_rows": 0}, "groups do not cover"),
+        ({"family": 0}, "no kernel has these tiles"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_of_the_vendor_family(change, message):
+    core = emulated.load()
+    (plan,), problem = vendor_plans(H=1000, B=33)
+    assert (plan.slices, plan.groups, plan.group_rows) == (4, 33, 1)
+    assert core.cuda_refuse_plan(plan, problem) == ""
+    for name, value in change.items():
+        setattr(plan, name, value)
+    assert message in core.cuda_refuse_plan(plan, problem)
+
+
+def test_no_vendor_family_for_a_projection():
+    (plan,), _ = vendor_plans(H=64, B=8)
+    refused = emulated.load().cuda_refuse_plan(
+        plan, emulated.problem(H=64, B=8, projection=True, P=32)
+    )
+    assert refused == "the vendor family has no projection"
+
+
+def test_description_of_the_vendor_family():
+    (plan,), problem = vendor_plans(H=4096, B=128)
+    text = emulated.load().cuda_describe_plan(plan, problem)
+    expected = (
+        "forward bfloat16 B 128 H 4096 P 4096, 1 direction: the vendor's product and a launch a "
+        "step, 512 blocks (16 slices of 256 units x 32 groups of 4 sequences); expected "
+    )
+    assert text.startswith(expected) and text.endswith(" us a step")
 
 
 # ---- clusters

@@ -26,7 +26,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 ALL_MUTANTS = os.environ.get("LSTM_EXT_ALL_MUTANTS") == "1"
-ENGINE = ["tests/emulator/lstm_driver.cpp", "csrc/cuda/engine.cu", "csrc/cuda/plan.cpp"]
+ENGINE = ["tests/emulator/lstm_driver.cpp", "tests/emulator/vendor.cpp"]
+ENGINE += [
+    f"csrc/cuda/{name}" for name in ("engine.cu", "plan.cpp", "vendor_plan.cpp", "vendor_steps.cu")
+]
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*kernels_*.cu"))
 FEW = ("few_kernels.cu", "few_cluster_kernels.cu")
 
@@ -103,11 +106,26 @@ PROBLEMS = [
     "backward tf32 step 1x4 0+0 1 2 3 19 37 18 norm+packed",
     "backward bfloat16 step 1x4 0+0 2 2 3 19 37 37 norm+packed",
     "backward float16 step 2x4 0+0 1 2 3 35 41 18 norm+lengths",
+    # The vendor's products: one and two blocks of units, one and several sequences a thread.
+    "forward float64 vendor 0x0 0+0 7 1 4 7 21 21 lengths",
+    "forward float32 vendor 0x0 0+0 1 2 3 5 300 300 packed",
+    "forward tf32 vendor 0x0 0+0 3 2 3 7 261 261 lengths",
+    "forward bfloat16 vendor 0x0 0+0 3 1 4 8 37 37 dense",
+    "forward float16 vendor 0x0 0+0 2 2 3 9 70 70 packed",
+    "forward float32 vendor 0x0 0+0 1 2 3 5 37 37 norm+lengths",
+    "backward float64 vendor 0x0 0+0 7 1 4 7 21 21 lengths",
+    "backward float32 vendor 0x0 0+0 1 2 3 5 300 300 packed",
+    "backward tf32 vendor 0x0 0+0 3 2 3 7 261 261 lengths",
+    "backward bfloat16 vendor 0x0 0+0 3 1 4 8 37 37 dense",
+    "backward float16 vendor 0x0 0+0 2 2 3 9 70 70 packed",
+    "backward bfloat16 vendor 0x0 0+0 1 2 3 5 37 37 norm+packed",
     # The smallest.
     "forward bfloat16 grid 2x1 0+1 1 1 2 1 1 1 dense",
     "forward float32 step 2x1 0+0 1 1 1 1 1 1 lengths",
     "backward bfloat16 step 1x1 0+0 1 1 1 1 1 1 dense",
     "backward float32 grid 1x1 0+0 1 1 2 1 1 1 lengths",
+    "forward bfloat16 vendor 0x0 0+0 1 1 2 1 1 1 dense",
+    "backward float32 vendor 0x0 0+0 1 1 2 1 1 1 lengths",
     "forward bfloat16 cluster 4x1 4+0 1 1 2 1 1 1 dense",
     "backward bfloat16 cluster 1x1 2+0 1 1 2 1 1 1 lengths",
     "forward float32 step 2x1 0+0 1 1 1 1 1 1 norm",
@@ -131,6 +149,10 @@ SANITIZED = [
     "backward tf32 cluster 2x1 2+0 1 2 3 5 35 35 packed",
     "forward bfloat16 cluster 4x2 4+0 1 1 4 13 37 37 packed+parts",
     "backward tf32 cluster 2x1 2+0 1 2 4 5 35 35 packed+parts",
+    "forward bfloat16 vendor 0x0 0+0 3 2 3 7 37 37 packed",
+    "forward float32 vendor 0x0 0+0 2 1 3 5 21 21 lengths",
+    "backward bfloat16 vendor 0x0 0+0 3 2 2 7 37 37 packed",
+    "backward float32 vendor 0x0 0+0 2 1 3 5 21 21 lengths",
     "forward bfloat16 step 2x1 0+0 1 1 2 3 37 37 norm+packed",
     "forward float32 step 2x1 0+0 1 1 2 3 21 18 norm+lengths",
     "backward bfloat16 step 1x1 0+0 1 1 2 3 37 37 norm",

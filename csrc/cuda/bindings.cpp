@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/bind_cuda_plain.h"
+#include "cuda/bind_vendor.h"
 #include "cuda/engine.h"
 #include "cuda/pointwise.h"
 
@@ -105,11 +107,12 @@ void bind_cuda(py::module_& m) {
   // Every argument is described in cuda/engine.h and cuda/plan.h; addresses are the device's.
   py::class_<CudaProperties>(m, "CudaProperties", py::module_local())
       .def(py::init([](int major, int minor, int sm_count, int64_t shared_bytes, int64_t l2_bytes,
-                       const std::array<int64_t, 5>& clusters) {
-             return CudaProperties{major, minor, sm_count, shared_bytes, l2_bytes, clusters};
+                       const std::array<int64_t, 5>& clusters, bool vendor) {
+             return CudaProperties{major,    minor,    sm_count, shared_bytes,
+                                   l2_bytes, clusters, vendor};
            }),
            py::kw_only(), "major"_a, "minor"_a, "sm_count"_a, "shared_bytes"_a, "l2_bytes"_a,
-           "clusters"_a)
+           "clusters"_a, "vendor"_a)
       .def_readonly("major", &CudaProperties::major)
       .def_readonly("sm_count", &CudaProperties::sm_count)
       .def_readonly("shared_bytes", &CudaProperties::shared_bytes);
@@ -204,6 +207,9 @@ void bind_cuda(py::module_& m) {
       },
       "cell"_a, py::kw_only(), "dh"_a, "dc"_a, "da"_a, "dh0"_a, "dc0"_a, "dpeephole"_a,
       py::call_guard<py::gil_scoped_release>());
+
+  bind_vendor(m);
+  bind_cuda_plain(m);
 }
 
 }  // namespace lstm_ext

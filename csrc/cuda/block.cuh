@@ -140,7 +140,7 @@ struct ForwardArgs {
   struct Direction : CudaForwardDirection {
     void* state;  // storage [2][B][K]: h as the i-th step finds it lies in [i % 2], resets applied
     void* cells;  // acc [B][H]: c
-    void* product;  // acc [B][4H]: h W_hh^T, for the kernel of a layer norm; null: none
+    void* product;  // acc [B][4H]: h W_hh^T, for the kernel that does all else; null: none
     void* hidden;   // storage [B][hidden_K]: o * tanh(c) before the projection; null: none
     unsigned* counters;
   };
@@ -157,8 +157,8 @@ struct BackwardArgs {
                    // where no gradient goes further back
     void* hidden;  // storage [B][hidden_K]: gradient of h before the projection; null: none
     void* cells;   // acc [B][H]: gradient of c
-    // acc [B][6H]: the product in the first H, for the kernel of a layer norm, which puts more
-    // there; null: none.
+    // The product, for the kernel that does all else: acc [B][H]; with a layer norm, whose kernel
+    // puts more there, the first H of acc [B][6H]; null: none.
     void* product;
     void* carry;  // acc [B][P]: gradient of h that waits for another step
     unsigned* counters;

@@ -5,6 +5,8 @@
 #include "cuda/engine.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/scratch.h"
+#include "cuda/vendor_steps.h"
 
 namespace lstm_ext {
 namespace {
@@ -33,32 +35,19 @@ const ClusterKernelSet& cluster_kernels_of(const CudaLayer& layer) {
   }
 }
 
-// Cuts pieces off a buffer; without a buffer it only counts.
-class Cutter {
- public:
-  explicit Cutter(void* base) : base_(static_cast<char*>(base)) {}
-  void* take(int64_t bytes) {
-    char* piece = base_ ? base_ + used_ : nullptr;
-    used_ += ceil_div(bytes, 256) * 256;
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
 // Only the blocks of one launch meet.
 int64_t counter_words(const CudaPlan& plan) {
   return plan.family == CudaFamily::kGrid ? plan.groups * kCounterStride : 0;
 }
 
+bool by_vendor(const CudaLayer& layer) { return layer.plan.family == CudaFamily::kVendor; }
+
 void cut(Cutter& cutter, const CudaLayer& l, bool projection, ForwardArgs::Direction& d) {
   const int64_t storage = storage_bytes(l.dtype), B = l.steps.B;
   d.state = cutter.take(2 * B * l.K * storage);
   d.cells = cutter.take(B * l.H * acc_bytes(l.dtype));
-  d.product = l.normed ? cutter.take(4 * B * l.H * acc_bytes(l.dtype)) : nullptr;
+  const bool product = l.normed || by_vendor(l);
+  d.product = product ? cutter.take(4 * B * l.H * acc_bytes(l.dtype)) : nullptr;
   d.hidden = projection ? cutter.take(B * padded(l.H, l.dtype) * storage) : nullptr;
   d.counters = static_cast<unsigned*>(cutter.take(counter_words(l.plan) * 4));
 }
@@ -66,14 +55,16 @@ void cut(Cutter& cutter, const CudaLayer& l, bool projection, BackwardArgs::Dire
   const int64_t storage = storage_bytes(l.dtype), B = l.steps.B;
   d.state = cutter.take(2 * B * padded(4 * l.H, l.dtype) * storage);
   d.cells = cutter.take(B * l.H * acc_bytes(l.dtype));
-  d.product = l.normed ? cutter.take(6 * B * l.H * acc_bytes(l.dtype)) : nullptr;
+  const int64_t width = l.normed ? 6 * l.H : by_vendor(l) ? l.H : 0;
+  d.product = width ? cutter.take(B * width * acc_bytes(l.dtype)) : nullptr;
   d.carry = cutter.take(B * l.P * acc_bytes(l.dtype));
   d.hidden = projection ? cutter.take(B * l.K * storage) : nullptr;
   d.counters = static_cast<unsigned*>(cutter.take(counter_words(l.plan) * 4));
 }
 
+// Of all directions; what the vendor's products need lies behind it.
 template <class Args>
-int64_t workspace_bytes(const CudaLayer& layer, bool projection) {
+int64_t pieces_bytes(const CudaLayer& layer, bool projection) {
   Cutter cutter(nullptr);
   for (int i = 0; i < layer.directions; ++i) {
     typename Args::Direction unused{};
@@ -135,14 +126,6 @@ void require_range(const CudaLayer& layer, const StepRange& range) {
                                 " of " + std::to_string(layer.steps.T));
 }
 
-// The caller's runtime has made the device current already; ours is a copy of its own, which may
-// not know yet.
-void make_current(int device) {
-  int current = -1;
-  check_cuda(cudaGetDevice(&current), "asking for the device");
-  if (current != device) check_cuda(cudaSetDevice(device), "choosing the device");
-}
-
 // Enough blocks to fill any device; work: threads that have something to do.
 template <class Args>
 void prepare(void (*kernel)(Args), const CudaLayer& layer, const Args& args, int64_t work) {
@@ -175,6 +158,11 @@ Projection plan_projection(const CudaLayer& layer) {
           {slices, groups, 8 * tile.n, 0, 0, 0}};
 }
 
+LaunchShape norm_shape(const CudaLayer& layer) {
+  return {dim3(unsigned(layer.steps.B), unsigned(layer.directions)), kThreads,
+          block_sums_bytes(acc_bytes(layer.dtype)), false};
+}
+
 // The kernels of a step. null: not needed.
 template <class Kernel>
 struct StepKernels {
@@ -189,8 +177,6 @@ void step_by_step(const CudaLayer& layer, Args& args, int count, const StepKerne
                   bool backward) {
   const BlockShape blocks = args.shape;
   const Projection projected = plan_projection(layer);
-  const LaunchShape norm_shape = {dim3(unsigned(layer.steps.B), unsigned(layer.directions)),
-                                  kThreads, block_sums_bytes(acc_bytes(layer.dtype)), false};
   for (int i = 0; i < count; ++i) {
     const auto run = [&](Kernel kernel, const LaunchShape& shape, const BlockShape& of) {
       args.shape = of;
@@ -204,7 +190,7 @@ void step_by_step(const CudaLayer& layer, Args& args, int count, const StepKerne
     };
     if (backward) project();
     run(kernels.cell, cell_shape(layer), blocks);
-    if (kernels.norm) run(kernels.norm, norm_shape, blocks);
+    if (kernels.norm) run(kernels.norm, norm_shape(layer), blocks);
     if (!backward) project();
   }
 }
@@ -223,10 +209,12 @@ Kernel find_cell(const CudaLayer& layer, Kernel (*plain)(int, int, int),
 }  // namespace
 
 int64_t cuda_forward_workspace(const CudaLayer& layer, bool projection) {
-  return workspace_bytes<ForwardArgs>(layer, projection);
+  return pieces_bytes<ForwardArgs>(layer, projection) +
+         (by_vendor(layer) ? vendor_steps_workspace(layer, false) : 0);
 }
 int64_t cuda_backward_workspace(const CudaLayer& layer, bool projection) {
-  return workspace_bytes<BackwardArgs>(layer, projection);
+  return pieces_bytes<BackwardArgs>(layer, projection) +
+         (by_vendor(layer) ? vendor_steps_workspace(layer, true) : 0);
 }
 
 void cuda_forward(const CudaLayer& layer, const CudaForwardDirection* directions, void* workspace,
@@ -246,6 +234,10 @@ void cuda_forward(const CudaLayer& layer, const CudaForwardDirection* directions
   // A cluster begins by itself.
   if (!clusters || !T) prepare(kernels.forward_prepare, layer, args, 32 * layer.steps.B);
   if (!T) return;
+  if (by_vendor(layer)) {
+    void* const scratch = static_cast<char*>(workspace) + pieces_bytes<ForwardArgs>(layer, false);
+    return vendor_forward_steps(layer, args, T, kernels.forward_norm, norm_shape(layer), scratch);
+  }
   const ForwardKernel cell = find_cell(layer, kernels.forward, kernels.forward_variants,
                                        cluster_kernels_of(layer).forward);
   if (plan.family != CudaFamily::kStep) {
@@ -284,6 +276,11 @@ void cuda_backward(const CudaLayer& layer, const CudaBackwardDirection* directio
   // A cluster begins by itself.
   if (!clusters || (h_prev && range.first == 0))
     prepare(kernels.backward_prepare, layer, args, 32 * std::max<int64_t>(T, 1) * layer.steps.B);
+  if (by_vendor(layer)) {
+    void* const scratch = static_cast<char*>(workspace) + pieces_bytes<BackwardArgs>(layer, false);
+    return vendor_backward_steps(layer, args, count, kernels.backward_norm, norm_shape(layer),
+                                 scratch);
+  }
   const BackwardKernel cell = find_cell(layer, kernels.backward, kernels.backward_variants,
                                         cluster_kernels_of(layer).backward);
   if (plan.family != CudaFamily::kStep) {

@@ -19,6 +19,17 @@ inline void check_cuda(cudaError_t error, const char* what) {
                            cudaGetErrorString(error));
 }
 
+// The caller's runtime has made the device current already; ours is a copy of its own, which may not
+// know yet, and a new thread may have no context.
+inline void make_current(int device) {
+  thread_local int bound = -1;
+  int current = -1;
+  if (bound == device) check_cuda(cudaGetDevice(&current), "asking for the device");
+  if (current == device) return;
+  check_cuda(cudaSetDevice(device), "choosing the device");
+  bound = device;
+}
+
 // Runs `tell` once for a kernel and the current device; from several threads, too.
 template <class Tell>
 void once_for(const void* kernel, std::set<std::pair<const void*, int>>& told, const char* what,

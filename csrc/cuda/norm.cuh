@@ -1,6 +1,6 @@
 // Layer norm of the recurrence: a row of the product, or of c, needs sums over all its units, which
 // no block of the cell's kernels has. There the product goes to memory, and these kernels take the
-// step, a block a sequence. Step family only.
+// step, a block a sequence. Families step and vendor only.
 //
 //   a = gx + gamma_hh * norm(product);  h = o * tanh(gamma_ch * norm(c) + beta_ch)
 #pragma once

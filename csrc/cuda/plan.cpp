@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <stdexcept>
 
+#include "cuda/vendor_plan.h"
+
 namespace lstm_ext {
 namespace {
 
@@ -254,6 +256,7 @@ std::vector<CudaPlan> all_cuda_plans(const CudaProblem& p, const CudaProperties&
     for (int64_t groups = 1; groups <= std::min(most, ceil_div(p.B, 8)); ++groups)
       add(try_plan(p, device, *tile, CudaFamily::kGrid, groups));
   }
+  if (has_vendor_plan(p, device)) add(make_vendor_plan(p, device));
   if (steps_apart(p) || p.variants || p.T < 2 || !on_tensor_cores(p.dtype, p.tf32, device.major))
     return plans;
   const Tiles clusters = cluster_tiles_of(p);
@@ -324,6 +327,7 @@ CudaWavefront make_cuda_wavefront(const CudaProblem& p, const CudaProperties& de
 }
 
 std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
+  if (plan.family == CudaFamily::kVendor) return refuse_vendor_plan(plan, p);
   const bool cluster = plan.family == CudaFamily::kCluster;
   if (cluster && (p.projection || p.variants || !on_tensor_cores(p.dtype, p.tf32, 9)))
     return "clusters have no projection, no variant, no product outside of tensor cores";
@@ -349,7 +353,9 @@ std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
 std::string describe(const CudaPlan& plan, const CudaProblem& p) {
   static const char* const kDtypes[] = {"float64", "float32", "bfloat16", "float16"};
   const bool cluster = plan.family == CudaFamily::kCluster;
-  const char* const how = cluster                            ? "clusters"
+  const bool vendor = plan.family == CudaFamily::kVendor;
+  const char* const how = cluster  ? "clusters"
+                          : vendor ? "the vendor's product and a launch a step"
                           : plan.family == CudaFamily::kGrid ? "one cooperative launch"
                                                              : "a launch a step";
   const int64_t slices = cluster ? plan.cluster : plan.slices;
@@ -363,20 +369,24 @@ std::string describe(const CudaPlan& plan, const CudaProblem& p) {
                   "%d chunks in registers, %d in shared memory, %lld from L2", plan.held,
                   plan.shared,
                   (long long)std::max<int64_t>(0, of_a_warp - plan.held - plan.shared));
-  char text[400];
+  char tiles[240] = "";
+  if (!vendor)
+    std::snprintf(tiles, sizeof tiles,
+                  ", tile %dx%d, weights of a warp: %s; %lld bytes of shared memory",
+                  plan.m_tiles * 16, plan.n_tiles * 8, weights, (long long)plan.shared_bytes);
+  char text[480];
   std::snprintf(
       text, sizeof text,
       "%s %s%s%s B %lld H %lld P %lld, %d direction%s: %s, %lld blocks (%lld slices of %d "
-      "units x %lld groups of %lld sequences), tile %dx%d, weights of a warp: %s; %lld "
-      "bytes of shared memory; expected %.1f us a step",
+      "units x %lld groups of %lld sequences)%s; expected %.1f us a step",
       p.backward ? "backward" : "forward", kDtypes[int(p.dtype)], p.tf32 ? " (TF32)" : "",
       p.normed     ? " with layer norm"
       : p.variants ? " with variants"
                    : "",
       (long long)p.B, (long long)p.H, (long long)p.P, p.directions, p.directions == 1 ? "" : "s",
       how, (long long)(slices * plan.groups * p.directions), (long long)slices,
-      units_of(plan.m_tiles, p.backward), (long long)plan.groups, (long long)plan.group_rows,
-      plan.m_tiles * 16, plan.n_tiles * 8, weights, (long long)plan.shared_bytes, plan.step_us);
+      vendor ? kThreads : units_of(plan.m_tiles, p.backward), (long long)plan.groups,
+      (long long)plan.group_rows, tiles, plan.step_us);
   return text;
 }
 

@@ -28,6 +28,7 @@ struct CudaProperties {
   // How many clusters of 1, 2, 4, 8 and 16 blocks run at once, with a block a multiprocessor; zeros
   // before Hopper.
   std::array<int64_t, 5> clusters;
+  bool vendor;  // the vendor's library of products is open
 };
 
 struct CudaProblem {
@@ -42,14 +43,18 @@ struct CudaProblem {
   int64_t B, H, P;
 };
 
-// One launch a step; one cooperative launch for all of them, with weights that stay on the SM; or
-// one launch of clusters, each of which has all of the weights of its direction.
-enum class CudaFamily : int { kStep = 0, kGrid = 1, kCluster = 2 };
+// One launch a step; one cooperative launch for all of them, with weights that stay on the SM; one
+// launch of clusters, each of which has all of the weights of its direction; or, each step, a
+// product of the vendor's library and a launch for all else.
+enum class CudaFamily : int { kStep = 0, kGrid = 1, kCluster = 2, kVendor = 3 };
+
+// Blocks of the vendor family's kernels, at least, that a multiprocessor has at once.
+constexpr int kVendorBlocks = 4;
 
 struct CudaPlan {
   CudaFamily family;
-  int m_tiles;         // of weight rows a block; see GateRows and PlainRows
-  int n_tiles;         // of 8 sequences, multiplied at once
+  int m_tiles;         // of weight rows a block; see GateRows and PlainRows; 0: no product (vendor)
+  int n_tiles;         // of 8 sequences, multiplied at once; as m_tiles
   int held;            // chunks of weights a warp keeps in registers (grid, cluster)
   int shared;          // the same in shared memory; a cluster's backward counts both in m-tiles
   int64_t slices;      // blocks that share the units of a direction

@@ -4,13 +4,13 @@
 //   lstm_driver PASS DTYPE FAMILY MxN HELD+SHARED GROUPS DIRECTIONS T B H P BATCH SEED...
 //
 // PASS: forward, backward. DTYPE: float64, float32, tf32, bfloat16, float16. FAMILY: step, grid,
-// cluster. MxN: the plan's tiles. HELD+SHARED: chunks of weights (of a cluster's backward m-tiles)
-// that a warp keeps in registers and in shared memory; 0+0 streams them all. GROUPS: of sequences;
-// each takes several tiles if it has more than 8 N, which a cluster's may not. P: below H for a
-// projection. BATCH: dense; lengths (padded, with resets); packed (no padding, with resets); norm,
-// norm+lengths, norm+packed: the same with a layer norm, which has the family step only; +parts:
-// a launch for the first step, one for the last, one for those between, which only clusters can.
-// SEED: of the emulator's scheduling; each is a run.
+// cluster, vendor. MxN: the plan's tiles, of vendor 0x0. HELD+SHARED: chunks of weights (of a
+// cluster's backward m-tiles) that a warp keeps in registers and in shared memory; 0+0 streams them
+// all. GROUPS: of sequences; each takes several tiles if it has more than 8 N, which a cluster's
+// may not. P: below H for a projection. BATCH: dense; lengths (padded, with resets); packed (no
+// padding, with resets); norm, norm+lengths, norm+packed: the same with a layer norm, which has the
+// families step and vendor only; +parts: a launch for the first step, one for the last, one for
+// those between, which only clusters can. SEED: of the emulator's scheduling; each is a run.
 //
 // Exit code 0: all right, 1: a wrong result, 2: not run. Every buffer ends where malloc's block
 // does, so that AddressSanitizer sees an overrun (the engine cuts its scratch itself: there, what
@@ -354,9 +354,10 @@ Request parse(char** word) {
                                 : Dtype::kFloat32;
   const double half = p.dtype == Dtype::kBFloat16 ? 2e-2 : 3e-3;
   r.tolerance = is(1, "float64") ? 1e-12 : is(1, "float32") ? 1e-5 : half;
-  plan.family = is(2, "cluster") ? CudaFamily::kCluster
-                : is(2, "grid")  ? CudaFamily::kGrid
-                                 : CudaFamily::kStep;
+  plan.family = is(2, "cluster")  ? CudaFamily::kCluster
+                : is(2, "vendor") ? CudaFamily::kVendor
+                : is(2, "grid")   ? CudaFamily::kGrid
+                                  : CudaFamily::kStep;
   if (std::sscanf(word[3], "%dx%d", &plan.m_tiles, &plan.n_tiles) != 2 ||
       std::sscanf(word[4], "%d+%d", &plan.held, &plan.shared) != 2)
     throw std::invalid_argument("MxN and HELD+SHARED are expected");
@@ -371,10 +372,12 @@ Request parse(char** word) {
   r.ragged = r.packed || has("lengths");
   r.parts = has("parts");
 
-  const int units = units_of(plan.m_tiles, p.backward);
+  const bool vendor = plan.family == CudaFamily::kVendor;
+  const int units = vendor ? kThreads : units_of(plan.m_tiles, p.backward);
   plan.slices = ceil_div(p.H, units);
   plan.group_rows = ceil_div(p.B, groups);
-  if (plan.family != CudaFamily::kCluster) plan.group_rows = ceil_div(plan.group_rows, 8) * 8;
+  if (plan.family != CudaFamily::kCluster && !vendor)
+    plan.group_rows = ceil_div(plan.group_rows, 8) * 8;
   plan.groups = ceil_div(p.B, plan.group_rows);
   int64_t of_a_tile = plan.m_tiles * kTileBytes;  // of what `shared` counts
   if (plan.family == CudaFamily::kCluster) {
@@ -389,7 +392,7 @@ Request parse(char** word) {
       of_a_tile *= element;
     else
       of_a_tile /= warps_of_rows(plan.m_tiles);
-  } else {
+  } else if (!vendor) {
     plan.shared_bytes = partial_bytes(plan.m_tiles, units, plan.n_tiles, int(acc_bytes(p.dtype)));
   }
   plan.shared_bytes += int64_t(plan.shared) * kWarps * of_a_tile;

@@ -1,0 +1,141 @@
+#include <algorithm>
+
+#include "cuda/arrange.h"
+#include "cuda/launch.h"
+#include "cuda/primitives.cuh"
+
+namespace lstm_ext {
+namespace {
+
+constexpr int kTile = 32;  // rows and columns of a square that a block turns at a time
+constexpr int kSquareThreads = 256;
+constexpr int kSumLanes = 16;          // threads that share a column's rows
+constexpr int kSumAhead = 8;           // of a thread's rows, on their way at once
+constexpr int64_t kMostBlocks = 8192;  // each goes on to further squares
+
+struct ArrangeArgs : CudaArrangement {
+  const void* m;
+  void* out;
+};
+struct SumArgs {
+  const void* m;
+  int64_t rows, columns;
+  void *first, *second;
+};
+
+// A thread has a column of out's square, and reads m along its rows, whichever way it is turned.
+template <class T>
+__global__ void __launch_bounds__(kSquareThreads)
+    arrange_rows(const __grid_constant__ ArrangeArgs args) {
+  DYNAMIC_SHARED(memory);
+  T* const square = reinterpret_cast<T*>(memory);  // [kTile][kTile + 1]
+  const T* const m = static_cast<const T*>(args.m);
+  T* const out = static_cast<T*>(args.out);
+  const T zero = T();
+  const int64_t out_rows = args.transposed ? args.columns : args.rows;
+  const int64_t across = (args.width + kTile - 1) / kTile;
+  const int64_t squares = across * ((out_rows + kTile - 1) / kTile);
+  const int x = int(threadIdx.x) % kTile, y0 = int(threadIdx.x) / kTile;
+  for (int64_t k = blockIdx.x; k < squares; k += gridDim.x) {
+    const int64_t row = k / across * kTile, column = k % across * kTile;  // of out
+    for (int y = y0; y < kTile; y += kSquareThreads / kTile) {
+      const int64_t i = args.transposed ? column + y : row + y;  // of m
+      const int64_t j = args.transposed ? row + x : column + x;
+      const bool inside = i < args.rows && j < args.columns;
+      square[y * (kTile + 1) + x] = inside ? m[i * args.columns + j] : zero;
+    }
+    __syncthreads();
+    for (int y = y0; y < kTile; y += kSquareThreads / kTile) {
+      if (row + y < out_rows && column + x < args.width) {
+        const int at = args.transposed ? x * (kTile + 1) + y : y * (kTile + 1) + x;
+        out[(row + y) * args.width + column + x] = square[at];
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// A block has kTile columns; each of kSumLanes threads of a column adds up every kSumLanes-th row.
+template <class T>
+__global__ void __launch_bounds__(kTile* kSumLanes) sum_rows(const __grid_constant__ SumArgs args) {
+  using Acc = decltype(to_acc(T()));
+  DYNAMIC_SHARED(memory);
+  Acc* const parts = reinterpret_cast<Acc*>(memory);  // [kSumLanes][kTile]
+  const int x = int(threadIdx.x) % kTile, lane = int(threadIdx.x) / kTile;
+  const int64_t column = int64_t(blockIdx.x) * kTile + x;
+  const T* const m = static_cast<const T*>(args.m) + column;
+  Acc sums[kSumAhead] = {};
+  if (column < args.columns) {
+    for (int64_t row = lane; row < args.rows; row += kSumLanes * kSumAhead) {
+#pragma unroll
+      for (int k = 0; k < kSumAhead; ++k) {
+        const int64_t at = row + k * kSumLanes;
+        if (at < args.rows) sums[k] += to_acc(m[at * args.columns]);
+      }
+    }
+  }
+  Acc sum = 0;
+  for (const Acc part : sums) sum += part;
+  parts[lane * kTile + x] = sum;
+  __syncthreads();
+  if (lane || column >= args.columns) return;
+  for (int k = 1; k < kSumLanes; ++k) sum += parts[k * kTile + x];
+  if (args.first) static_cast<T*>(args.first)[column] = from_acc<T>(sum);
+  if (args.second) static_cast<T*>(args.second)[column] = from_acc<T>(sum);
+}
+
+// run(T()) of the element's type.
+template <class Run>
+void with_element(Dtype dtype, const Run& run) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return run(double());
+    case Dtype::kFloat32:
+      return run(float());
+    case Dtype::kFloat16:
+      return run(__half());
+    default:
+      return run(__nv_bfloat16());
+  }
+}
+
+unsigned squares_of(int64_t rows, int64_t columns) {
+  const auto tiles = [](int64_t n) { return (n + kTile - 1) / kTile; };
+  return unsigned(std::min(kMostBlocks, tiles(rows) * tiles(columns)));
+}
+
+}  // namespace
+
+void cuda_arrange(const CudaArrangement& a, const void* m, void* out, void* stream) {
+  ArrangeArgs args{};
+  static_cast<CudaArrangement&>(args) = a;
+  args.m = m;
+  args.out = out;
+  const unsigned blocks = squares_of(a.transposed ? a.columns : a.rows, a.width);
+  if (!blocks) return;
+  with_element(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t bytes = kTile * (kTile + 1) * int64_t(sizeof(T));
+    launch(arrange_rows<T>, {dim3(blocks), kSquareThreads, bytes, false}, stream, args,
+           "arranging weights");
+  });
+}
+
+void cuda_sum_rows(Dtype dtype, const void* m, int64_t rows, int64_t columns, void* first,
+                   void* second, void* stream) {
+  const unsigned blocks = unsigned((columns + kTile - 1) / kTile);
+  if (!blocks) return;
+  with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t bytes = kTile * kSumLanes * int64_t(sizeof(decltype(to_acc(T()))));
+    launch(sum_rows<T>, {dim3(blocks), kTile * kSumLanes, bytes, false}, stream,
+           SumArgs{m, rows, columns, first, second}, "adding up rows");
+  });
+}
+
+void cuda_zero(void* memory, int64_t bytes, void* stream) {
+  check_cuda(cudaMemsetAsync(memory, 0, size_t(bytes), static_cast<cudaStream_t>(stream)),
+             "clearing memory");
+}
+
+}  // namespace lstm_ext

@@ -1,0 +1,196 @@
+// A plain layer or cell on the CUDA engine, in one call each way.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <map>
+#include <tuple>
+
+#include "bind_plain.h"
+#include "cuda/plain.h"
+
+namespace lstm_ext {
+
+class CudaPlain : public PlainTensors {
+ public:
+  // bytes: torch's dtype for them. The rest as of PlainTensors.
+  CudaPlain(pybind11::tuple types, pybind11::dict codes, Object half_acc, Object is_here,
+            Object bytes)
+      : PlainTensors(std::move(types), std::move(codes), std::move(half_acc), std::move(is_here)),
+        bytes_(std::move(bytes)) {}
+
+  // engine: a cuda_engine.CudaEngine, always the same. The rest as for PlainInputs::read. Returns
+  // what PlainOutputs::all has, saved if grad and any tensor requires grad; or None, for what
+  // PlainInputs::read refuses, or if a size is 0.
+  Object forward(Handle engine, Handle x, Handle hx, const pybind11::list& weights, int64_t I,
+                 int64_t H, int64_t T, bool batch_first, bool grad) {
+    PlainInputs in(*this);
+    const auto accepts = [&] { return I > 0 && H > 0; };
+    const auto read = [&] { return in.read(x, hx, weights, I, H, T, batch_first, false, accepts); };
+    if (!answered(read)) return pybind11::none();
+    const Guard guard(engine, x, in.device);
+    const PlainOutputs out(in, x, grad && in.requires_grad);
+    CudaPlainForward p{};
+    p.layer = layer(engine, x, in, false);
+    p.I = I;
+    p.x = in.memory[PlainCall::kX];
+    p.w_ih = in.memory[PlainCall::kWih];
+    p.w_hh = in.memory[PlainCall::kWhh];
+    p.b_ih = in.memory[PlainCall::kBih];
+    p.b_hh = in.memory[PlainCall::kBhh];
+    p.h0 = in.memory[PlainCall::kH0];
+    p.c0 = in.memory[PlainCall::kC0];
+    p.gates = memory_of(out.gates);
+    p.c_seq = memory_of(out.c_seq);
+    p.y = memory_of(out.y);
+    p.h_n = memory_of(out.h_n);
+    p.c_n = memory_of(out.c_n);
+    run(CudaPlainForwardRun(p), x);
+    return out.all();
+  }
+
+  // Arguments as for PlainSaved::read. Returns the gradients of the inputs, None where not wanted;
+  // or None, for what PlainSaved::read refuses.
+  Object backward(Handle engine, const pybind11::tuple& gradients, const pybind11::tuple& saved,
+                  const pybind11::tuple& wanted, int64_t T, bool batch_first) {
+    PlainSaved in(*this);
+    const auto accepts = [&] { return in.I > 0 && in.H > 0; };
+    const auto read = [&] {
+      return in.read(gradients, saved, wanted, T, batch_first, true, accepts);
+    };
+    if (!answered(read)) return pybind11::none();
+    const Handle x = in.kept[PlainCall::kX];
+    const Guard guard(engine, x, in.device);
+    std::array<Object, PlainCall::kInputs> made;
+    const auto output = [&](int k) -> void* {
+      if (!in.wanted[k]) return nullptr;
+      // Beside x: a state that is not there has no gradient.
+      made[k] = PlainCall::empty(x, in.input_size(k));
+      return memory_of(made[k]);
+    };
+    CudaPlainBackward p{};
+    p.layer = layer(engine, x, in, true);
+    p.I = in.I;
+    p.x = in.memory[PlainCall::kX];
+    p.w_ih = in.memory[PlainCall::kWih];
+    p.w_hh = in.memory[PlainCall::kWhh];
+    p.h0 = in.memory[PlainCall::kH0];
+    p.c0 = in.memory[PlainCall::kC0];
+    p.gates = in.gates;
+    p.c_seq = in.c_seq;
+    p.y = in.y;
+    p.dy = in.dy;
+    p.dh_n = in.dh_n;
+    p.dc_n = in.dc_n;
+    p.dx = output(PlainCall::kX);
+    p.dh0 = output(PlainCall::kH0);
+    p.dc0 = output(PlainCall::kC0);
+    p.dw_ih = output(PlainCall::kWih);
+    p.dw_hh = output(PlainCall::kWhh);
+    p.db_ih = output(PlainCall::kBih);
+    p.db_hh = output(PlainCall::kBhh);
+    run(CudaPlainBackwardRun(p), x);
+    return in.all(made);
+  }
+
+ private:
+  struct EngineNames {
+    PyObject* is_current = PyUnicode_InternFromString("is_current");
+    PyObject* guard = PyUnicode_InternFromString("guard");
+    PyObject* device = PyUnicode_InternFromString("device");
+    PyObject* uses_tf32 = PyUnicode_InternFromString("_uses_tf32");
+    PyObject* raw_stream = PyUnicode_InternFromString("raw_stream");
+    PyObject* plan = PyUnicode_InternFromString("plan");
+  };
+  static const EngineNames& engine_names() {
+    static const EngineNames instance;
+    return instance;
+  }
+
+  // Makes x's device current, unless it is.
+  class Guard {
+   public:
+    Guard(Handle engine, Handle x, int64_t device) {
+      const EngineNames& names = engine_names();
+      const Object index = checked(PyLong_FromLongLong(device));
+      if (call(engine, names.is_current, index).ptr() == Py_True) return;
+      guard_ = call(engine, names.guard, get(x, names.device));
+      guard_.attr("__enter__")();
+    }
+    ~Guard() {
+      if (!guard_) return;
+      try {
+        guard_.attr("__exit__")(pybind11::none(), pybind11::none(), pybind11::none());
+      } catch (pybind11::error_already_set& error) {
+        error.discard_as_unraisable("leaving a device");
+      }
+    }
+
+   private:
+    Object guard_;
+  };
+
+  CudaLayer layer(Handle engine, Handle x, const PlainCall& in, bool backward) {
+    const EngineNames& names = engine_names();
+    CudaLayer made{};
+    made.dtype = in.code;
+    made.tf32 = in.code == Dtype::kFloat32 && call(engine, names.uses_tf32, x).ptr() == Py_True;
+    made.device = int(std::max<int64_t>(in.device, 0));
+    const Object index = checked(PyLong_FromLongLong(in.device));
+    made.stream = PyLong_AsVoidPtr(call(engine, names.raw_stream, index).ptr());
+    if (PyErr_Occurred()) throw pybind11::error_already_set();
+    made.directions = 1;
+    made.steps = in.steps;
+    made.H = made.P = in.H;
+    made.K = padded(in.H, in.code);
+    made.plan = plan(engine, x, in, made.tf32, backward);
+    return made;
+  }
+
+  // As the engine chooses it, whom it is asked once a shape.
+  const CudaPlan& plan(Handle engine, Handle x, const PlainCall& in, bool tf32, bool backward) {
+    // All that a plan asks of T is whether there is more than one step.
+    const bool one_step = in.steps.T == 1;
+    const auto key =
+        std::make_tuple(in.steps.B, in.H, in.device, in.code, tf32, backward, one_step);
+    const auto found = plans_.find(key);
+    if (found != plans_.end()) return found->second;
+    if (plans_.size() >= kMostPlans) plans_.clear();
+    const EngineNames& names = engine_names();
+    const Object chosen =
+        get(engine, names.plan)(get(x, names.device), Handle(in.dtype), tf32, backward, false,
+                                false, false, 1, one_step ? 1 : 2, in.steps.B, in.H, in.H);
+    return plans_.emplace(key, chosen.cast<const CudaPlan&>()).first->second;
+  }
+
+  template <class Run>
+  void run(const Run& run, Handle x) const {
+    // Whatever the allocator's own alignment is.
+    const int64_t alignment = 256;
+    const Object scratch = PlainCall::empty(x, run.bytes() + alignment, bytes_);
+    const auto address = reinterpret_cast<uintptr_t>(memory_of(scratch));
+    void* const aligned =
+        reinterpret_cast<void*>((address + alignment - 1) / alignment * alignment);
+    const pybind11::gil_scoped_release release;
+    run.run(aligned);
+  }
+
+  static constexpr size_t kMostPlans = 4096;
+  const Object bytes_;
+  // The key holds all that differs between plain layers.
+  std::map<std::tuple<int64_t, int64_t, int64_t, Dtype, bool, bool, bool>, CudaPlan> plans_;
+};
+
+inline void bind_cuda_plain(pybind11::module_& m) {
+  namespace py = pybind11;
+  using namespace pybind11::literals;
+  py::class_<CudaPlain>(m, "CudaPlain", py::module_local())
+      .def(py::init<py::tuple, py::dict, py::object, py::object, py::object>(), "types"_a,
+           "codes"_a, "half_acc"_a, "is_here"_a, "bytes"_a)
+      .def("cuda_forward", &CudaPlain::forward, "engine"_a, "x"_a, "hx"_a, "weights"_a, "I"_a,
+           "H"_a, "T"_a, "batch_first"_a, "grad"_a)
+      .def("cuda_backward", &CudaPlain::backward, "engine"_a, "gradients"_a, "saved"_a, "wanted"_a,
+           "T"_a, "batch_first"_a);
+}
+
+}  // namespace lstm_ext

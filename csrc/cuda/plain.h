@@ -1,0 +1,105 @@
+// A plain layer in one call: its products over all steps, by the vendor's library, and the
+// recurrence. One direction, no projection, no variants, all sequences T steps long. No CUDA
+// header.
+//
+// Letters as in engine.h; I inputs. Every address is on the device.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "cuda/engine.h"
+#include "cuda/vendor.h"
+
+namespace lstm_ext {
+
+// layer: of one direction; its stream is set.
+struct CudaPlainForward {
+  CudaLayer layer;
+  int64_t I;
+  const void* x;     // storage [rows, I]
+  const void* w_ih;  // storage [4H, I]
+  const void* w_hh;  // storage [4H, H]
+  const void* b_ih;  // storage [4H], or null
+  const void* b_hh;  // as b_ih
+  const void* h0;    // storage [B, H]; null: zeros
+  const void* c0;    // as h0
+  void* gates;       // acc [rows, 4H]; null: not saved
+  void* c_seq;       // acc [rows, H]; null: not saved
+  void* y;           // storage [rows, H]; of one step it may be h_n
+  void* h_n;         // storage [B, H]
+  void* c_n;         // storage [B, H]
+};
+
+struct CudaPlainBackward {
+  CudaLayer layer;
+  int64_t I;
+  const void* x;  // all inputs as in CudaPlainForward
+  const void* w_ih;
+  const void* w_hh;
+  const void* h0;
+  const void* c0;
+  const void* gates;
+  const void* c_seq;
+  const void* y;     // not read of one step
+  const void* dy;    // storage [rows, H]; null: zero
+  const void* dh_n;  // storage [B, H]; null: zero
+  const void* dc_n;  // storage [B, H]; null: zero
+  // Outputs; null: not wanted.
+  void* dx;     // storage [rows, I]
+  void* dh0;    // storage [B, H]
+  void* dc0;    // storage [B, H]
+  void* dw_ih;  // storage [4H, I]
+  void* dw_hh;  // storage [4H, H]
+  void* db_ih;  // storage [4H]; db_hh is the same
+  void* db_hh;
+};
+
+// A call in two steps, between which the caller makes the scratch: bytes() of no particular
+// contents, 256-byte aligned, until all that was launched is done. The device is current when one
+// is made and when it runs; run() launches on the layer's stream and returns. Both throw as
+// cuda_forward, cuda_backward and VendorProduct do.
+class CudaPlainForwardRun {
+ public:
+  explicit CudaPlainForwardRun(const CudaPlainForward&);
+  int64_t bytes() const { return cut(nullptr).bytes; }
+  void run(void* scratch) const;
+
+ private:
+  struct Pieces {
+    void *gx, *w_hh, *zeros, *workspace;
+    int64_t bytes;
+  };
+  Pieces cut(void* scratch) const;
+
+  const CudaPlainForward p_;
+  const VendorProduct input_;
+};
+
+class CudaPlainBackwardRun {
+ public:
+  explicit CudaPlainBackwardRun(const CudaPlainBackward&);
+  int64_t bytes() const { return cut(nullptr).bytes; }
+  void run(void* scratch) const;
+
+ private:
+  // What dw_hh is a product with: the h that each step started from.
+  enum class Previous {
+    kNone,      // not wanted, or all zeros
+    kH0,        // the only step's
+    kShifted,   // y, a step later: where the first h is zero and steps lie one after another
+    kGathered,  // made by the recurrence
+  };
+  struct Pieces {
+    void *dgates, *h_prev, *w_hh, *zeros, *workspace;
+    int64_t bytes;
+  };
+  Pieces cut(void* scratch) const;
+  int64_t late_gates() const;  // elements of dgates before those that kShifted multiplies
+
+  const CudaPlainBackward p_;
+  const Previous previous_;
+  std::optional<VendorProduct> dx_, dw_ih_, dw_hh_;
+};
+
+}  // namespace lstm_ext
