@@ -154,14 +154,16 @@ __global__ void __launch_bounds__(kBlock) grid_sync(const __grid_constant__ Args
 }
 #endif
 
-// The same through distributed shared memory: every block sends its part to every peer (st.async),
-// two buffers, one mbarrier each. Cluster of kRanks blocks. vectors 0: only the cluster's barrier.
-template <int kRanks>
+// The same through distributed shared memory: every block sends its part to every peer, two
+// buffers, one mbarrier each; by st.async of a vector each, or with kCopies by a bulk copy for each
+// peer, two lanes of each warp. Cluster of kRanks blocks. vectors 0: only the cluster's barrier.
+template <int kRanks, bool kCopies>
 __global__ void __launch_bounds__(kBlock) through_cluster(const __grid_constant__ Args args) {
 #if defined(LSTM_EXT_EMULATED) || __CUDA_ARCH__ >= 900
   DYNAMIC_SHARED(memory);
   uint64_t* full = reinterpret_cast<uint64_t*>(memory);  // [2]
   uint4* buffers = reinterpret_cast<uint4*>(memory + 128);
+  uint4* letters = buffers + 2 * args.vectors;  // [2][part]
   const int rank = int(cluster_rank()), part = args.vectors / kRanks;
   if (threadIdx.x == 0) {
     mbarrier_init(&full[0], 1);
@@ -180,7 +182,17 @@ __global__ void __launch_bounds__(kBlock) through_cluster(const __grid_constant_
     uint64_t* bar = &full[step % 2];
     uint4* now = buffers + step % 2 * args.vectors;
     if (threadIdx.x == 0) mbarrier_arrive_expect_tx(bar, args.vectors * 16);
-    for (int i = threadIdx.x; i < part * kRanks; i += kBlock) {
+    if (kCopies) {
+      uint4* letter = letters + step % 2 * part;
+      for (int i = threadIdx.x; i < part; i += kBlock) letter[i] = make_uint4(step, rank, i, 1);
+      copies_see();
+      __syncthreads();
+      const int lane = threadIdx.x % 32, peer = threadIdx.x / 32 + lane * (kBlock / 32);
+      if (lane < 2 && peer < kRanks)
+        copy_async(map_to_rank(shared_address(now + rank * part), peer), letter, part * 16,
+                   map_to_rank(shared_address(bar), peer));
+    }
+    for (int i = threadIdx.x; !kCopies && i < part * kRanks; i += kBlock) {
       const int peer = i / part, mine = rank * part + i % part;
       st_async(map_to_rank(shared_address(now + mine), peer), make_uint4(step, rank, i, 1),
                map_to_rank(shared_address(bar), peer));
@@ -275,11 +287,11 @@ void measure_l2(void (*kernel)(Args), const char* what, int blocks, int per_grou
     check(cudaFree(p), "freeing");
 }
 
-template <int kRanks>
+template <int kRanks, bool kCopies>
 void measure_cluster(int blocks, int bytes) {
   Args args = {nullptr, nullptr, allocate<unsigned>(blocks), kRanks, bytes / 16, 0};
-  const int shared = 128 + 2 * bytes;
-  const auto kernel = through_cluster<kRanks>;
+  const int shared = 128 + 2 * bytes + 2 * bytes / kRanks;
+  const auto kernel = through_cluster<kRanks, kCopies>;
   if (kRanks > 8)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
           "asking for clusters of 16");
@@ -301,7 +313,10 @@ void measure_cluster(int blocks, int bytes) {
     verify(args.out, blocks, args.vectors, steps);
     return took;
   });
-  report(bytes ? "exchange through a cluster" : "barrier of a cluster", blocks, kRanks, bytes, us);
+  report(!bytes    ? "barrier of a cluster"
+         : kCopies ? "exchange through a cluster, copies"
+                   : "exchange through a cluster",
+         blocks, kRanks, bytes, us);
   check(cudaFree(args.out), "freeing");
 }
 
@@ -351,15 +366,18 @@ int main() {
     if (per_group > all) continue;
     const int blocks = all / per_group * per_group;
     measure_l2(through_l2, "barrier through L2", blocks, per_group, 0);
-    for (const int bytes : {4 << 10, 32 << 10, 128 << 10, 256 << 10}) {
+    for (const int bytes : {2 << 10, 4 << 10, 32 << 10, 128 << 10, 256 << 10}) {
       measure_l2(through_l2, "exchange through L2", blocks, per_group, bytes);
       measure_l2(data_is_flag, "exchange, data is the flag", blocks, per_group, bytes);
     }
   }
   if (major >= 9)
-    for (const int bytes : {0, 1 << 10, 8 << 10, 32 << 10, 64 << 10}) {
-      measure_cluster<8>(all / 8 * 8, bytes);
-      if (all >= 16) measure_cluster<16>(all / 16 * 16, bytes);
+    for (const int bytes : {0, 1 << 10, 2 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10}) {
+      measure_cluster<8, false>(all / 8 * 8, bytes);
+      if (all >= 16) measure_cluster<16, false>(all / 16 * 16, bytes);
+      if (!bytes) continue;
+      measure_cluster<8, true>(all / 8 * 8, bytes);
+      if (all >= 16) measure_cluster<16, true>(all / 16 * 16, bytes);
     }
   return 0;
 }

@@ -18,12 +18,9 @@ from bench.suites import Problem
 
 # Bytes of weights that a block can keep: shared memory, and the registers that its sums leave.
 KEPT_BY_A_BLOCK = (227 + 144) << 10
-# A block's barrier is an exchange of nothing.
-BARRIERS = {
-    "barrier through L2": ("exchange through L2", "exchange, data is the flag"),
-    "barrier of a cluster": ("exchange through a cluster",),
-}
-CLUSTER = "exchange through a cluster"
+# A barrier is an exchange of nothing where the exchange has it in it.
+BARRIER, BARRED = "barrier through L2", "exchange through L2"
+CLUSTER = "exchange through a cluster"  # and what follows: how
 
 Way = tuple[str, int, int]  # what, blocks, blocks that exchange
 Point = tuple[float, float]  # bytes, microseconds
@@ -46,8 +43,8 @@ class Floor:
                 way = (what, entry["blocks"], entry["per_group"])
                 self.ways[way].append((entry["bytes"], entry["us"]))
         for entry in lines:
-            for what in BARRIERS.get(entry.get("what"), ()):
-                way = (what, entry["blocks"], entry["per_group"])
+            if entry.get("what") == BARRIER:
+                way = (BARRED, entry["blocks"], entry["per_group"])
                 if way in self.ways:
                     self.ways[way].append((0, entry["us"]))
         if not self.ways:
@@ -73,7 +70,7 @@ class Floor:
             groups = max(1, blocks // group // directions)
             sequences = -(-problem.batch // groups)
             # Backward: sums in fp32 through a cluster, the gradients of four gates through L2.
-            of_unit = itemsize if not backward else 4 if what == CLUSTER else 4 * itemsize
+            of_unit = itemsize if not backward else 4 if what.startswith(CLUSTER) else 4 * itemsize
             yield interpolate(points, sequences * H * of_unit)
 
 

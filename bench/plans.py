@@ -114,12 +114,16 @@ def variants(plans: Sequence[Any], within: float) -> Iterator[Any]:
             yield plan
 
 
-def order_of_sums(plan: Any, backward: bool) -> tuple[str, int]:
+def order_of_sums(plan: Any, backward: bool) -> tuple[Any, ...]:
     """Plans of which this is the same add up in the same order, and so give the same bits."""
     if FAMILIES[plan.family] != "cluster":
-        return "step or grid", 0
-    # Forward: how many warps have the same k (csrc/cuda/tiles.h). Backward: units of a block.
-    return "cluster", plan.m_tiles if backward else 2 if plan.m_tiles < 8 else 4
+        return ("step or grid",)
+    if backward:
+        return "cluster", plan.m_tiles  # the units of a block
+    # How many warps have the same k (warps_of_rows of csrc/cuda/tiles.h), and whether each makes its
+    # sums as two (kSplit of product.cuh).
+    warps = 2 if plan.m_tiles < 8 else 4
+    return "cluster", warps, plan.m_tiles // warps * plan.n_tiles < 3
 
 
 def difference(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:

@@ -29,6 +29,7 @@ def test_every_exchange_is_complete(mode):
         "exchange, data is the flag",
         "barrier of a cluster",
         "exchange through a cluster",
+        "exchange through a cluster, copies",
     }
     assert all(entry["us"] is not None and entry["blocks"] > 0 for entry in entries)
 

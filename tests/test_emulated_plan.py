@@ -232,17 +232,23 @@ def test_shared_bytes_of_a_cluster():
         (plan,) = (p for p in plans if (p.m_tiles, p.n_tiles, p.group_rows) == (m_tiles, 1, 8))
         return plan.shared, plan.shared_bytes
 
-    # Mbarriers; two states of 8 rows of 512, padded; the sums of 2 warps for 8 m-tiles.
-    assert of(8) == (0, 128 + 2 * 8 * (1024 + 64) + 2 * 8 * 128 * 4)
+    # Mbarriers; two states of 8 rows of 512, two parts of 8 rows of 32; four words of gx a thread,
+    # twice; the sums of 2 warps for 8 m-tiles.
+    ahead = 2 * 4 * 256 * 4
+    assert of(8) == (0, 128 + 2 * 8 * (1024 + 64) + ahead + 2 * 8 * 128 * 4)
     # The same with fp32 elements, and 8 of a warp's 16 chunks for its 2 m-tiles.
     kept = 8 * 8 * 2 * 1024
-    assert of(8, dtype=1, tf32=True) == (8, 128 + 2 * 8 * (2048 + 64) + 2 * 8 * 128 * 4 + kept)
-    # Mbarriers; two boxes of 2 m-tiles from 16 blocks; two times 8 rows of 4 x 32 gradients.
-    assert of(2, backward=True) == (0, 128 + 2 * 16 * 2 * 128 * 4 + 2 * 8 * (256 + 64))
+    tf32 = of(8, dtype=1, tf32=True)
+    assert tf32 == (8, 128 + 2 * 8 * (2048 + 128) + ahead + 2 * 8 * 128 * 4 + kept)
+    # Mbarriers; two times 2 m-tiles from 16 blocks, and for them; six words ahead; two times 8 rows
+    # of 4 x 32 gradients.
+    ahead = 2 * 6 * 256 * 4
+    parts = 4 * 16 * 2 * 128 * 4
+    assert of(2, backward=True) == (0, 128 + parts + ahead + 2 * 8 * (256 + 64))
     # fp32, and 2 of a warp's 4 m-tiles, each of 4 x 32 elements a row.
     kept = 2 * 8 * 16 * 4 * 32 * 4
     tf32 = of(2, backward=True, dtype=1, tf32=True)
-    assert tf32 == (2, 128 + 2 * 16 * 2 * 128 * 4 + 2 * 8 * (512 + 64) + kept)
+    assert tf32 == (2, 128 + parts + ahead + 2 * 8 * (512 + 64) + kept)
 
 
 @pytest.mark.parametrize(
@@ -335,11 +341,11 @@ def test_problems_without_cluster_kernels(facts):
 def test_description_of_a_cluster():
     core = emulated.load()
     for backward, kept in (
-        (False, "5 chunks in registers, 3 in shared memory;"),
+        (False, "6 chunks in registers, 2 in shared memory;"),
         (True, "3 row tiles in registers, 1 in shared memory;"),
     ):
         plans, problem = cluster_plans(H=512, B=8, backward=backward)
-        (plan,) = (p for p in plans if (p.m_tiles, p.group_rows) == (3 if backward else 12, 8))
+        (plan,) = (p for p in plans if (p.m_tiles, p.group_rows) == (3 if backward else 12, 4))
         text = core.cuda_describe_plan(plan, problem)
-        for part in ("bfloat16 B 8 H 512", ": clusters, 16 blocks (16 slices of 48 units x", kept):
+        for part in ("bfloat16 B 8 H 512", ": clusters, 32 blocks (16 slices of 48 units x", kept):
             assert part in text

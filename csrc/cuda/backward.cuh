@@ -23,9 +23,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   Acc* partial = reinterpret_cast<Acc*>(memory);
   const BlockPlace place(args.shape, args.steps.B);
   const BackwardArgs::Direction& d = args.direction[place.direction];
-  Steps steps = args.steps;
-  steps.reverse = d.reverse;
-  const int H = args.H, K = args.K, B = int(steps.B);
+  const Walk walk(args.steps, d.reverse);
+  const int H = args.H, K = args.K, B = walk.B();
   // With a projection the gradient of h comes whole from the step's other kernel.
   const bool projected = d.hidden;
   const int product_K = projected ? args.hidden_K : K;
@@ -36,29 +35,32 @@ __global__ void __launch_bounds__(kThreads, 1)
   GroupBarrier barrier(d.counters, args.shape, place);
 
   using Cell = BackwardUnit<Arithmetic, kVariants>;
-  const Cell cell(args, d, steps, unit);
+  const Cell cell(args, d, walk, unit);
 
   // As in forward_cell.
   constexpr bool kAhead = Sum::kRounds <= 4;
   struct Operands : Cell::Operands {
+    Turn turn;
     Acc dc;
   };
   const auto here = [&](int b) { return Sum::has_cell() && b < place.row_end && unit < H; };
   const auto load = [&](int j, int b) {
     if (!here(b)) return Operands{};
-    return Operands{cell.load(j, b), j == 0 ? cell.first_dc(b) : as<Acc>(d.cells)[at(b, H, unit)]};
+    const Turn turn = turn_back(walk, j, b);
+    return Operands{cell.load(turn), turn,
+                    j == 0 ? cell.first_dc(b) : as<Acc>(d.cells)[at(b, H, unit)]};
   };
   const auto finish = [&](int j, int b, Acc product, const Operands& in, T* out) {
     if (kVariants && d.product) {
       as<Acc>(d.product)[at(b, 6 * H, unit)] = product;
       return;
     }
-    const bool carried = carries<kVariants>(d, steps) && !projected;
+    const bool carried = carries<kVariants>(d, walk) && !projected;
     Acc dc = in.dc, carry = carried && j > 0 ? as<Acc>(d.carry)[at(b, H, unit)] : Acc(0);
-    const typename Cell::Result result = cell.compute(j, b, product, in, dc, carry);
-    cell.store(j, b, result);
+    const typename Cell::Result result = cell.compute(j, in.turn, product, in, dc, carry);
+    cell.store(j, in.turn, result);
     if (carried) as<Acc>(d.carry)[at(b, H, unit)] = carry;
-    if (j == steps.T) return;
+    if (j == walk.T()) return;
     as<Acc>(d.cells)[at(b, H, unit)] = dc;
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) out[at(b, K, gate * H + unit)] = result.next[gate];
@@ -109,14 +111,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   Acc* partial = reinterpret_cast<Acc*>(memory);
   const BlockPlace place(args.shape, args.steps.B);
   const BackwardArgs::Direction& d = args.direction[place.direction];
-  Steps steps = args.steps;
-  steps.reverse = d.reverse;
-  const int P = args.P, K = args.K, B = int(steps.B), j = args.shape.first;
+  const Walk walk(args.steps, d.reverse);
+  const int P = args.P, K = args.K, B = walk.B(), j = args.shape.first;
   const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
   const Weights<Arithmetic, PlainRows, kMTiles, 0> weights(as<T>(d.w_hh), P, K, unit_first, 0,
                                                            nullptr);
-  const bool final = j == steps.T;
-  const int64_t t = final ? -1 : steps.step_at(steps.T - 1 - j);
+  const bool final = j == walk.T();
   const T* state = as<T>(d.state) + int64_t((j + 1) % 2) * B * K;
   const int tile = place.row_first;  // a group is one tile here
   Acc sums[kMTiles][kNTiles][4] = {};
@@ -130,20 +130,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (!Sum::has_cell() || b >= place.row_end || unit >= P) continue;
     Acc sum[1];
     Sum::take(partial, sum);
-    const bool active = !final && steps.active(t, b);
-    const bool carried = carries<true>(d, steps);
+    const Turn turn = turn_back(walk, j, b);
+    const bool carried = carries<true>(d, walk);
     Acc carry = carried && j > 0 ? as<Acc>(d.carry)[at(b, P, unit)] : Acc(0);
     const Acc dy =
-        active && d.dy ? to_acc(as<T>(d.dy)[steps.row(t, b) * d.dy_stride + unit]) : Acc(0);
-    const Acc dr = gradient_of_h<T, true>(d, steps, j, t, active, active && resets(steps, t, b), b,
-                                          P, unit, sum[0], dy, carry);
+        turn.active && d.dy ? to_acc(as<T>(d.dy)[turn.row * d.dy_stride + unit]) : Acc(0);
+    const Acc dr = gradient_of_h<T, true>(d, walk, j, turn, P, unit, sum[0], dy, carry);
     if (carried) as<Acc>(d.carry)[at(b, P, unit)] = carry;
     if (final) {
       if (d.dh0) as<T>(d.dh0)[at(b, P, unit)] = from_acc<T>(dr);
       continue;
     }
-    const T out = active ? from_acc<T>(dr) : from_acc<T>(Acc(0));
-    if (active || !steps.offsets) as<T>(d.dr)[at(steps.row(t, b), P, unit)] = out;
+    const T out = turn.active ? from_acc<T>(dr) : from_acc<T>(Acc(0));
+    if (turn.active || !walk.packed()) as<T>(d.dr)[at(turn.row, P, unit)] = out;
     as<T>(d.hidden)[at(b, args.hidden_K, unit)] = Arithmetic::round_state(out);
   }
 }
@@ -158,8 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const T zero = from_acc<T>(Acc(0));
   const int64_t B = args.steps.B, P = args.P, K = args.K;
   const BackwardArgs::Direction& d = args.direction[blockIdx.y];
-  Steps steps = args.steps;
-  steps.reverse = d.reverse;
+  const Walk walk(args.steps, d.reverse);
   const int64_t start = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t stride = int64_t(gridDim.x) * kThreads;
   for (int64_t at = start; at < args.counter_words; at += stride) d.counters[at] = 0;
@@ -170,18 +168,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int64_t at = start; at < B * args.hidden_K; at += stride) as<T>(d.hidden)[at] = zero;
   if (!d.h_prev) return;
   // A warp per step and sequence.
-  for (int64_t pair = start / 32; pair < steps.T * B; pair += stride / 32) {
-    const int64_t t = pair / B, b = pair % B;
-    const bool active = steps.active(t, b);
-    if (!active && steps.offsets) continue;  // a packed batch has no row for it
+  for (int64_t pair = start / 32; pair < args.steps.T * B; pair += stride / 32) {
+    const int64_t b = pair % B;
+    const Turn turn = walk.turn(int(pair / B), int(b));
+    if (!turn.active && walk.packed()) continue;  // a packed batch has no row for it
     const T* from = nullptr;
-    if (active && !resets(steps, t, b)) {
-      if (t == steps.first_step(b))
-        from = as<T>(d.h0) + b * P;
+    if (turn.active && !turn.reset) {
+      if (turn.first)
+        from = moved(as<T>(d.h0), b * P);
       else
-        from = as<T>(d.y) + steps.row(steps.reverse ? t + 1 : t - 1, b) * d.y_stride;
+        from = as<T>(d.y) + walk.row_before(turn) * d.y_stride;
     }
-    T* to = as<T>(d.h_prev) + steps.row(t, b) * P;
+    T* to = as<T>(d.h_prev) + turn.row * P;
     const Acc* factors = as<Acc>(d.variants.h_dropout);
     for (int64_t p = threadIdx.x % 32; p < P; p += 32) {
       to[p] = from ? from[p] : zero;

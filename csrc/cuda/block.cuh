@@ -29,8 +29,11 @@ struct BlockPlace {
   }
 };
 
-// Element `column` of row `row`: the row's start may lie past 2^31.
-LSTM_EXT_DEVICE int64_t at(int64_t row, int stride, int column) { return row * stride + column; }
+// Element `column` of row `row`, which is not negative: the row's start may lie past 2^31, its
+// number not past 2^32.
+LSTM_EXT_DEVICE int64_t at(unsigned row, int stride, int column) {
+  return int64_t(uint64_t(row) * unsigned(stride)) + column;
+}
 
 // Counters lie a cache line apart.
 constexpr int kCounterStride = 32;
@@ -68,10 +71,67 @@ LSTM_EXT_DEVICE const T* as(const void* p) {
   return static_cast<const T*>(p);
 }
 
-// Whether the state is zero before step t of sequence b. Only a step that is taken resets.
-LSTM_EXT_DEVICE bool resets(const Steps& steps, int64_t t, int64_t b) {
-  return steps.reset && steps.reset[t * steps.B + b] && steps.active(t, b);
-}
+// A step as one sequence sees it.
+struct Turn {
+  int t, b;
+  unsigned row;      // if there is one: a packed batch has none for a step that is not taken
+  bool active;       // the sequence takes it
+  bool first, last;  // of the steps that it takes, in the order of taking
+  bool reset;        // the state is zero before it; only a step that is taken resets
+};
+
+// Steps as the kernels walk them. 64-bit numbers cost several instructions each, which a step would
+// wait for: a layer has fewer than 2^30 steps and sequences and 2^32 rows.
+class Walk {
+ public:
+  LSTM_EXT_DEVICE Walk(const Steps& steps, bool reverse) : steps_(steps), reverse_(reverse) {}
+
+  LSTM_EXT_DEVICE int T() const { return int(steps_.T); }
+  LSTM_EXT_DEVICE int B() const { return int(steps_.B); }
+  LSTM_EXT_DEVICE bool reverse() const { return reverse_; }
+  LSTM_EXT_DEVICE bool packed() const { return steps_.offsets; }
+  LSTM_EXT_DEVICE bool ragged() const { return steps_.lengths; }
+
+  // The step taken in the i-th place.
+  LSTM_EXT_DEVICE int step_at(int i) const { return reverse_ ? T() - 1 - i : i; }
+  LSTM_EXT_DEVICE int length(int b) const { return steps_.lengths ? int(steps_.lengths[b]) : T(); }
+  LSTM_EXT_DEVICE bool active(int t, int b) const { return t < length(b); }
+  // Row of sequence 0 at a step, from which that of each other follows.
+  LSTM_EXT_DEVICE unsigned first_row(int t) const {
+    return steps_.offsets ? unsigned(steps_.offsets[t]) : unsigned(t) * unsigned(steps_.stride_t);
+  }
+  LSTM_EXT_DEVICE unsigned row_from(unsigned first_row, int b) const {
+    return first_row + unsigned(b) * unsigned(steps_.stride_b);
+  }
+  LSTM_EXT_DEVICE unsigned row(int t, int b) const { return row_from(first_row(t), b); }
+  // Of a sequence of so many steps.
+  LSTM_EXT_DEVICE bool resets(int t, int b, int length) const {
+    return steps_.reset && t < length && steps_.reset[int64_t(t) * B() + b];
+  }
+  LSTM_EXT_DEVICE bool resets(int t, int b) const { return resets(t, b, length(b)); }
+  // first_row: of step t, length: of sequence b, where they are known.
+  LSTM_EXT_DEVICE Turn turn(unsigned first_row, int t, int b, int length) const {
+    return {t,
+            b,
+            row_from(first_row, b),
+            t < length,
+            t == (reverse_ ? length - 1 : 0),
+            t == (reverse_ ? 0 : length - 1),
+            resets(t, b, length)};
+  }
+  LSTM_EXT_DEVICE Turn turn(int t, int b, int length) const {
+    return turn(first_row(t), t, b, length);
+  }
+  LSTM_EXT_DEVICE Turn turn(int t, int b) const { return turn(t, b, length(b)); }
+  // The row of the step taken before a turn that is not the first.
+  LSTM_EXT_DEVICE unsigned row_before(const Turn& turn) const {
+    return row(reverse_ ? turn.t + 1 : turn.t - 1, turn.b);
+  }
+
+ private:
+  const Steps& steps_;
+  bool reverse_;
+};
 
 // ---- arguments of the kernels
 // ----------------------------------------------------------------------

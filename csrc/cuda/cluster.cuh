@@ -89,14 +89,17 @@ LSTM_EXT_DEVICE void mbarrier_arrive_expect_tx(uint64_t* m, unsigned bytes) {
 LSTM_EXT_DEVICE void mbarrier_arrive_remote(shared_addr m) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(m) : "memory");
 }
-// True when the phase of this parity (0 for the first, then by turns) has completed. .cluster: what
-// peers wrote is to be seen, not only what this block wrote.
+// True when the phase of this parity (0 for the first, then by turns) has completed; then what was
+// counted there is to be seen. .cta, the default, as is usual for copies from peers too: they write
+// to this block's own memory. .cluster would drop the multiprocessor's L1 (CCTL.IVALL) or, as a
+// fence after a relaxed wait, hold the warp up until all of its loads have come: half of a step,
+// measured on an H100.
 LSTM_EXT_DEVICE bool mbarrier_try_wait(uint64_t* m, unsigned parity) {
   uint32_t done;
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
       "selp.u32 %0, 1, 0, p;\n"
       "}"
       : "=r"(done)
@@ -104,27 +107,9 @@ LSTM_EXT_DEVICE bool mbarrier_try_wait(uint64_t* m, unsigned parity) {
       : "memory");
   return done;
 }
-// acquire.cluster itself would also drop the multiprocessor's L1 (CCTL.IVALL), with what global
-// memory it holds; a fence for shared memory alone does not.
 LSTM_EXT_DEVICE void mbarrier_wait(uint64_t* m, unsigned parity) {
-#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(done)
-        : "r"(shared_address(m)), "r"(parity)
-        : "memory");
-  } while (!done);
-  asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
-#else
   while (!mbarrier_try_wait(m, parity)) {
   }
-#endif
 }
 
 // ---- st.async: 16 bytes into a peer's shared memory. On arrival they count at the mbarrier, which
@@ -135,6 +120,35 @@ LSTM_EXT_DEVICE void st_async(shared_addr dst, uint4 v, shared_addr mbar) {
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, "
       "[%5];" ::"r"(dst),
       "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(mbar)
+      : "memory");
+}
+
+// ---- cp.async: 4 bytes of global memory into shared memory, for the thread alone that asks for
+// it. It has all but the `pending` newest of its groups after async_wait(). No other wait waits for
+// them, as one for a register's scoreboard may.
+
+LSTM_EXT_DEVICE void async_load(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
+LSTM_EXT_DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending>
+LSTM_EXT_DEVICE void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// ---- cp.async.bulk: `bytes`, a multiple of 16, of this block's shared memory into a peer's (or
+// its own); both 16-byte aligned. On arrival they count at the mbarrier, which lies in the same
+// block's. Only what was written before copies_see() and a barrier after it is copied, whoever
+// wrote it.
+
+LSTM_EXT_DEVICE void copies_see() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+LSTM_EXT_DEVICE void copy_async(shared_addr dst, const void* src, unsigned bytes,
+                                shared_addr mbar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(dst),
+      "r"(shared_address(src)), "r"(bytes), "r"(mbar)
       : "memory");
 }
 
@@ -209,6 +223,30 @@ LSTM_EXT_DEVICE void st_async(shared_addr dst, uint4 v, shared_addr mbar) {
   emu::mbarrier_complete_tx(m, sizeof v);
 }
 
+LSTM_EXT_DEVICE void async_load(void* to, const void* from) {
+  if (uintptr_t(to) % 4 || uintptr_t(from) % 4) emu::fail("cp.async from %p to %p", from, to);
+  emu::async_load(to, from);
+}
+LSTM_EXT_DEVICE void async_commit() { emu::async_commit(); }
+template <int pending>
+LSTM_EXT_DEVICE void async_wait() {
+  emu::async_wait(pending);
+}
+
+LSTM_EXT_DEVICE void copies_see() {}
+LSTM_EXT_DEVICE void copy_async(shared_addr dst, const void* src, unsigned bytes,
+                                shared_addr mbar) {
+  if (bytes % 16 || uintptr_t(src) % 16) emu::fail("a copy of %u bytes from %p", bytes, src);
+  auto* m = reinterpret_cast<uint64_t*>(mbar);
+  for (unsigned done = 0; done < bytes; done += 16) {
+    auto* to = reinterpret_cast<uint4*>(dst + done);
+    const auto* from = reinterpret_cast<const uint4*>(static_cast<const char*>(src) + done);
+    if (!emu::copy_async(to, from, 16, m)) continue;  // read and delivered later
+    *to = *from;
+    emu::mbarrier_complete_tx(m, 16);
+  }
+}
+
 #endif
 
 // Kernels for clusters have no body elsewhere.
@@ -218,28 +256,6 @@ LSTM_EXT_DEVICE void st_async(shared_addr dst, uint4 v, shared_addr mbar) {
 LSTM_EXT_DEVICE void cluster_sync() {
   cluster_arrive();
   cluster_wait();
-}
-
-// The values of 16 / sizeof(T) lanes side by side, the first of them at a multiple, as 16 bytes:
-// every lane gets those of its own group. The whole warp calls.
-template <class T>
-LSTM_EXT_DEVICE uint4 gather_lanes(T value) {
-  const unsigned all = ~0u, lane = threadIdx.x;
-  uint32_t first = 0;
-  memcpy(&first, &value, sizeof(T));
-  unsigned step = 1;
-  if constexpr (sizeof(T) == 2) {
-    const uint32_t other = __shfl_xor_sync(all, first, 1);
-    first = lane & 1 ? other | first << 16 : first | other << 16;
-    step = 2;
-  } else {
-    static_assert(sizeof(T) == 4, "2 or 4 bytes");
-  }
-  const uint32_t next = __shfl_xor_sync(all, first, step);
-  const uint32_t lo = lane & step ? next : first, hi = lane & step ? first : next;
-  step *= 2;
-  const uint32_t lo2 = __shfl_xor_sync(all, lo, step), hi2 = __shfl_xor_sync(all, hi, step);
-  return lane & step ? make_uint4(lo2, hi2, lo, hi) : make_uint4(lo, hi, lo2, hi2);
 }
 #endif
 

@@ -2,9 +2,9 @@
 //
 // Forward's exchange turned round: dgates stay in the block that makes them, and each block
 // multiplies its slice of them, as k, with all rows of W_hh transposed. Every block so has a part
-// of every unit's gradient of h; it sends each part to the block that has the unit (st.async, fp32
-// straight from the product's registers), which adds the parts up in the order of the blocks: one
-// exchange a step, and the same bits every time.
+// of every unit's gradient of h; it copies each part, in fp32, to the block that has the unit,
+// which adds the parts up in the order of the blocks: one exchange a step, and the same bits every
+// time.
 //
 // A launch may do a part of the steps: it goes on from the dgates that the launch before has
 // stored, and from its gradients of c and h that wait, which lie in cells and carry.
@@ -25,8 +25,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Cell = BackwardUnit<Arithmetic>;
   constexpr int kUnits = 16 * kMTiles, kRows = 8 * kNTiles, kVector = 16 / sizeof(T);
   constexpr int kChunks = 4 * kUnits * int(sizeof(T)) / kChunkBytes;  // of a block's k
+  constexpr Tile kTile = {kMTiles, kNTiles, kHeld};
   constexpr int kStride = kThreads / kUnits * kUnits;
-  constexpr int kCells = (kUnits * kRows + kStride - 1) / kStride;
+  constexpr int kCells = cluster_cells(kUnits, cluster_rows(kTile, true));
   // n-tiles whose operands are in registers at a time.
   constexpr int kColumns = kNTiles < 2 || kChunks > 4 ? 1 : 2;
   // The product's columns are sent in pairs.
@@ -41,26 +42,32 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   const BackwardArgs::Direction& d = args.direction[place.direction];
-  Steps steps = args.steps;
-  steps.reverse = d.reverse;
+  const Walk walk(args.steps, d.reverse);
   const int H = args.H, K = args.K, slices = place.slices, shared = args.shape.shared;
   const int start = args.shape.first, end = args.shape.last;
   const int first_product = max(start, 1);  // the step of the launch's first
   const int unit_first = place.slice * kUnits;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, pair = lane % 4;
 
-  // Parts of this block's gradient of h: [2][slices][kMTiles][kNTiles][32 vectors].
-  uint4* const boxes = reinterpret_cast<uint4*>(memory + kBarrierBytes);
-  const int box_vectors = slices * kMTiles * kNTiles * 32;
+  // A part: [columns 2 pair and 2 pair + 1 of kNTiles * 4][kMTiles][rows g and g + 8 of 8] vectors
+  // of row g's two columns and row g + 8's, as the product's lanes have them. In another order of
+  // the g's for each pair, and of a vector's columns in odd m-tiles: then what the threads of a
+  // warp write or read together lies in different banks.
+  const int part_bytes = int(backward_part_bytes(kTile, args.shape.group_rows));
+  const int parts_bytes = slices * part_bytes;
+  // [2] a part from each block; [2] one for each block, until it has it.
+  unsigned char* const boxes = memory + kBarrierBytes;
+  unsigned char* const letters = boxes + 2 * parts_bytes;
   // This block's dgates, gate by gate: [2][kRows][pitch]. Step j's lie in [j % 2].
   constexpr int kPitch = int(shared_row(4 * kUnits * int64_t(sizeof(T))));
-  unsigned char* const own = reinterpret_cast<unsigned char*>(boxes + 2 * box_vectors);
+  unsigned char* const own = letters + 2 * parts_bytes;
   for (int v = threadIdx.x; v < 2 * kRows * kPitch / 16; v += kThreads)
     reinterpret_cast<uint4*>(own)[v] = make_uint4(0, 0, 0, 0);
 
   // ---- the weights: warp w has the m-tiles w, w + kWarps, ... of all units
 
-  uint4* const kept = reinterpret_cast<uint4*>(own + 2 * kRows * kPitch) +
+  unsigned char* const fetched = own + 2 * kRows * kPitch;
+  uint4* const kept = reinterpret_cast<uint4*>(fetched + ahead_bytes(kBackwardWords, kCells)) +
                       size_t(warp) * shared * kChunks * 64 + lane;
   const int tiles = (H + 15) / 16, mine = (tiles - warp + kWarps - 1) / kWarps;
   // Row `half` of this lane: 16 bytes of k, which is the gates of this block's units.
@@ -107,22 +114,25 @@ __global__ void __launch_bounds__(kThreads, 1)
     return (kStride == kThreads || threadIdx.x < kStride) && sequence(j) < place.row_end &&
            unit < H;
   };
-  const Cell cell(args, d, steps, unit);
+  const Cell cell(args, d, walk, unit);
   Acc dc[kCells], carry[kCells] = {};
+  int length[kCells];
 #pragma unroll
-  for (int j = 0; j < kCells; ++j)
+  for (int j = 0; j < kCells; ++j) {
     dc[j] = here(j) && start == 0 ? cell.first_dc(sequence(j)) : Acc(0);
+    length[j] = here(j) ? walk.length(sequence(j)) : 0;
+  }
   if (start > 0) {
     __syncthreads();  // all of `own` is zero
-    const int64_t t = steps.step_at(steps.T - start);
 #pragma unroll
     for (int j = 0; j < kCells; ++j) {
       if (!here(j)) continue;
       const int b = sequence(j);
       dc[j] = as<Acc>(d.cells)[at(b, H, unit)];
       carry[j] = as<Acc>(d.carry)[at(b, H, unit)];
-      if (!steps.active(t, b) || resets(steps, t, b)) continue;
-      const T* before = as<T>(d.dgates) + at(steps.row(t, b), 4 * H, unit);
+      const Turn turn = turn_back(walk, start - 1, b, length[j]);
+      if (!turn.active || turn.reset) continue;
+      const T* before = as<T>(d.dgates) + at(turn.row, 4 * H, unit);
       for (int gate = 0; gate < 4; ++gate)
         reinterpret_cast<T*>(own + (start + 1) % 2 * (kRows * kPitch) +
                              row_of(j) * kPitch)[gate * kUnits + u] =
@@ -130,30 +140,28 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
 
-  // Where a part lies: lane (g, pair) of the product has rows g and g + 8 and columns 2 pair and
-  // 2 pair + 1 as one vector. Vectors are numbered so that a warp's threads, which have consecutive
-  // units of a sequence, read from different banks; in odd m-tiles the two columns change places
-  // for the same reason.
-  const auto part_of = [&](int b) {
-    const int m = u / 16, word = u % 16 / 8 * 2 + (b % 2 ^ m % 2);
-    return ((m * kNTiles + b / 8) * 32 + b % 8 / 2 * 8 + u % 8) * 4 + word;
+  // Where rows g and g + 8 of m-tile m lie in a part.
+  const auto vector_of = [](int pair, int m, int g) {
+    return (pair * kMTiles + m) * 8 + (g ^ pair % 4 * 2);
   };
-  constexpr int kSource = kMTiles * kNTiles * 128;  // from one block's part to the next block's
-  const int first_part = pinned(part_of(row_of(0)));
+  // Where unit u's sum for the group's sequence b lies.
+  const auto sum_of = [&](int b) {
+    const int m = u / 16, word = u % 16 / 8 * 2 + (b % 2 ^ m % 2);
+    return vector_of(b / 2, m, u % 8) * 4 + word;
+  };
+  const int first_sum = pinned(sum_of(row_of(0)));
   // Columns of sequences that the group does not have are not sent.
   const int pairs = (place.rows() + 1) / 2;
-  const int own_tiles = min(max(tiles - place.slice * kMTiles, 0), kMTiles);
-  const int bytes = slices * own_tiles * pairs * 8 * 16;
-  const auto send = [&](int q, int n, int box, const Acc(&sum)[4]) {
+  const int bytes = pairs * kMTiles * 128;  // of a part
+  const Letter letter(mailboxes, slices, boxes + place.slice * part_bytes, parts_bytes);
+  const auto write = [&](int q, int n, unsigned char* parts, const Acc(&sum)[4]) {
     if (n * 4 + pair >= pairs) return;
     const int tile = warp + q * kWarps, m = tile % kMTiles;
     const uint32_t bits[4] = {__float_as_uint(sum[0]), __float_as_uint(sum[1]),
                               __float_as_uint(sum[2]), __float_as_uint(sum[3])};
-    const uint4 vector = m % 2 ? make_uint4(bits[1], bits[0], bits[3], bits[2])
-                               : make_uint4(bits[0], bits[1], bits[2], bits[3]);
-    const uint4* to =
-        boxes + box * box_vectors + ((place.slice * kMTiles + m) * kNTiles + n) * 32 + pair * 8 + g;
-    mailboxes.send(tile / kMTiles, box, shared_address(to), vector);
+    reinterpret_cast<uint4*>(parts + tile / kMTiles * part_bytes)[vector_of(n * 4 + pair, m, g)] =
+        m % 2 ? make_uint4(bits[1], bits[0], bits[3], bits[2])
+              : make_uint4(bits[0], bits[1], bits[2], bits[3]);
   };
 
   // m-tiles of a warp that are multiplied side by side: a product waits for the one before it in
@@ -161,9 +169,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kTogether = kColumns > 1 ? 2 : kHeld;
   static_assert(kHeld % kTogether == 0, "held in whole groups");
 
-  // The product with the dgates of step j - 1, sent as it is made.
+  // The product with the dgates of step j - 1, and its parts to whom they belong.
   const auto multiply = [&](int j) {
     const unsigned char* gates = own + (j + 1) % 2 * (kRows * kPitch);
+    unsigned char* const parts = letters + j % 2 * parts_bytes;
 #pragma unroll 1
     for (int first = 0; first < kNTiles; first += kColumns) {
       uint4 b[kChunks][kColumns][1];
@@ -189,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < kTogether; ++i)
 #pragma unroll
           for (int n = 0; n < kColumns; ++n)
-            if (q + i < mine) send(q + i, first + n, j % 2, sums[i][n]);
+            if (q + i < mine) write(q + i, first + n, parts, sums[i][n]);
       }
 #pragma unroll 1
       for (int q = kHeld; q < mine; ++q) {
@@ -201,54 +210,102 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int n = 0; n < kColumns; ++n)
             Arithmetic::multiply(sums[n], rows[chunk * 64], rows[chunk * 64 + 32], b[chunk][n]);
 #pragma unroll
-        for (int n = 0; n < kColumns; ++n) send(q, first + n, j % 2, sums[n]);
+        for (int n = 0; n < kColumns; ++n) write(q, first + n, parts, sums[n]);
       }
     }
+    copies_see();
+    __syncthreads();  // all warps have written
+    letter.send(j % 2, parts, part_bytes, bytes);
   };
 
-  typename Cell::Operands in[kCells];
   typename Cell::Result results[kCells] = {};
-  const auto load = [&](int j) {
-#pragma unroll
-    for (int i = 0; i < kCells; ++i)
-      in[i] =
-          here(i) && j < args.shape.last ? cell.load(j, sequence(i)) : typename Cell::Operands{};
+  Turn turn[kCells], before[kCells] = {}, following[kCells] = {};  // of steps j, j - 1 and j + 1
+  // dy has elements of 2 bytes, which cannot be fetched ahead: it waits in registers, as it is, and
+  // is read whether or not there is any, for what is read in a branch is waited for at its end.
+  T dy[kCells], next_dy[kCells] = {};
+  const T* const any = reinterpret_cast<const T*>(d.gates);
+  Ahead<kBackwardWords, kCells> ahead(fetched);
+  // Rows of step j, for all of the launch's and as far as there are any: a packed batch reads them.
+  const auto rows_at = [&](int j) {
+    return j < walk.T() ? walk.first_row(walk.step_at(walk.T() - 1 - j)) : 0;
   };
-  const auto store = [&](int j) {
-#pragma unroll
-    for (int i = 0; i < kCells; ++i)
-      if (here(i)) cell.store(j, sequence(i), results[i]);
-  };
-  // A step ahead, but where weights take the registers.
-  constexpr bool kAhead = kChunks <= 4;
-  if (kAhead) load(start);
-  mailboxes.open();
-  for (int j = start; j < end; ++j) {
-    typename Cell::Operands now[kCells];
-    const auto take = [&] {
-#pragma unroll
-      for (int i = 0; i < kCells; ++i) now[i] = in[i];
-    };
-    if (kAhead) take();
-    if (j > 0) {
-      mailboxes.expect(j % 2, bytes);
-      multiply(j);
-      // While the parts are on their way: what the step before leaves, what the next one needs.
-      if (j > start) store(j - 1);
-    }
-    load(kAhead ? j + 1 : j);
-    if (!kAhead) take();
-    if (j > 0) mailboxes.wait(j % 2, (j - first_product) / 2);
-    const Acc* box = reinterpret_cast<const Acc*>(boxes + j % 2 * box_vectors);
+  unsigned next_rows = rows_at(start), rows_after = rows_at(start + 1);
+  // The turns of step j, as `following`, and what its cells need.
+  const auto fetch = [&](int j) {
+    const unsigned rows = next_rows;
+    next_rows = rows_after;
+    rows_after = rows_at(j + 2);
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
+      const int b = here(i) ? sequence(i) : place.row_first;
+      following[i] = {};
+      following[i].t = -1;
+      following[i].b = b;
+      if (here(i) && j < walk.T())
+        following[i] = walk.turn(rows, walk.step_at(walk.T() - 1 - j), b, length[i]);
+      const Turn& of = following[i];
+      const bool reads = of.active && j < args.shape.last;
+      next_dy[i] = *(reads && cell.has_dy() ? cell.dy(of) : any);
+      if (!reads) continue;
+      const Acc* s = cell.gates(of);
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) ahead.fetch(j, gate, i, s + gate * H);
+      ahead.fetch(j, 4, i, cell.c_after(of.row));
+      if (!of.first) ahead.fetch(j, 5, i, cell.c_after(walk.row_from(next_rows, b)));
+    }
+    ahead.close();
+  };
+  const auto operands = [&](int j, int i) {
+    typename Cell::Operands in = {};
+    if (!turn[i].active) return in;
+    in.s = {ahead.get(j, 0, i), ahead.get(j, 1, i), ahead.get(j, 2, i), ahead.get(j, 3, i)};
+    in.c = ahead.get(j, 4, i);
+    if (!turn[i].reset) in.c_prev = turn[i].first ? cell.first_c(turn[i]) : ahead.get(j, 5, i);
+    if (cell.has_dy()) in.dy = to_acc(dy[i]);
+    in.dcell = cell.dcell(turn[i]);
+    return in;
+  };
+  const auto store = [&](int j, const Turn(&of)[kCells]) {
+#pragma unroll
+    for (int i = 0; i < kCells; ++i)
+      if (here(i)) cell.store(j, of[i], results[i]);
+  };
+  fetch(start);
+  mailboxes.open();
+  for (int j = start; j < end; ++j) {
+#pragma unroll
+    for (int i = 0; i < kCells; ++i) {
+      turn[i] = following[i];
+      dy[i] = next_dy[i];
+    }
+    if (j > 0) {
+      mailboxes.expect(j % 2, slices * bytes);
+      multiply(j);
+    }
+    // While the parts are on their way: what the next step needs, what the one before leaves.
+    fetch(j + 1);
+    if (j > start) store(j - 1, before);
+    ahead.wait();
+    if (j > 0) mailboxes.wait(j % 2, (j - first_product) / 2);
+    const unsigned char* const box = boxes + j % 2 * parts_bytes;
+#pragma unroll
+    for (int i = 0; i < kCells; ++i) {
+      before[i] = turn[i];
       if (!here(i)) continue;
       const int row = row_of(i);
-      const Acc* parts = box + (i ? part_of(row) : first_part);
+      const typename Cell::Operands now = operands(j, i);
+      const unsigned char* const sums = box + (i ? sum_of(row) : first_sum) * sizeof(Acc);
       Acc sum = 0;
-      if (j > 0)
-        for (int source = 0; source < slices; ++source) sum += parts[source * kSource];
-      results[i] = cell.compute(j, sequence(i), sum, now[i], dc[i], carry[i]);
+      if (j > 0) {
+        Acc part[kMostBlocksOfCluster];
+#pragma unroll
+        for (int source = 0; source < kMostBlocksOfCluster; ++source)
+          part[source] =
+              source < slices ? *reinterpret_cast<const Acc*>(sums + source * part_bytes) : Acc(0);
+#pragma unroll
+        for (int source = 0; source < kMostBlocksOfCluster; ++source) sum += part[source];
+      }
+      results[i] = cell.compute(j, turn[i], sum, now, dc[i], carry[i]);
       T* gates = reinterpret_cast<T*>(own + j % 2 * (kRows * kPitch) + row * kPitch);
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) gates[gate * kUnits + u] = results[i].next[gate];
@@ -257,8 +314,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     // overwritten.
     __syncthreads();
   }
-  store(end - 1);
-  if (end < steps.T)
+  store(end - 1, before);
+  if (end < walk.T())
 #pragma unroll
     for (int j = 0; j < kCells; ++j) {
       if (!here(j)) continue;

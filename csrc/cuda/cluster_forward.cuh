@@ -3,9 +3,8 @@
 // part of the steps: it goes on from the h in y and the c that the launch before has left.
 //
 // Each block keeps its slice's rows of W_hh in registers and shared memory, the c of its units in
-// registers, and h of all units in shared memory, where its peers write their part of the next
-// (st.async). A step waits for the bytes of h, multiplies, sums up over the warps that share k, and
-// sends.
+// registers, and h of all units in shared memory, where its peers write their part of the next. A
+// step waits for the bytes of h, multiplies, sums up over the warps that share k, and sends.
 #pragma once
 
 #include "cuda/cluster_block.cuh"
@@ -21,8 +20,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Acc = typename Arithmetic::Acc;
   using Sum = Reduction<Arithmetic, GateRows, kMTiles, kNTiles, kMWarps, kNTiles>;
   using Cell = ForwardUnit<Arithmetic>;
-  constexpr int kRows = 8 * kNTiles, kVector = 16 / sizeof(T), kCells = Sum::kPerThread;
+  constexpr Tile kTile = {kMTiles * kMWarps, kNTiles, kHeld};
+  constexpr int kVector = 16 / sizeof(T);
+  constexpr int kCells = cluster_cells(Sum::kUnits, cluster_rows(kTile, false));
   static_assert(Sum::kUnits % kVector == 0, "a vector's units belong to one block");
+  static_assert(sizeof(Acc) == 4, "16-bit and TF32 only");
 
   DYNAMIC_SHARED(memory);
   const ClusterPlace place(args.shape, int(args.steps.B));
@@ -33,111 +35,147 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   const ForwardArgs::Direction& d = args.direction[place.direction];
-  Steps steps = args.steps;
-  steps.reverse = d.reverse;
-  const int H = args.H, K = args.K;
+  const Walk walk(args.steps, d.reverse);
+  const int H = args.H, K = args.K, slices = place.slices;
   const int first = args.shape.first, last = args.shape.last;
   const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
 
-  // [2][kRows][pitch]: h as the i-th step finds it lies in [i % 2].
-  const int pitch = int(shared_row(K * sizeof(T))), box_bytes = kRows * pitch;
+  // [2] states of all units as StateInShared has them: h as the i-th step finds it lies in [i % 2].
+  const int state_rows = lstm_ext::state_rows(args.shape.group_rows);
+  const int slice_bytes = int(forward_slice_bytes(kTile, state_rows, sizeof(T)));
+  const int box_bytes =
+      int(forward_box_bytes(kTile, slices, state_rows, K * int64_t(sizeof(T)), sizeof(T)));
   unsigned char* const states = memory + kBarrierBytes;
-  Acc* const partial = reinterpret_cast<Acc*>(states + 2 * box_bytes);
+  // [2] this block's part of it, likewise, until peers have it.
+  unsigned char* const own = states + 2 * box_bytes;
+  unsigned char* const fetched = own + 2 * slice_bytes;
+  Acc* const partial = reinterpret_cast<Acc*>(fetched + ahead_bytes(kForwardWords, kCells));
+  const auto place_of = [&](int k, int row) {  // in elements
+    return StateInShared::place(k / kVector, row, state_rows) * kVector + k % kVector;
+  };
 
   // The state before the launch's first step: a warp per sequence. What nobody sends stays zero.
-  for (int at_box = threadIdx.x; at_box < 2 * box_bytes / 16; at_box += kThreads)
-    reinterpret_cast<uint4*>(states)[at_box] = make_uint4(0, 0, 0, 0);
+  for (int v = threadIdx.x; v < 2 * (box_bytes + slice_bytes) / 16; v += kThreads)
+    reinterpret_cast<uint4*>(states)[v] = make_uint4(0, 0, 0, 0);
   __syncthreads();
   for (int row = threadIdx.x / 32; row < place.rows(); row += kWarps) {
     const int b = place.row_first + row;
-    if (resets(steps, steps.step_at(first), b)) continue;
-    const T* h = as<T>(d.h0) + at(b, H, 0);
+    if (walk.resets(walk.step_at(first), b)) continue;
+    const T* h = moved(as<T>(d.h0), at(b, H, 0));
     if (first > 0)  // h0 for a sequence that has not begun; one that has ended reads it in vain
-      if (const int64_t before = steps.step_at(first - 1); steps.active(before, b))
-        h = as<T>(d.y) + steps.row(before, b) * d.y_stride;
+      if (const int before = walk.step_at(first - 1); walk.active(before, b))
+        h = as<T>(d.y) + walk.row(before, b) * d.y_stride;
+    if (!h) continue;
+    T* const state = reinterpret_cast<T*>(states + first % 2 * box_bytes);
     for (int k = threadIdx.x % 32; k < H; k += 32)
-      reinterpret_cast<T*>(states + first % 2 * box_bytes + row * pitch)[k] =
-          Arithmetic::round_state(h[k]);
+      state[place_of(k, row)] = Arithmetic::round_state(h[k]);
   }
 
-  const Cell cell(args, d, steps, unit);
-  const auto sequence = [&](int j) { return place.row_first + Sum::sequence(0, j); };
+  const Cell cell(args, d, walk, unit);
+  const auto row_of = [&](int j) { return Sum::sequence(0, j); };
+  const auto sequence = [&](int j) { return place.row_first + row_of(j); };
   const auto here = [&](int j) {
     return Sum::has_cell(j) && sequence(j) < place.row_end && unit < H;
   };
+  Ahead<kForwardWords, kCells> ahead(fetched);
+  const auto fetch = [&](int i, const Turn(&of)[kCells]) {
+#pragma unroll
+    for (int j = 0; j < kCells; ++j) {
+      if (!here(j) || !of[j].active) continue;
+      const Acc* gx = cell.gx(of[j]);
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) ahead.fetch(i, gate, j, gx + gate * H);
+    }
+    ahead.close();
+  };
   Acc c[kCells];
+  int length[kCells];
+  Turn turn[kCells];
 #pragma unroll
   for (int j = 0; j < kCells; ++j) {
     c[j] = 0;
+    length[j] = 0;
+    turn[j] = {};
     if (!here(j)) continue;
     const int b = sequence(j);
     c[j] = first > 0 ? as<Acc>(d.cells)[at(b, H, unit)] : cell.first_c(b);
+    length[j] = walk.length(b);
+    turn[j] = walk.turn(walk.step_at(first), b, length[j]);
+    if (length[j]) continue;
+    const int64_t result = at(b, H, unit);  // of a sequence without a step
+    as<T>(d.h_n)[result] = from_acc<T>(at_or_zero(as<T>(d.h0), result));
+    as<T>(d.c_n)[result] = from_acc<T>(at_or_zero(as<T>(d.c0), result));
   }
-  if (steps.lengths)
-    for (int j = 0; j < kCells; ++j) {
-      if (!here(j) || steps.lengths[sequence(j)]) continue;
-      const int64_t result = at(sequence(j), H, unit);  // of a sequence without a step
-      as<T>(d.h_n)[result] = as<T>(d.h0)[result];
-      as<T>(d.c_n)[result] = as<T>(d.c0)[result];
-    }
+  fetch(first, turn);
   const Weights<Arithmetic, GateRows, kMTiles, kHeld, kMWarps> weights(
       as<T>(d.w_hh), H, K, unit_first, args.shape.shared,
       reinterpret_cast<unsigned char*>(partial + Sum::kCells * 4 * (kWarps / kMWarps)));
   const int part = pinned(Sum::part());
+
+  // This block's part begins at a unit whose vector is a multiple of rows * 4, or of rows * 2: from
+  // there on place() is the same but for the sequences' order, which it counts from the first unit.
+  const int own_start = place.slice * (slice_bytes / int(sizeof(T)));
+  const int first_own_cell = pinned(place_of(unit, row_of(0)) - own_start);
+  const Letter letter(mailboxes, slices, states + place.slice * slice_bytes, box_bytes);
   mailboxes.open();
 
-  const int bytes = place.rows() * ((H + kVector - 1) / kVector) * 16;
+  // Rows of the next step and of the one after it: a packed batch reads them.
+  unsigned next_rows = first + 1 < walk.T() ? walk.first_row(walk.step_at(first + 1)) : 0;
   for (int i = first; i < last; ++i) {
     const bool goes_on = i + 1 < last;
-    const int64_t t = steps.step_at(i);
     const int box = i % 2, next = (i + 1) % 2;
-    const unsigned char* state = states + box * box_bytes;
-    typename Cell::Operands in[kCells];
+    const uint4* state = reinterpret_cast<const uint4*>(states + box * box_bytes);
+    Turn following[kCells];
+    const unsigned rows = next_rows;
+    if (i + 2 < walk.T()) next_rows = walk.first_row(walk.step_at(i + 2));
 #pragma unroll
-    for (int j = 0; j < kCells; ++j)
-      in[j] = here(j) ? cell.load(i, t, sequence(j), c[j]) : typename Cell::Operands{};
+    for (int j = 0; j < kCells; ++j) {
+      following[j] = {};
+      if (here(j) && i + 1 < walk.T())
+        following[j] = walk.turn(rows, walk.step_at(i + 1), sequence(j), length[j]);
+    }
+    fetch(i + 1, following);
     if (i > first) mailboxes.wait(box, (i - first - 1) / 2);
-    if (goes_on) mailboxes.expect(next, bytes);
+    if (goes_on) mailboxes.expect(next, slices * slice_bytes);
 
     Acc sums[kMTiles][kNTiles][4];
-    weights.template multiply<kNTiles>(
-        StateInShared{reinterpret_cast<const uint4*>(state), uint32_t(pitch / 16)}, 0, kRows - 1,
-        sums);
+    weights.template multiply<kNTiles>(StateInShared{state, state_rows}, 0, 8 * kNTiles - 1, sums);
     // The partial sums of the step before have been taken: whoever took some has sent its h since,
     // and this block has waited for that.
     Sum::put(partial, sums, 0);
+    ahead.wait();
     __syncthreads();  // all warps' parts are there, and nobody reads this state any more
     typename Cell::Result results[kCells];
     // First what peers wait for, then what is kept.
+    T* const next_own = reinterpret_cast<T*>(own + next * slice_bytes);
 #pragma unroll
     for (int j = 0; j < kCells; ++j) {
-      const int b = sequence(j), row = Sum::sequence(0, j);
       results[j] = {};
-      if (here(j)) {
-        Acc sum[4];
-        Sum::take(partial, sum, Sum::part(j, part));
-        results[j] = cell.compute(t, b, sum, in[j], c[j], [&] {
-          return reinterpret_cast<const T*>(state + row * pitch)[unit];
-        });
-      }
-      if (goes_on) {
-        const uint4 vector = gather_lanes(results[j].next);
-        __syncwarp();  // the lane that sends speaks for the reads of those it has gathered from
-        if (Sum::has_cell(j) && b < place.row_end && unit / kVector * kVector < H) {
-          const shared_addr to =
-              shared_address(states + next * box_bytes + row * pitch + unit / kVector * 16);
+      if (!here(j)) continue;
+      typename Cell::Operands in;
 #pragma unroll
-          for (int from = 0; from < kMostBlocksOfCluster; from += kVector)
-            if (const int peer = from + unit % kVector; peer < place.slices)
-              mailboxes.send(peer, next, to, vector);
-        }
-      }
+      for (int gate = 0; gate < 4; ++gate) in.gx[gate] = ahead.get(i, gate, j);
+      in.c = turn[j].reset ? Acc(0) : c[j];
+      in.reset_follows = following[j].reset;
+      Acc sum[4];
+      Sum::take(partial, sum, Sum::part(j, part));
+      results[j] = cell.compute(turn[j], sum, in, c[j], [&] {
+        return reinterpret_cast<const T*>(state)[place_of(unit, row_of(j))];
+      });
+      next_own[j ? place_of(unit, row_of(j)) - own_start : first_own_cell] = results[j].next;
+    }
+    if (goes_on) {
+      copies_see();
+      __syncthreads();  // all of this block's part is there
+      letter.send(next, own + next * slice_bytes, 0, slice_bytes);
     }
 #pragma unroll
-    for (int j = 0; j < kCells; ++j)
-      if (here(j)) cell.store(t, sequence(j), in[j], results[j], c[j]);
+    for (int j = 0; j < kCells; ++j) {
+      if (here(j)) cell.store(turn[j], results[j], c[j]);
+      turn[j] = following[j];
+    }
   }
-  if (last < steps.T)
+  if (last < walk.T())
 #pragma unroll
     for (int j = 0; j < kCells; ++j)
       if (here(j)) as<Acc>(d.cells)[at(sequence(j), H, unit)] = c[j];

@@ -20,45 +20,50 @@ __global__ void __launch_bounds__(kThreads, 1)
   Acc* partial = reinterpret_cast<Acc*>(memory);
   const BlockPlace place(args.shape, args.steps.B);
   const ForwardArgs::Direction& d = args.direction[place.direction];
-  Steps steps = args.steps;
-  steps.reverse = d.reverse;
-  const int H = args.H, K = args.K, B = int(steps.B);
+  const Walk walk(args.steps, d.reverse);
+  const int H = args.H, K = args.K, B = walk.B();
   const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
   const Weights<Arithmetic, GateRows, kMTiles, kHeld> weights(
       as<T>(d.w_hh), H, K, unit_first, args.shape.shared, memory + kPartialBytes);
   GroupBarrier barrier(d.counters, args.shape, place);
 
   using Cell = ForwardUnit<Arithmetic, kVariants>;
-  const Cell cell(args, d, steps, unit);
+  const Cell cell(args, d, walk, unit);
 
   // What a cell needs besides the product: on its way while the product runs, but where a large
   // tile's sums take the registers.
   constexpr bool kAhead = Sum::kRounds <= 2;
   const auto here = [&](int b) { return Sum::has_cell() && b < place.row_end && unit < H; };
-  const auto load = [&](int i, int64_t t, int b) {
-    if (!here(b)) return typename Cell::Operands{};
-    return cell.load(i, t, b, i == 0 ? cell.first_c(b) : as<Acc>(d.cells)[at(b, H, unit)]);
+  struct Operands : Cell::Operands {
+    Turn turn;
   };
-  const auto finish = [&](int i, int64_t t, int b, const Acc(&sum)[4],
-                          const typename Cell::Operands& in, const T* state, T* next) {
+  const auto load = [&](int i, int b) {
+    if (!here(b)) return Operands{};
+    const int length = walk.length(b);
+    const Turn turn = walk.turn(walk.step_at(i), b, length);
+    const bool reset_follows = i + 1 < walk.T() && walk.resets(walk.step_at(i + 1), b, length);
+    const Acc c = i == 0 ? cell.first_c(b) : as<Acc>(d.cells)[at(b, H, unit)];
+    return Operands{cell.load(turn, c, reset_follows), turn};
+  };
+  const auto finish = [&](int i, int b, const Acc(&sum)[4], const Operands& in, const T* state,
+                          T* next) {
     if (kVariants && d.product) {
       for (int gate = 0; gate < 4; ++gate)
         as<Acc>(d.product)[at(b, 4 * H, gate * H + unit)] = sum[gate];
       return;
     }
     Acc c;
-    const auto result = cell.compute(t, b, sum, in, c, [&] { return state[at(b, K, unit)]; });
-    cell.store(t, b, in, result, c);
+    const auto result = cell.compute(in.turn, sum, in, c, [&] { return state[at(b, K, unit)]; });
+    cell.store(in.turn, result, c);
     as<Acc>(d.cells)[at(b, H, unit)] = c;
-    if (!d.hidden && i + 1 < steps.T) next[at(b, K, unit)] = result.next;
+    if (!d.hidden && i + 1 < walk.T()) next[at(b, K, unit)] = result.next;
   };
 
   for (int i = args.shape.first; i < args.shape.last; ++i) {
-    const int64_t t = steps.step_at(i);
     const T* state = as<T>(d.state) + int64_t(i % 2) * B * K;
     T* next = as<T>(d.state) + int64_t((i + 1) % 2) * B * K;
-    typename Cell::Operands in = {};
-    if (kAhead) in = load(i, t, place.row_first + Sum::sequence(0));
+    Operands in = {};
+    if (kAhead) in = load(i, place.row_first + Sum::sequence(0));
     if (i > args.shape.first) barrier.wait();
     for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
       Acc sums[kMTiles][kNTiles][4];
@@ -69,16 +74,16 @@ __global__ void __launch_bounds__(kThreads, 1)
         // Every thread has taken the sums of the round before.
         if (round > 0 || tile > place.row_first) __syncthreads();
         Sum::put(partial, sums, round);
-        const typename Cell::Operands now = kAhead ? in : load(i, t, b);
+        const Operands now = kAhead ? in : load(i, b);
         __syncthreads();  // all warps' parts are there
         if (kAhead && round + 1 < Sum::kRounds)
-          in = load(i, t, tile + Sum::sequence(round + 1));
+          in = load(i, tile + Sum::sequence(round + 1));
         else if (kAhead && tile + 8 * kNTiles < place.row_end)
-          in = load(i, t, tile + 8 * kNTiles + Sum::sequence(0));
+          in = load(i, tile + 8 * kNTiles + Sum::sequence(0));
         if (here(b)) {
           Acc sum[4];
           Sum::take(partial, sum);
-          finish(i, t, b, sum, now, state, next);
+          finish(i, b, sum, now, state, next);
         }
       }
     }
@@ -98,13 +103,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   Acc* partial = reinterpret_cast<Acc*>(memory);
   const BlockPlace place(args.shape, args.steps.B);
   const ForwardArgs::Direction& d = args.direction[place.direction];
-  Steps steps = args.steps;
-  steps.reverse = d.reverse;
-  const int P = args.P, K = args.K, B = int(steps.B), i = args.shape.first;
+  const Walk walk(args.steps, d.reverse);
+  const int P = args.P, K = args.K, B = walk.B(), i = args.shape.first;
   const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
   const Weights<Arithmetic, PlainRows, kMTiles, 0> weights(as<T>(d.w_hr), P, args.hidden_K,
                                                            unit_first, 0, nullptr);
-  const int64_t t = steps.step_at(i), following = i + 1 < steps.T ? steps.step_at(i + 1) : -1;
+  const int t = walk.step_at(i), following = i + 1 < walk.T() ? walk.step_at(i + 1) : -1;
   const T* state = as<T>(d.state) + int64_t(i % 2) * B * K;
   T* next = as<T>(d.state) + int64_t((i + 1) % 2) * B * K;
   const int tile = place.row_first;  // a group is one tile here
@@ -119,16 +123,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (!Sum::has_cell() || b >= place.row_end || unit >= P) continue;
     Acc sum[1];
     Sum::take(partial, sum);
-    const bool active = steps.active(t, b);
-    const T out = active ? zoned_out_h<T>(d, steps, t, b, P, unit, sum[0]) : from_acc<T>(Acc(0));
-    if (active || !steps.offsets) as<T>(d.y)[steps.row(t, b) * d.y_stride + unit] = out;
-    if (active && t == steps.last_step(b)) as<T>(d.h_n)[at(b, P, unit)] = out;
+    const Turn turn = walk.turn(t, b);
+    const T out =
+        turn.active ? zoned_out_h<T>(d, walk, turn, P, unit, sum[0]) : from_acc<T>(Acc(0));
+    if (turn.active || !walk.packed()) as<T>(d.y)[turn.row * d.y_stride + unit] = out;
+    if (turn.active && turn.last) as<T>(d.h_n)[at(b, P, unit)] = out;
     if (following < 0) continue;
     T& to = next[at(b, K, unit)];
-    if (resets(steps, following, b))
+    if (walk.resets(following, b))
       to = from_acc<T>(Acc(0));
     else
-      to = active ? product_input<Arithmetic>(d.variants, b, P, unit, out) : state[at(b, K, unit)];
+      to = turn.active ? product_input<Arithmetic>(d.variants, b, P, unit, out)
+                       : state[at(b, K, unit)];
   }
 }
 
@@ -142,15 +148,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   const T zero = from_acc<T>(Acc(0));
   const int64_t B = args.steps.B, H = args.H, P = args.P, K = args.K;
   const ForwardArgs::Direction& d = args.direction[blockIdx.y];
-  Steps steps = args.steps;
-  steps.reverse = d.reverse;
+  const Walk walk(args.steps, d.reverse);
   const int64_t start = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t stride = int64_t(gridDim.x) * kThreads;
   for (int64_t at = start; at < args.counter_words; at += stride) d.counters[at] = 0;
   // A warp per sequence.
   for (int64_t b = start / 32; b < B; b += stride / 32) {
     const int lane = threadIdx.x % 32;
-    const bool starts_at_zero = steps.T && resets(steps, steps.step_at(0), b);
+    const bool starts_at_zero = !d.h0 || (walk.T() && walk.resets(walk.step_at(0), int(b)));
     for (int64_t k = lane; k < K; k += 32) {
       const T h = k < P && !starts_at_zero ? as<T>(d.h0)[b * P + k] : zero;
       as<T>(d.state)[b * K + k] =
@@ -160,9 +165,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (d.hidden)
       for (int64_t k = lane; k < args.hidden_K; k += 32)
         as<T>(d.hidden)[b * args.hidden_K + k] = zero;
-    if (steps.T && !(steps.lengths && steps.lengths[b] == 0)) continue;
-    for (int64_t k = lane; k < P; k += 32) as<T>(d.h_n)[b * P + k] = as<T>(d.h0)[b * P + k];
-    for (int64_t k = lane; k < H; k += 32) as<T>(d.c_n)[b * H + k] = as<T>(d.c0)[b * H + k];
+    if (walk.length(int(b))) continue;
+    for (int64_t k = lane; k < P; k += 32)
+      as<T>(d.h_n)[b * P + k] = d.h0 ? as<T>(d.h0)[b * P + k] : zero;
+    for (int64_t k = lane; k < H; k += 32)
+      as<T>(d.c_n)[b * H + k] = d.c0 ? as<T>(d.c0)[b * H + k] : zero;
   }
 }
 

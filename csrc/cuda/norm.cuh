@@ -70,26 +70,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   Acc* sums = reinterpret_cast<Acc*>(memory);
   const ForwardArgs::Direction& d = args.direction[blockIdx.y];
   const Variants& v = d.variants;
-  Steps steps = args.steps;
-  steps.reverse = d.reverse;
-  const int b = int(blockIdx.x), i = args.shape.first, H = args.H, K = args.K, B = int(steps.B);
-  const int64_t t = steps.step_at(i), row = steps.row(t, b);
+  const Walk walk(args.steps, d.reverse);
+  const int b = int(blockIdx.x), i = args.shape.first, H = args.H, K = args.K, B = walk.B();
+  const int length = walk.length(b);
+  const Turn turn = walk.turn(walk.step_at(i), b, length);
+  const bool reset_follows = i + 1 < walk.T() && walk.resets(walk.step_at(i + 1), b, length);
+  const unsigned row = turn.row;
   const T* state = as<T>(d.state) + int64_t(i % 2) * B * K;
   T* next = as<T>(d.state) + int64_t((i + 1) % 2) * B * K;
   const auto old_c = [&](const Cell& cell, int unit) {
     return i == 0 ? cell.first_c(b) : as<Acc>(d.cells)[at(b, H, unit)];
   };
   const auto hand_on = [&](int unit, const typename Cell::Result& result) {
-    if (!d.hidden && i + 1 < steps.T) next[at(b, K, unit)] = result.next;
+    if (!d.hidden && i + 1 < walk.T()) next[at(b, K, unit)] = result.next;
   };
 
-  if (!steps.active(t, b)) {
+  if (!turn.active) {
     for (int unit = threadIdx.x; unit < H; unit += kThreads) {
-      const Cell cell(args, d, steps, unit);
-      const typename Cell::Operands in = cell.load(i, t, b, old_c(cell, unit));
+      const Cell cell(args, d, walk, unit);
+      const typename Cell::Operands in = cell.load(turn, old_c(cell, unit), reset_follows);
       Acc c;
-      const auto result = cell.compute(t, b, {}, in, c, [&] { return state[at(b, K, unit)]; });
-      cell.store(t, b, in, result, c);
+      const auto result = cell.compute(turn, {}, in, c, [&] { return state[at(b, K, unit)]; });
+      cell.store(turn, result, c);
       as<Acc>(d.cells)[at(b, H, unit)] = c;
       hand_on(unit, result);
     }
@@ -103,8 +105,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const RowMoments<Acc> of_product(4 * H, v.epsilon, sums, [&](int k) { return product[k]; });
   if (d.norm_r && threadIdx.x == 0) as<Acc>(d.norm_r)[row] = of_product.rstd;
   for (int unit = threadIdx.x; unit < H; unit += kThreads) {
-    const Cell cell(args, d, steps, unit);
-    const typename Cell::Operands in = cell.load(i, t, b, old_c(cell, unit));
+    const Cell cell(args, d, walk, unit);
+    const typename Cell::Operands in = cell.load(turn, old_c(cell, unit), reset_follows);
     Acc normed[4], c;
     for (int gate = 0; gate < 4; ++gate) {
       const int column = gate * H + unit;
@@ -113,20 +115,20 @@ __global__ void __launch_bounds__(kThreads, 1)
       normed[gate] *= to_acc(as<T>(v.gamma_hh)[column]);
     }
     typename CellMath::Gates s;
-    product[unit] = cell.state(t, b, normed, in, s, c);
+    product[unit] = cell.state(turn, normed, in, s, c);
     product[H + unit] = s.o;
-    cell.store_state(t, b, in, s, c);
+    cell.store_state(turn, s, c);
     as<Acc>(d.cells)[at(b, H, unit)] = c;
   }
   const RowMoments<Acc> of_c(H, v.epsilon, sums, [&](int unit) { return product[unit]; });
   for (int unit = threadIdx.x; unit < H; unit += kThreads) {
     const Acc seen = of_c.normalize(product[unit]) * to_acc(as<T>(v.gamma_ch)[unit]) +
                      to_acc(as<T>(v.beta_ch)[unit]);
-    const Cell cell(args, d, steps, unit);
-    const typename Cell::Operands in = cell.load(i, t, b, Acc(0));
+    const Cell cell(args, d, walk, unit);
+    const typename Cell::Operands in = cell.load(turn, Acc(0), reset_follows);
     typename Cell::Result result = {};
-    cell.output(t, b, in, product[H + unit] * CellMath::tanh_of(seen), result);
-    cell.store_output(t, b, in, result.h);
+    cell.output(turn, in, product[H + unit] * CellMath::tanh_of(seen), result);
+    cell.store_output(turn, result.h);
     hand_on(unit, result);
   }
 }
@@ -150,16 +152,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   Acc* shared = reinterpret_cast<Acc*>(memory);
   const BackwardArgs::Direction& d = args.direction[blockIdx.y];
   const Variants& v = d.variants;
-  Steps steps = args.steps;
-  steps.reverse = d.reverse;
-  const int b = int(blockIdx.x), j = args.shape.first, H = args.H, K = args.K, B = int(steps.B);
+  const Walk walk(args.steps, d.reverse);
+  const int b = int(blockIdx.x), j = args.shape.first, H = args.H, K = args.K, B = walk.B();
+  const Turn turn = turn_back(walk, j, b);
+  const unsigned row = turn.row;
   T* out = as<T>(d.state) + int64_t(j % 2) * B * K;
   // Of this sequence: the product, for which the gradient of normalized c comes; its factor of the
   // output gate; gradients of the gates.
   Acc* const product = as<Acc>(d.product) + at(b, 6 * H, 0);
   Acc* const da_o = product + H;
   Acc* const da = product + 2 * H;
-  const bool carried = carries<true>(d, steps) && !d.hidden;
+  const bool carried = carries<true>(d, walk) && !d.hidden;
   const auto old_dc = [&](const Cell& cell, int unit) {
     return j == 0 ? cell.first_dc(b) : as<Acc>(d.cells)[at(b, H, unit)];
   };
@@ -170,18 +173,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (carried) as<Acc>(d.carry)[at(b, H, unit)] = carry;
   };
 
-  if (j == steps.T || !steps.active(steps.step_at(steps.T - 1 - j), b)) {
+  if (!turn.active) {
     for (int unit = threadIdx.x; unit < H; unit += kThreads) {
-      const Cell cell(args, d, steps, unit);
+      const Cell cell(args, d, walk, unit);
       Acc dc = old_dc(cell, unit), carry = old_carry(unit);
-      const typename Cell::Result none = cell.compute(j, b, product[unit], {}, dc, carry);
+      const typename Cell::Result none = cell.compute(j, turn, product[unit], {}, dc, carry);
       put_carry(unit, carry);
-      if (j == steps.T) continue;
+      if (j == walk.T()) continue;
       as<Acc>(d.cells)[at(b, H, unit)] = dc;
       for (int gate = 0; gate < 4; ++gate) out[at(b, K, gate * H + unit)] = none.next[gate];
     }
-    if (j == steps.T || steps.offsets) return;  // it has no row
-    const int64_t row = steps.row(steps.step_at(steps.T - 1 - j), b);
+    if (j == walk.T() || walk.packed()) return;  // it has no row
     for (int k = threadIdx.x; k < 4 * H; k += kThreads) {
       as<Acc>(d.dgates)[at(row, 4 * H, k)] = 0;
       if (d.dproduct) as<T>(d.dproduct)[at(row, 4 * H, k)] = from_acc<T>(Acc(0));
@@ -189,25 +191,24 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
 
-  const int64_t t = steps.step_at(steps.T - 1 - j), row = steps.row(t, b);
   Acc* const dnorm = d.dnorm ? as<Acc>(d.dnorm) + at(b, 6 * H, 0) : nullptr;
   const RowMoments<Acc> of_c(H, v.epsilon, shared, [&](int unit) {
-    const Cell cell(args, d, steps, unit);
-    return cell.made_c(cell.load(j, b));
+    const Cell cell(args, d, walk, unit);
+    return cell.made_c(cell.load(turn));
   });
   Pair<Acc> mine = {};
   for (int unit = threadIdx.x; unit < H; unit += kThreads) {
-    const Cell cell(args, d, steps, unit);
-    const typename Cell::Operands in = cell.load(j, b);
+    const Cell cell(args, d, walk, unit);
+    const typename Cell::Operands in = cell.load(turn);
     Acc carry = old_carry(unit);
-    const Acc dh = cell.gradient(j, b, product[unit], in, carry);
+    const Acc dh = cell.gradient(j, turn, product[unit], in, carry);
     put_carry(unit, carry);
     const Acc c_hat = of_c.normalize(cell.made_c(in));
     const Acc gamma = to_acc(as<T>(v.gamma_ch)[unit]);
     const Acc tanh_c = CellMath::tanh_of(c_hat * gamma + to_acc(as<T>(v.beta_ch)[unit]));
     typename CellMath::Gates gates;
     const Acc dnormed = CellMath::backward_output(in.s, tanh_c, dh, gates);
-    cell.put_cell_out(j, b, in.s.o * tanh_c);
+    cell.put_cell_out(turn, in.s.o * tanh_c);
     if (dnorm) {
       dnorm[4 * H + unit] += dnormed * c_hat;
       dnorm[5 * H + unit] += dnormed;
@@ -220,15 +221,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Pair<Acc> over_c = block_sums(mine, shared);
   mine = {};
   for (int unit = threadIdx.x; unit < H; unit += kThreads) {
-    const Cell cell(args, d, steps, unit);
-    const typename Cell::Operands in = cell.load(j, b);
+    const Cell cell(args, d, walk, unit);
+    const typename Cell::Operands in = cell.load(turn);
     const Acc c = cell.made_c(in);
     typename CellMath::Gates gates;
     gates.o = da_o[unit];
     Acc dc = old_dc(cell, unit);
-    cell.state(j, b, in, c, through_norm(product[unit], of_c.normalize(c), over_c, H, of_c.rstd),
+    cell.state(turn, in, c, through_norm(product[unit], of_c.normalize(c), over_c, H, of_c.rstd),
                dc, gates);
-    cell.put_dc0(j, b, in, dc);
+    cell.put_dc0(j, turn, dc);
     as<Acc>(d.cells)[at(b, H, unit)] = dc;
     const Acc each[4] = {gates.i, gates.f, gates.g, gates.o};
     for (int gate = 0; gate < 4; ++gate) {
@@ -244,14 +245,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   const Pair<Acc> over_product = block_sums(mine, shared);
   const Acc rstd = as<Acc>(d.norm_r)[row];
-  const bool cut = resets(steps, t, b);
   for (int unit = threadIdx.x; unit < H; unit += kThreads)
     for (int gate = 0; gate < 4; ++gate) {
       const int column = gate * H + unit;
       const Acc x_hat = as<Acc>(d.norm)[at(row, 4 * H, column)];
       const T rounded = from_acc<T>(through_norm(da[column], x_hat, over_product, 4 * H, rstd));
       if (d.dproduct) as<T>(d.dproduct)[at(row, 4 * H, column)] = rounded;
-      out[at(b, K, column)] = cut ? from_acc<T>(Acc(0)) : Arithmetic::round_state(rounded);
+      out[at(b, K, column)] = turn.reset ? from_acc<T>(Acc(0)) : Arithmetic::round_state(rounded);
     }
 }
 

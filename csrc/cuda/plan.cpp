@@ -53,19 +53,29 @@ int64_t base_shared(const CudaProblem& p, const Tile& tile) {
   return partial_bytes(tile.m, units_of(tile.m, p.backward), tile.n, int(acc_bytes(p.dtype)));
 }
 
-// Rates in bytes or multiply-adds a microsecond, overheads in microseconds. Leads, not measured:
-// published figures of an H100, scaled by multiprocessors where that is what matters.
+// Rates in bytes or multiply-adds a microsecond, overheads in microseconds. Fitted to what 2644
+// plans took on an H100 SXM, bf16 and TF32, near the fastest of each of 96 problems (bench/results/
+// nvidia-h100-80gb-hbm3/NOTES.md), but for what is marked as a lead; scaled by multiprocessors
+// where that is what matters. The plan they choose takes 1.03 times the fastest one's time on
+// average.
 struct Costs {
-  double launch = 2.2;           // one kernel after another in a stream
-  double barrier = 1.1;          // through global memory
-  double cell = 0.6;             // loads, sum over the warps, the cell's functions
-  double cluster = 0.9;          // a cell, and an exchange through distributed shared memory
-  double cluster_per_sm = 25e3;  // what a block receives through it
-  double l2_per_sm = 41e3;       // all of them reading at once
-  double memory_per_sm = 22e3;   // HBM or GDDR, the same
-  double shared_per_sm = 200e3;
-  double tensor16 = 0.9e6, tensor32 = 0.45e6, fma32 = 0.12e6, fma64 = 0.05e6;  // per SM
-  double vendor = 2.2;  // a large product of the vendor's library against those
+  double launch = 2.25;   // one kernel after another in a stream
+  double barrier = 1.03;  // through global memory
+  // Loads, the sum over the warps and the cell's functions, for a tile of 8 sequences; for each 8
+  // more, that part of it.
+  double cell = 0.8, cell_backward = 1.14, more_sequences = 0.116;
+  double state_per_sm = 61e3, weights_per_sm = 47e3;  // from L2, all of them reading at once
+  double memory_per_sm = 17.2e3;                      // HBM, the same
+  // In a grid that streams weights from there, groups and tiles fetch them apart.
+  double grid_memory = 1.41;
+  double shared_per_sm = 84e3;                 // weights that a grid's blocks keep there
+  double tensor16 = 0.85e6, tensor32 = 0.5e6;  // per SM
+  double fma32 = 0.12e6, fma64 = 0.05e6;       // per SM; leads
+  // A cell, and an exchange through distributed shared memory; for each sequence of a group.
+  double cluster = 0.65, cluster_backward = 1.45, cluster_sequence = 0.045;
+  double sent_per_sm = 93e3;  // to peers
+  double cluster_shared_per_sm = 125e3;
+  double vendor = 2.2;  // a large product of the vendor's library against those; a lead
   double part = 8;      // of a wavefront: two kernels begin and end, and an event between streams
   double calls = 30;    // what the calling thread takes for it, from Python
 };
@@ -108,19 +118,23 @@ CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile
   const double rows = std::min<double>(double(plan.group_rows), tiles * 8 * tile.n);
   const double blocks = double(plan.slices * plan.groups * p.directions);
   const double waves = std::max(1.0, blocks / device.sm_count);
-  const double state = rows * row_bytes / costs.l2_per_sm;
-  const double streamed = tiles * weights * (1 - resident) / costs.l2_per_sm;
+  const double state = rows * row_bytes / costs.state_per_sm;
+  const double streamed = tiles * weights * (1 - resident) / costs.weights_per_sm;
+  const bool grid = family == CudaFamily::kGrid;
   // Weights that do not fit L2 come from memory once a step, whoever needs them.
   const double all_streamed = double(plan.slices) * weights * p.directions * (1 - resident);
-  const double from_memory = all_streamed > 0.8 * double(device.l2_bytes)
-                                 ? all_streamed / (costs.memory_per_sm * device.sm_count)
-                                 : 0;
+  double from_memory = 0;
+  if (all_streamed > 0.8 * double(device.l2_bytes)) {
+    from_memory = all_streamed / (costs.memory_per_sm * device.sm_count);
+    if (grid) from_memory *= costs.grid_memory * std::sqrt(double(plan.groups) * tiles);
+  }
   const double from_shared = tiles * weights * plan.shared * kWarps /
                              double(std::max<int64_t>(chunks, 1)) / costs.shared_per_sm;
   const double math =
       tiles * 8 * tile.n * tile.m * 16 * double(product_length(p)) / macs_per_us(p, device, costs);
-  const double busy = std::max(state + streamed, std::max(from_shared, math)) + tiles * costs.cell;
-  const bool grid = family == CudaFamily::kGrid;
+  const double cell =
+      (p.backward ? costs.cell_backward : costs.cell) * (1 + costs.more_sequences * (tile.n - 1));
+  const double busy = state + streamed + std::max(from_shared, math) + tiles * cell;
   plan.step_us = (grid ? costs.barrier : costs.launch) +
                  std::max(from_memory, grid ? busy : std::ceil(waves) * busy);
   return plan;
@@ -137,10 +151,12 @@ ClusterWeights cluster_weights(const CudaProblem& p, const Tile& tile) {
   const int of_rows = warps_of_rows(tile.m);
   return {ceil_div(chunks_of(p), kWarps / of_rows), tile.m / of_rows * kTileBytes};
 }
-int64_t base_cluster_shared(const CudaProblem& p, const Tile& tile, int64_t slices) {
-  const int64_t element = storage_bytes(p.dtype);
-  return p.backward ? backward_cluster_bytes(tile, slices, int(element))
-                    : forward_cluster_bytes(tile, product_length(p) * element);
+int64_t base_cluster_shared(const CudaProblem& p, const Tile& tile, int64_t slices,
+                            int64_t group_rows) {
+  const int element = int(storage_bytes(p.dtype));
+  return p.backward ? backward_cluster_bytes(tile, slices, group_rows, element)
+                    : forward_cluster_bytes(tile, slices, group_rows, product_length(p) * element,
+                                            element);
 }
 
 // The same for the cluster family, for groups of so many sequences.
@@ -160,24 +176,30 @@ CudaPlan try_cluster_plan(const CudaProblem& p, const CudaProperties& device, co
   plan.held = tile.held;
   const ClusterWeights weights = cluster_weights(p, tile);
   plan.shared = int(std::max<int64_t>(weights.count - plan.held, 0));
-  const int64_t base = base_cluster_shared(p, tile, plan.slices);
+  const int64_t base = base_cluster_shared(p, tile, plan.slices, group_rows);
   const int64_t kept = plan.shared * kWarps * weights.bytes;
   plan.shared_bytes = base + kept;
   if (plan.cluster > kMostBlocksOfCluster || !device.clusters[size]) return plan;  // it cannot run
 
   const double element = double(storage_bytes(p.dtype)), rows = 8.0 * tile.n;
-  const double received = double(group_rows) * double(p.H) * (p.backward ? 4 : element);
+  const double units = units_of(tile.m, p.backward);
+  const double sent = double(plan.slices) *
+                      double(p.backward ? backward_part_bytes(tile, group_rows)
+                                        : forward_slice_bytes(tile, group_rows, int(element)));
   // Read and written in shared memory: the state by every warp that needs it, the weights, and what
-  // is added up.
+  // is sent or added up.
   const double touched =
       double(kept) + (p.backward
-                          ? kWarps * rows * 64 * tile.m * element + received
+                          ? kWarps * rows * 4 * units * element + 2 * sent
                           : warps_of_rows(tile.m) * rows * double(p.H) * element +
                                 2.0 * kWarps / warps_of_rows(tile.m) * tile.n * tile.m * 512);
+  const double macs = rows * 4 * units * double(p.H);
   const double waves =
       std::ceil(double(plan.groups * p.directions) / double(device.clusters[size]));
-  plan.step_us =
-      waves * (costs.cluster + received / costs.cluster_per_sm + touched / costs.shared_per_sm);
+  plan.step_us = waves * ((p.backward ? costs.cluster_backward : costs.cluster) +
+                          costs.cluster_sequence * double(group_rows) + sent / costs.sent_per_sm +
+                          std::max(touched / costs.cluster_shared_per_sm,
+                                   macs / macs_per_us(p, device, costs)));
   return plan;
 }
 
@@ -190,13 +212,14 @@ std::string refuse_cluster(const CudaPlan& plan, const CudaProblem& p, const Til
     return "a cluster has a block for each slice, and is a power of two from 2 to 16";
   if (plan.groups > 1 && (plan.groups - 1) * plan.group_rows >= p.B)
     return "a cluster has no empty group";
-  if (plan.group_rows > 8 * tile.n) return "a cluster has one tile of sequences";
+  if (plan.group_rows > cluster_rows(tile, p.backward))
+    return "a cluster has one tile of sequences";
   if (plan.held != tile.held) return "no kernel holds so many chunks";
   const ClusterWeights weights = cluster_weights(p, tile);
   if (plan.held + plan.shared < weights.count) return "a cluster keeps all of the weights";
-  if (plan.shared < 0 || plan.shared_bytes != base_cluster_shared(p, tile, plan.slices) +
-                                                  int64_t(plan.shared) * kWarps * weights.bytes)
-    return "shared_bytes is not what its parts add up to";
+  const int64_t base = base_cluster_shared(p, tile, plan.slices, plan.group_rows);
+  if (plan.shared < 0 || plan.shared_bytes < base + plan.shared * kWarps * weights.bytes)
+    return "shared_bytes is not enough for its parts";
   return "";
 }
 
@@ -235,7 +258,8 @@ std::vector<CudaPlan> all_cuda_plans(const CudaProblem& p, const CudaProperties&
     return plans;
   const Tiles clusters = cluster_tiles_of(p);
   for (const Tile* tile = clusters.begin; tile != clusters.end; ++tile)
-    for (int64_t rows = 8 * tile->n; rows > 8 * (tile->n / 2); rows -= tile->n > 1 ? 8 : 2) {
+    for (int64_t rows = cluster_rows(*tile, p.backward); rows > 8 * (tile->n / 2);
+         rows -= tile->n > 1 ? 8 : 2) {
       const CudaPlan plan = try_cluster_plan(p, device, *tile, rows);
       if (plan.step_us > 0 && rows < std::max<int64_t>(2 * p.B, 3)) add(plan);
     }

@@ -65,22 +65,37 @@ struct WarpShare {
   }
 };
 
+// The k-th 16 bytes of a sequence's state lie at start() + row(sequence, K in 16 bytes) + k *
+// step().
+
 // The state in global memory, written by other blocks.
 template <class T>
 struct StateInL2 {
   static constexpr bool kNear = false;
   const T* state;  // [count][K], as long as the weights'
-  LSTM_EXT_DEVICE const uint4* rows() const { return reinterpret_cast<const uint4*>(state); }
-  LSTM_EXT_DEVICE uint32_t pitch(uint32_t of_weights) const { return of_weights; }
+  LSTM_EXT_DEVICE const uint4* start() const { return reinterpret_cast<const uint4*>(state); }
+  LSTM_EXT_DEVICE uint32_t row(int b, uint32_t K) const { return uint32_t(b) * K; }
+  LSTM_EXT_DEVICE uint32_t step() const { return 1; }
   LSTM_EXT_DEVICE uint4 load(const uint4* at) const { return load_shared_by_blocks(at); }
 };
-// The state in this block's own shared memory.
+// The state in this block's own shared memory: [K in 16 bytes][rows], the sequences of the k-th in
+// an order that puts what the lanes of a warp take together into different banks. A lane takes k's
+// of one remainder by 4, tensor cores' lane % 4; lanes of sequences that are not there read
+// others'.
 struct StateInShared {
   static constexpr bool kNear = true;
-  const uint4* rows_;
-  uint32_t pitch_;  // of a row, in 16-byte pieces
-  LSTM_EXT_DEVICE const uint4* rows() const { return rows_; }
-  LSTM_EXT_DEVICE uint32_t pitch(uint32_t) const { return pitch_; }
+  const uint4* state;
+  int rows;  // a power of two from 2
+  static LSTM_EXT_DEVICE int swapped(int k, int rows) { return (k % 4 * min(rows, 8) / 4) & ~1; }
+  // Where 16 bytes of a sequence lie.
+  static LSTM_EXT_DEVICE int place(int k, int b, int rows) {
+    return k * rows + (b ^ swapped(k, rows));
+  }
+  LSTM_EXT_DEVICE const uint4* start() const { return state; }
+  LSTM_EXT_DEVICE uint32_t row(int b, uint32_t) const {
+    return uint32_t((b & (rows - 1)) ^ swapped(int(threadIdx.x % 4), rows));
+  }
+  LSTM_EXT_DEVICE uint32_t step() const { return uint32_t(rows); }
   LSTM_EXT_DEVICE uint4 load(const uint4* at) const { return *at; }
 };
 
@@ -149,7 +164,7 @@ class Weights {
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         const int b = first + n * 8 + Arithmetic::column(lane, j);
-        columns[n][j] = uint32_t(min(b, last)) * state.pitch(chunks_ * kVectors);
+        columns[n][j] = state.row(min(b, last), chunks_ * kVectors);
       }
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m)
@@ -161,13 +176,21 @@ class Weights {
 
     static_assert(kInRegisters % kHeldGroup<State, kNTiles> == 0, "groups are whole");
     const int mine = (chunks_ - warp + kKWarps - 1) / kKWarps;  // chunks of this warp
-    if constexpr (kInRegisters > 0)
+    if constexpr (kInRegisters > 0) {
+      const auto held = [&](bool all) {
 #pragma unroll
-      for (int j = 0; j < kInRegisters; j += kHeldGroup<State, kNTiles>)
-        // A cluster's blocks need not fill all that they can hold.
-        if (kMWarps == 1 || j < mine)
-          group<kRegisters, kNTiles, kHeldGroup<State, kNTiles>>(state, columns, j, mine, sums,
-                                                                 second);
+        for (int j = 0; j < kInRegisters; j += kHeldGroup<State, kNTiles>)
+          if (all || j < mine)
+            group<kRegisters, kNTiles, kHeldGroup<State, kNTiles>>(state, columns, j, mine, sums,
+                                                                   second);
+      };
+      // A cluster's blocks need not fill all that they can hold. If they do, no branch stands
+      // between the loads and products.
+      if (kMWarps == 1 || mine >= kInRegisters)
+        held(true);
+      else
+        held(false);
+    }
     const int resident = min(mine, kInRegisters + shared_);
     int j = kInRegisters;
 #pragma unroll 1
@@ -201,9 +224,9 @@ class Weights {
       kParts == 1 && 2 * kMTiles + kNTiles <= (State::kNear ? 6 : 8) ? 2 : 1;
 
   // Where a warp has few sums, each is made as two: with all else near, what a chunk costs is the
-  // wait for the product before it.
+  // wait for the product before it, 24 cycles on an H100, where two warps can start one every 6.5.
   template <class State, int kNTiles>
-  static constexpr bool kSplit = State::kNear && kNTiles == 1;
+  static constexpr bool kSplit = State::kNear && kNTiles * kMTiles < 3;
 
   // Adds the products of the warp's chunks j, j + 1, ... of kCount, those from `end` on left out.
   template <Source kSource, int kNTiles, int kCount, class State>
@@ -211,7 +234,7 @@ class Weights {
                              int j, int end, Acc (&sums)[kMTiles][kNTiles][4],
                              Acc (&second)[kMTiles][kNTiles][4]) const {
     const int lane = threadIdx.x % 32, warp = Share::k();
-    const uint4* states = state.rows();
+    const uint4* states = state.start();
     const uint4 zero = make_uint4(0, 0, 0, 0);
 #pragma unroll 1
     for (int part = 0; part < kParts; ++part) {
@@ -224,7 +247,7 @@ class Weights {
         for (int n = 0; n < kNTiles; ++n)
 #pragma unroll
           for (int c = 0; c < kColumns; ++c)
-            b[i][n][c] = j + i < end ? state.load(states + columns[n][c] + k) : zero;
+            b[i][n][c] = j + i < end ? state.load(states + columns[n][c] + k * state.step()) : zero;
       }
 #pragma unroll
       for (int i = 0; i < kCount; ++i)

@@ -50,12 +50,15 @@ LSTM_EXT_INLINE constexpr int64_t block_sums_bytes(int64_t acc_bytes) {
 // A block of `m` m-tiles by `n` n-tiles; `held` as above, but backward in m-tiles of a warp.
 
 constexpr int kMostBlocksOfCluster = 16;
-constexpr Tile kForwardClusterTiles16[] = {{4, 1, 4}, {4, 2, 4}, {4, 4, 4}, {8, 1, 8},
-                                           {8, 2, 8}, {8, 4, 4}, {12, 1, 5}};
-constexpr Tile kForwardClusterTiles32[] = {{4, 1, 4}, {4, 2, 4}, {8, 1, 8}, {8, 2, 7}};
-constexpr Tile kBackwardClusterTiles16[] = {{1, 1, 2}, {1, 2, 2}, {1, 4, 2}, {2, 1, 4},
-                                            {2, 2, 4}, {2, 4, 2}, {3, 1, 3}};
-constexpr Tile kBackwardClusterTiles32[] = {{1, 1, 2}, {1, 2, 2}, {2, 1, 2}, {2, 2, 2}};
+constexpr Tile kForwardClusterTiles16[] = {{4, 1, 4}, {8, 1, 8}, {8, 2, 8}, {12, 1, 6}};
+constexpr Tile kForwardClusterTiles32[] = {{4, 1, 4}, {8, 1, 8}};
+constexpr Tile kBackwardClusterTiles16[] = {{1, 1, 2}, {1, 2, 2}, {2, 1, 4}, {3, 1, 3}};
+constexpr Tile kBackwardClusterTiles32[] = {{1, 1, 2}, {2, 1, 2}};
+
+// Sequences of a group at most: where 48 units take the registers, one cell a thread.
+LSTM_EXT_INLINE constexpr int cluster_rows(const Tile& tile, bool backward) {
+  return tile.m == (backward ? 3 : 12) ? 4 : 8 * tile.n;
+}
 
 // Forward: warps that share a part of k, each with other rows; 3 or fewer m-tiles a warp.
 LSTM_EXT_INLINE constexpr int warps_of_rows(int m_tiles) { return m_tiles < 8 ? 2 : 4; }
@@ -69,16 +72,54 @@ LSTM_EXT_INLINE constexpr int64_t shared_row(int64_t bytes) {
   return bytes % 128 ? bytes : bytes + 64;
 }
 
-// Bytes of shared memory of a block besides weights. Forward: two states of all units, partial
-// sums.
-LSTM_EXT_INLINE constexpr int64_t forward_cluster_bytes(const Tile& tile, int64_t state_row) {
-  return kBarrierBytes + 2 * 8 * tile.n * shared_row(state_row) +
+// Forward: the sequences that a block's state has room for, a power of two.
+LSTM_EXT_INLINE constexpr int state_rows(int64_t group_rows) {
+  int rows = 2;
+  while (rows < group_rows) rows *= 2;
+  return rows;
+}
+// Of a block's part of the state, and of the whole, a part from each block and at least state_row
+// bytes of a sequence.
+LSTM_EXT_INLINE constexpr int64_t forward_slice_bytes(const Tile& tile, int64_t group_rows,
+                                                      int element) {
+  return int64_t(state_rows(group_rows)) * 4 * tile.m * element;
+}
+LSTM_EXT_INLINE constexpr int64_t forward_box_bytes(const Tile& tile, int64_t slices,
+                                                    int64_t group_rows, int64_t state_row,
+                                                    int element) {
+  const int64_t parts = slices * forward_slice_bytes(tile, group_rows, element);
+  const int64_t rows = state_rows(group_rows) * state_row;
+  return parts < rows ? rows : parts;
+}
+// What a block's cells need of a step is on its way two steps long: words a thread and cell.
+constexpr int kForwardWords = 4, kBackwardWords = 6;
+LSTM_EXT_INLINE constexpr int64_t ahead_bytes(int words, int cells) {
+  return int64_t(2) * words * cells * kThreads * 4;
+}
+// Cells of a thread, for groups of so many sequences.
+LSTM_EXT_INLINE constexpr int cluster_cells(int units, int rows) {
+  return (units * rows + kThreads / units * units - 1) / (kThreads / units * units);
+}
+// Backward: of what one block sends another, the sums of its units for the sequences of a group.
+LSTM_EXT_INLINE constexpr int64_t backward_part_bytes(const Tile& tile, int64_t group_rows) {
+  return (group_rows + 1) / 2 * tile.m * 128;
+}
+
+// Bytes of shared memory of a block besides weights. Forward: two states of all units, two times
+// its own part, partial sums.
+LSTM_EXT_INLINE constexpr int64_t forward_cluster_bytes(const Tile& tile, int64_t slices,
+                                                        int64_t group_rows, int64_t state_row,
+                                                        int element) {
+  return kBarrierBytes + 2 * forward_box_bytes(tile, slices, group_rows, state_row, element) +
+         2 * forward_slice_bytes(tile, group_rows, element) +
+         ahead_bytes(kForwardWords, cluster_cells(4 * tile.m, cluster_rows(tile, false))) +
          int64_t(kWarps / warps_of_rows(tile.m)) * tile.n * tile.m * 128 * 4;
 }
-// Backward: two sums of this block's units from every block, two times its own gates' gradients.
+// Backward: two times a part from every block and for every block, and its own gates' gradients.
 LSTM_EXT_INLINE constexpr int64_t backward_cluster_bytes(const Tile& tile, int64_t slices,
-                                                         int element) {
-  return kBarrierBytes + 2 * slices * tile.m * tile.n * 128 * 4 +
+                                                         int64_t group_rows, int element) {
+  return kBarrierBytes + 4 * slices * backward_part_bytes(tile, group_rows) +
+         ahead_bytes(kBackwardWords, cluster_cells(16 * tile.m, cluster_rows(tile, true))) +
          2 * 8 * tile.n * shared_row(64 * tile.m * element);
 }
 

@@ -140,13 +140,12 @@ void mbarrier_complete_tx(uint64_t* p, unsigned bytes) {
   update(p, [&](Mbarrier& m) { m.tx -= bytes; });
 }
 
-// ---- st.async. When a store arrives is the seed's choice: 0 as late as possible (when the
+// ---- st.async, and bulk copies in pieces. When a store arrives is the seed's choice: 0 as late as possible (when the
 // destination waits for it), 1 at once, more: random. Late arrival shows a missing wait, early
 // arrival a buffer that is overwritten too soon. TSan needs the store in the issuing thread: at
 // once.
 
-bool st_async(void* dst, const void* data, unsigned bytes, uint64_t* mbar) {
-  maybe_delay();
+static bool send(void* dst, const void* data, bool read_late, unsigned bytes, uint64_t* mbar) {
   Block* to = owner(dst);
   if (!to || owner(static_cast<char*>(dst) + bytes - 1) != to)
     fail("st.async: %p is not shared memory of this cluster", dst);
@@ -165,13 +164,23 @@ bool st_async(void* dst, const void* data, unsigned bytes, uint64_t* mbar) {
   const bool now = seed == 1 || (seed > 1 && cur->b->rng() % 2);
 #endif
   if (!now) {
-    RemoteStore store{dst, {}, bytes, mbar};
-    std::memcpy(store.data, data, bytes);
+    RemoteStore store{dst, {}, read_late ? data : nullptr, bytes, mbar};
+    if (!read_late) std::memcpy(store.data, data, bytes);
     to->in_flight.push_back(store);
     ++cur->b->grid->events;
   }
   to->lock.unlock();
   return now;
+}
+
+bool st_async(void* dst, const void* data, unsigned bytes, uint64_t* mbar) {
+  maybe_delay();
+  return send(dst, data, false, bytes, mbar);
+}
+
+bool copy_async(void* dst, const void* source, unsigned bytes, uint64_t* mbar) {
+  if (owner(source) != cur->b) fail("a copy from %p, not this block's shared memory", source);
+  return send(dst, source, true, bytes, mbar);
 }
 
 static void deliver_to(uint64_t* p) {
@@ -191,7 +200,7 @@ static void deliver_to(uint64_t* p) {
   }
   b->lock.unlock();
   for (auto& store : arriving) {
-    std::memcpy(store.dst, store.data, store.bytes);
+    std::memcpy(store.dst, store.source ? store.source : store.data, store.bytes);
     mbarrier_complete_tx(store.mbar, store.bytes);
   }
 }

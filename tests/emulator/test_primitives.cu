@@ -221,30 +221,6 @@ bool test_shuffles() {
   return report("shuffles", !bad, bad);
 }
 
-// ---- the values of 16 bytes' lanes, in every lane of the group
-
-template <class T>
-__global__ void gathers(T* out) {
-#ifdef LSTM_EXT_CLUSTERS
-  const T value = T(1000 * (threadIdx.x / 32) + threadIdx.x % 32 + 1);
-  const uint4 vector = gather_lanes(value);
-  memcpy(out + threadIdx.x * (16 / sizeof(T)), &vector, 16);
-#endif
-}
-
-template <class T>
-bool test_gathers(const char* name) {
-  constexpr int kLanes = 16 / sizeof(T), kCount = 64;
-  Array<T> out(kCount * kLanes);
-  int bad = launch(gathers<T>, {dim3(1), dim3(kCount)}, out.data);
-  for (int thread = 0; thread < kCount; ++thread)
-    for (int i = 0; i < kLanes; ++i) {
-      const int from = thread / kLanes * kLanes + i;
-      bad += double(out[thread * kLanes + i]) != 1000 * (from / 32) + from % 32 + 1;
-    }
-  return report(name, !bad, bad);
-}
-
 // ---- a barrier of the grid: in each round every block reads what all others wrote in the last
 
 enum GridMode { kGridRight, kGridNoWait, kGridEarly, kGridForever };
@@ -286,11 +262,21 @@ bool test_rounds(int mode, const char* name) {
   return report(name, !bad, bad);
 }
 
-// ---- clusters: a ring. Each block sends to its right neighbour (st.async), which signals back
-// that the one buffer is free (remote arrive); at the end every block reads a peer's memory
-// directly.
+// ---- clusters: a ring. Each block sends to its right neighbour (st.async, or a bulk copy of a
+// letter of its own), which signals back that the one buffer is free (remote arrive); at the end
+// every block reads a peer's memory directly.
 
-enum RingMode { kRight, kNoWait, kNoFree, kNoInitSync, kNoEndSync, kNoExpect, kSendAtEnd };
+enum RingMode {
+  kRight,
+  kNoWait,
+  kNoFree,
+  kNoInitSync,
+  kNoEndSync,
+  kNoExpect,
+  kSendAtEnd,
+  kCopies,
+  kCopiesTooEarly  // the letter is written again while it may be on its way
+};
 constexpr int kRounds = 6;
 
 __global__ void ring(unsigned* out, int mode) {
@@ -300,6 +286,7 @@ __global__ void ring(unsigned* out, int mode) {
   uint64_t* full = reinterpret_cast<uint64_t*>(smem + 512);  // data is here
   uint64_t* free_again = full + 1;                           // the neighbour's buffer is free
   unsigned* result = reinterpret_cast<unsigned*>(smem + 528);
+  uint4* letter = reinterpret_cast<uint4*>(smem + 640);  // [32]
   const unsigned n = cluster_size(), rank = cluster_rank(), lane = threadIdx.x;
   const unsigned right = (rank + 1) % n, left = (rank + n - 1) % n;
   const shared_addr to = map_to_rank(shared_address(buffer + lane), right);
@@ -315,9 +302,17 @@ __global__ void ring(unsigned* out, int mode) {
   for (unsigned i = 0; i < kRounds; ++i) {
     if (lane == 0 && mode != kNoExpect) mbarrier_arrive_expect_tx(full, 512);
     if (lane == 0 && mode == kNoExpect) mbarrier_arrive(full);
-    if (i > 0 && mode != kNoFree) mbarrier_wait(free_again, (i - 1) & 1);
     const unsigned v = 1000 * blockIdx.x + 100 * i + lane;
-    st_async(to, make_uint4(v, v, v, v), to_full);
+    if (mode == kCopiesTooEarly) letter[lane] = make_uint4(v, v, v, v);
+    if (i > 0 && mode != kNoFree) mbarrier_wait(free_again, (i - 1) & 1);
+    if (mode >= kCopies) {
+      letter[lane] = make_uint4(v, v, v, v);
+      copies_see();
+      __syncwarp();
+      if (lane == 0) copy_async(to, letter, 512, to_full);
+    } else {
+      st_async(to, make_uint4(v, v, v, v), to_full);
+    }
     if (mode != kNoWait) mbarrier_wait(full, i & 1);
     sum += buffer[31 - lane].w * (i + 1);  // another lane's peer wrote it
     mbarrier_arrive_remote(map_to_rank(shared_address(free_again), left));
@@ -343,7 +338,7 @@ bool test_ring(int mode, int clusters, int size, const char* name) {
   const int n = clusters * size;
   Array<unsigned> out(n * 32);
   if (size > 8) cudaFuncSetAttribute(ring, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  int bad = launch(ring, {dim3(n), dim3(32), 640, unsigned(size)}, out.data, mode);
+  int bad = launch(ring, {dim3(n), dim3(32), 1152, unsigned(size)}, out.data, mode);
   for (int b = 0; b < n; ++b)
     for (int l = 0; l < 32; ++l) {
       const unsigned peer = ring_sum(size, b / size * size + (b + 3) % size, 0);
@@ -421,6 +416,7 @@ __global__ void misuse(int what) {
 int run_misuse(const char* name) {
   const char* rings[] = {"no-wait",     "no-free",   "no-init-sync",
                          "no-end-sync", "no-expect", "send-at-end"};
+  if (!strcmp(name, "copies-too-early")) return !test_ring(kCopiesTooEarly, 1, 8, name);
   const char* grids[] = {"grid-no-wait", "grid-early", "grid-forever"};
   const char* others[] = {"uninitialised",  "too-many-arrivals", "overrun",
                           "bad-rank",       "arrive-only",       "divergent",
@@ -454,11 +450,11 @@ int main(int argc, char** argv) {
   ok &= test_product_16<__half>("fp16");
   ok &= test_product_8();
   ok &= test_shuffles();
-  ok &= test_gathers<uint16_t>("gathered lanes, 2 bytes");
-  ok &= test_gathers<float>("gathered lanes, 4 bytes");
   ok &= test_rounds(kGridRight, "barrier of the grid");
   ok &= test_ring(kRight, 1, 8, "cluster ring");
   ok &= test_ring(kRight, 5, 8, "cluster ring, 5 clusters");
   ok &= test_ring(kRight, 1, 16, "cluster ring of 16");
+  ok &= test_ring(kCopies, 3, 8, "cluster ring of copies");
+  ok &= test_ring(kCopies, 1, 16, "cluster ring of copies, 16");
   return !ok;
 }

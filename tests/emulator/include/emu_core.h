@@ -72,6 +72,13 @@ struct Warp {
   Sync full, part;
 };
 
+// cp.async of 4 bytes, and to which of its thread's groups it belongs.
+struct AsyncLoad {
+  void* to;
+  const void* from;
+  unsigned group;
+};
+
 struct Fiber {
   void* sp;
   State state;
@@ -85,11 +92,14 @@ struct Fiber {
   void* fake_stack = nullptr;  // ASan's
   unsigned turns = 0, full_syncs = 0, part_syncs = 0, block_syncs = 0;
   unsigned cluster_arrivals = 0, cluster_waits = 0;
+  std::vector<AsyncLoad> loads;  // not here yet
+  unsigned load_groups = 0;      // that have been closed
 };
 
-struct RemoteStore {  // st.async in flight
+struct RemoteStore {  // st.async in flight, or 16 bytes of a bulk copy
   void* dst;
   unsigned char data[16];
+  const void* source;  // of a copy: read on arrival; null: data
   unsigned bytes;
   uint64_t* mbar;
 };
@@ -173,6 +183,25 @@ bool mbarrier_try_wait(uint64_t*, unsigned parity);
 void mbarrier_complete_tx(uint64_t*, unsigned bytes);
 // True: the caller is to store now, and then to call mbarrier_complete_tx.
 bool st_async(void* dst, const void* data, unsigned bytes, uint64_t* mbar);
+// The same for a piece of a bulk copy, whose source must stay as it is until then.
+bool copy_async(void* dst, const void* source, unsigned bytes, uint64_t* mbar);
+
+// ---- cp.async. Data come as late as they may: until then the place holds 0xff.
+inline void async_load(void* to, const void* from) {
+  std::memset(to, 0xff, 4);
+  cur->loads.push_back({to, from, cur->load_groups});
+}
+inline void async_commit() { ++cur->load_groups; }
+inline void async_wait(unsigned pending) {
+  auto& loads = cur->loads;
+  size_t left = 0;
+  for (const AsyncLoad& load : loads)
+    if (load.group + pending >= cur->load_groups)
+      loads[left++] = load;
+    else
+      *static_cast<uint32_t*>(load.to) = *static_cast<const uint32_t*>(load.from);
+  loads.resize(left);
+}
 
 // ---- warp collectives: publish, meet, read
 inline Exchange& exchange_area() {  // for collectives of the full warp; ask before rendezvous()
