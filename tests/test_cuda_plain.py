@@ -1,22 +1,23 @@
-"""The short way of a plain layer or cell on the CUDA engine, on the emulator: when it is taken, and
-that it gives what the layer's way gives."""
+"""The short way of a plain layer or cell on the CUDA engine, emulated unless there is a GPU: when
+it is taken, and that it gives what the layer's way gives."""
 
 import contextlib
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
+import device
 import emulated
 import pytest
 import torch
 from cases import HALF, Case, compare
-from device import leaf
+from device import here, leaf
 from emulated import installed, only
 from tolerances import tol
 
 import lstm_ext
-from lstm_ext import cuda_engine, plain
+from lstm_ext import cuda_engine, ops
 
-pytestmark = pytest.mark.cpu_only(reason="the emulator runs on tensors of the CPU")
+EMULATOR = pytest.mark.cpu_only(reason="the emulator runs on tensors of the CPU")
 I, H = 5, 19
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 #: Against the layer's way: the largest difference, relative to the largest element.
@@ -49,11 +50,25 @@ def _exact():
     torch.backends.cudnn.allow_tf32 = before
 
 
+@contextlib.contextmanager
+def own_engine():
+    """The device's own engine."""
+    yield ops._engines[device.DEVICE.type]
+
+
 @pytest.fixture
-def short():
-    with installed() as engine:
-        engine.plain = Short(engine.plain)
+def short(monkeypatch):
+    with own_engine() if device.NAME == "cuda" else installed() as engine:
+        monkeypatch.setattr(engine, "plain", Short(engine.plain))
         yield engine.plain
+
+
+def draw(*size, dtype=torch.float32):
+    return here(torch.randn(*size, dtype=dtype))
+
+
+def lstm(*args, **kwargs):
+    return here(lstm_ext.LSTM(*args, **kwargs))
 
 
 def both_ways(short, run, dtype):
@@ -86,9 +101,9 @@ def gradients(outputs, inputs, seed=1):
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("steps, batch", [(1, 1), (1, 9), (2, 1), (6, 3), (3, 17)])
 def test_both_ways(dtype, batch_first, given, steps, batch, short, poisoned):
-    module = lstm_ext.LSTM(I, H, batch_first=batch_first, dtype=dtype)
-    x = leaf(torch.randn(*((batch, steps) if batch_first else (steps, batch)), I, dtype=dtype))
-    hx = tuple(leaf(torch.randn(1, batch, H, dtype=dtype)) for _ in range(2)) if given else None
+    module = lstm(I, H, batch_first=batch_first, dtype=dtype)
+    x = leaf(draw(*((batch, steps) if batch_first else (steps, batch)), I, dtype=dtype))
+    hx = tuple(leaf(draw(1, batch, H, dtype=dtype)) for _ in range(2)) if given else None
     inputs = [x, *(hx or ()), *module.parameters()]
 
     def run():
@@ -112,6 +127,7 @@ def test_as_nn_lstm(dtype, case, memory, short):
     assert short.forwards == [True] and short.backwards == [True]
 
 
+@EMULATOR
 @pytest.mark.parametrize("arithmetic", ["tf32", "bfloat16"])
 @pytest.mark.parametrize("family", cuda_engine.FAMILIES)
 def test_every_family(family, arithmetic):
@@ -119,8 +135,8 @@ def test_every_family(family, arithmetic):
     dtype = torch.float32 if arithmetic == "tf32" else torch.bfloat16
     with installed(only(family)) as engine:
         engine.plain = Short(engine.plain)
-        module = lstm_ext.LSTM(I, 64, dtype=dtype)
-        x = leaf(torch.randn(4, 9, I, dtype=dtype))
+        module = lstm(I, 64, dtype=dtype)
+        x = leaf(draw(4, 9, I, dtype=dtype))
 
         def run():
             y, states = module(x)
@@ -134,9 +150,9 @@ def test_every_family(family, arithmetic):
 @pytest.mark.parametrize("steps, batch_first", [(1, False), (4, False), (4, True)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_any_inputs_may_be_wanted(dtype, steps, batch_first, bias, short):
-    module = lstm_ext.LSTM(I, H, bias=bias, batch_first=batch_first, dtype=dtype)
-    x = torch.randn(*((3, steps) if batch_first else (steps, 3)), I, dtype=dtype)
-    tensors = [x, *(torch.randn(1, 3, H, dtype=dtype) for _ in range(2)), *module.parameters()]
+    module = lstm(I, H, bias=bias, batch_first=batch_first, dtype=dtype)
+    x = draw(*((3, steps) if batch_first else (steps, 3)), I, dtype=dtype)
+    tensors = [x, *(draw(1, 3, H, dtype=dtype) for _ in range(2)), *module.parameters()]
     for flags in itertools.product([False, True], repeat=len(tensors)):
         for tensor, flag in zip(tensors, flags, strict=True):
             tensor.requires_grad_(flag)
@@ -154,8 +170,8 @@ def test_any_inputs_may_be_wanted(dtype, steps, batch_first, bias, short):
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("batch", [1, 9])
 def test_a_cell(dtype, given, batch, short, poisoned):
-    module = lstm_ext.LSTMCell(I, H, dtype=dtype)
-    x, *hx = (leaf(torch.randn(batch, n, dtype=dtype)) for n in (I, H, H))
+    module = here(lstm_ext.LSTMCell(I, H, dtype=dtype))
+    x, *hx = (leaf(draw(batch, n, dtype=dtype)) for n in (I, H, H))
     hx = tuple(hx) if given else None
 
     def run():
@@ -168,7 +184,7 @@ def test_a_cell(dtype, given, batch, short, poisoned):
 
 
 def test_a_layer_of_a_stack(short):
-    module, x = lstm_ext.LSTM(I, H, num_layers=2), leaf(torch.randn(4, 3, I))
+    module, x = lstm(I, H, num_layers=2), leaf(draw(4, 3, I))
 
     def run():
         y, states = module(x)
@@ -179,15 +195,15 @@ def test_a_layer_of_a_stack(short):
 
 def test_two_gradients_of_biases(short):
     """A caller may change one in place."""
-    module = lstm_ext.LSTM(I, H)
-    module(torch.randn(3, 2, I))[0].sum().backward()
+    module = lstm(I, H)
+    module(draw(3, 2, I))[0].sum().backward()
     before = module.bias_ih_l0.grad.clone()
     module.bias_hh_l0.grad.zero_()
     assert torch.equal(module.bias_ih_l0.grad, before)
 
 
 def test_outputs_share_no_memory(short):
-    module, x = lstm_ext.LSTM(I, H), torch.randn(4, 3, I)
+    module, x = lstm(I, H), draw(4, 3, I)
     for context in (torch.no_grad(), contextlib.nullcontext()):
         with context:
             y, (h_n, c_n) = module(x)
@@ -197,7 +213,7 @@ def test_outputs_share_no_memory(short):
 
 
 def test_bits_repeat_with_or_without_gradients(short):
-    module, x = lstm_ext.LSTM(I, H, dtype=torch.bfloat16), torch.randn(4, 9, I).bfloat16()
+    module, x = lstm(I, H, dtype=torch.bfloat16), draw(4, 9, I, dtype=torch.bfloat16)
     with torch.no_grad():
         alone = module(x)
     recorded = module(x)
@@ -206,10 +222,10 @@ def test_bits_repeat_with_or_without_gradients(short):
 
 
 def test_second_derivatives_and_batched_gradients(short):
-    module = lstm_ext.LSTM(2, 3, dtype=torch.float64, batch_first=True)
-    x = leaf(torch.randn(2, 4, 2, dtype=torch.float64))
+    module = lstm(2, 3, dtype=torch.float64, batch_first=True)
+    x = leaf(draw(2, 4, 2, dtype=torch.float64))
     for given in (False, True):
-        hx = tuple(leaf(torch.randn(1, 2, 3, dtype=torch.float64)) for _ in range(2))
+        hx = tuple(leaf(draw(1, 2, 3, dtype=torch.float64)) for _ in range(2))
         hx = hx if given else None
 
         def run(hx=hx):
@@ -243,9 +259,9 @@ def test_second_derivatives_and_batched_gradients(short):
 @pytest.mark.parametrize("index", range(10))
 def test_saved_tensors_that_are_others(index, change, given, short):
     """As forward saved them: x, h_0, c_0, the weights, gates, c_seq and y."""
-    module = lstm_ext.LSTM(I, H)
-    x = leaf(torch.randn(4, 3, I))
-    hx = tuple(leaf(torch.randn(1, 3, H)) for _ in range(2)) if given else None
+    module = lstm(I, H)
+    x = leaf(draw(4, 3, I))
+    hx = tuple(leaf(draw(1, 3, H)) for _ in range(2)) if given else None
     count = itertools.count()
 
     def pack(tensor):
@@ -269,8 +285,8 @@ def test_saved_tensors_that_are_others(index, change, given, short):
 
 @pytest.mark.parametrize("given", [False, True])
 def test_saved_tensors_laid_out_anew(given, short):
-    module, x = lstm_ext.LSTM(I, H), leaf(torch.randn(4, 3, I))
-    hx = tuple(leaf(torch.randn(1, 3, H)) for _ in range(2)) if given else None
+    module, x = lstm(I, H), leaf(draw(4, 3, I))
+    hx = tuple(leaf(draw(1, 3, H)) for _ in range(2)) if given else None
 
     def run():
         with torch.autograd.graph.saved_tensors_hooks(
@@ -290,8 +306,8 @@ class Subclass(torch.Tensor):
 @pytest.mark.parametrize("kind", ["negated", "subclass", "dtype", "size", "meta"])
 def test_tensors_for_the_layer(kind, index, short):
     """Its results, or its errors."""
-    module = lstm_ext.LSTM(I, H)
-    tensors = [torch.randn(4, 3, I), *(torch.randn(1, 3, H) for _ in range(2))]
+    module = lstm(I, H)
+    tensors = [draw(4, 3, I), *(draw(1, 3, H) for _ in range(2))]
     tensors += [p.detach() for p in module.parameters()]
 
     def run():
@@ -324,10 +340,10 @@ def test_tensors_for_the_layer(kind, index, short):
 
 
 @pytest.mark.parametrize(
-    "hx", [(None, None), (torch.zeros(1, 3, H), None), torch.zeros(2, 3, H), 1]
+    "hx", [(None, None), (here(torch.zeros(1, 3, H)), None), torch.zeros(2, 3, H), 1]
 )
 def test_states_for_the_layer(hx, short):
-    module, x = lstm_ext.LSTM(I, H), torch.randn(4, 3, I)
+    module, x = lstm(I, H), draw(4, 3, I)
     with contextlib.suppress(RuntimeError, TypeError, ValueError, AttributeError):
         module(x, hx)
     assert not any(short.forwards)
@@ -346,28 +362,29 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_for_the_layer(name, short):
     options, arguments = LAYERS[name]
-    y = lstm_ext.LSTM(I, H, **options)(torch.randn(4, 3, I), **arguments)[0]
+    y = lstm(I, H, **options)(draw(4, 3, I), **arguments)[0]
     y.sum().backward()
     assert not any(short.forwards + short.backwards)
 
 
 @pytest.mark.parametrize("size", [(0, 3, I), (4, 0, I)])
 def test_no_rows(size, short):
-    module = lstm_ext.LSTM(I, H)
-    y, _ = module(torch.randn(size))
+    module = lstm(I, H)
+    y, _ = module(draw(size))
     assert y.shape == (*size[:2], H) and not any(short.forwards)
 
 
 def test_autocast_of_backward(short):
-    module, x = lstm_ext.LSTM(I, H), leaf(torch.randn(4, 3, I))
+    module, x = lstm(I, H), leaf(draw(4, 3, I))
     y, _ = module(x)
     expected = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.DEVICE.type, torch.bfloat16):
         got = torch.autograd.grad(y.sum(), x)[0]
     torch.testing.assert_close(got, expected)
 
 
-def test_without_the_vendor_s_library(short):
+@EMULATOR
+def test_without_the_vendor_s_library():
     """By torch's products."""
     with installed() as engine:
         engine._use_vendor(False)
@@ -377,8 +394,8 @@ def test_without_the_vendor_s_library(short):
 
 
 def test_by_several_threads(short):
-    modules = [lstm_ext.LSTM(I, H, dtype=torch.float64) for _ in range(4)]
-    xs = [torch.randn(3, 2 + k % 3, I, dtype=torch.float64) for k in range(16)]
+    modules = [lstm(I, H, dtype=torch.float64) for _ in range(4)]
+    xs = [draw(3, 2 + k % 3, I, dtype=torch.float64) for k in range(16)]
 
     def run(k):
         torch.set_num_threads(1)
@@ -396,14 +413,16 @@ def test_by_several_threads(short):
 # --- what is asked, and how often -----------------------------------------------------------------
 
 
+@EMULATOR
 def test_a_plan_is_asked_for_once_a_shape():
     with installed() as engine:
-        module = lstm_ext.LSTM(I, H)
+        module = lstm(I, H)
         for steps, batch, plans in ((4, 3, 2), (4, 3, 2), (7, 3, 2), (4, 5, 4), (1, 3, 6)):
-            module(torch.randn(steps, batch, I))[0].sum().backward()
+            module(draw(steps, batch, I))[0].sum().backward()
             assert len(engine.picked) == plans
 
 
+@EMULATOR
 def test_the_device_is_made_current_if_it_is_not():
     entered = []
 
@@ -421,9 +440,9 @@ def test_the_device_is_made_current_if_it_is_not():
             entered.append("left")
 
     engine = Elsewhere(emulated.load(), None)
-    module, x = lstm_ext.LSTM(I, H), torch.randn(4, 3, I)
+    module, x = lstm(I, H), draw(4, 3, I)
     with installed(), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(plain.ops._engines, "cpu", engine)
+        patch.setitem(ops._engines, "cpu", engine)
         y = module(x)[0]
         assert entered == [x.device, "left"]
         y.sum().backward()
@@ -433,6 +452,7 @@ def test_the_device_is_made_current_if_it_is_not():
         assert len(entered) == 4
 
 
+@EMULATOR
 def test_a_call_that_fails_leaves_the_device():
     left = []
 
@@ -450,9 +470,9 @@ def test_a_call_that_fails_leaves_the_device():
 
     engine = Elsewhere(emulated.load(), None)
     with installed(), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(plain.ops._engines, "cpu", engine)
+        patch.setitem(ops._engines, "cpu", engine)
         with pytest.raises(ZeroDivisionError):
-            lstm_ext.LSTM(I, H)(torch.randn(4, 3, I))
+            lstm(I, H)(draw(4, 3, I))
     assert len(left) == 1
 
 
@@ -468,16 +488,16 @@ def calls_of_torch(run):
 
 def test_what_torch_does():
     """Memory for each result, and one piece of scratch; no product, no copy, no zeros."""
-    with installed():
-        module, x = lstm_ext.LSTM(I, H), torch.randn(4, 3, I)
-        for hx in (None, (torch.zeros(1, 3, H), torch.zeros(1, 3, H))):
+    with own_engine() if device.NAME == "cuda" else installed():
+        module, x = lstm(I, H), draw(4, 3, I)
+        for hx in (None, (here(torch.zeros(1, 3, H)), here(torch.zeros(1, 3, H)))):
             with torch.no_grad():
                 names = calls_of_torch(lambda hx=hx: module(x, hx))
-            assert set(names) == {"aten::new_empty", "aten::empty"}
+            assert set(names) <= {"aten::new_empty", "aten::empty", "aten::empty_strided"}
             assert names.count("aten::new_empty") == 4  # y, h_n, c_n
             names = calls_of_torch(lambda hx=hx: module(x, hx))
             assert names.count("aten::new_empty") == 6  # and gates, c_seq
-        y, cotangent = module(x)[0], torch.ones(4, 3, H)
+        y, cotangent = module(x)[0], here(torch.ones(4, 3, H))
         names = calls_of_torch(
             lambda: torch.autograd.grad(y, list(module.parameters()), cotangent, retain_graph=True)
         )
