@@ -15,6 +15,7 @@ import torch
 
 from lstm_ext import _C, _build
 from lstm_ext._version import __version__
+from lstm_ext.cuda_products import open_vendor
 
 # What each variant of the CPU kernels was compiled with (csrc/CMakeLists.txt), best first.
 AVX2 = ("avx2", "fma", "f16c")
@@ -81,6 +82,9 @@ def cuda_report() -> dict[str, Any]:
         report["commands"].append(_build.CUDA_BUILD_COMMAND)
         return report
     report |= _C.cuda_report()
+    # What multiplies: cuBLASLt of this version, or torch, and why.
+    no_vendor = open_vendor(_C)
+    report["vendor"] = {"version": _C.cuda_vendor_version(), "why_not": no_vendor}
     runtime = version_text(report["runtime_version"])
     if report["error"]:
         report["why_not"].append(f"{report['error_text']} (error {report['error']})")
@@ -189,6 +193,11 @@ def lines(report: dict[str, Any]) -> list[str]:
         driver = cuda["driver_version"]
         row("runtime", f"{version_text(cuda['runtime_version'])}, linked statically")
         row("driver", f"supports CUDA {version_text(driver)}" if driver else "none")
+        version, why_not = cuda["vendor"]["version"], cuda["vendor"]["why_not"]
+        by = f"torch, because cuBLASLt cannot be used: {why_not}"
+        if not why_not:
+            by = f"cuBLASLt {version // 10000}.{version // 100 % 100}.{version % 100}"
+        row("products", f"by {by}")
     for index, device in enumerate(cuda["devices"]):
         row(f"device {index}", device_text(device))
     for number, reason in enumerate(cuda["why_not"]):

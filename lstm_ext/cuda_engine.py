@@ -1,7 +1,7 @@
 """A layer on the native core's CUDA kernels: allocation, products over all steps, launches.
 
-The products over all steps are torch's, in the layer's own precision; the recurrence is the
-core's. Nothing here waits for the device. Letters as in :mod:`ops`.
+The products over all steps are :mod:`cuda_products`', in the layer's own precision; the recurrence
+is the core's. Nothing here waits for the device. Letters as in :mod:`ops`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lstm_ext.cuda_precision import lstm_uses_tf32, products_in
-from lstm_ext.cuda_products import open_vendor
+from lstm_ext.cuda_gradients import gradients
+from lstm_ext.cuda_precision import lstm_uses_tf32
+from lstm_ext.cuda_products import Products, TorchProducts, VendorProducts, open_vendor
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,
@@ -27,7 +28,6 @@ from lstm_ext.engine import (
     native_steps,
     native_variants,
     norm_input,
-    norm_input_backward,
     rows_of,
     without_autocast,
 )
@@ -36,26 +36,6 @@ from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
 
 FAMILIES = ("step", "grid", "cluster", "vendor")  # enum CudaFamily of csrc/cuda/plan.h
-
-
-def padded_rows(w: Tensor, size: int) -> Tensor:
-    """w (n, k) as the kernels read it: rows of ``size``, zero past k, on 16-byte boundaries."""
-    if w.size(1) == size and w.is_contiguous() and w.data_ptr() % 16 == 0:
-        return w
-    if w.size(1) == size:
-        return w.new_empty(w.shape).copy_(w)
-    padded = w.new_zeros(w.size(0), size)
-    padded[:, : w.size(1)] = w
-    return padded
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in a dtype that may be wider than theirs, without a rounding between."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
 
 
 def verbose() -> bool:
@@ -87,19 +67,24 @@ class CudaEngine:
     def __init__(self, core: Any) -> None:
         self.core = core
         self.plan = functools.lru_cache(maxsize=4096)(self._plan)
-        #: Of plain layers, each way in one call of the core; None: cuBLASLt is not to be had.
-        self.plain = None if open_vendor(core) else self._make_plain()
+        #: Why cuBLASLt cannot be used; empty if it can.
+        self.no_vendor = open_vendor(core)
+        self._use_vendor(not self.no_vendor)
         #: Whether stacks of layers may run as a wavefront. Off: it has never run on a GPU.
         self.wavefront = wavefront_switch()
 
-    def _make_plain(self) -> Any:
-        return self.core.CudaPlain(
-            types=(Tensor, nn.Parameter),
-            codes=DTYPE_CODE,
-            half_acc=torch.float32,
-            is_here=f"is_{self.device_type}",
-            bytes=torch.uint8,
-        )
+    def _use_vendor(self, use: bool) -> None:
+        self.products: Products = VendorProducts(self) if use else TorchProducts()
+        #: Plain layers in one call of the core each way; None: only by cuBLASLt.
+        self.plain: Any = None
+        if use:
+            self.plain = self.core.CudaPlain(
+                types=(Tensor, nn.Parameter),
+                codes=DTYPE_CODE,
+                half_acc=torch.float32,
+                is_here=f"is_{self.device_type}",
+                bytes=torch.uint8,
+            )
 
     # --- the device -------------------------------------------------------------------------------
 
@@ -218,15 +203,13 @@ class CudaEngine:
         """See :func:`ops.layer_forward`."""
         core, dtype, acc = self.core, x.dtype, acc_dtype(x.dtype)
         H, P, D = directions[0].c0.size(1), directions[0].h0.size(1), len(directions)
-        code = DTYPE_CODE[dtype]
         tf32 = self._uses_tf32(x)
         with self.guard(x.device), without_autocast(x.device):
             y = x.new_empty(steps.rows, D * P)
             result = LayerResult(y, [], [], [], [], [])
             parts, kept = [], []
             for k, (h0, c0, w, reverse) in enumerate(directions):
-                with products_in(dtype, tf32):
-                    gx = _product(x, w.w_ih.t(), acc)
+                gx = self.product(x, w.w_ih.t(), acc, tf32)
                 variants, variant_tensors = native_variants(core, w, dtype)
                 biases, more, norm, norm_r = (w.b_ih, w.b_hh), (), None, None
                 if w.normed:
@@ -241,8 +224,8 @@ class CudaEngine:
                 h_n, c_n = h0.new_empty(steps.B, P), c0.new_empty(steps.B, H)
                 c_seq = x.new_empty(steps.rows, H, dtype=acc) if save or cells else None
                 tensors = (
-                    padded_rows(w.w_hh, core.cuda_padded(P, code)),
-                    None if w.w_hr is None else padded_rows(w.w_hr, core.cuda_padded(H, code)),
+                    self.arranged(w.w_hh),
+                    None if w.w_hr is None else self.arranged(w.w_hr),
                     *(None if b is None else b.contiguous() for b in biases),
                     h0.contiguous(),
                     c0.contiguous(),
@@ -301,7 +284,6 @@ class CudaEngine:
         """See :func:`ops.layer_backward`."""
         core, dtype = self.core, x.dtype
         H, P = directions[0].c0.size(1), directions[0].h0.size(1)
-        code = DTYPE_CODE[dtype]
         tf32 = self._uses_tf32(x)
         with self.guard(x.device), without_autocast(x.device):
             parts, kept, outputs = [], [], []
@@ -312,10 +294,8 @@ class CudaEngine:
                 normed = w.normed
                 norm, norm_r = more[3:] if normed else (None, None)
                 part_y, part_dy = rows_of(y, k * P, P), rows_of(dy, k * P, P)
-                w_hh = padded_rows(w.w_hh.t(), core.cuda_padded(4 * H, code))
-                w_hr = (
-                    None if w.w_hr is None else padded_rows(w.w_hr.t(), core.cuda_padded(P, code))
-                )
+                w_hh = self.arranged(w.w_hh, transposed=True)
+                w_hr = None if w.w_hr is None else self.arranged(w.w_hr, transposed=True)
                 tensors = [
                     None if t is None else t.resolve_neg().contiguous()
                     for t in (h0, c0, dh_n[k], dc_n[k], rows_of(dcells, k * H, H))
@@ -364,8 +344,7 @@ class CudaEngine:
             layer, size = self._layer(x, directions, steps, tf32, backward=True)
             workspace = x.new_empty(size, dtype=torch.uint8)
             recorded(core.cuda_backward)(layer, parts, address(workspace), self.stream(x.device))
-            with products_in(dtype, tf32):
-                return self._products(x, directions, steps, outputs, wanted_x, wanted)
+            return gradients(self, x, directions, steps, outputs, wanted_x, wanted, tf32)
 
     @staticmethod
     def _variant_outputs(
@@ -382,62 +361,24 @@ class CudaEngine:
             x.new_zeros(steps.B, 6 * H, dtype=acc) if dnorm_wanted else None,
         )
 
-    def _products(
-        self,
-        x: Tensor,
-        directions: list[Direction],
-        steps: Steps,
-        outputs: list[tuple[Any, ...]],
-        wanted_x: bool,
-        wanted: list[DirectionGrads],
-    ) -> tuple[Tensor | None, list[DirectionGrads]]:
-        """What follows from the gradients of the gates of all steps."""
-        dtype, acc = x.dtype, acc_dtype(x.dtype)
-        dx: Tensor | None = None
-        grads = []
-        # The padding of x may hold anything, NaN too: its zero gradient must not meet it.
-        inputs: Tensor | None = None
-        for direction, want, output in zip(directions, wanted, outputs, strict=True):
-            dgates, h_prev, dr, dh0, dc0, gates, c_seq, more, *more_outputs = output
-            dproduct, cell_out, dpeephole, dnorm = more_outputs
-            w, H = direction.w, direction.c0.size(1)
-            dinput, dgamma_ih = dgates, None  # gradients of x W_ih^T and of its norm
-            if w.normed and (wanted_x or want.w_ih or want.gamma_ih):
-                dinput, dgamma_ih = norm_input_backward(dgates, w, tuple(more[:3]))
-                dinput = dinput.to(dtype)
-            if wanted_x:
-                part = _product(dinput, w.w_ih, acc)
-                dx = part if dx is None else dx.add_(part)
-            if want.w_ih and inputs is None:
-                inputs = x if not steps.has_padding else x.masked_fill(steps.padding_rows, 0)
-            db = dgates.sum(0, dtype=acc).to(dtype) if want.b_ih or want.b_hh else None
-            dw_hr = None
-            if want.w_hr and dr is not None:
-                if cell_out is None:
-                    cell_out = gates[:, 3 * H :] * c_seq.tanh()
-                    if steps.has_padding:
-                        cell_out.masked_fill_(steps.padding_rows, 0)
-                dw_hr = dr.t() @ cell_out.to(dtype)
+    def product(self, a: Tensor, b: Tensor, dtype: torch.dtype, tf32: bool) -> Tensor:
+        """a b in a dtype that may be wider than theirs."""
+        out = a.new_empty(a.size(0), b.size(1), dtype=dtype)
+        self.products.into(out, a, b, tf32)
+        return out
 
-            def summed(tensor: Tensor | None, start: int, size: int) -> Tensor:
-                return tensor[:, start : start + size].sum(0).to(dtype)
-
-            dproduct = dgates if dproduct is None else dproduct
-            grads.append(
-                DirectionGrads(
-                    h0=dh0,
-                    c0=dc0,
-                    w_ih=dinput.t() @ inputs if want.w_ih else None,
-                    w_hh=None if h_prev is None else dproduct.t() @ h_prev,
-                    b_ih=db if want.b_ih else None,
-                    # Two tensors, as for two parameters: a caller may change one in place.
-                    b_hh=db.clone() if want.b_hh and db is not None else None,
-                    w_hr=dw_hr,
-                    w_ch=summed(dpeephole, 0, 3 * H) if want.w_ch else None,
-                    gamma_ih=dgamma_ih.to(dtype) if want.gamma_ih else None,
-                    gamma_hh=summed(dnorm, 0, 4 * H) if want.gamma_hh else None,
-                    gamma_ch=summed(dnorm, 4 * H, H) if want.gamma_ch else None,
-                    beta_ch=summed(dnorm, 5 * H, H) if want.beta_ch else None,
-                )
-            )
-        return (None if dx is None else dx.to(dtype)), grads
+    def arranged(self, w: Tensor, *, transposed: bool = False) -> Tensor:
+        """w, or its transpose, as the kernels read it: rows padded with zeros to whole chunks, on
+        16-byte boundaries."""
+        rows, columns = w.shape
+        code = DTYPE_CODE[w.dtype]
+        width = self.core.cuda_padded(rows if transposed else columns, code)
+        w = w.contiguous()
+        if not transposed and width == columns and w.data_ptr() % 16 == 0:
+            return w
+        out = w.new_empty(columns if transposed else rows, width)
+        self.core.cuda_arrange(
+            *(code, transposed, rows, columns, width),
+            *(address(w), address(out), self.stream(w.device)),
+        )
+        return out

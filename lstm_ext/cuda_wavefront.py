@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lstm_ext.cuda_engine import CudaEngine, padded_rows, verbose
-from lstm_ext.cuda_precision import products_in
+from lstm_ext.cuda_engine import CudaEngine, verbose
+from lstm_ext.cuda_gradients import gradients
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,
@@ -103,16 +103,6 @@ def row_cuts(steps: Steps, at: Sequence[int]) -> list[int]:
     return [t * steps.B for t in at] if steps.offsets is None else [steps._starts[t] for t in at]
 
 
-def multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a b, in out's dtype, which may be wider than theirs, without a rounding between."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
-    else:
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
 def forward(
     engine: CudaEngine,
     x: Tensor,
@@ -132,7 +122,7 @@ def forward(
             multiplies by ``scale``; or None.
         save: also return what backward needs. cells: c_seq of the last layer.
     """
-    core, dtype, acc, code = engine.core, x.dtype, acc_dtype(x.dtype), DTYPE_CODE[x.dtype]
+    core, dtype, acc = engine.core, x.dtype, acc_dtype(x.dtype)
     L, H, B, rows = len(layers), layers[0].c0.size(1), steps.B, steps.rows
     tf32 = engine._uses_tf32(x)
     with engine.guard(x.device), without_autocast(x.device):
@@ -153,7 +143,7 @@ def forward(
         calls, alive = [], []
         for layer, (h0, c0, w, _) in enumerate(layers):
             tensors = (
-                padded_rows(w.w_hh, core.cuda_padded(H, code)),
+                engine.arranged(w.w_hh),
                 *(None if b is None else b.contiguous() for b in (w.b_ih, w.b_hh)),
                 h0.contiguous(),
                 c0.contiguous(),
@@ -190,9 +180,8 @@ def forward(
                             ys[layer - 1][of_part], kept[layer - 1][of_part], out=xs[layer][of_part]
                         )
                         xs[layer][of_part].mul_(scale)
-                    with products_in(dtype, tf32):
-                        w_ih = layers[layer].w.w_ih
-                        multiply_into(gates[layer][of_part], xs[layer][of_part], w_ih.t())
+                    w_ih, part_of_x = layers[layer].w.w_ih, xs[layer][of_part]
+                    engine.products.into(gates[layer][of_part], part_of_x, w_ih.t(), tf32)
                     stream = engine.stream(x.device)
                     steps_of_part = (at[part], at[part + 1])
                     recorded(core.cuda_forward)(*calls[layer], stream, steps_of_part)
@@ -221,7 +210,7 @@ def backward(
         dy: (rows, H), dcells: (rows, H) of the last layer; dh_n, dc_n: (layers, B, H); None: zero.
     """
     core, x, T, B = engine.core, saved.x[0], steps.T, steps.B
-    dtype, acc, code = x.dtype, acc_dtype(x.dtype), DTYPE_CODE[x.dtype]
+    dtype = x.dtype
     L, H, rows = len(layers), layers[0].c0.size(1), steps.rows
     tf32 = engine._uses_tf32(x)
     lowest = 0 if wanted_x else next((k for k, w in enumerate(wanted) if any(w)), L)
@@ -253,7 +242,7 @@ def backward(
                     dcells if layer == L - 1 else None,
                 )
             ]
-            w_hh = padded_rows(w.w_hh.t(), core.cuda_padded(4 * H, code))
+            w_hh = engine.arranged(w.w_hh, transposed=True)
             workspace = x.new_empty(size, dtype=torch.uint8)
             gates, c_seq = saved.gates[layer], saved.c_seq[layer]
             dgates = x.new_empty(rows, 4 * H)
@@ -304,26 +293,22 @@ def backward(
                     if dx is None:
                         continue
                     w, mask = layers[layer].w, kept[layer - 1] if layer else None
-                    with products_in(dtype, tf32):
-                        if dtype == acc:
-                            multiply_into(dx[of_part], outputs[layer][0][of_part], w.w_ih)
-                        else:
-                            exact = x.new_empty(row[part + 1] - row[part], dx.size(1), dtype=acc)
-                            multiply_into(exact, outputs[layer][0][of_part], w.w_ih)
-                            dx[of_part] = exact
+                    engine.products.into(dx[of_part], outputs[layer][0][of_part], w.w_ih, tf32)
                     if mask is not None:
                         dx[of_part].mul_(mask[of_part]).mul_(scale)
             for lane in range(count):
                 # Last, so that the calling thread hands out first what other layers wait for.
                 layer = L - 1 - lane
-                with lanes.cell(lane, wave.parts, False), products_in(dtype, tf32):
-                    _, (grads[layer],) = engine._products(
+                with lanes.cell(lane, wave.parts, False):
+                    _, (grads[layer],) = gradients(
+                        engine,
                         saved.x[layer],
                         [layers[layer]],
                         steps,
                         [outputs[layer]],
                         False,
                         [wanted[layer]],
+                        tf32,
                     )
                     for tensor in grads[layer]:
                         if tensor is not None:

@@ -69,7 +69,7 @@ class EmulatedEngine(CudaEngine):
 
     def __init__(self, core: Any, pick: Pick | None, **properties: Any):
         super().__init__(core)
-        self.plain = self._make_plain()  # on the emulator's own vendor.cpp, whatever torch has
+        self._use_vendor(True)  # the emulator's own, whatever torch has
         self._pick = pick
         self.picked: list[Any] = []
         facts = {"major": 9, "minor": 0, "sm_count": 6, "shared_bytes": 227 << 10}

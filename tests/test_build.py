@@ -77,6 +77,8 @@ def fake_core(monkeypatch, *, features=(), isas=("portable",), **cuda):
         cpu_isas=lambda: list(isas),
         cpu_isa=lambda: isas[0],
         cuda_report=lambda: {"runtime_version": 13000, "devices": []} | cuda,
+        cuda_open_vendor=lambda name: "" if name == "libcublasLt.so.13" else "no such file",
+        cuda_vendor_version=lambda: 131002,
     )
     monkeypatch.setattr(report, "_C", core)
 
@@ -113,6 +115,21 @@ def test_report_without_driver(monkeypatch):
     assert f"not usable  {words} (error 35)" in text
     assert "no NVIDIA driver was found; one that supports CUDA 13.0 is needed" in text
     assert "toolkit 13.0.88, for 80, 120 and PTX of 120" in text
+
+
+@pytest.mark.parametrize(
+    "version, said",
+    [
+        ("13.0", "by cuBLASLt 13.10.2"),
+        ("12.8", "by torch, because cuBLASLt cannot be used: no such file"),
+        (None, "is built without CUDA"),
+    ],
+)
+def test_report_of_products(version, said, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    fake_core(monkeypatch, driver_version=13000, error=0, error_text="no error")
+    (line,) = (line for line in printed().splitlines() if line.startswith("  products"))
+    assert said in line
 
 
 def test_report_of_devices(monkeypatch):

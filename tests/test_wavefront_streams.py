@@ -108,6 +108,45 @@ class Core:
                 whole(name, B * H, True)
         self.watch.use_address(workspace, self.workspace, "workspace", True)
 
+    # --- what is before and after the recurrence
+
+    def use(self, address, count, name, write):
+        self.watch.use_address(address, count * self.size, name, write)
+
+    def cuda_arrange(self, dtype, transposed, rows, columns, width, matrix, out, stream):
+        self._core.cuda_arrange(dtype, transposed, rows, columns, width, matrix, out, stream)
+        self.use(matrix, rows * columns, "matrix", False)
+        self.use(out, (columns if transposed else rows) * width, "arranged", True)
+
+    def cuda_sum_rows(self, dtype, matrix, rows, columns, first, second, stream):
+        self._core.cuda_sum_rows(dtype, matrix, rows, columns, first, second, stream)
+        self.use(matrix, rows * columns, "rows", False)
+        self.use(first, columns, "sums", True)
+        self.use(second, columns, "sums", True)
+
+    def CudaProduct(self, **facts):
+        return Product(self, facts, self._core.CudaProduct(**facts))
+
+
+class Product:
+    """A CudaProduct of a `Core`."""
+
+    def __init__(self, core, facts, made):
+        self.core, self.facts, self.made = core, facts, made
+        self.workspace = made.workspace
+
+    def run(self, a, b, out, workspace, stream):
+        self.made.run(a, b, out, workspace, stream)
+        d, use = self.facts, self.core.use
+        for address, name, rows in (
+            (a, "a", d["K"] if d["a_transposed"] else d["M"]),
+            (b, "b", d["N"] if d["b_transposed"] else d["K"]),
+        ):
+            use(address, rows * d[f"ld{name}"], name, False)
+        size = 4 if d["wide"] else self.core.size
+        self.core.watch.use_address(out, d["M"] * d["ldout"] * size, "out", True)
+        self.core.watch.use_address(workspace, self.workspace, "workspace", True)
+
 
 class Watched(Engine):
     def lanes(self, device, count):

@@ -106,6 +106,8 @@ unsigned squares_of(int64_t rows, int64_t columns) {
 
 }  // namespace
 
+void cuda_make_current(int device) { make_current(device); }
+
 void cuda_arrange(const CudaArrangement& a, const void* m, void* out, void* stream) {
   ArrangeArgs args{};
   static_cast<CudaArrangement&>(args) = a;

@@ -10,6 +10,9 @@ namespace lstm_ext {
 // All launch on the stream and return; the device must be current, every address is on it. Throw
 // std::runtime_error with CUDA's own text.
 
+// Makes the device current for what this thread asks of CUDA.
+void cuda_make_current(int device);
+
 // out [columns, width] = m [rows, columns] transposed, or out [rows, width] = m; zero past the end
 // of m's part of a row. out overlaps no m.
 struct CudaArrangement {

@@ -7,16 +7,19 @@
 
 namespace lstm_ext {
 
-inline void bind_vendor(pybind11::module_& m) {
+// make_current: makes a device current for what this thread asks of CUDA.
+inline void bind_vendor(pybind11::module_& m, void (*make_current)(int device)) {
   namespace py = pybind11;
   using namespace pybind11::literals;
   using Address = std::uintptr_t;
   m.def("cuda_open_vendor", &open_vendor, "name"_a,
         "Opens cuBLASLt by the name of its file; returns why it cannot be used, or nothing.");
   m.def("cuda_vendor_version", &vendor_version, "As cuBLASLt tells it; 0: it is not open.");
-  const auto make = [](int dtype, bool tf32, bool wide, bool accumulate, bool a_transposed,
-                       bool b_transposed, int device, int64_t M, int64_t N, int64_t K, int64_t lda,
-                       int64_t ldb, int64_t ldout, int alignment) {
+  const auto make = [make_current](int dtype, bool tf32, bool wide, bool accumulate,
+                                   bool a_transposed, bool b_transposed, int device, int64_t M,
+                                   int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldout,
+                                   int alignment) {
+    make_current(device);
     return VendorProduct({static_cast<Dtype>(dtype), tf32, wide, accumulate, a_transposed,
                           b_transposed, device, alignment, M, N, K, lda, ldb, ldout});
   };

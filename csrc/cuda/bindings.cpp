@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/arrange.h"
 #include "cuda/bind_cuda_plain.h"
 #include "cuda/bind_vendor.h"
 #include "cuda/engine.h"
@@ -208,7 +209,26 @@ void bind_cuda(py::module_& m) {
       "cell"_a, py::kw_only(), "dh"_a, "dc"_a, "da"_a, "dh0"_a, "dc0"_a, "dpeephole"_a,
       py::call_guard<py::gil_scoped_release>());
 
-  bind_vendor(m);
+  // Described in cuda/arrange.h.
+  m.def(
+      "cuda_arrange",
+      [](int dtype, bool transposed, int64_t rows, int64_t columns, int64_t width, Address matrix,
+         Address out, Address stream) {
+        cuda_arrange({static_cast<Dtype>(dtype), transposed, rows, columns, width}, pointer(matrix),
+                     pointer(out), pointer(stream));
+      },
+      "dtype"_a, "transposed"_a, "rows"_a, "columns"_a, "width"_a, "matrix"_a, "out"_a, "stream"_a,
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cuda_sum_rows",
+      [](int dtype, Address matrix, int64_t rows, int64_t columns, Address first, Address second,
+         Address stream) {
+        cuda_sum_rows(static_cast<Dtype>(dtype), pointer(matrix), rows, columns, pointer(first),
+                      pointer(second), pointer(stream));
+      },
+      "dtype"_a, "matrix"_a, "rows"_a, "columns"_a, "first"_a, "second"_a, "stream"_a,
+      py::call_guard<py::gil_scoped_release>());
+  bind_vendor(m, &cuda_make_current);
   bind_cuda_plain(m);
 }
 

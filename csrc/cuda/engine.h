@@ -36,8 +36,8 @@ struct CudaForwardDirection {
   const void* b_hh;  // as b_ih
   const void* w_hh;  // storage [4H, K], zero from column P on, 16-byte aligned
   const void* w_hr;  // storage [P, padded(H)], as w_hh; null: no projection
-  const void* h0;    // storage [B, P]
-  const void* c0;    // storage [B, H]
+  const void* h0;    // storage [B, P]; null: zeros
+  const void* c0;    // storage [B, H]; null: zeros
   Variants variants;
   void* gates;  // acc [rows, 4H]; null: not saved; may be gx itself
   void* c_seq;  // acc [rows, H]; null: not saved
@@ -53,8 +53,8 @@ struct CudaBackwardDirection {
   bool reverse;
   const void* w_hh;  // storage [P, padded(4H)]: W_hh transposed
   const void* w_hr;  // storage [H, K]: W_hr transposed; null: no projection
-  const void* h0;    // storage [B, P]; read for h_prev only
-  const void* c0;    // storage [B, H]
+  const void* h0;    // storage [B, P]; read for h_prev only; null: zeros
+  const void* c0;    // storage [B, H]; null: zeros
   const void* y;     // storage [rows, P], row stride y_stride; read for h_prev only
   int64_t y_stride;
   const void* gates;  // acc [rows, 4H], c_seq: acc [rows, H], as forward saved them

@@ -19,8 +19,8 @@ inline void check_cuda(cudaError_t error, const char* what) {
                            cudaGetErrorString(error));
 }
 
-// The caller's runtime has made the device current already; ours is a copy of its own, which may not
-// know yet, and a new thread may have no context.
+// The caller's runtime has made the device current already; ours is a copy of its own, which may
+// not know yet, and a new thread may have no context.
 inline void make_current(int device) {
   thread_local int bound = -1;
   int current = -1;

@@ -8,15 +8,6 @@
 namespace lstm_ext {
 namespace {
 
-// Whether the kernels take a null h0 and c0 for zeros; else they get zeros here.
-constexpr bool kNullStates = false;
-
-bool makes_zeros(const void* h0, const void* c0) { return !kNullStates && (!h0 || !c0); }
-
-int64_t state_bytes(const CudaLayer& layer) {
-  return layer.steps.B * layer.H * storage_bytes(layer.dtype);
-}
-
 // Row-major, as it is stored without gaps.
 Product product_of(const CudaLayer& layer, int64_t M, int64_t N, int64_t K, bool a_transposed,
                    bool b_transposed) {
@@ -56,7 +47,6 @@ CudaPlainForwardRun::Pieces CudaPlainForwardRun::cut(void* scratch) const {
   pieces.gx = p_.gates ? p_.gates : cutter.take(l.steps.rows * 4 * l.H * acc_bytes(l.dtype));
   const bool as_read = l.K == l.H && alignment_of({p_.w_hh}) >= 16;
   if (!as_read) pieces.w_hh = cutter.take(4 * l.H * l.K * storage_bytes(l.dtype));
-  if (makes_zeros(p_.h0, p_.c0)) pieces.zeros = cutter.take(state_bytes(l));
   // One after the other.
   pieces.workspace = cutter.take(std::max(input_.workspace(), cuda_forward_workspace(l, false)));
   pieces.bytes = cutter.used();
@@ -70,14 +60,13 @@ void CudaPlainForwardRun::run(void* scratch) const {
   input_.run(p_.x, p_.w_ih, pieces.gx, pieces.workspace, l.stream);
   if (pieces.w_hh)
     cuda_arrange({l.dtype, false, 4 * l.H, l.H, l.K}, p_.w_hh, pieces.w_hh, l.stream);
-  if (pieces.zeros) cuda_zero(pieces.zeros, state_bytes(l), l.stream);
   CudaForwardDirection d{};
   d.gx = pieces.gx;
   d.b_ih = p_.b_ih;
   d.b_hh = p_.b_hh;
   d.w_hh = pieces.w_hh ? pieces.w_hh : p_.w_hh;
-  d.h0 = p_.h0 ? p_.h0 : pieces.zeros;
-  d.c0 = p_.c0 ? p_.c0 : pieces.zeros;
+  d.h0 = p_.h0;
+  d.c0 = p_.c0;
   d.gates = p_.gates;  // a row's gx is read before they are
   d.c_seq = p_.c_seq;
   d.y = p_.y;
@@ -127,7 +116,6 @@ CudaPlainBackwardRun::Pieces CudaPlainBackwardRun::cut(void* scratch) const {
   pieces.dgates = cutter.take(rows * 4 * l.H * storage);
   if (previous_ == Previous::kGathered) pieces.h_prev = cutter.take(rows * l.H * storage);
   pieces.w_hh = cutter.take(l.H * padded(4 * l.H, l.dtype) * storage);
-  if (makes_zeros(p_.h0, p_.c0)) pieces.zeros = cutter.take(state_bytes(l));
   // One after the other.
   int64_t workspace = cuda_backward_workspace(l, false);
   for (const auto* product : {&dx_, &dw_ih_, &dw_hh_}) {
@@ -144,11 +132,10 @@ void CudaPlainBackwardRun::run(void* scratch) const {
   const Pieces pieces = cut(scratch);
   make_current(l.device);
   cuda_arrange({l.dtype, true, gates, l.H, padded(gates, l.dtype)}, p_.w_hh, pieces.w_hh, l.stream);
-  if (pieces.zeros) cuda_zero(pieces.zeros, state_bytes(l), l.stream);
   CudaBackwardDirection d{};
   d.w_hh = pieces.w_hh;
-  d.h0 = p_.h0 ? p_.h0 : pieces.zeros;
-  d.c0 = p_.c0 ? p_.c0 : pieces.zeros;
+  d.h0 = p_.h0;
+  d.c0 = p_.c0;
   d.y = p_.y;
   d.y_stride = d.dy_stride = l.H;
   d.gates = p_.gates;

@@ -67,7 +67,7 @@ class CudaPlainForwardRun {
 
  private:
   struct Pieces {
-    void *gx, *w_hh, *zeros, *workspace;
+    void *gx, *w_hh, *workspace;
     int64_t bytes;
   };
   Pieces cut(void* scratch) const;
@@ -91,7 +91,7 @@ class CudaPlainBackwardRun {
     kGathered,  // made by the recurrence
   };
   struct Pieces {
-    void *dgates, *h_prev, *w_hh, *zeros, *workspace;
+    void *dgates, *h_prev, *w_hh, *workspace;
     int64_t bytes;
   };
   Pieces cut(void* scratch) const;
