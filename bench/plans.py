@@ -122,8 +122,8 @@ def order_of_sums(plan: Any, backward: bool) -> tuple[Any, ...]:
         return ("step or grid",)
     if backward:
         return "cluster", plan.m_tiles  # the units of a block
-    # How many warps have the same k (warps_of_rows of csrc/cuda/tiles.h), and whether each makes its
-    # sums as two (kSplit of product.cuh).
+    # How many warps have the same k (warps_of_rows of csrc/cuda/tiles.h), and whether each makes
+    # its sums as two (kSplit of product.cuh).
     warps = 2 if plan.m_tiles < 8 else 4
     return "cluster", warps, plan.m_tiles // warps * plan.n_tiles < 3
 

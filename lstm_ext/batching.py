@@ -198,7 +198,8 @@ def batched_gradients(backward: Callable[..., tuple[Any, ...]]) -> Callable[...,
         is_batched = [g is not None and is_legacy_batchedtensor(g) for g in gradients]
         if True not in is_batched:
             return backward(ctx, *gradients)
-        level = torch._C._vmapmode_increment_nesting() - 1
+        # Autograd's threads for devices other than the CPU know of no nesting: 0.
+        level = max(torch._C._vmapmode_increment_nesting() - 1, 1)
         torch._C._vmapmode_decrement_nesting()
         if level > 1:
             raise RuntimeError("Expected one vmap of torch.autograd at a time, got one in another")

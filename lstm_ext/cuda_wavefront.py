@@ -281,6 +281,8 @@ def backward(
                 dc0=address(dc0),
             )
             calls[layer] = (native, [direction], address(workspace))
+        if steps.has_padding:
+            _ = steps.padding_rows  # made once, and read on every lane
         with engine.lanes(x.device, count if wave.parts > 1 else 0) as lanes:
             for lane, taken in order(count, wave.parts):
                 layer, part = L - 1 - lane, wave.parts - 1 - taken  # from the last step

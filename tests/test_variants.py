@@ -4,6 +4,7 @@ import pytest
 import torch
 from allpairspy import AllPairs
 from cases import HALF
+from device import here, leaf
 from layers import lstm_layer
 from test_autograd import STEPS
 from test_autograd import B as BATCH
@@ -207,7 +208,8 @@ def _masks(steps, p, training):
     h_dropout = torch.nn.functional.dropout(torch.ones(BATCH, p, **F64), 0.4)
     if not training:
         return Masks(None, 0.3, 0.2)
-    return Masks(h_dropout, torch.rand(steps.rows, p) < 0.3, torch.rand(steps.rows, H) < 0.3)
+    keep = (torch.rand(steps.rows, size) < 0.3 for size in (p, H))
+    return Masks(here(h_dropout), *map(here, keep))
 
 
 GRAD_AXES = {
@@ -237,7 +239,7 @@ def _function_and_inputs(case):
         weights = LayerWeights(*four, w_hr, w_ch, *gammas, masks)
         return lstm_layer(x, h0, c0, weights, steps, reverse=case["reverse"], cells=True)
 
-    return run, [torch.randn(size, **F64).requires_grad_() for size in sizes]
+    return run, [leaf(torch.randn(size, **F64)) for size in sizes]
 
 
 @pytest.mark.parametrize("case", GRAD_PAIRS, ids=lambda c: "-".join(str(v) for v in c.values()))

@@ -55,28 +55,25 @@ int64_t base_shared(const CudaProblem& p, const Tile& tile) {
   return partial_bytes(tile.m, units_of(tile.m, p.backward), tile.n, int(acc_bytes(p.dtype)));
 }
 
-// Rates in bytes or multiply-adds a microsecond, overheads in microseconds. Fitted to what 2644
-// plans took on an H100 SXM, bf16 and TF32, near the fastest of each of 96 problems (bench/results/
-// nvidia-h100-80gb-hbm3/NOTES.md), but for what is marked as a lead; scaled by multiprocessors
-// where that is what matters. The plan they choose takes 1.03 times the fastest one's time on
-// average.
+// Rates in bytes or multiply-adds a microsecond, overheads in microseconds. Fitted to what 1810
+// plans took on an H100 SXM, bf16 and TF32, near the fastest of each of 96 shapes, forward and
+// backward (bench/results/nvidia-h100-80gb-hbm3/NOTES.md), but for what is marked as a lead; scaled
+// by multiprocessors where that is what matters. The plan they choose takes 1.02 times the fastest
+// one's time on average.
 struct Costs {
-  double launch = 2.25;   // one kernel after another in a stream
-  double barrier = 1.03;  // through global memory
-  // Loads, the sum over the warps and the cell's functions, for a tile of 8 sequences; for each 8
-  // more, that part of it.
-  double cell = 0.8, cell_backward = 1.14, more_sequences = 0.116;
-  double state_per_sm = 61e3, weights_per_sm = 47e3;  // from L2, all of them reading at once
-  double memory_per_sm = 17.2e3;                      // HBM, the same
+  double launch = 1.75;                      // one kernel after another in a stream
+  double barrier = 1.11;                     // through global memory
+  double cell = 0.93, cell_backward = 1.32;  // loads, the sum over the warps, the cell's functions
+  double state_per_sm = 58e3, weights_per_sm = 42e3;  // from L2, all of them reading at once
+  double memory_per_sm = 16.8e3;                      // HBM, the same
   // In a grid that streams weights from there, groups and tiles fetch them apart.
-  double grid_memory = 1.41;
-  double shared_per_sm = 84e3;                 // weights that a grid's blocks keep there
-  double tensor16 = 0.85e6, tensor32 = 0.5e6;  // per SM
-  double fma32 = 0.12e6, fma64 = 0.05e6;       // per SM; leads
+  double grid_memory = 1.37;
+  double shared_per_sm = 540e3;                   // weights that a grid's blocks keep there
+  double tensor16 = 0.906e6, tensor32 = 0.494e6;  // per SM
+  double fma32 = 0.12e6, fma64 = 0.05e6;          // per SM; leads
   // A cell, and an exchange through distributed shared memory; for each sequence of a group.
-  double cluster = 0.65, cluster_backward = 1.45, cluster_sequence = 0.045;
-  double sent_per_sm = 93e3;  // to peers
-  double cluster_shared_per_sm = 125e3;
+  double cluster = 0.67, cluster_backward = 1.31, cluster_sequence = 0.028;
+  double cluster_shared_per_sm = 138e3;
   double vendor = 2.2;  // a large product of the vendor's library against those; a lead
   double part = 8;      // of a wavefront: two kernels begin and end, and an event between streams
   double calls = 30;    // what the calling thread takes for it, from Python
@@ -134,8 +131,7 @@ CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile
                              double(std::max<int64_t>(chunks, 1)) / costs.shared_per_sm;
   const double math =
       tiles * 8 * tile.n * tile.m * 16 * double(product_length(p)) / macs_per_us(p, device, costs);
-  const double cell =
-      (p.backward ? costs.cell_backward : costs.cell) * (1 + costs.more_sequences * (tile.n - 1));
+  const double cell = p.backward ? costs.cell_backward : costs.cell;
   const double busy = state + streamed + std::max(from_shared, math) + tiles * cell;
   plan.step_us = (grid ? costs.barrier : costs.launch) +
                  std::max(from_memory, grid ? busy : std::ceil(waves) * busy);
@@ -199,7 +195,7 @@ CudaPlan try_cluster_plan(const CudaProblem& p, const CudaProperties& device, co
   const double waves =
       std::ceil(double(plan.groups * p.directions) / double(device.clusters[size]));
   plan.step_us = waves * ((p.backward ? costs.cluster_backward : costs.cluster) +
-                          costs.cluster_sequence * double(group_rows) + sent / costs.sent_per_sm +
+                          costs.cluster_sequence * double(group_rows) +
                           std::max(touched / costs.cluster_shared_per_sm,
                                    macs / macs_per_us(p, device, costs)));
   return plan;

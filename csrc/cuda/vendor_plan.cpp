@@ -5,15 +5,17 @@
 namespace lstm_ext {
 namespace {
 
-// Rates in bytes or multiply-adds a microsecond and multiprocessor, overheads in microseconds.
-// Leads: the family is not measured, but copies from memory (3.0 TB/s on an H100), products of
-// large bf16 matrices (798 TFLOP/s, of which these skinny ones are taken to reach half, TF32 half
-// of that) and launches (2.2 to 3.3 us apart in a stream) are.
+// Rates in bytes or multiply-adds a microsecond and multiprocessor, overheads in microseconds. As
+// measured on an H100 SXM in bf16 and TF32 (bench/results/nvidia-h100-80gb-hbm3/NOTES.md), H 1536
+// to 4096; fma32 and fma64 are leads.
 struct Costs {
   double launch = 3;  // after another whose results it reads
+  double calls = 12;  // a step's two calls, by the thread that makes them: it takes no less
   double tensor16 = 1.5e6, tensor32 = 0.75e6, fma32 = 0.15e6, fma64 = 0.15e6;
   int64_t tile = 64;  // sequences that a product multiplies at once, whether they are there or not
-  double l2 = 41e3, memory = 22e3;
+  double l2 = 31e3, memory = 20e3;  // that a product reads
+  double backward = 1.2;            // a product there against one in forward
+  double pointwise = 13e3;          // read and written by the cells
 };
 
 }  // namespace
@@ -50,8 +52,10 @@ CudaPlan make_vendor_plan(const CudaProblem& p, const CudaProperties& device) {
   const double bytes = p.backward ? 9 * acc + 9 * element : 15 * acc + 2 * element;
   const double blocks = double(p.normed ? p.B : plan.slices * plan.groups) * directions;
   const double rest = bytes * double(p.B) * double(p.H) * directions /
-                      (costs.memory * std::clamp(blocks, 1.0, sms));
-  plan.step_us = (1 + directions) * costs.launch + directions * std::max(math, read) + rest;
+                      (costs.pointwise * std::clamp(blocks, 1.0, sms));
+  const double product = std::max(math, read) * (p.backward ? costs.backward : 1);
+  plan.step_us =
+      std::max((1 + directions) * costs.launch + directions * product + rest, costs.calls);
   return plan;
 }
 
