@@ -50,7 +50,7 @@ class Mailboxes {
     copies_see();  // what was written here before; peers' copies may follow on it
     cluster_sync();
   }
-  // Nobody leaves while a peer may still send to it.
+  // Nobody leaves while a peer may still send to it, or has not got what it was sent.
   static LSTM_EXT_DEVICE void close() { cluster_sync(); }
 
   // Mailbox `box` will get so many bytes; called once for each time it fills.

@@ -3,21 +3,24 @@
 from emulator.mutant import DEADLOCK, OVERRUN, RACE, WRONG, of
 
 # Arguments of lstm_driver for few_cluster_kernels.cu. Three slices of four blocks, so that one of
-# them has no units; rows past the group's; a slice that is not full.
-FORWARD = "forward bfloat16 cluster 4x2 4+0 2 1 4 13 37 37 lengths"
-FORWARD_48 = "forward bfloat16 cluster 12x1 5+0 1 1 3 7 90 90 lengths"  # 48 units do not divide 256
-FORWARD_SHARED = "forward bfloat16 cluster 12x1 5+1 1 1 2 3 321 321 dense"
-BACKWARD = "backward bfloat16 cluster 1x2 2+0 2 1 3 13 37 37 lengths"
-BACKWARD_48 = "backward bfloat16 cluster 3x1 3+0 1 1 3 7 90 90 lengths"
+# them has no units; rows past the group's, of which the last has fewer; a slice that is not full.
+FORWARD = "forward bfloat16 cluster 4x1 4+0 2 1 4 13 37 37 lengths"
+FORWARD_PACKED = "forward bfloat16 cluster 4x1 4+0 2 1 4 13 37 37 packed"
+FORWARD_TWO = "forward bfloat16 cluster 8x2 8+0 1 1 3 13 70 70 lengths"  # two cells a thread
+FORWARD_48 = "forward bfloat16 cluster 12x1 6+0 1 1 3 3 90 90 lengths"  # 48 units do not divide 256
+FORWARD_SHARED = "forward bfloat16 cluster 12x1 6+1 1 1 2 3 385 385 dense"  # nine blocks of sixteen
+BACKWARD = "backward bfloat16 cluster 1x2 2+0 2 1 3 17 37 37 lengths"
+BACKWARD_PACKED = "backward bfloat16 cluster 1x2 2+0 2 1 3 17 37 37 packed"
+BACKWARD_48 = "backward bfloat16 cluster 3x1 3+0 1 1 3 3 90 90 lengths"
 BACKWARD_32 = "backward tf32 cluster 2x1 2+0 2 1 3 9 35 35 lengths"  # one m-tile of the last two
 BACKWARD_EIGHTS = "backward bfloat16 cluster 1x2 2+0 1 1 2 9 40 40 dense"  # whole 16-byte loads
 BACKWARD_SHARED = "backward tf32 cluster 2x1 2+1 1 1 2 3 275 275 dense"
 # Three launches.
-FORWARD_PARTS = "forward bfloat16 cluster 4x2 4+0 2 1 4 13 37 37 lengths+parts"
-BACKWARD_PARTS = "backward bfloat16 cluster 1x2 2+0 2 1 4 13 37 37 lengths+parts"
+FORWARD_PARTS = "forward bfloat16 cluster 4x1 4+0 2 1 4 13 37 37 lengths+parts"
+BACKWARD_PARTS = "backward bfloat16 cluster 1x2 2+0 2 1 4 17 37 37 lengths+parts"
 CONTROL = [
-    *(FORWARD, FORWARD_48, FORWARD_SHARED),
-    *(BACKWARD, BACKWARD_48, BACKWARD_32, BACKWARD_EIGHTS, BACKWARD_SHARED),
+    *(FORWARD, FORWARD_PACKED, FORWARD_TWO, FORWARD_48, FORWARD_SHARED),
+    *(BACKWARD, BACKWARD_PACKED, BACKWARD_48, BACKWARD_32, BACKWARD_EIGHTS, BACKWARD_SHARED),
     *(FORWARD_PARTS, BACKWARD_PARTS),
 ]
 
@@ -26,6 +29,8 @@ AHEAD = f"{RACE}|more arrivals than the phase expects"
 NOT_INITIALISED = "used before it is initialised"
 # A peer's block that has not begun, or that has: its mbarriers are not there yet, or half.
 TOO_EARLY = f"does not run|{NOT_INITIALISED}|data race"
+# What it has sent may not have been read yet.
+LEAVES = ("mailboxes.close(); #endif", "\n#endif")
 
 MUTANTS = [
     *of(
@@ -41,7 +46,7 @@ MUTANTS = [
             "sent before all have begun",
             FORWARD,
             TOO_EARLY,
-            ("fence_mbarrier_init(); } cluster_sync();", "fence_mbarrier_init(); }"),
+            ("peers' copies may follow on it cluster_sync();", ""),
         ),
         ("one is not initialised", FORWARD, NOT_INITIALISED, ("mbarrier_init(&full_[0], 1);", "")),
         (
@@ -77,25 +82,107 @@ MUTANTS = [
         ("waits for the time before", FORWARD, AHEAD, ("count % 2", "(count + 1) % 2")),
         ("waits for the first time only", FORWARD, RACE, ("count % 2", "0")),
         (
+            "leaves while peers copy from it",
+            FORWARD,
+            RACE,
+            ("close() { cluster_sync(); }", "close() {}"),
+        ),
+    ),
+    *of(
+        "cluster_block.cuh",
+        "class Letter {",
+        (
+            "not asked for",
+            FORWARD,
+            DEADLOCK,
+            (
+                "if (peer_ >= 0) copy_async(to_ + box * box_bytes_, from + peer_ * stride,"
+                " unsigned(bytes), full_ + box * 8);",
+                "",
+            ),
+        ),
+        (
+            "asked for by all",
+            FORWARD,
+            f"{RACE}|tx-count|more arrivals|{DEADLOCK}",
+            ("if (peer_ >= 0) copy_async", "copy_async"),
+        ),
+        (
             "counted in one mailbox",
             FORWARD,
             f"{DEADLOCK}|{RACE}|more arrivals",
-            ("shared_address(&full_[box])", "shared_address(&full_[0])"),
+            ("full_ + box * 8", "full_"),
+        ),
+        (
+            "all in one mailbox",
+            FORWARD,
+            f"{RACE}|{WRONG}",
+            ("to_ + box * box_bytes_", "to_"),
         ),
         (
             "counted by the sender",
             FORWARD,
-            "st.async|deadlock",
+            "the mbarrier is not in the destination's block",
             (
-                "map_to_rank(shared_address(&full_[box]), peer)",
-                "shared_address(&full_[box])",
+                "map_to_rank(shared_address(mailboxes.full_), rank)",
+                "shared_address(mailboxes.full_)",
             ),
         ),
         (
             "sent to oneself",
             FORWARD,
-            "st.async|deadlock",
-            ("st_async(map_to_rank(place, peer)", "st_async(place"),
+            "the mbarrier is not in the destination's block",
+            ("map_to_rank(shared_address(place), rank)", "shared_address(place)"),
+        ),
+        (
+            "the same for every peer",
+            BACKWARD,
+            f"{RACE}|{WRONG}",
+            ("from + peer_ * stride", "from"),
+        ),
+        ("less is sent", FORWARD, DEADLOCK, ("unsigned(bytes)", "unsigned(bytes) - 16")),
+        (
+            "one lane of a warp has a peer",
+            FORWARD_SHARED,
+            DEADLOCK,
+            ("lane < 2 &&", "lane < 1 &&"),
+        ),
+        (
+            "peers that there are not",
+            FORWARD,
+            "map to rank .* of a cluster of 4",
+            ("&& threadIdx.x / 32 + lane * kWarps < unsigned(slices)", ""),
+        ),
+        (
+            "blocks without units get one",
+            FORWARD,
+            "still on their way",
+            ("< unsigned(slices)", "< cluster_size()"),
+        ),
+    ),
+    *of(
+        "cluster_block.cuh",
+        "class Ahead",
+        ("nobody waits", FORWARD, WRONG, ("async_wait<1>();", "")),
+        ("waits for the step before", FORWARD, WRONG, ("async_wait<1>()", "async_wait<2>()")),
+        ("steps do not end", FORWARD, WRONG, ("async_commit();", "")),
+        (
+            "one place for all steps",
+            FORWARD,
+            WRONG,
+            ("(step % 2 * kWords + word)", "word"),
+        ),
+        (
+            "one place for all cells",
+            FORWARD_TWO,
+            WRONG,
+            ("* kCells + cell) * kThreads", "* kCells) * kThreads"),
+        ),
+        (
+            "one place for all threads",
+            FORWARD,
+            RACE,
+            ("reinterpret_cast<float*>(memory) + threadIdx.x", "reinterpret_cast<float*>(memory)"),
         ),
     ),
     *of(
@@ -131,26 +218,46 @@ MUTANTS = [
             "padding of the states not zeroed",
             FORWARD,
             WRONG,
-            ("reinterpret_cast<uint4*>(states)[at_box] = make_uint4(0, 0, 0, 0);", ";"),
+            ("reinterpret_cast<uint4*>(states)[v] = make_uint4(0, 0, 0, 0);", ";"),
         ),
         (
             "padding of one state not zeroed",
             FORWARD,
             WRONG,
-            ("at_box < 2 * box_bytes / 16", "at_box < box_bytes / 16"),
+            ("v < 2 * (box_bytes + slice_bytes) / 16", "v < box_bytes / 16"),
+        ),
+        (
+            "padding of its own part not zeroed",
+            FORWARD,
+            WRONG,
+            ("v < 2 * (box_bytes + slice_bytes) / 16", "v < 2 * box_bytes / 16"),
+        ),
+        (
+            "padding of its own part's copy not zeroed",
+            FORWARD,
+            WRONG,
+            ("v < 2 * (box_bytes + slice_bytes) / 16", "v < (2 * box_bytes + slice_bytes) / 16"),
+        ),
+        (
+            "fewer rows than sequences",
+            FORWARD,
+            f"{RACE}|{WRONG}",
+            (
+                "lstm_ext::state_rows(args.shape.group_rows)",
+                "lstm_ext::state_rows(args.shape.group_rows) / 2",
+            ),
         ),
         (
             "first step's reset ignored",
             FORWARD,
             WRONG,
-            ("if (resets(steps, steps.step_at(first), b)) continue;", ""),
+            ("if (walk.resets(walk.step_at(first), b)) continue;", ""),
         ),
-        ("results of an empty sequence not made", FORWARD, WRONG, ("if (steps.lengths)", "if (0)")),
         (
-            "threads without a cell",
-            FORWARD_48,
-            RACE,
-            ("return Sum::has_cell(j) && sequence", "return sequence"),
+            "results of an empty sequence not made",
+            FORWARD,
+            WRONG,
+            ("if (length[j]) continue;", "continue;"),
         ),
         ("sequences past the end", FORWARD, OVERRUN, ("sequence(j) < place.row_end && ", "")),
         ("units past the end", FORWARD, OVERRUN, ("place.row_end && unit < H", "place.row_end")),
@@ -158,11 +265,26 @@ MUTANTS = [
             "ready before the first state is",
             FORWARD,
             RACE,
-            ("mailboxes.open(); const int bytes", "const int bytes"),
+            ("mailboxes.open(); // Rows of the next step", "// Rows of the next step"),
             (
                 "for (int row = threadIdx.x / 32;",
                 "mailboxes.open(); for (int row = threadIdx.x / 32;",
             ),
+        ),
+        ("first step's operands not fetched", FORWARD, WRONG, ("fetch(first, turn);", "")),
+        ("operands not closed", FORWARD, WRONG, ("ahead.close();", "")),
+        ("operands not waited for", FORWARD, WRONG, ("ahead.wait();", "")),
+        (
+            "operands of the step before",
+            FORWARD,
+            WRONG,
+            ("ahead.get(i, gate, j)", "ahead.get(i + 1, gate, j)"),
+        ),
+        (
+            "rows of the step before",
+            FORWARD_PACKED,
+            WRONG,
+            ("walk.step_at(i + 2)", "walk.step_at(i + 1)"),
         ),
         (
             "no wait",
@@ -180,13 +302,19 @@ MUTANTS = [
             "nothing is expected",
             FORWARD,
             DEADLOCK,
-            ("if (goes_on) mailboxes.expect(next, bytes);", ""),
+            ("if (goes_on) mailboxes.expect(next, slices * slice_bytes);", ""),
         ),
         (
             "less is expected",
             FORWARD,
             RACE,
-            ("mailboxes.expect(next, bytes)", "mailboxes.expect(next, bytes - 16)"),
+            ("slices * slice_bytes);", "slices * slice_bytes - 16);"),
+        ),
+        (
+            "one letter less is expected",
+            FORWARD,
+            RACE,
+            ("slices * slice_bytes);", "(slices - 1) * slice_bytes);"),
         ),
         (
             "one state for all steps",
@@ -196,46 +324,75 @@ MUTANTS = [
             ("(i - first - 1) / 2", "i - first - 1"),
         ),
         (
-            "sender does not wait for its lanes",
+            "one letter for all steps",
             FORWARD,
             RACE,
-            (
-                "__syncwarp();  // the lane that sends speaks",
-                "//",
-            ),
+            ("reinterpret_cast<T*>(own + next * slice_bytes)", "reinterpret_cast<T*>(own)"),
+            ("letter.send(next, own + next * slice_bytes", "letter.send(next, own"),
         ),
+        (
+            "sent before it is there",
+            FORWARD,
+            RACE,
+            ("__syncthreads();  // all of this block's part is there", ""),
+        ),
+        ("sent unseen", FORWARD, RACE, ("copies_see();", "")),
         (
             "sent after the last step",
             FORWARD,
             "still on their way",
-            ("if (goes_on) { const uint4 vector", "{ const uint4 vector"),
+            ("if (goes_on) { copies_see();", "{ copies_see();"),
         ),
         (
-            "sent by threads without a cell",
-            FORWARD_48,
-            f"{RACE}|{WRONG}|{DEADLOCK}",
-            ("Sum::has_cell(j) && b < place", "b < place"),
-        ),
-        (
-            "sent for the next group",
+            "not sent",
             FORWARD,
             DEADLOCK,
-            ("b < place.row_end && unit / kVector", "unit / kVector"),
+            ("letter.send(next, own + next * slice_bytes, 0, slice_bytes);", ""),
         ),
         (
-            "units past the end are sent",
+            "less is sent",
             FORWARD,
-            f"{RACE}|still on their way|{DEADLOCK}",
-            (" && unit / kVector * kVector < H", ""),
+            DEADLOCK,
+            ("0, slice_bytes);", "0, slice_bytes - 16);"),
         ),
-        ("not sent", FORWARD, DEADLOCK, ("mailboxes.send(peer, next, to, vector);", ";")),
+        (
+            "every peer is sent another part",
+            FORWARD,
+            f"{RACE}|{WRONG}",
+            ("0, slice_bytes);", "slice_bytes, slice_bytes);"),
+        ),
+        (
+            "states of all blocks in one place",
+            FORWARD,
+            f"{RACE}|{WRONG}",
+            ("states + place.slice * slice_bytes", "states"),
+        ),
+        (
+            "the second state lies elsewhere",
+            FORWARD,
+            f"{RACE}|{WRONG}",
+            ("slice_bytes, box_bytes);", "slice_bytes, slice_bytes);"),
+        ),
+        (
+            "all cells of a thread in one place",
+            FORWARD_TWO,
+            WRONG,
+            ("j ? place_of(unit, row_of(j)) - own_start : first_own_cell", "first_own_cell"),
+        ),
+        (
+            "its own part counts from the first unit",
+            FORWARD,
+            f"{RACE}|{WRONG}|past the end",
+            ("pinned(place_of(unit, row_of(0)) - own_start)", "pinned(place_of(unit, row_of(0)))"),
+        ),
         (
             "goes on from h0",
             FORWARD_PARTS,
             WRONG,
             ("if (first > 0) // h0 for", "if (false) // h0 for"),
         ),
-        ("c is not left", FORWARD_PARTS, WRONG, ("if (last < steps.T)", "if (false)")),
+        ("leaves when it is done", FORWARD, RACE, LEAVES),
+        ("c is not left", FORWARD_PARTS, WRONG, ("if (last < walk.T())", "if (false)")),
         (
             "goes on from c0",
             FORWARD_PARTS,
@@ -247,6 +404,18 @@ MUTANTS = [
             FORWARD_SHARED,
             f"{RACE}|{WRONG}",
             ("Sum::kCells * 4 * (kWarps / kMWarps)", "Sum::kCells"),
+        ),
+        (
+            "sums over what is fetched",
+            FORWARD,
+            f"{RACE}|{WRONG}",
+            ("(fetched + ahead_bytes(kForwardWords, kCells))", "(fetched)"),
+        ),
+        (
+            "fetched over its own part",
+            FORWARD,
+            f"{RACE}|{WRONG}",
+            ("own + 2 * slice_bytes", "own + slice_bytes"),
         ),
     ),
     *of(
@@ -295,43 +464,104 @@ MUTANTS = [
             ("size_t(warp) * shared * kChunks * 64 + lane", "lane"),
         ),
         (
-            "weights over gradients",
-            BACKWARD_SHARED,
+            "fetched over gradients",
+            BACKWARD,
             f"{RACE}|{WRONG}",
-            ("(own + 2 * kRows * kPitch)", "(own + kRows * kPitch)"),
+            ("fetched = own + 2 * kRows * kPitch", "fetched = own + kRows * kPitch"),
         ),
         (
-            "threads without a cell",
-            BACKWARD_48,
-            RACE,
-            ("(kStride == kThreads || threadIdx.x < kStride) && ", ""),
+            "weights over what is fetched",
+            BACKWARD_SHARED,
+            f"{RACE}|{WRONG}",
+            ("(fetched + ahead_bytes(kBackwardWords, kCells))", "(fetched)"),
         ),
         ("sequences past the end", BACKWARD, OVERRUN, ("sequence(j) < place.row_end && ", "")),
         ("units past the end", BACKWARD, OVERRUN, ("place.row_end && unit < H", "place.row_end")),
         (
-            "columns past the end are sent",
+            "columns past the end are written",
             BACKWARD,
-            DEADLOCK,
+            f"{RACE}|{WRONG}",
             ("if (n * 4 + pair >= pairs) return;", ""),
         ),
         (
-            "m-tiles past the end are expected",
-            BACKWARD_32,
-            DEADLOCK,
-            ("slices * own_tiles", "slices * kMTiles"),
+            "the last of an odd number of sequences is not sent",
+            BACKWARD,
+            WRONG,
+            ("pairs = (place.rows() + 1) / 2", "pairs = place.rows() / 2"),
         ),
         (
             "less is expected",
             BACKWARD,
             RACE,
-            ("mailboxes.expect(j % 2, bytes);", "mailboxes.expect(j % 2, bytes - 16);"),
+            (
+                "mailboxes.expect(j % 2, slices * bytes)",
+                "mailboxes.expect(j % 2, slices * bytes - 16)",
+            ),
         ),
-        ("nothing is expected", BACKWARD, DEADLOCK, ("mailboxes.expect(j % 2, bytes);", "")),
         (
-            "not sent",
+            "one letter less is expected",
+            BACKWARD,
+            RACE,
+            (
+                "mailboxes.expect(j % 2, slices * bytes)",
+                "mailboxes.expect(j % 2, (slices - 1) * bytes)",
+            ),
+        ),
+        (
+            "nothing is expected",
             BACKWARD,
             DEADLOCK,
-            ("mailboxes.send(tile / kMTiles, box, shared_address(to), vector);", ""),
+            ("mailboxes.expect(j % 2, slices * bytes);", ""),
+        ),
+        (
+            "sent before they are there",
+            BACKWARD,
+            RACE,
+            ("__syncthreads();  // all warps have written", ""),
+        ),
+        ("sent unseen", BACKWARD, RACE, ("copies_see();", "")),
+        ("not sent", BACKWARD, DEADLOCK, ("letter.send(j % 2, parts, part_bytes, bytes);", "")),
+        (
+            "less is sent",
+            BACKWARD,
+            DEADLOCK,
+            (
+                "letter.send(j % 2, parts, part_bytes, bytes)",
+                "letter.send(j % 2, parts, part_bytes, bytes - 16)",
+            ),
+        ),
+        (
+            "parts lie closer in a group of fewer",
+            BACKWARD,
+            f"{RACE}|{WRONG}",
+            (
+                "letter.send(j % 2, parts, part_bytes, bytes)",
+                "letter.send(j % 2, parts, bytes, bytes)",
+            ),
+        ),
+        (
+            "one letter for all steps",
+            BACKWARD,
+            RACE,
+            ("letters + j % 2 * parts_bytes", "letters"),
+        ),
+        (
+            "letters over gradients",
+            BACKWARD,
+            f"{RACE}|{WRONG}",
+            ("own = letters + 2 * parts_bytes", "own = letters + parts_bytes"),
+        ),
+        (
+            "the second box lies elsewhere",
+            BACKWARD,
+            f"{RACE}|{WRONG}",
+            ("part_bytes, parts_bytes);", "part_bytes, part_bytes);"),
+        ),
+        (
+            "boxes of all blocks in one place",
+            BACKWARD,
+            RACE,
+            ("boxes + place.slice * part_bytes", "boxes"),
         ),
         (
             "no wait",
@@ -349,15 +579,41 @@ MUTANTS = [
             "one box for all steps",
             BACKWARD,
             RACE,
-            ("boxes + box * box_vectors + ((place", "boxes + ((place"),
-            ("boxes + j % 2 * box_vectors", "boxes"),
+            ("part_bytes, parts_bytes);", "part_bytes, 0);"),
+            ("boxes + j % 2 * parts_bytes", "boxes"),
+        ),
+        ("first step's operands not fetched", BACKWARD, WRONG, ("fetch(start);", "")),
+        ("operands not closed", BACKWARD, WRONG, ("ahead.close();", "")),
+        ("operands not waited for", BACKWARD, WRONG, ("ahead.wait();", "")),
+        (
+            "operands of the step before",
+            BACKWARD,
+            WRONG,
+            ("in.c = ahead.get(j, 4, i)", "in.c = ahead.get(j + 1, 4, i)"),
         ),
         (
-            "gradients of one step",
+            "gradients of the next step's outputs",
             BACKWARD,
-            RACE,
-            ("own + (j + 1) % 2 * (kRows * kPitch)", "own"),
-            ("own + j % 2 * (kRows * kPitch) + row", "own + row"),
+            WRONG,
+            ("in.dy = to_acc(dy[i])", "in.dy = to_acc(next_dy[i])"),
+        ),
+        (
+            "c before the first step from a step",
+            BACKWARD,
+            WRONG,
+            ("turn[i].first ? cell.first_c(turn[i]) : ahead", "ahead"),
+        ),
+        (
+            "rows of the step before",
+            BACKWARD_PACKED,
+            WRONG,
+            ("rows_after = rows_at(j + 2)", "rows_after = rows_at(j + 1)"),
+        ),
+        (
+            "gradients stored as the next step's",
+            BACKWARD,
+            WRONG,
+            ("store(j - 1, before);", "store(j - 1, turn);"),
         ),
         (
             "zeros written over the launch before's gradients",
@@ -375,7 +631,7 @@ MUTANTS = [
             "gradients pass the reset of the launch before",
             BACKWARD_PARTS,
             WRONG,
-            ("if (!steps.active(t, b) || resets(steps, t, b))", "if (!steps.active(t, b))"),
+            ("if (!turn.active || turn.reset)", "if (!turn.active)"),
         ),
         (
             "gradients of c not gone on with",
@@ -389,17 +645,24 @@ MUTANTS = [
             WRONG,
             ("carry[j] = as<Acc>(d.carry)[at(b, H, unit)];", ""),
         ),
+        ("leaves when it is done", BACKWARD, RACE, LEAVES),
         (
-            "the launch before's last step stored again",
+            "gradients of c not left",
             BACKWARD_PARTS,
             WRONG,
-            ("if (j > start) store(j - 1);", "store(j - 1);"),
+            ("as<Acc>(d.cells)[at(sequence(j), H, unit)] = dc[j];", ""),
         ),
         (
-            "boxes of all blocks in one place",
-            BACKWARD,
-            RACE,
-            ("(place.slice * kMTiles + m) * kNTiles", "m * kNTiles"),
+            "gradients that wait not left",
+            BACKWARD_PARTS,
+            WRONG,
+            ("as<Acc>(d.carry)[at(sequence(j), H, unit)] = carry[j];", ""),
+        ),
+        (
+            "a step before the launch's first stored",
+            BACKWARD_PARTS,
+            f"{RACE}|{WRONG}",
+            ("if (j > start) store(j - 1, before);", "store(j - 1, before);"),
         ),
     ),
     *of(
@@ -422,29 +685,71 @@ MUTANTS = [
             ("kMWarps == 1 ? 0 : ", "true ? 0 : "),
         ),
     ),
+    *of(
+        "product.cuh",
+        "struct StateInShared",
+        (
+            "lanes of sequences that are not there read on",
+            FORWARD_48,
+            RACE,
+            ("(b & (rows - 1))", "b"),
+        ),
+        (
+            "sequences in order",
+            FORWARD,
+            WRONG,
+            (" ^ swapped(int(threadIdx.x % 4), rows)", ""),
+        ),
+        (
+            "the next sequence's for the next k's",
+            FORWARD,
+            f"{RACE}|{WRONG}",
+            ("return uint32_t(rows);", "return 1;"),
+        ),
+    ),
 ]
 
-# Precautions that no run can miss, and there all the same: sign "". A block has received all that
-# its peers will ever send to it before it ends, and to one without units nobody sends anything;
-# barriers of the cluster count only threads that have not ended.
-LEAVES = ("mailboxes.close(); #endif", "\n#endif")
+# Precautions that no run can miss, and there all the same: sign "".
 LEAVES_AT_ONCE = ("mailboxes.open(); mailboxes.close(); return;", "return;")
 SPARE = [
+    # The emulator does not know what is written to shared memory by threads from what copies write.
     *of(
         "cluster_block.cuh",
         "class Mailboxes",
-        ("nobody waits at the end", FORWARD, "", ("close() { cluster_sync(); }", "close() {}")),
+        (
+            "copies before what was written",
+            FORWARD,
+            "",
+            ("copies_see();  // what was written here before; peers' copies may follow on it", ""),
+        ),
     ),
+    # To a block without units nobody sends anything; barriers of the cluster count only threads
+    # that have not ended. Threads without a cell have rows past a group's: 48 units have groups of
+    # 4 sequences at most.
     *of(
         "cluster_forward.cuh",
         "forward_cluster(",
-        ("leaves when it is done", FORWARD, "", LEAVES),
         ("leaves without units", FORWARD, "", LEAVES_AT_ONCE),
+        ("threads without a cell", FORWARD_48, "", ("Sum::has_cell(j) && ", "")),
     ),
+    # The block has met since the last product read what it is overwritten by.
     *of(
         "cluster_backward.cuh",
         "backward_cluster(",
-        ("leaves when it is done", BACKWARD, "", LEAVES),
         ("leaves without units", BACKWARD, "", LEAVES_AT_ONCE),
+        (
+            "threads without a cell",
+            BACKWARD_48,
+            "",
+            ("(kStride == kThreads || threadIdx.x < kStride) && ", ""),
+        ),
+        (
+            "gradients of one step",
+            BACKWARD_PARTS,
+            "",
+            ("own + (j + 1) % 2 * (kRows * kPitch)", "own"),
+            ("own + (start + 1) % 2 * (kRows * kPitch)", "own"),
+            ("own + j % 2 * (kRows * kPitch) + row", "own + row"),
+        ),
     ),
 ]

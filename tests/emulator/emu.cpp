@@ -338,6 +338,12 @@ void run_block(Block& b, char* stacks, const std::vector<void*>& contexts) {
   hb_release(&b.hb_start);
   schedule(b);
   hb_acquire(&b.hb_end);
+#if defined(EMU_TSAN)
+  // Its shared memory is another's now: a peer's access, or a copy's, has come before.
+  if (b.smem) __tsan_write_range(b.smem, long(g->smem));
+  for (Fiber& f : b.f)
+    if (f.tsan_copier) __tsan_destroy_fiber(f.tsan_copier);
+#endif
   b.lock.lock();
   b.running = false;
   if (!b.in_flight.empty())

@@ -1,8 +1,12 @@
-// Clusters: the cluster barrier, distributed shared memory, mbarrier, st.async.
+// Clusters: the cluster barrier, distributed shared memory, mbarrier, st.async, bulk copies.
 // Built without -fsanitize, like emu.cpp.
 #include <algorithm>
 
 #include "emu_internal.h"
+
+#if defined(EMU_TSAN)
+#include <sanitizer/tsan_interface.h>
+#endif
 
 namespace emu {
 
@@ -140,10 +144,10 @@ void mbarrier_complete_tx(uint64_t* p, unsigned bytes) {
   update(p, [&](Mbarrier& m) { m.tx -= bytes; });
 }
 
-// ---- st.async, and bulk copies in pieces. When a store arrives is the seed's choice: 0 as late as possible (when the
-// destination waits for it), 1 at once, more: random. Late arrival shows a missing wait, early
-// arrival a buffer that is overwritten too soon. TSan needs the store in the issuing thread: at
-// once.
+// ---- st.async, and bulk copies in pieces. When a store arrives is the seed's choice: 0 as late as
+// possible (when the destination waits for it), 1 at once, more: random. Late arrival shows a
+// missing wait, early arrival a buffer that is overwritten too soon. TSan needs the store in the
+// issuing thread: at once.
 
 static bool send(void* dst, const void* data, bool read_late, unsigned bytes, uint64_t* mbar) {
   Block* to = owner(dst);
@@ -178,9 +182,39 @@ bool st_async(void* dst, const void* data, unsigned bytes, uint64_t* mbar) {
   return send(dst, data, false, bytes, mbar);
 }
 
+void copies_see() { hb_release(&cur->b->hb_copies); }
+
+#if defined(EMU_TSAN)
+// TSan takes a copy for no thread's: whoever asks for one goes on beside it, and learns of its end
+// from the mbarrier alone. It reads what was written before a barrier, which the asking thread has
+// met, and before copies_see().
+static void copy_beside(void* dst, const void* source, unsigned bytes, uint64_t* mbar) {
+  Fiber* f = cur;
+  if (!f->tsan_copier) f->tsan_copier = __tsan_create_fiber(0);
+  void* from = const_cast<void*>(source);
+  __tsan_read_range(from, bytes);
+  __tsan_switch_to_fiber(f->tsan_copier, __tsan_switch_to_fiber_no_sync);
+  hb_acquire(&f->b->hb_copies);
+  __tsan_read_range(from, bytes);
+  __tsan_switch_to_fiber(f->tsan, __tsan_switch_to_fiber_no_sync);
+  __tsan_switch_to_fiber(f->tsan_copier, 0);
+  __tsan_write_range(dst, bytes);
+  void* to = dst;
+  size_t count = bytes;
+  asm volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(count)::"memory");  // not memcpy
+  mbarrier_complete_tx(mbar, bytes);
+  __tsan_switch_to_fiber(f->tsan, __tsan_switch_to_fiber_no_sync);
+}
+#endif
+
 bool copy_async(void* dst, const void* source, unsigned bytes, uint64_t* mbar) {
   if (owner(source) != cur->b) fail("a copy from %p, not this block's shared memory", source);
-  return send(dst, source, true, bytes, mbar);
+  const bool now = send(dst, source, true, bytes, mbar);
+#if defined(EMU_TSAN)
+  copy_beside(dst, source, bytes, mbar);
+  return false;
+#endif
+  return now;
 }
 
 static void deliver_to(uint64_t* p) {

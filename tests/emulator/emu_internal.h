@@ -20,4 +20,10 @@ void run_block(Block&, char* stacks, const std::vector<void*>& contexts);
 void open_shared_memory(Block&);
 void close_shared_memory(Block&);
 
+// For TSan: an access by whoever it takes the caller for.
+#if defined(EMU_TSAN)
+extern "C" void __tsan_read_range(void*, long);
+extern "C" void __tsan_write_range(void*, long);
+#endif
+
 }  // namespace emu

@@ -1,12 +1,13 @@
 // Stands in for csrc/cuda/cluster_kernels_*.cu as few_kernels.cu does for the others: small tiles,
-// one whose units do not divide a block's threads, and one with two n-tiles at a time.
+// one whose units do not divide a block's threads, and those with two n-tiles at a time, of which
+// forward's has two cells a thread.
 #include <stdexcept>
 
 #include "cuda/cluster_kernels.cuh"
 
 namespace lstm_ext {
 
-constexpr Tile kForward16[] = {{4, 2, 4}, {12, 1, 5}};
+constexpr Tile kForward16[] = {{4, 1, 4}, {8, 2, 8}, {12, 1, 6}};
 constexpr Tile kBackward16[] = {{1, 2, 2}, {3, 1, 3}};
 constexpr Tile kForward32[] = {{4, 1, 4}};
 constexpr Tile kBackward32[] = {{2, 1, 2}};

@@ -50,6 +50,8 @@ class Mutant:
 def of(file, where, *rows):
     """Mutants of one place: rows of name, problem, sign, edits."""
     return [
-        Mutant(f"{where.split()[-1].rstrip('(')}: {name}", file, where, tuple(edits), problem, sign)
+        Mutant(
+            f"{where.rstrip(' ({').split()[-1]}: {name}", file, where, tuple(edits), problem, sign
+        )
         for name, problem, sign, *edits in rows
     ]

@@ -29,7 +29,8 @@ CONTROL = [
 # What a mutant has to remove or alter.
 SYNCHRONISATION = re.compile(
     r"__syncthreads\(|__syncwarp\(|\barrive_at\(|\bwait_until\(|barrier\.(?:wait|arrive)\("
-    r"|\bcluster_sync\(|\bmbarrier_\w+\(|\bst_async\(|\bmailboxes\.\w+\("
+    r"|\bcluster_sync\(|\bmbarrier_\w+\(|\bmailboxes\.\w+\(|\bletter\.\w+\("
+    r"|\bcopies_see\(|\bcopy_async\(|\basync_(?:commit|wait)\b|\bahead\.(?:close|wait)\("
 )
 
 GUARD = "if (round > 0 || tile > place.row_first) __syncthreads();"
@@ -77,7 +78,7 @@ MUTANTS = [
             "next step's reset ignored",
             FORWARD_PROJECTED,
             WRONG,
-            ("resets(steps, following, b)", "false"),
+            ("walk.resets(following, b)", "false"),
         ),
         (
             "state not kept",
@@ -109,7 +110,7 @@ MUTANTS = [
             "results of an empty sequence not made",
             FORWARD,
             WRONG,
-            ("&& !(steps.lengths && steps.lengths[b] == 0)", ""),
+            ("if (walk.length(int(b))) continue;", "continue;"),
         ),
     ),
     *of(
@@ -154,12 +155,12 @@ MUTANTS = [
             WRONG,
             ("if (d.hidden)", "if (false)"),
         ),
-        ("reset ignored", BACKWARD, WRONG, (" && !resets(steps, t, b)", "")),
+        ("reset ignored", BACKWARD, WRONG, (" && !turn.reset", "")),
     ),
     *of(
         "cells.cuh",
         "class ForwardUnit",
-        ("cell not reset", FORWARD, WRONG, ("resets(steps_, t, b) ? Acc(0) : c;", "c;")),
+        ("cell not reset", FORWARD, WRONG, ("turn.reset ? Acc(0) : c;", "c;")),
         (
             "next step's reset ignored",
             FORWARD,
@@ -183,20 +184,30 @@ MUTANTS = [
     *of(
         "cells.cuh",
         "class BackwardUnit",
-        ("reset of the cell ignored", BACKWARD, WRONG, ("if (in.reset) dc = 0;", "")),
+        ("reset of the cell ignored", BACKWARD, WRONG, ("if (turn.reset) dc = 0;", "")),
         (
             "reset of the state ignored",
             BACKWARD,
             WRONG,
-            ("in.reset ? from_acc<T>(Acc(0)) : ", ""),
+            ("turn.reset ? from_acc<T>(Acc(0)) : ", ""),
         ),
-        ("reset of the cell before ignored", BACKWARD, WRONG, ("if (!in.reset) {", "{")),
+        ("reset of the cell before ignored", BACKWARD, WRONG, ("if (!turn.reset) in", "in")),
     ),
     *of(
         "cells.cuh",
         "Acc gradient_of_h(",
-        ("carry not kept", BACKWARD, WRONG, ("active ? Acc(0) : sum", "Acc(0)")),
-        ("carry kept for ever", BACKWARD, WRONG, ("active ? Acc(0) : sum", "sum")),
+        (
+            "carry not kept",
+            BACKWARD,
+            WRONG,
+            ("carry = turn.active ? Acc(0) : sum", "carry = Acc(0)"),
+        ),
+        (
+            "carry kept for ever",
+            BACKWARD,
+            WRONG,
+            ("carry = turn.active ? Acc(0) : sum", "carry = sum"),
+        ),
         ("carry not added", BACKWARD, WRONG, ("if (j > 0) sum += carry;", "")),
     ),
     *of(
@@ -269,7 +280,7 @@ MUTANTS = [
             RACE,
             (" + size_t(threadIdx.x / 32) * shared * kMTiles * 64", ""),
         ),
-        ("sequences past the end", FORWARD, RACE, ("uint32_t(min(b, last))", "uint32_t(b)")),
+        ("sequences past the end", FORWARD, RACE, ("state.row(min(b, last)", "state.row(b")),
     ),
     *of(
         "product.cuh",

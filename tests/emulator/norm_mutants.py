@@ -43,7 +43,7 @@ MUTANTS = [
             "steps not taken are taken",
             FORWARD_LENGTHS,
             WRONG,
-            ("if (!steps.active(t, b)) {", "if (false) {"),
+            ("if (!turn.active) {", "if (false) {"),
         ),
         (
             "state not kept over a step not taken",
@@ -76,15 +76,15 @@ MUTANTS = [
             BACKWARD,
             WRONG,
             (
-                "cell.put_dc0(j, b, in, dc); as<Acc>(d.cells)[at(b, H, unit)] = dc;",
-                "cell.put_dc0(j, b, in, dc);",
+                "cell.put_dc0(j, turn, dc); as<Acc>(d.cells)[at(b, H, unit)] = dc;",
+                "cell.put_dc0(j, turn, dc);",
             ),
         ),
         (
             "steps not taken are taken",
             BACKWARD_LENGTHS,
             WRONG,
-            ("|| !steps.active(steps.step_at(steps.T - 1 - j), b)", ""),
+            ("if (!turn.active) {", "if (j == walk.T()) {"),
         ),
         (
             "gradients of steps not taken not zeroed",
@@ -102,10 +102,10 @@ MUTANTS = [
             "rows that a packed batch does not have",
             BACKWARD_PACKED,
             OVERRUN,
-            ("if (j == steps.T || steps.offsets) return;", "if (j == steps.T) return;"),
+            ("if (j == walk.T() || walk.packed()) return;", "if (j == walk.T()) return;"),
         ),
         ("carry not kept", BACKWARD_LENGTHS, WRONG, ("if (carried) as<Acc>", "if (false) as<Acc>")),
-        ("reset ignored", BACKWARD_LENGTHS, WRONG, ("cut ? from_acc<T>(Acc(0)) : ", "")),
+        ("reset ignored", BACKWARD_LENGTHS, WRONG, ("turn.reset ? from_acc<T>(Acc(0)) : ", "")),
         (
             "one product for all sequences",
             BACKWARD,

@@ -275,7 +275,8 @@ enum RingMode {
   kNoExpect,
   kSendAtEnd,
   kCopies,
-  kCopiesTooEarly  // the letter is written again while it may be on its way
+  kCopiesTooEarly,  // the letter is written again while it may be on its way
+  kCopiesUnseen     // without copies_see()
 };
 constexpr int kRounds = 6;
 
@@ -307,7 +308,7 @@ __global__ void ring(unsigned* out, int mode) {
     if (i > 0 && mode != kNoFree) mbarrier_wait(free_again, (i - 1) & 1);
     if (mode >= kCopies) {
       letter[lane] = make_uint4(v, v, v, v);
-      copies_see();
+      if (mode != kCopiesUnseen) copies_see();
       __syncwarp();
       if (lane == 0) copy_async(to, letter, 512, to_full);
     } else {
@@ -417,6 +418,7 @@ int run_misuse(const char* name) {
   const char* rings[] = {"no-wait",     "no-free",   "no-init-sync",
                          "no-end-sync", "no-expect", "send-at-end"};
   if (!strcmp(name, "copies-too-early")) return !test_ring(kCopiesTooEarly, 1, 8, name);
+  if (!strcmp(name, "copies-unseen")) return !test_ring(kCopiesUnseen, 1, 8, name);
   const char* grids[] = {"grid-no-wait", "grid-early", "grid-forever"};
   const char* others[] = {"uninitialised",  "too-many-arrivals", "overrun",
                           "bad-rank",       "arrive-only",       "divergent",

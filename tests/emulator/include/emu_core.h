@@ -87,9 +87,10 @@ struct Fiber {
   dim3 t;
   Block* b;
   Warp* w;
-  char* stack;                 // lowest byte; the guard lies below
-  void* tsan = nullptr;        // TSan's context
-  void* fake_stack = nullptr;  // ASan's
+  char* stack;                  // lowest byte; the guard lies below
+  void* tsan = nullptr;         // TSan's context
+  void* tsan_copier = nullptr;  // that of its bulk copies
+  void* fake_stack = nullptr;   // ASan's
   unsigned turns = 0, full_syncs = 0, part_syncs = 0, block_syncs = 0;
   unsigned cluster_arrivals = 0, cluster_waits = 0;
   std::vector<AsyncLoad> loads;  // not here yet
@@ -151,6 +152,7 @@ struct Block {
   std::atomic<bool> running{false};
   SpinLock lock;
   std::vector<RemoteStore> in_flight;  // stores towards this block
+  char hb_copies = 0;                  // what bulk copies see
 };
 
 extern __thread Fiber* cur;  // null outside a kernel
@@ -183,11 +185,18 @@ bool mbarrier_try_wait(uint64_t*, unsigned parity);
 void mbarrier_complete_tx(uint64_t*, unsigned bytes);
 // True: the caller is to store now, and then to call mbarrier_complete_tx.
 bool st_async(void* dst, const void* data, unsigned bytes, uint64_t* mbar);
-// The same for a piece of a bulk copy, whose source must stay as it is until then.
+// The same for a piece of a bulk copy, whose source must stay as it is until it has arrived.
 bool copy_async(void* dst, const void* source, unsigned bytes, uint64_t* mbar);
+void copies_see();
 
-// ---- cp.async. Data come as late as they may: until then the place holds 0xff.
+// ---- cp.async. When data come is the seed's choice, as with st.async; until then the place holds
+// 0xff.
 inline void async_load(void* to, const void* from) {
+  const uint64_t seed = cur->b->grid->seed;
+  if (seed == 1 || (seed > 1 && cur->b->rng() % 2)) {
+    *static_cast<uint32_t*>(to) = *static_cast<const uint32_t*>(from);
+    return;
+  }
   std::memset(to, 0xff, 4);
   cur->loads.push_back({to, from, cur->load_groups});
 }
