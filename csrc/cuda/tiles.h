@@ -30,7 +30,7 @@ struct Tile {
   int m, n, held;
 };
 constexpr Tile kForwardTensorTiles[] = {{2, 1, 4}, {2, 2, 4}, {2, 4, 4}, {4, 1, 2}, {4, 2, 2},
-                                        {4, 4, 2}, {4, 8, 0}, {8, 1, 0}, {8, 2, 0}, {8, 4, 0}};
+                                        {4, 4, 2}, {4, 8, 0}, {8, 1, 0}, {8, 2, 0}};
 constexpr Tile kBackwardTensorTiles[] = {{1, 1, 8}, {1, 2, 8}, {1, 4, 8}, {2, 1, 4},
                                          {2, 2, 4}, {2, 4, 4}, {2, 8, 0}};
 // Outside of tensor cores; and with variants in every arithmetic.

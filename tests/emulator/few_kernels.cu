@@ -8,7 +8,7 @@
 
 namespace lstm_ext {
 
-constexpr Tile kForwardTensor[] = {{2, 1, 4}, {8, 2, 0}, {8, 4, 0}};
+constexpr Tile kForwardTensor[] = {{2, 1, 4}, {8, 2, 0}, {4, 8, 0}};
 constexpr Tile kBackwardTensor[] = {{1, 1, 8}, {2, 2, 4}, {2, 8, 0}};
 // A cluster's problem needs the kernels that prepare.
 constexpr Tile kForwardTf32[] = {{2, 1, 4}};
