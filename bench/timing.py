@@ -24,7 +24,7 @@ from bench.suites import Problem
 from bench.work import (
     Input,
     LSTMClass,
-    build,
+    build_on,
     error_of,
     make_call,
     make_inputs,
@@ -104,7 +104,8 @@ def drop_in(lstm: LSTMClass) -> Builder:
     """The builder of a class with nn.LSTM's constructor and state dict."""
 
     def make(reference: nn.Module, problem: Problem, mode: str) -> nn.Module:
-        module = build(lstm, problem).to(next(reference.parameters()))
+        like = next(reference.parameters())
+        module = build_on(like.device, like.dtype, lstm, problem)
         module.load_state_dict(reference.state_dict())
         return module
 
@@ -205,11 +206,12 @@ def run_row(
     torch.manual_seed(0)
     free_memory(device)
     row = Row(problem, mode, {name: Timing() for name in builders})
-    reference = build(nn.LSTM, problem).to(device=device, dtype=dtype)
+    reference = build_on(device, dtype, nn.LSTM, problem)
     inputs = make_inputs(problem, dtype, device, l2_bytes(device))
     directions = list(problem.layer_shapes())[-1][1]
     width = directions * (problem.proj_size or problem.hidden_size)
-    cotangent = torch.randn(*values(inputs[0]).shape[:-1], width).to(values(inputs[0]))
+    first = values(inputs[0])
+    cotangent = torch.randn(*first.shape[:-1], width, device=first.device).to(first)
 
     truth = truth_of(reference, inputs[0], mode, cotangent)
 

@@ -29,7 +29,7 @@ from bench.machine import environment
 from bench.plans import DTYPES
 from bench.suites import Problem, square
 from bench.timing import drop_in, free_memory, one_line, seconds, truth_of, warm_up
-from bench.work import build, error_of, make_call, make_input, outcome, rounding
+from bench.work import build_on, error_of, make_call, make_input, outcome, rounding
 from lstm_ext import LSTM, ops
 from lstm_ext.cuda_engine import FAMILIES, CudaEngine
 from lstm_ext.cuda_wavefront import plan_of
@@ -105,9 +105,10 @@ def time_row(
     torch.manual_seed(0)
     free_memory(device)
     make, of_work = forced(engine_class), "training" if mode == "training" else "inference"
-    reference = build(nn.LSTM, problem).to(device=device, dtype=dtype)
+    reference = build_on(device, dtype, nn.LSTM, problem)
     x = make_input(problem, dtype, device)
-    cotangent = torch.randn(problem.steps, problem.batch, problem.hidden_size).to(x)
+    cotangent = torch.randn(problem.steps, problem.batch, problem.hidden_size, device=device)
+    cotangent = cotangent.to(x)
     truth = truth_of(reference, x, of_work, cotangent)
     allowed, off_bits = 0.0, None
     ways: dict[str, dict[str, Any]] = {}

@@ -57,10 +57,17 @@ def build(lstm: LSTMClass, problem: Problem) -> nn.Module:
     return Chain(first, rest)
 
 
+def build_on(
+    device: torch.device, dtype: torch.dtype, lstm: LSTMClass, problem: Problem
+) -> nn.Module:
+    """As build, the parameters drawn on the device: the CPU takes seconds for a large module's."""
+    with device:
+        return build(lstm, problem).to(dtype)
+
+
 def make_input(problem: Problem, dtype: torch.dtype, device: torch.device) -> Input:
     """Standard normal input, (T, B, I) or packed."""
-    x = torch.randn(problem.steps, problem.batch, problem.input_size)
-    x = x.to(device=device, dtype=dtype)
+    x = torch.randn(problem.steps, problem.batch, problem.input_size, device=device).to(dtype)
     if problem.lengths is None:
         return x
     return pack_padded_sequence(x, torch.tensor(problem.lengths), enforce_sorted=False)

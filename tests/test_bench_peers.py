@@ -10,7 +10,7 @@ from tolerances import tol
 from torch import nn
 
 import lstm_ext
-from bench import peers, timing
+from bench import peers, timing, work
 from bench.run import PEERS
 from bench.suites import Problem
 from bench.work import outcome
@@ -43,7 +43,7 @@ def test_the_compiled_loop(more, monkeypatch):
     """Its step not compiled here, which takes seconds."""
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     problem = Problem(3, 2, 5, 7, **more)
-    lstm = timing.build(nn.LSTM, problem).double()
+    lstm = work.build(nn.LSTM, problem).double()
     loop = peers.CompiledLoop(lstm, problem, "training")
     x, cotangent = torch.randn(3, 2, 5).double(), torch.randn(3, 2, 7 * (2 if more else 1)).double()
     expected = outcome(lstm, x, "training", cotangent)
@@ -125,7 +125,7 @@ def test_flashrnn_needs_a_gpu(flashrnn, monkeypatch):
 
 def test_a_drop_in_has_the_weights():
     problem = Problem(3, 2, 5, 7, num_layers=3, first_bidirectional=True)
-    reference = timing.build(nn.LSTM, problem).double()
+    reference = work.build(nn.LSTM, problem).double()
     module = timing.drop_in(lstm_ext.LSTM)(reference, problem, "training")
     for name, parameter in reference.named_parameters():
         assert torch.equal(module.get_parameter(name), parameter)
