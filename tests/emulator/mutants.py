@@ -6,7 +6,7 @@ nobody notices is a hole in the tests, or a precaution that is not needed.
 
 import re
 
-from emulator import cluster_mutants, norm_mutants
+from emulator import cluster_mutants, cluster_problems, norm_mutants
 from emulator.mutant import DEADLOCK, OVERRUN, RACE, SOURCES, WRONG, of
 
 # Arguments of lstm_driver for few_kernels.cu, small: a thread costs ThreadSanitizer half a
@@ -23,7 +23,7 @@ BACKWARD_PROJECTED = "backward float32 step 1x1 0+0 1 2 3 9 21 18 lengths"
 CONTROL = [
     *(FORWARD, FORWARD_BOTH, FORWARD_GROUPS, FORWARD_ROUNDS, FORWARD_OVERLAP, FORWARD_PROJECTED),
     *(BACKWARD, BACKWARD_ROUNDS, BACKWARD_PROJECTED),
-    *cluster_mutants.CONTROL,
+    *cluster_problems.CONTROL,
     *norm_mutants.CONTROL,
 ]
 # What a mutant has to remove or alter.

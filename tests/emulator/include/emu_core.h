@@ -191,9 +191,9 @@ void copies_see();
 
 // ---- cp.async. When data come is the seed's choice, as with st.async; until then the place holds
 // 0xff.
+bool async_load_comes_now();
 inline void async_load(void* to, const void* from) {
-  const uint64_t seed = cur->b->grid->seed;
-  if (seed == 1 || (seed > 1 && cur->b->rng() % 2)) {
+  if (async_load_comes_now()) {
     *static_cast<uint32_t*>(to) = *static_cast<const uint32_t*>(from);
     return;
   }
