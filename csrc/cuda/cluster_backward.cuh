@@ -219,10 +219,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
 
   typename Cell::Result results[kCells] = {};
-  Turn turn[kCells], before[kCells] = {}, following[kCells] = {};  // of steps j, j - 1 and j + 1
+  // Of steps j, j - 1 and j + 1.
+  Turn turn[kCells] = {}, before[kCells] = {}, following[kCells] = {};
   // dy has elements of 2 bytes, which cannot be fetched ahead: it waits in registers, as it is, and
   // is read whether or not there is any, for what is read in a branch is waited for at its end.
-  T dy[kCells], next_dy[kCells] = {};
+  T dy[kCells] = {}, next_dy[kCells] = {};
   const T* const any = reinterpret_cast<const T*>(d.gates);
   Ahead<kBackwardWords, kCells> ahead(fetched);
   // Rows of step j, for all of the launch's and as far as there are any: a packed batch reads them.

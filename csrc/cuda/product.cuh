@@ -204,10 +204,11 @@ class Weights {
 #pragma unroll
           for (int e = 0; e < 4; ++e) sums[m][n][e] += second[m][n][e];
     }
-    if constexpr (State::kNear) return;  // then all of the weights are, too
+    if constexpr (!State::kNear) {  // else all of the weights are, too
 #pragma unroll 1
-    for (j = max(kInRegisters, resident); j < mine; j += kGroup<State, kNTiles>)
-      group<kGlobal, kNTiles, kGroup<State, kNTiles>>(state, columns, j, mine, sums, second);
+      for (j = max(kInRegisters, resident); j < mine; j += kGroup<State, kNTiles>)
+        group<kGlobal, kNTiles, kGroup<State, kNTiles>>(state, columns, j, mine, sums, second);
+    }
   }
 
  private:
