@@ -28,12 +28,12 @@ pytestmark = pytest.mark.usefixtures("exact_float32")
         lambda t: t.to("meta"),
     ],
 )
-@pytest.mark.parametrize("index", range(10))
-def test_saved_tensors_that_are_others(index, change, given, short):
+@pytest.mark.parametrize("directions, index", [(D, k) for D in (1, 2) for k in range(6 + 4 * D)])
+def test_saved_tensors_that_are_others(directions, index, change, given, short):
     """As forward saved them: x, h_0, c_0, the weights, gates, c_seq and y."""
-    module = lstm(I, H)
+    module = lstm(I, H, bidirectional=directions == 2)
     x = leaf(draw(4, 3, I))
-    hx = tuple(leaf(draw(1, 3, H)) for _ in range(2)) if given else None
+    hx = tuple(leaf(draw(directions, 3, H)) for _ in range(2)) if given else None
     count = itertools.count()
 
     def pack(tensor):
@@ -46,7 +46,7 @@ def test_saved_tensors_that_are_others(index, change, given, short):
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         y, _ = module(x, hx)
     saved = next(count)
-    assert saved == (10 if given else 8)
+    assert saved == 4 + 4 * directions + (2 if given else 0)
     expected = contextlib.nullcontext()
     if index < saved:
         expected = pytest.raises((RuntimeError, TypeError, ValueError))
@@ -56,9 +56,10 @@ def test_saved_tensors_that_are_others(index, change, given, short):
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_saved_tensors_laid_out_anew(given, short):
-    module, x = lstm(I, H), leaf(draw(4, 3, I))
-    hx = tuple(leaf(draw(1, 3, H)) for _ in range(2)) if given else None
+@pytest.mark.parametrize("directions", [1, 2])
+def test_saved_tensors_laid_out_anew(directions, given, short):
+    module, x = lstm(I, H, bidirectional=directions == 2), leaf(draw(4, 3, I))
+    hx = tuple(leaf(draw(directions, 3, H)) for _ in range(2)) if given else None
 
     def run():
         with torch.autograd.graph.saved_tensors_hooks(
@@ -74,12 +75,12 @@ class Subclass(torch.Tensor):
     pass
 
 
-@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("directions, index", [(D, k) for D in (1, 2) for k in range(3 + 4 * D)])
 @pytest.mark.parametrize("kind", ["negated", "subclass", "dtype", "size", "meta"])
-def test_tensors_for_the_layer(kind, index, short):
+def test_tensors_for_the_layer(kind, directions, index, short):
     """Its results, or its errors."""
-    module = lstm(I, H)
-    tensors = [draw(4, 3, I), *(draw(1, 3, H) for _ in range(2))]
+    module = lstm(I, H, bidirectional=directions == 2)
+    tensors = [draw(4, 3, I), *(draw(directions, 3, H) for _ in range(2))]
     tensors += [p.detach() for p in module.parameters()]
 
     def run():
@@ -111,18 +112,29 @@ def test_tensors_for_the_layer(kind, index, short):
     assert short.forwards.count(True) == 1
 
 
-@pytest.mark.parametrize(
-    "hx", [(None, None), (here(torch.zeros(1, 3, H)), None), torch.zeros(2, 3, H), 1]
-)
-def test_states_for_the_layer(hx, short):
-    module, x = lstm(I, H), draw(4, 3, I)
-    with contextlib.suppress(RuntimeError, TypeError, ValueError, AttributeError):
-        module(x, hx)
+ZEROS = here(torch.zeros(3, 3, H))
+STATES = {
+    "none of them": (None, None),
+    "one": (ZEROS[:1], None),
+    "a tensor": ZEROS[:2],
+    "a number": 1,
+    "of another count of directions": (ZEROS, ZEROS),
+    "of each direction": (ZEROS[0],) * 4,
+    "too many": (ZEROS[:1],) * 3,
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_states_for_the_layer(name, bidirectional, short):
+    """Its errors."""
+    module, x = lstm(I, H, bidirectional=bidirectional), draw(4, 3, I)
+    with pytest.raises((RuntimeError, TypeError, ValueError, AttributeError)):
+        module(x, STATES[name])
     assert not any(short.forwards)
 
 
 LAYERS = {
-    "two directions": ({"bidirectional": True}, {}),
     "projection": ({"proj_size": 3}, {}),
     "peephole": ({"peephole": True}, {}),
     "cells": ({"return_cell_sequence": True}, {}),
@@ -134,20 +146,22 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_for_the_layer(name, short):
     options, arguments = LAYERS[name]
-    y = lstm(I, H, **options)(draw(4, 3, I), **arguments)[0]
+    y = lstm(I, H, bidirectional=True, **options)(draw(4, 3, I), **arguments)[0]
     y.sum().backward()
     assert not any(short.forwards + short.backwards)
 
 
 @pytest.mark.parametrize("size", [(0, 3, I), (4, 0, I)])
-def test_no_rows(size, short):
-    module = lstm(I, H)
+@pytest.mark.parametrize("directions", [1, 2])
+def test_no_rows(size, directions, short):
+    module = lstm(I, H, bidirectional=directions == 2)
     y, _ = module(draw(size))
-    assert y.shape == (*size[:2], H) and not any(short.forwards)
+    assert y.shape == (*size[:2], directions * H) and not any(short.forwards)
 
 
-def test_autocast_of_backward(short):
-    module, x = lstm(I, H), leaf(draw(4, 3, I))
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_autocast_of_backward(bidirectional, short):
+    module, x = lstm(I, H, bidirectional=bidirectional), leaf(draw(4, 3, I))
     y, _ = module(x)
     expected = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
     with torch.autocast(device.DEVICE.type, torch.bfloat16):
@@ -171,9 +185,11 @@ def test_without_the_vendor_s_library():
 @EMULATOR
 def test_a_plan_is_asked_for_once_a_shape():
     with installed() as emulator:
-        module = lstm(I, H)
-        for steps, batch, plans in ((4, 3, 2), (4, 3, 2), (7, 3, 2), (4, 5, 4), (1, 3, 6)):
-            module(draw(steps, batch, I))[0].sum().backward()
+        module, two = lstm(I, H), lstm(I, H, bidirectional=True)
+        shapes = ((module, 4, 3, 2), (module, 4, 3, 2), (module, 7, 3, 2), (module, 4, 5, 4))
+        shapes += ((module, 1, 3, 6), (two, 4, 3, 8), (two, 4, 3, 8), (module, 4, 3, 8))
+        for of, steps, batch, plans in shapes:
+            of(draw(steps, batch, I))[0].sum().backward()
             assert len(emulator.picked) == plans
 
 
@@ -231,20 +247,21 @@ def test_a_call_that_fails_leaves_the_device():
     assert len(left) == 1
 
 
-def test_what_torch_does():
+@pytest.mark.parametrize("directions", [1, 2])
+def test_what_torch_does(directions):
     """Memory for each result, and one piece of scratch; no product, no copy, no zeros."""
     with engine():
-        module, x = lstm(I, H), draw(4, 3, I)
-        for hx in (None, (here(torch.zeros(1, 3, H)), here(torch.zeros(1, 3, H)))):
+        module, x = lstm(I, H, bidirectional=directions == 2), draw(4, 3, I)
+        for hx in (None, (ZEROS[:directions], ZEROS[:directions])):
             with torch.no_grad():
                 names = calls_of_torch(lambda hx=hx: module(x, hx))
             assert set(names) <= {"aten::new_empty", "aten::empty", "aten::empty_strided"}
             assert names.count("aten::new_empty") == 4  # y, h_n, c_n
             names = calls_of_torch(lambda hx=hx: module(x, hx))
             assert names.count("aten::new_empty") == 6  # and gates, c_seq
-        y, cotangent = module(x)[0], here(torch.ones(4, 3, H))
+        y, cotangent = module(x)[0], here(torch.ones(4, 3, directions * H))
         names = calls_of_torch(
             lambda: torch.autograd.grad(y, list(module.parameters()), cotangent, retain_graph=True)
         )
-        assert names.count("aten::new_empty") == 5  # a gradient each
+        assert names.count("aten::new_empty") == 1 + 4 * directions  # a gradient each
         assert not [n for n in names if "mm" in n or "copy" in n or "zero" in n or "sum" in n]
