@@ -20,8 +20,8 @@ struct CpuPlain : PlainTensors {
   const int64_t most_rows;
 
   // Arguments as for PlainInputs::read. Returns what PlainOutputs::all has, saved if grad and any
-  // tensor requires grad; or None, for what PlainInputs::read refuses and for a single step of more
-  // than most_rows.
+  // tensor requires grad; or None, for what PlainInputs::read refuses, for two directions and for a
+  // single step of more than most_rows.
   Object forward(Handle x, Handle hx, const pybind11::list& weights, int64_t I, int64_t H,
                  int64_t T, bool batch_first, int threads, bool pack_input, bool grad,
                  const pybind11::function& workspace) const {
@@ -30,6 +30,7 @@ struct CpuPlain : PlainTensors {
     p.pack_input = pack_input;
     p.threads = threads;
     const auto accepts = [&] {
+      if (in.directions != 1) return false;
       if (in.code == Dtype::kBFloat16) {
         p.bf16_products = cpu_kernels().bf16_products && I % 2 == 0 && openmp_grants(threads);
         if (!p.bf16_products) return false;
@@ -54,8 +55,8 @@ struct CpuPlain : PlainTensors {
     p.gates = memory_of(out.gates);
     p.c_seq = memory_of(out.c_seq);
     p.y = memory_of(out.y);
-    p.h_n = memory_of(out.h_n);
-    p.c_n = memory_of(out.c_n);
+    p.h_n = memory_of(out.h_n[0]);
+    p.c_n = memory_of(out.c_n[0]);
     const CpuKernels& kernels = cpu_kernels();
     run_core(kernels.forward, kernels.forward_workspace, p, workspace);
     return out.all();

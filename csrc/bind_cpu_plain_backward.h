@@ -3,8 +3,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <array>
-
 #include "bind_cpu.h"
 #include "bind_plain.h"
 #include "cpu/choice.h"
@@ -18,9 +16,9 @@ class CpuPlainBackward {
 
  public:
   // Arguments as for PlainSaved::read. Returns the gradients of the inputs, None where not wanted.
-  // Or None, for what PlainSaved::read refuses; if there are more than most_rows rows; or if only
-  // gradients of biases are wanted, or bf16 is not multiplied. Some products are torch's: not under
-  // autocast.
+  // Or None, for what PlainSaved::read refuses; if there are two directions, or more than most_rows
+  // rows; or if only gradients of biases are wanted, or bf16 is not multiplied. Some products are
+  // torch's: not under autocast.
   static Object run(const PlainTensors& tensors, const pybind11::tuple& gradients,
                     const pybind11::tuple& saved, const pybind11::tuple& wanted, int64_t T,
                     bool batch_first, int threads, int64_t most_rows,
@@ -43,6 +41,7 @@ class CpuPlainBackward {
   explicit CpuPlainBackward(const PlainTensors& tensors) : call_(tensors) {}
 
   bool accepts(int64_t most_rows) {
+    if (call_.directions != 1) return false;
     if (call_.code == Dtype::kBFloat16) {
       p_.bf16_products = cpu_kernels().bf16_products && openmp_grants(p_.threads);
       if (!p_.bf16_products) return false;
@@ -64,8 +63,8 @@ class CpuPlainBackward {
     p_.gates = call_.gates;
     p_.c_seq = call_.c_seq;
     p_.dy = call_.dy;
-    p_.dh_n = call_.dh_n;
-    p_.dc_n = call_.dc_n;
+    p_.dh_n = call_.dh_n[0];
+    p_.dc_n = call_.dc_n[0];
     // Of one step, W_hh was multiplied with h_0 itself: dh_0 is a product over all rows.
     if (!one_step) p_.w_hh = call_.memory[kWhh];
     const Object dgates = like_x({rows, 4 * H});
@@ -169,7 +168,7 @@ class CpuPlainBackward {
 
   PlainSaved call_;
   LstmBackward p_{};
-  std::array<Object, PlainCall::kInputs> made_;
+  PlainCall::Objects made_;
 };
 
 }  // namespace lstm_ext

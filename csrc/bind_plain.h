@@ -21,12 +21,21 @@ struct PlainCall {
   using Handle = pybind11::handle;
   using Sizes = PlainTensors::Sizes;
 
+  // The inputs of one direction; all but x again for a second one: see at().
   enum { kX, kH0, kC0, kWih, kWhh, kBih, kBhh, kInputs };
+  static constexpr int kOfDirection = kInputs - kH0;
+  static constexpr int kWeights = kInputs - kWih;
+  static constexpr int kMostDirections = 2;
+  static constexpr int kMostInputs = kH0 + kMostDirections * kOfDirection;
+
+  using Objects = std::array<Object, kMostInputs>;
 
   explicit PlainCall(const PlainTensors& tensors) : tensors(tensors) {}
 
-  // T: steps; 0 for a cell's only one. Whether x's type, dtype and number of dimensions are right.
+  // T: steps; 0 for a cell's only one. `directions` is set. Whether there are one or two of them,
+  // and x's type, dtype and number of dimensions are right.
   bool read_sizes(Handle x, int64_t inputs, int64_t hidden, int64_t T, bool batch_first) {
+    if (directions < 1 || directions > (T ? kMostDirections : 1)) return false;
     if (!(dtype = tensors.dtype_of(x, code))) return false;
     acc = tensors.acc_of(dtype, code);
     const Sizes size(x);
@@ -43,14 +52,24 @@ struct PlainCall {
     return B > 0;
   }
 
+  // Where an input of a direction is, of all inputs; and the inverse, without the direction.
+  static constexpr int at(int k, int direction) { return k + direction * kOfDirection; }
+  static constexpr int kind(int k) { return k < kInputs ? k : k - kOfDirection; }
+  int inputs() const { return at(kInputs, directions - 1); }
+  static bool is_bias(int k) { return kind(k) == kBih || kind(k) == kBhh; }
+  static bool is_state(int k) { return kind(k) == kH0 || kind(k) == kC0; }
+
+  // Tensors of h_0, as of c_0, h_n and c_n: a module has one for all directions.
+  int states() const { return module ? 1 : directions; }
+
   // Of what has a row for each step and sequence, and of a state.
   Sizes layer_size(int64_t width) const {
     if (!module) return {steps.rows, width};
     return first ? Sizes{steps.B, steps.T, width} : Sizes{steps.T, steps.B, width};
   }
-  Sizes state_size() const { return module ? Sizes{1, steps.B, H} : Sizes{steps.B, H}; }
+  Sizes state_size() const { return module ? Sizes{directions, steps.B, H} : Sizes{steps.B, H}; }
   Sizes input_size(int k) const {
-    switch (k) {
+    switch (kind(k)) {
       case kX:
         return layer_size(I);
       case kWih:
@@ -64,7 +83,6 @@ struct PlainCall {
         return state_size();
     }
   }
-  static bool is_bias(int k) { return k == kBih || k == kBhh; }
 
   void* dense(Handle value, const Sizes& sizes, Object& kept, PyObject* type = nullptr) const {
     return tensors.dense(value, type ? type : dtype, device, sizes, kept);
@@ -81,10 +99,11 @@ struct PlainCall {
   int64_t device = -1;      // as PlainTensors::device_of
   Steps steps{};
   int64_t I = 0, H = 0;
+  int directions = 1;   // the second is the reversed one
   bool module = false;  // sizes as a module has them, else as a layer: see PlainInputs::read
   bool cell = false, first = false;
-  std::array<Object, kInputs> kept;  // contiguous
-  std::array<const void*, kInputs> memory{};
+  Objects kept;  // contiguous
+  std::array<const void*, kMostInputs> memory{};
 };
 
 // Of forward.
@@ -92,8 +111,9 @@ struct PlainInputs : PlainCall {
   using PlainCall::PlainCall;
 
   // x: of a cell (B, I), else (T * B, I), or as a module has it, (T, B, I) or (B, T, I). hx: a pair
-  // of (B, H), of a module (1, B, H); or None for zeros, of which one tensor is made if
-  // `makes_zeros`, else none. weights: W_ih (4H, I), W_hh (4H, H), b_ih and b_hh (4H) or None.
+  // of (B, H) for each direction in turn, of a module one pair of (directions, B, H); or None for
+  // zeros, of which one tensor is made if `makes_zeros`, else none. weights: W_ih (4H, I), W_hh
+  // (4H, H), b_ih and b_hh (4H) or None, of each direction.
   //
   // False if anything is not a tensor of the types, dense, where it should be, of its size and of
   // x's dtype, one of the codes; if there is no row; or if accepts() of what is known says no,
@@ -101,30 +121,39 @@ struct PlainInputs : PlainCall {
   template <class Accepts>
   bool read(Handle x, Handle hx, const pybind11::list& weights, int64_t inputs, int64_t hidden,
             int64_t T, bool batch_first, bool makes_zeros, const Accepts& accepts) {
-    if (weights.size() != 4 || !read_sizes(x, inputs, hidden, T, batch_first) || !accepts())
+    directions = int(weights.size() / kWeights);
+    if (weights.size() % kWeights || !read_sizes(x, inputs, hidden, T, batch_first) || !accepts())
       return false;
     if (!input(kX, x)) return false;
-    const bool given = !hx.is_none();
-    if (given) {
+    Object zeros;
+    PyObject** items = nullptr;
+    if (!hx.is_none()) {
       if (!(PyTuple_Check(hx.ptr()) || PyList_Check(hx.ptr())) ||
-          PySequence_Fast_GET_SIZE(hx.ptr()) != 2) {
+          PySequence_Fast_GET_SIZE(hx.ptr()) != 2 * states()) {
         return false;
       }
-      PyObject** const items = PySequence_Fast_ITEMS(hx.ptr());
-      h_0 = pybind11::reinterpret_borrow<Object>(items[0]);
-      c_0 = pybind11::reinterpret_borrow<Object>(items[1]);
+      items = PySequence_Fast_ITEMS(hx.ptr());
     } else if (makes_zeros) {
-      h_0 = c_0 = PlainTensors::make(x, PlainTensors::names().new_zeros, state_size());
+      zeros = PlainTensors::make(x, PlainTensors::names().new_zeros, state_size());
     }
-    if ((given || makes_zeros) && !(input(kH0, h_0) && input(kC0, c_0))) return false;
-    for (int k = kWih; k < kInputs; ++k) {
-      const Handle weight(PyList_GET_ITEM(weights.ptr(), k - kWih));
-      if (!(is_bias(k) && weight.is_none()) && !input(k, weight)) return false;
+    // All are taken before one is looked at: a list may change meanwhile.
+    for (int k = 0; k < 2 * states(); ++k) {
+      given[at(kH0 + k % 2, k / 2)] =
+          items ? pybind11::reinterpret_borrow<Object>(items[k]) : zeros;
+    }
+    for (int d = 0; d < directions; ++d) {
+      for (int k = at(kH0, d); k < at(kWih, d); ++k)
+        if (given[k] && !input(k, given[k])) return false;
+      for (int k = kWih; k < kInputs; ++k) {
+        const Handle weight(PyList_GET_ITEM(weights.ptr(), d * kWeights + k - kWih));
+        if (!(is_bias(k) && weight.is_none()) && !input(at(k, d), weight)) return false;
+      }
     }
     return true;
   }
 
   bool input(int k, Handle value) {
+    given[k] = pybind11::reinterpret_borrow<Object>(value);
     memory[k] = dense(value, input_size(k), kept[k]);
     requires_grad |=
         memory[k] && PlainTensors::get(value, PlainTensors::names().requires_grad).ptr() == Py_True;
@@ -132,7 +161,7 @@ struct PlainInputs : PlainCall {
   }
 
   bool requires_grad = false;  // any of them
-  Object h_0 = pybind11::none(), c_0 = pybind11::none();
+  Objects given;               // as the caller has them; null: none
 };
 
 // What forward makes.
@@ -141,27 +170,44 @@ struct PlainOutputs {
 
   // save: what backward needs, too.
   PlainOutputs(const PlainInputs& in, pybind11::handle x, bool save) : in_(in), save_(save) {
-    h_n = PlainCall::empty(x, in.state_size());
-    c_n = PlainCall::empty(x, in.state_size());
+    for (int k = 0; k < in.states(); ++k) {
+      h_n[k] = PlainCall::empty(x, in.state_size());
+      c_n[k] = PlainCall::empty(x, in.state_size());
+    }
     if (save) {
       const pybind11::handle acc = in.acc == in.dtype ? pybind11::handle() : in.acc;
-      gates = PlainCall::empty(x, {in.steps.rows, 4 * in.H}, acc);
-      c_seq = PlainCall::empty(x, {in.steps.rows, in.H}, acc);
+      const int64_t rows = in.directions * in.steps.rows;
+      gates = PlainCall::empty(x, {rows, 4 * in.H}, acc);
+      c_seq = PlainCall::empty(x, {rows, in.H}, acc);
     }
     // Of one step, the output is also the last state.
-    y = in.cell ? h_n : PlainCall::empty(x, in.layer_size(in.H));
+    y = in.cell ? h_n[0] : PlainCall::empty(x, in.layer_size(in.directions * in.H));
   }
 
-  // y, unless of a cell, h_n and c_n and, if saved, gates, c_seq, h_0 and c_0.
+  // (y, unless of a cell, each h_n and each c_n), and what is saved, else None: gates, c_seq and
+  // the inputs, None where there is none.
   pybind11::tuple all() const {
     namespace py = pybind11;
-    py::tuple outputs = py::make_tuple(h_n, c_n);
-    if (!in_.cell) outputs = py::make_tuple(y, h_n, c_n);
-    if (!save_) return outputs;
-    return outputs + py::make_tuple(gates, c_seq, in_.h_0, in_.c_0);
+    const auto size = [](int n) { return static_cast<size_t>(n); };
+    const int states = in_.states(), first = !in_.cell;
+    py::tuple outputs(size(first + 2 * states));
+    if (first) outputs[0] = y;
+    for (int k = 0; k < states; ++k) {
+      outputs[size(first + k)] = h_n[k];
+      outputs[size(first + states + k)] = c_n[k];
+    }
+    if (!save_) return py::make_tuple(outputs, py::none());
+    py::tuple saved(size(2 + in_.inputs()));
+    saved[0] = gates;
+    saved[1] = c_seq;
+    for (int k = 0; k < in_.inputs(); ++k)
+      saved[size(2 + k)] = in_.given[k] ? in_.given[k] : Object(py::none());
+    return py::make_tuple(outputs, saved);
   }
 
-  Object y, h_n, c_n;
+  Object y;
+  std::array<Object, PlainCall::kMostDirections> h_n, c_n;
+  // Of the directions one after the other.
   Object gates = pybind11::none(), c_seq = pybind11::none();
 
  private:
@@ -171,61 +217,79 @@ struct PlainOutputs {
 
 // Of backward.
 struct PlainSaved : PlainCall {
-  enum { kGates = kInputs, kCSeq, kY, kSaved };
+  enum { kGates, kCSeq, kY, kResults };  // after the inputs
 
   using PlainCall::PlainCall;
 
-  // gradients: of y, unless of a cell, h_n and c_n; None for zero. saved: x, h_0, c_0, W_ih, W_hh,
-  // b_ih, b_hh, gates, c_seq and, of several steps, y, as forward took and made them. wanted: for
-  // each of the first seven, whether its gradient is. T: steps, 0 for a cell's only one.
+  // gradients: of y, unless of a cell, each h_n and each c_n; None for zero. saved: x and, of each
+  // direction, h_0, c_0, W_ih, W_hh, b_ih, b_hh; gates, c_seq and, of several steps, y, as forward
+  // took and made them. wanted: for each of the inputs, whether its gradient is. T: steps, 0 for a
+  // cell's only one.
   //
   // False if anything is not a tensor of the types, dense, where it should be, of its size and
-  // dtype, but that h_0 and c_0 may both be None, if `null_states`; or if accepts() of what is
-  // known says no, before any memory is asked for.
+  // dtype, but that the states may all be None, if `null_states`; or if accepts() of what is known
+  // says no, before any memory is asked for.
   template <class Accepts>
   bool read(const pybind11::tuple& gradients, const pybind11::tuple& saved,
             const pybind11::tuple& wanted_ones, int64_t T, bool batch_first, bool null_states,
             const Accepts& accepts) {
-    if (saved.size() != kSaved || gradients.size() != size_t(T ? 3 : 2)) return false;
-    for (int k = 0; k < kInputs; ++k) wanted[k] = wanted_ones[k].ptr() == Py_True;
+    const int count = int(saved.size()) - kResults;
+    directions = (count - kH0) / kOfDirection;
+    if (directions < 1 || directions > kMostDirections || count != inputs()) return false;
+    for (int k = 0; k < count; ++k) wanted[k] = wanted_ones[k].ptr() == Py_True;
     if (!tensors.is_plain(saved[kX]) || !tensors.is_plain(saved[kWhh])) return false;
     const Sizes x_size(saved[kX]), w_size(saved[kWhh]);
     if (w_size.count != 2 || x_size.count < 2 || x_size.count > 3) return false;
-    const int64_t inputs = x_size.of[x_size.count - 1];
-    if (!read_sizes(saved[kX], inputs, w_size.of[1], T, batch_first) || !accepts()) return false;
-    const bool zeros = null_states && saved[kH0].is_none() && saved[kC0].is_none();
-    for (int k = 0; k < kInputs; ++k) {
-      const bool none = is_bias(k) ? saved[k].is_none() : zeros && (k == kH0 || k == kC0);
-      if (!none && !(memory[k] = dense(saved[k], input_size(k), kept[k]))) return false;
+    const int64_t width = x_size.of[x_size.count - 1];
+    if (!read_sizes(saved[kX], width, w_size.of[1], T, batch_first) || !accepts()) return false;
+    if (gradients.size() != size_t(!cell + 2 * states())) return false;
+    const bool zeros = null_states && saved[kH0].is_none();
+    for (int k = 0; k < count; ++k) {
+      const Handle value = saved[k];
+      const bool absent = is_bias(k)    ? value.is_none()
+                          : is_state(k) ? zeros || k >= at(kH0, states())
+                                        : false;
+      if (absent ? !value.is_none() : !(memory[k] = dense(value, input_size(k), kept[k])))
+        return false;
     }
-    if (!(gates = dense(saved[kGates], {steps.rows, 4 * H}, kept_gates_, acc))) return false;
-    if (!(c_seq = dense(saved[kCSeq], {steps.rows, H}, kept_c_seq_, acc))) return false;
-    if (steps.T > 1 && !(y = dense(saved[kY], layer_size(H), kept_y_))) return false;
-    const auto gradient = [&](int k, const Sizes& size, const void*& to) {
-      const Handle value = gradients[k];
-      return value.is_none() || (to = dense(value, size, gradients_[k]));
+    const int64_t rows = directions * steps.rows;
+    const auto result = [&](int k, const Sizes& sizes, const void*& to, PyObject* type = nullptr) {
+      return (to = dense(saved[count + k], sizes, kept_results_[k], type)) != nullptr;
     };
-    return (!T || gradient(0, layer_size(H), dy)) && gradient(T ? 1 : 0, state_size(), dh_n) &&
-           gradient(T ? 2 : 1, state_size(), dc_n);
+    if (!result(kGates, {rows, 4 * H}, gates, acc) || !result(kCSeq, {rows, H}, c_seq, acc) ||
+        (steps.T > 1 && !result(kY, layer_size(directions * H), y))) {
+      return false;
+    }
+    const auto gradient = [&](int k, const Sizes& sizes, const void*& to) {
+      const Handle value = gradients[k];
+      return value.is_none() || (to = dense(value, sizes, gradients_[k]));
+    };
+    if (!cell && !gradient(0, layer_size(directions * H), dy)) return false;
+    for (int k = 0; k < states(); ++k) {
+      const int h = !cell + k;
+      if (!gradient(h, state_size(), dh_n[k]) || !gradient(h + states(), state_size(), dc_n[k]))
+        return false;
+    }
+    return true;
   }
 
   // Of the size of an input, and beside it.
   Object like(int k) const { return empty(kept[k], input_size(k)); }
   // The gradients that are wanted, else None.
-  pybind11::tuple all(const std::array<Object, kInputs>& made) const {
-    pybind11::tuple result(static_cast<size_t>(kInputs));
-    for (int k = 0; k < kInputs; ++k)
+  pybind11::tuple all(const Objects& made) const {
+    pybind11::tuple result(static_cast<size_t>(inputs()));
+    for (int k = 0; k < inputs(); ++k)
       result[size_t(k)] = wanted[k] ? made[k] : Object(pybind11::none());
     return result;
   }
 
-  bool wanted[kInputs] = {};
-  const void *gates = nullptr, *c_seq = nullptr, *y = nullptr;
-  const void *dy = nullptr, *dh_n = nullptr, *dc_n = nullptr;
+  std::array<bool, kMostInputs> wanted{};
+  const void *gates = nullptr, *c_seq = nullptr, *y = nullptr, *dy = nullptr;
+  std::array<const void*, kMostDirections> dh_n{}, dc_n{};  // states() of them
 
  private:
-  Object kept_gates_, kept_c_seq_, kept_y_;
-  std::array<Object, 3> gradients_;
+  std::array<Object, kResults> kept_results_;
+  std::array<Object, 1 + 2 * kMostDirections> gradients_;
 };
 
 }  // namespace lstm_ext

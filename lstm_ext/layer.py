@@ -44,8 +44,8 @@ def lstm_layer(
         TypeError, ValueError, RuntimeError: see :func:`ops.check_layer` and
             :func:`ops.has_native_kernels`.
     """
-    if len(directions) == 1 and not (cells or is_surrounded()):
-        made = _plain(x, directions[0], steps)
+    if not (cells or is_surrounded()):
+        made = _plain(x, directions, steps)
         if made is not None:
             return made
     device = x.device.type
@@ -86,19 +86,23 @@ def lstm_layer(
     return LayerOutputs(result.y, result.h_n, result.c_n, all_cells)
 
 
-def _plain(x: Tensor, direction: Direction, steps: Steps) -> LayerOutputs | None:
+def _plain(x: Tensor, directions: list[Direction], steps: Steps) -> LayerOutputs | None:
     """By :func:`plain.plain_layer`; None where it is not for that."""
-    h0, c0, w, reverse = direction
-    if reverse or w.varied or w.w_hr is not None or steps.T == 0:
+    if steps.lengths is not None or steps.reset_mask is not None or steps.T == 0:
         return None
-    if steps.lengths is not None or steps.reset_mask is not None:
-        return None
-    sizes = (x.size(-1), c0.size(-1), steps.T, steps.batch_first)
-    made = plain_layer(x, (h0, c0), list(w[:4]), *sizes)
+    states, weights = [], []
+    for k, (h0, c0, w, reverse) in enumerate(directions):
+        if reverse != (k == 1) or w.varied or w.w_hr is not None:
+            return None
+        states += (h0, c0)
+        weights += w[:4]
+    sizes = (x.size(-1), states[1].size(-1), steps.T, steps.batch_first)
+    made = plain_layer(x, states, weights, *sizes)
     if made is None:
         return None
-    y, h_n, c_n = made
-    return LayerOutputs(y, [h_n], [c_n], None)
+    y, *last = made
+    D = len(directions)
+    return LayerOutputs(y, last[:D], last[D:], None)
 
 
 def _any_negated(tensors: list[Tensor | None]) -> bool:

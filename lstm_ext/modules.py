@@ -264,8 +264,8 @@ class LSTM(LSTMBase):
         """What forward returns, by :func:`plain.plain_layer`; None where it is not for that."""
         if (
             self.num_layers != 1
-            or self.bidirectional
             or self.proj_size
+            or self.merge_mode != "concat"
             or self.return_cell_sequence
             or self.checkpoint_every is not None
             or is_surrounded()
@@ -273,14 +273,17 @@ class LSTM(LSTMBase):
             or input.dim() != 3
         ):
             return None
-        names, parameters = self._all_weights[0], self._parameters
-        weights = [parameters.get(name) for name in names]
-        for weight in weights:
-            if weight is None:
-                return None  # replaced: to look at one may change a parametrization's state
-        if len(self._all_weights) != 1 or len(weights) != (4 if self.bias else 2):
-            return None  # attributes changed after construction
-        weights += (None, None)[: 4 - len(weights)]
+        parameters, weights = self._parameters, []
+        for names in self._all_weights:
+            own = [parameters.get(name) for name in names]
+            for weight in own:
+                if weight is None:
+                    return None  # replaced: to look at one may change a parametrization's state
+            if len(own) != (4 if self.bias else 2):
+                return None  # attributes changed after construction
+            weights += own if self.bias else (*own, None, None)
+        if len(weights) != (8 if self.bidirectional else 4):
+            return None  # as well
         steps = input.size(1 if self.batch_first else 0)
         sizes = (self.input_size, self.hidden_size, steps, self.batch_first)
         made = plain_layer(input, hx, weights, *sizes) if steps else None

@@ -2,7 +2,8 @@
 
 For few sequences and steps the questions that :mod:`layer` and :mod:`ops` ask take longer than the
 steps, and so do, on a GPU, allocations and products one by one. Here the core does all that, and a
-call of any other kind goes the layer's way, which has its errors. On the CPU the bits are the same.
+call of any other kind goes the layer's way, which has its errors. On the CPU the bits are the same,
+and it is for one direction only.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from torch.autograd import Function
 from lstm_ext import batching, cpu_engine, cpu_products, ops
 from lstm_ext.autograd import LSTMLayerBackward, must_apply
 from lstm_ext.engine import DTYPE_CODE
+from lstm_ext.flat import grouped
 from lstm_ext.native import _C
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
+from lstm_ext.torch_engine import side_by_side
 
 _TYPES = (Tensor, nn.Parameter)
+_WEIGHTS = 4  # of a direction
+_RESULTS = 3  # of forward that are saved: gates, c_t and y
 _plain = _C.CpuPlain(
     types=_TYPES,
     codes={t: DTYPE_CODE[t] for t in (torch.float64, torch.float32, torch.bfloat16)},
@@ -45,11 +50,13 @@ def plain_layer(
 
     Args:
         x, hx: whatever the caller got. To be taken, as a module has them: (T, B, in) or (B, T, in),
-            a pair of (1, B, H) or None for zeros; or as a layer: (T * B, in) and (B, H).
-        weights: weight_ih, weight_hh, bias_ih, bias_hh; the biases may be None.
+            a pair of (D, B, H) or None for zeros; or as a layer: (T * B, in) and h_0 and c_0 of
+            each direction in turn, (B, H), which returns y, every h_n and every c_n.
+        weights: weight_ih, weight_hh, bias_ih, bias_hh of each direction; the biases may be None.
+            The second direction is the reversed one.
         steps: T; 0 for a cell's only one, x being (B, in): then there is no y.
     """
-    engine = _engine_of(x)
+    engine = _engine_of(x, len(weights))
     call = (x, hx, weights, input_size, hidden_size, steps, batch_first)
     if engine is None:
         return None
@@ -63,21 +70,23 @@ def plain_layer(
         )
     else:
         made = recorded(engine.plain.cuda_forward)(engine, *call, torch.is_grad_enabled())
-    if made is None or len(made) <= 3:
-        return made
-    *outputs, gates, c_seq, h0, c0 = made
+    if made is None:
+        return None
+    outputs, saved = made
+    if saved is None:
+        return outputs
     # Function.apply looks for wrappers of transforms before, which the core found none of.
-    return super(Function, PlainLayer).apply(
-        steps, batch_first, outputs, gates, c_seq, x, h0, c0, *weights
-    )
+    return super(Function, PlainLayer).apply(steps, batch_first, outputs, *saved)
 
 
-def _engine_of(x: Any) -> Any:
-    """The engine that has a short way for x; None where there is none."""
+def _engine_of(x: Any, weights: int) -> Any:
+    """The engine that has a short way for x and so many weights; None where there is none."""
     if type(x) not in _TYPES:
         return None
     engine = ops._engines.get(x.device.type)
-    return engine if engine is cpu_engine or getattr(engine, "plain", None) is not None else None
+    if engine is cpu_engine:
+        return engine if weights == _WEIGHTS else None
+    return engine if getattr(engine, "plain", None) is not None else None
 
 
 def plain_cell(
@@ -100,50 +109,31 @@ class PlainLayer(Function):
         ctx: Any,
         steps: int,
         batch_first: bool,
-        outputs: list[Tensor],
+        outputs: tuple[Tensor, ...],
         gates: Tensor,
         c_seq: Tensor,
         *inputs: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """outputs: y, unless of a cell (steps 0), h_n and c_n. inputs: x, h_0, c_0 and the weights.
+        """outputs: y, unless of a cell (steps 0), every h_n and every c_n. inputs: x and, of each
+        direction, h_0, c_0 and the weights; a module's states, of all directions, are the first's.
 
-        gates (T * B, 4H), c_seq (T * B, H).
+        gates (D * T * B, 4H), c_seq (D * T * B, H).
         """
         ctx.steps = steps, batch_first
         ctx.save_for_backward(*inputs, gates, c_seq, outputs[0] if steps > 1 else None)
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        return outputs
 
     @staticmethod
     @batching.batched_gradients
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[5:]
         T, batch_first = ctx.steps
-        applied = must_apply()
-        if not applied and not torch._C._is_any_autocast_enabled():
+        if not (must_apply() or torch._C._is_any_autocast_enabled()):
             made = _backward(gradients, saved, wanted, T, batch_first)
             if made is not None:
                 return (None,) * 5 + made
-        x, h0, c0, *weights, gates, c_seq, y = saved
-        wanted_x, *wanted = wanted
-        *dy, dh, dc = gradients
-        I, of = x.size(-1), (x, h0, c0)
-        if h0 is None:
-            h0 = c0 = x.new_zeros(x.numel() // (I * (T or 1)), weights[1].size(1))
-        H = h0.size(-1)
-        steps = Steps.padded(T or 1, h0.size(-2), batch_first=batch_first)
-        dy = _rows(dy[0], H) if dy else None
-        dh, dc = _rows(dh, H), _rows(dc, H)
-        x, h0, c0 = _rows(x, I), _rows(h0, H), _rows(c0, H)
-        y = h0 if y is None else _rows(y, H)  # the output is read only at a step before another
-        layer = (x, h0, c0, *weights, None, y, gates, c_seq)
-        flags = (wanted_x, *wanted, False)  # no weight_hr
-        run = LSTMLayerBackward.apply if applied else LSTMLayerBackward.forward
-        dx, *grads = run(steps, ((False, None),), flags, dy, None, dh, dc, *layer)
-        dx, dh0, dc0 = (
-            g if g is None else g.view(t.shape) for g, t in zip((dx, *grads[:2]), of, strict=True)
-        )
-        return (None,) * 5 + (dx, dh0, dc0, *grads[2:6])
+        return (None,) * 5 + _by_the_layer(gradients, saved, wanted, T, batch_first)
 
 
 def _backward(
@@ -155,7 +145,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...] | None:
     """The gradients of the inputs, None where not wanted; None where the call is not one for the
     short way."""
-    engine = _engine_of(saved[0])
+    engine = _engine_of(saved[0], _WEIGHTS * _directions(saved))
     call = (gradients, saved, wanted, steps, batch_first)
     if engine is None:
         return None
@@ -164,6 +154,68 @@ def _backward(
             *call, torch.get_num_threads(), cpu_engine.FUSED_ROWS - 1, cpu_products.workspace
         )
     return recorded(engine.plain.cuda_backward)(engine, *call)
+
+
+def _by_the_layer(
+    gradients: tuple[Tensor | None, ...],
+    saved: tuple[Tensor | None, ...],
+    wanted: tuple[bool, ...],
+    T: int,
+    batch_first: bool,
+) -> tuple[Tensor | None, ...]:
+    """As :func:`_backward`, by LSTMLayerBackward."""
+    D, states = _directions(saved), len(gradients) // 2
+    together = D // states  # directions of a tensor of states: a module's has all
+    x, *flat, gates, c_seq, y = saved
+    inputs, flags = grouped(flat, D), grouped(wanted[1:], D)
+    I, H = x.size(-1), inputs[0][3].size(1)
+
+    def apart(*tensors: Tensor | None) -> list[Tensor | None]:
+        """(B, H) of each direction."""
+        if together == 1:
+            return [_rows(t, H) for t in tensors]
+        (t,) = tensors
+        return [None] * D if t is None else list(_rows(t, H).tensor_split(D))
+
+    if inputs[0][0] is None:
+        zeros = x.new_zeros(x.numel() // (I * (T or 1)), H)
+        h0 = c0 = [zeros] * D
+    else:
+        h0, c0 = (apart(*(group[k] for group in inputs[:states])) for k in range(2))
+    steps = Steps.padded(T or 1, h0[0].size(0), batch_first=batch_first)
+    dy = _rows(gradients[0], D * H) if len(gradients) % 2 else None
+    dh, dc = apart(*gradients[-2 * states : -states]), apart(*gradients[-states:])
+    # The output is read only at a step before another.
+    y = side_by_side(h0, x.dtype) if y is None else _rows(y, D * H)
+    directions, wanted_ones = [], []
+    for k in range(D):
+        directions += [h0[k], c0[k], *inputs[k][2:], None]  # no weight_hr
+        wanted_ones += [*flags[k // together][:2], *flags[k][2:], False]
+    run = LSTMLayerBackward.apply if must_apply() else LSTMLayerBackward.forward
+    dx, *made = run(
+        steps,
+        ((False, None), (True, None))[:D],
+        (wanted[0], *wanted_ones),
+        *(dy, None, *dh, *dc, _rows(x, I), *directions, y),
+        *(gates.tensor_split(D) if D > 1 else (gates,)),
+        *(c_seq.tensor_split(D) if D > 1 else (c_seq,)),
+    )
+    results = [dx if dx is None else dx.view(x.shape)]
+    of_directions = grouped(made, D)
+    for k, (group, given) in enumerate(zip(of_directions, inputs, strict=True)):
+        for i in range(2):
+            parts = [g[i] for g in of_directions[k : k + together]]
+            if parts[0] is None or k % together:
+                results.append(None)
+            else:
+                whole = parts[0] if together == 1 else torch.cat(parts)
+                results.append(whole.view(given[i].shape))
+        results += group[2:6]
+    return tuple(results)
+
+
+def _directions(saved: tuple[Tensor | None, ...]) -> int:
+    return (len(saved) - _RESULTS) // (2 + _WEIGHTS)
 
 
 def _rows(tensor: Tensor | None, width: int) -> Tensor | None:

@@ -92,6 +92,24 @@ def poisoned(monkeypatch):
 
 
 @pytest.fixture
+def exact_float32():
+    from short_way import exact_float32  # here, because modules are imported after the device
+
+    with exact_float32():
+        yield
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """What goes the CUDA engine's short way; layers run on that engine, emulated without a GPU."""
+    from short_way import Short, engine  # here, as above
+
+    with engine() as own:
+        monkeypatch.setattr(own, "plain", Short(own.plain))
+        yield own.plain
+
+
+@pytest.fixture
 def recorder(monkeypatch):
     """What modules run from here on."""
     from variants import Recorder  # here, because modules are imported after the device is chosen

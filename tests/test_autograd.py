@@ -167,7 +167,7 @@ def test_nothing_is_saved_when_nothing_requires_grad(monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(ops, "layer_forward", spy)
-    module = here(lstm_ext.LSTM(I, H, bidirectional=True))  # not for the short way of plain ones
+    module = here(lstm_ext.LSTM(I, H, return_cell_sequence=True))  # not for the short way
     x = here(torch.randn(T, B, I))
     with torch.no_grad():
         assert module(x)[0].grad_fn is None

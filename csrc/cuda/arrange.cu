@@ -9,9 +9,10 @@ namespace {
 
 constexpr int kTile = 32;  // rows and columns of a square that a block turns at a time
 constexpr int kSquareThreads = 256;
-constexpr int kSumLanes = 16;          // threads that share a column's rows
-constexpr int kSumAhead = 8;           // of a thread's rows, on their way at once
-constexpr int64_t kMostBlocks = 8192;  // each goes on to further squares
+constexpr int kSumLanes = 16;  // threads that share a column's rows
+constexpr int kSumAhead = 8;   // of a thread's rows, on their way at once
+constexpr int kRoundThreads = 256;
+constexpr int64_t kMostBlocks = 8192;  // each goes on to further squares or elements
 
 struct ArrangeArgs : CudaArrangement {
   const void* m;
@@ -84,6 +85,21 @@ __global__ void __launch_bounds__(kTile* kSumLanes) sum_rows(const __grid_consta
   if (args.second) static_cast<T*>(args.second)[column] = from_acc<T>(sum);
 }
 
+struct RoundArgs {
+  const void* m;
+  void* out;
+  int64_t count;
+};
+
+// A thread has every so many elements, as many as there are threads.
+template <class T>
+__global__ void __launch_bounds__(kRoundThreads) round_all(const __grid_constant__ RoundArgs args) {
+  using Acc = decltype(to_acc(T()));
+  const int64_t threads = int64_t(gridDim.x) * kRoundThreads;
+  for (int64_t k = int64_t(blockIdx.x) * kRoundThreads + threadIdx.x; k < args.count; k += threads)
+    static_cast<T*>(args.out)[k] = from_acc<T>(static_cast<const Acc*>(args.m)[k]);
+}
+
 // run(T()) of the element's type.
 template <class Run>
 void with_element(Dtype dtype, const Run& run) {
@@ -132,6 +148,16 @@ void cuda_sum_rows(Dtype dtype, const void* m, int64_t rows, int64_t columns, vo
     const int64_t bytes = kTile * kSumLanes * int64_t(sizeof(decltype(to_acc(T()))));
     launch(sum_rows<T>, {dim3(blocks), kTile * kSumLanes, bytes, false}, stream,
            SumArgs{m, rows, columns, first, second}, "adding up rows");
+  });
+}
+
+void cuda_round(Dtype dtype, const void* m, void* out, int64_t count, void* stream) {
+  const unsigned blocks =
+      unsigned(std::min(kMostBlocks, (count + kRoundThreads - 1) / kRoundThreads));
+  if (!blocks) return;
+  with_element(dtype, [&](auto element) {
+    launch(round_all<decltype(element)>, {dim3(blocks), kRoundThreads, 0, false}, stream,
+           RoundArgs{m, out, count}, "rounding");
   });
 }
 

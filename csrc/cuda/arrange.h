@@ -28,6 +28,9 @@ void cuda_arrange(const CudaArrangement&, const void* m, void* out, void* stream
 void cuda_sum_rows(Dtype, const void* m, int64_t rows, int64_t columns, void* first, void* second,
                    void* stream);
 
+// m [count] of type acc, rounded to storage. out overlaps no m.
+void cuda_round(Dtype, const void* m, void* out, int64_t count, void* stream);
+
 void cuda_zero(void* memory, int64_t bytes, void* stream);
 
 }  // namespace lstm_ext

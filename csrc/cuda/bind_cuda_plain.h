@@ -34,17 +34,21 @@ class CudaPlain : public PlainTensors {
     p.layer = layer(engine, x, in, false);
     p.I = I;
     p.x = in.memory[PlainCall::kX];
-    p.w_ih = in.memory[PlainCall::kWih];
-    p.w_hh = in.memory[PlainCall::kWhh];
-    p.b_ih = in.memory[PlainCall::kBih];
-    p.b_hh = in.memory[PlainCall::kBhh];
-    p.h0 = in.memory[PlainCall::kH0];
-    p.c0 = in.memory[PlainCall::kC0];
-    p.gates = memory_of(out.gates);
-    p.c_seq = memory_of(out.c_seq);
     p.y = memory_of(out.y);
-    p.h_n = memory_of(out.h_n);
-    p.c_n = memory_of(out.c_n);
+    for (int k = 0; k < in.directions; ++k) {
+      auto& d = p.direction[k];
+      const int of = in.module ? 0 : k;  // the tensors that have its states
+      d.w_ih = in.memory[in.at(PlainCall::kWih, k)];
+      d.w_hh = in.memory[in.at(PlainCall::kWhh, k)];
+      d.b_ih = in.memory[in.at(PlainCall::kBih, k)];
+      d.b_hh = in.memory[in.at(PlainCall::kBhh, k)];
+      d.h0 = state(in, in.memory[in.at(PlainCall::kH0, of)], k);
+      d.c0 = state(in, in.memory[in.at(PlainCall::kC0, of)], k);
+      d.gates = rows_of(in, memory_of(out.gates), 4 * in.H, k);
+      d.c_seq = rows_of(in, memory_of(out.c_seq), in.H, k);
+      d.h_n = state(in, memory_of(out.h_n[of]), k);
+      d.c_n = state(in, memory_of(out.c_n[of]), k);
+    }
     run(CudaPlainForwardRun(p), x);
     return out.all();
   }
@@ -61,34 +65,39 @@ class CudaPlain : public PlainTensors {
     if (!answered(read)) return pybind11::none();
     const Handle x = in.kept[PlainCall::kX];
     const Guard guard(engine, x, in.device);
-    std::array<Object, PlainCall::kInputs> made;
-    const auto output = [&](int k) -> void* {
-      if (!in.wanted[k]) return nullptr;
+    PlainCall::Objects made;
+    std::array<void*, PlainCall::kMostInputs> outputs{};
+    for (int k = 0; k < in.inputs(); ++k) {
+      if (!in.wanted[k]) continue;
       // Beside x: a state that is not there has no gradient.
       made[k] = PlainCall::empty(x, in.input_size(k));
-      return memory_of(made[k]);
-    };
+      outputs[k] = memory_of(made[k]);
+    }
     CudaPlainBackward p{};
     p.layer = layer(engine, x, in, true);
     p.I = in.I;
     p.x = in.memory[PlainCall::kX];
-    p.w_ih = in.memory[PlainCall::kWih];
-    p.w_hh = in.memory[PlainCall::kWhh];
-    p.h0 = in.memory[PlainCall::kH0];
-    p.c0 = in.memory[PlainCall::kC0];
-    p.gates = in.gates;
-    p.c_seq = in.c_seq;
     p.y = in.y;
     p.dy = in.dy;
-    p.dh_n = in.dh_n;
-    p.dc_n = in.dc_n;
-    p.dx = output(PlainCall::kX);
-    p.dh0 = output(PlainCall::kH0);
-    p.dc0 = output(PlainCall::kC0);
-    p.dw_ih = output(PlainCall::kWih);
-    p.dw_hh = output(PlainCall::kWhh);
-    p.db_ih = output(PlainCall::kBih);
-    p.db_hh = output(PlainCall::kBhh);
+    p.dx = outputs[PlainCall::kX];
+    for (int k = 0; k < in.directions; ++k) {
+      auto& d = p.direction[k];
+      const int of = in.module ? 0 : k;  // the tensors that have its states
+      d.w_ih = in.memory[in.at(PlainCall::kWih, k)];
+      d.w_hh = in.memory[in.at(PlainCall::kWhh, k)];
+      d.h0 = state(in, in.memory[in.at(PlainCall::kH0, of)], k);
+      d.c0 = state(in, in.memory[in.at(PlainCall::kC0, of)], k);
+      d.gates = rows_of(in, in.gates, 4 * in.H, k);
+      d.c_seq = rows_of(in, in.c_seq, in.H, k);
+      d.dh_n = state(in, in.dh_n[of], k);
+      d.dc_n = state(in, in.dc_n[of], k);
+      d.dh0 = state(in, outputs[in.at(PlainCall::kH0, of)], k);
+      d.dc0 = state(in, outputs[in.at(PlainCall::kC0, of)], k);
+      d.dw_ih = outputs[in.at(PlainCall::kWih, k)];
+      d.dw_hh = outputs[in.at(PlainCall::kWhh, k)];
+      d.db_ih = outputs[in.at(PlainCall::kBih, k)];
+      d.db_hh = outputs[in.at(PlainCall::kBhh, k)];
+    }
     run(CudaPlainBackwardRun(p), x);
     return in.all(made);
   }
@@ -105,6 +114,23 @@ class CudaPlain : public PlainTensors {
   static const EngineNames& engine_names() {
     static const EngineNames instance;
     return instance;
+  }
+
+  // A direction's part of a tensor: of a state as a module has it, whose directions lie one after
+  // the other; and of so many columns of acc with rows for each.
+  template <class Void>
+  static Void* state(const PlainCall& in, Void* tensor, int direction) {
+    const int64_t bytes = in.steps.B * in.H * storage_bytes(in.code);
+    return in.module ? part(tensor, direction * bytes) : tensor;
+  }
+  template <class Void>
+  static Void* rows_of(const PlainCall& in, Void* tensor, int64_t columns, int direction) {
+    return part(tensor, direction * in.steps.rows * columns * acc_bytes(in.code));
+  }
+  template <class Void>
+  static Void* part(Void* tensor, int64_t bytes) {
+    if (!tensor) return nullptr;
+    return reinterpret_cast<Void*>(reinterpret_cast<uintptr_t>(tensor) + uintptr_t(bytes));
   }
 
   // Makes x's device current, unless it is.
@@ -139,7 +165,7 @@ class CudaPlain : public PlainTensors {
     const Object index = checked(PyLong_FromLongLong(in.device));
     made.stream = PyLong_AsVoidPtr(call(engine, names.raw_stream, index).ptr());
     if (PyErr_Occurred()) throw pybind11::error_already_set();
-    made.directions = 1;
+    made.directions = in.directions;
     made.steps = in.steps;
     made.H = made.P = in.H;
     made.K = padded(in.H, in.code);
@@ -151,15 +177,15 @@ class CudaPlain : public PlainTensors {
   const CudaPlan& plan(Handle engine, Handle x, const PlainCall& in, bool tf32, bool backward) {
     // All that a plan asks of T is whether there is more than one step.
     const bool one_step = in.steps.T == 1;
-    const auto key =
-        std::make_tuple(in.steps.B, in.H, in.device, in.code, tf32, backward, one_step);
+    const auto key = std::make_tuple(in.steps.B, in.H, in.device, in.directions, in.code, tf32,
+                                     backward, one_step);
     const auto found = plans_.find(key);
     if (found != plans_.end()) return found->second;
     if (plans_.size() >= kMostPlans) plans_.clear();
     const EngineNames& names = engine_names();
-    const Object chosen =
-        get(engine, names.plan)(get(x, names.device), Handle(in.dtype), tf32, backward, false,
-                                false, false, 1, one_step ? 1 : 2, in.steps.B, in.H, in.H);
+    const Object chosen = get(engine, names.plan)(get(x, names.device), Handle(in.dtype), tf32,
+                                                  backward, false, false, false, in.directions,
+                                                  one_step ? 1 : 2, in.steps.B, in.H, in.H);
     return plans_.emplace(key, chosen.cast<const CudaPlan&>()).first->second;
   }
 
@@ -178,7 +204,7 @@ class CudaPlain : public PlainTensors {
   static constexpr size_t kMostPlans = 4096;
   const Object bytes_;
   // The key holds all that differs between plain layers.
-  std::map<std::tuple<int64_t, int64_t, int64_t, Dtype, bool, bool, bool>, CudaPlan> plans_;
+  std::map<std::tuple<int64_t, int64_t, int64_t, int, Dtype, bool, bool, bool>, CudaPlan> plans_;
 };
 
 inline void bind_cuda_plain(pybind11::module_& m) {

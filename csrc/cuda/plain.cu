@@ -26,13 +26,31 @@ Product product_of(const CudaLayer& layer, int64_t M, int64_t N, int64_t K, bool
   return p;
 }
 
+// One for all directions. alignment(k): of the addresses of direction k.
+template <class Alignment>
+VendorProduct choose(const CudaLayer& layer, Product product, const Alignment& alignment) {
+  product.alignment = alignment(0);
+  for (int k = 1; k < layer.directions; ++k)
+    product.alignment = std::min(product.alignment, alignment(k));
+  return VendorProduct(product);
+}
+
+// An address of storage so many elements on; null stays null.
+template <class Void>
+Void* ahead(const CudaLayer& layer, Void* address, int64_t elements) {
+  if (!address) return nullptr;
+  const int64_t bytes = elements * storage_bytes(layer.dtype);
+  return reinterpret_cast<Void*>(reinterpret_cast<uintptr_t>(address) + uintptr_t(bytes));
+}
+
 // gx = x W_ih^T.
 VendorProduct input_product(const CudaPlainForward& p) {
   make_current(p.layer.device);
   Product product = product_of(p.layer, p.layer.steps.rows, 4 * p.layer.H, p.I, false, true);
   product.wide = true;
-  product.alignment = alignment_of({p.x, p.w_ih, p.gates});
-  return VendorProduct(product);
+  return choose(p.layer, product, [&](int k) {
+    return alignment_of({p.x, p.direction[k].w_ih, p.direction[k].gates});
+  });
 }
 
 }  // namespace
@@ -44,9 +62,13 @@ CudaPlainForwardRun::Pieces CudaPlainForwardRun::cut(void* scratch) const {
   const CudaLayer& l = p_.layer;
   Cutter cutter(scratch);
   Pieces pieces{};
-  pieces.gx = p_.gates ? p_.gates : cutter.take(l.steps.rows * 4 * l.H * acc_bytes(l.dtype));
-  const bool as_read = l.K == l.H && alignment_of({p_.w_hh}) >= 16;
-  if (!as_read) pieces.w_hh = cutter.take(4 * l.H * l.K * storage_bytes(l.dtype));
+  for (int k = 0; k < l.directions; ++k) {
+    const auto& d = p_.direction[k];
+    auto& piece = pieces.direction[k];
+    piece.gx = d.gates ? d.gates : cutter.take(l.steps.rows * 4 * l.H * acc_bytes(l.dtype));
+    const bool as_read = l.K == l.H && alignment_of({d.w_hh}) >= 16;
+    if (!as_read) piece.w_hh = cutter.take(4 * l.H * l.K * storage_bytes(l.dtype));
+  }
   // One after the other.
   pieces.workspace = cutter.take(std::max(input_.workspace(), cuda_forward_workspace(l, false)));
   pieces.bytes = cutter.used();
@@ -57,55 +79,87 @@ void CudaPlainForwardRun::run(void* scratch) const {
   const CudaLayer& l = p_.layer;
   const Pieces pieces = cut(scratch);
   make_current(l.device);
-  input_.run(p_.x, p_.w_ih, pieces.gx, pieces.workspace, l.stream);
-  if (pieces.w_hh)
-    cuda_arrange({l.dtype, false, 4 * l.H, l.H, l.K}, p_.w_hh, pieces.w_hh, l.stream);
-  CudaForwardDirection d{};
-  d.gx = pieces.gx;
-  d.b_ih = p_.b_ih;
-  d.b_hh = p_.b_hh;
-  d.w_hh = pieces.w_hh ? pieces.w_hh : p_.w_hh;
-  d.h0 = p_.h0;
-  d.c0 = p_.c0;
-  d.gates = p_.gates;  // a row's gx is read before they are
-  d.c_seq = p_.c_seq;
-  d.y = p_.y;
-  d.y_stride = l.H;
-  d.h_n = p_.h_n;
-  d.c_n = p_.c_n;
-  cuda_forward(l, &d, pieces.workspace, {0, l.steps.T});
+  CudaForwardDirection directions[kMaxDirections] = {};
+  for (int k = 0; k < l.directions; ++k) {
+    const auto& from = p_.direction[k];
+    const auto& piece = pieces.direction[k];
+    input_.run(p_.x, from.w_ih, piece.gx, pieces.workspace, l.stream);
+    if (piece.w_hh)
+      cuda_arrange({l.dtype, false, 4 * l.H, l.H, l.K}, from.w_hh, piece.w_hh, l.stream);
+    CudaForwardDirection& d = directions[k];
+    d.reverse = k == 1;
+    d.gx = piece.gx;
+    d.b_ih = from.b_ih;
+    d.b_hh = from.b_hh;
+    d.w_hh = piece.w_hh ? piece.w_hh : from.w_hh;
+    d.h0 = from.h0;
+    d.c0 = from.c0;
+    d.gates = from.gates;  // a row's gx is read before they are
+    d.c_seq = from.c_seq;
+    d.y = ahead(l, p_.y, k * l.H);
+    d.y_stride = l.directions * l.H;
+    d.h_n = from.h_n;
+    d.c_n = from.c_n;
+  }
+  cuda_forward(l, directions, pieces.workspace, {0, l.steps.T});
 }
 
 // ---- backward -----------------------------------------------------------------------------------
 
 CudaPlainBackwardRun::CudaPlainBackwardRun(const CudaPlainBackward& p)
     : p_(p),
-      previous_(!p.dw_hh                               ? Previous::kNone
-                : p.layer.steps.T == 1                 ? p.h0 ? Previous::kH0 : Previous::kNone
-                : !p.h0 && p.layer.steps.stride_b == 1 ? Previous::kShifted
-                                                       : Previous::kGathered) {
+      previous_(p.layer.steps.T == 1 ? p.direction[0].h0 ? Previous::kH0 : Previous::kZeros
+                : !p.direction[0].h0 && p.layer.steps.stride_b == 1 ? Previous::kShifted
+                                                                    : Previous::kGathered),
+      sums_dx_(p.dx && p.layer.directions > 1 &&
+               acc_bytes(p.layer.dtype) != storage_bytes(p.layer.dtype)) {
   const CudaLayer& l = p_.layer;
   make_current(l.device);
   const int64_t rows = l.steps.rows, gates = 4 * l.H;
-  const auto choose = [](std::optional<VendorProduct>& chosen, Product product,
-                         std::initializer_list<const void*> addresses) {
-    product.alignment = alignment_of(addresses);
-    chosen.emplace(product);
+  if (p_.dx) {
+    Product product = product_of(l, rows, p_.I, gates, false, false);
+    product.wide = sums_dx_;
+    const auto alignment = [&](int k) {
+      return alignment_of({p_.direction[k].w_ih, sums_dx_ ? nullptr : p_.dx});
+    };
+    dx_ = choose(l, product, alignment);
+    product.accumulate = true;
+    if (l.directions > 1) more_dx_ = choose(l, product, alignment);
+  }
+  const auto any = [&](void* CudaPlainBackward::Direction::* wanted) {
+    return p_.direction[0].*wanted || (l.directions > 1 && p_.direction[1].*wanted);
   };
-  if (p_.dx) choose(dx_, product_of(l, rows, p_.I, gates, false, false), {p_.w_ih, p_.dx});
-  if (p_.dw_ih) choose(dw_ih_, product_of(l, gates, p_.I, rows, true, false), {p_.x, p_.dw_ih});
-  if (previous_ == Previous::kNone) return;
-  const bool shifted = previous_ == Previous::kShifted;
-  const void* const late = reinterpret_cast<const void*>(late_gates() * storage_bytes(l.dtype));
-  choose(dw_hh_, product_of(l, gates, l.H, shifted ? rows - l.steps.B : rows, true, false),
-         {p_.dw_hh, late,
-          shifted                      ? p_.y
-          : previous_ == Previous::kH0 ? p_.h0
-                                       : nullptr});
+  if (any(&CudaPlainBackward::Direction::dw_ih)) {
+    dw_ih_ = choose(l, product_of(l, gates, p_.I, rows, true, false),
+                    [&](int k) { return alignment_of({p_.x, p_.direction[k].dw_ih}); });
+  }
+  if (any(&CudaPlainBackward::Direction::dw_hh) && previous_ != Previous::kZeros) {
+    const bool shifted = previous_ == Previous::kShifted;
+    Product product = product_of(l, gates, l.H, shifted ? rows - l.steps.B : rows, true, false);
+    if (shifted) product.ldb = l.directions * l.H;
+    dw_hh_ = choose(l, product, [&](int k) {
+      const int64_t late = late_gates(k) * storage_bytes(l.dtype);
+      return alignment_of(
+          {p_.direction[k].dw_hh, reinterpret_cast<const void*>(late), hidden(k, nullptr)});
+    });
+  }
 }
 
-int64_t CudaPlainBackwardRun::late_gates() const {
-  return previous_ == Previous::kShifted ? p_.layer.steps.B * 4 * p_.layer.H : 0;
+int64_t CudaPlainBackwardRun::late_gates(int direction) const {
+  const bool late = previous_ == Previous::kShifted && direction == 0;
+  return late ? p_.layer.steps.B * 4 * p_.layer.H : 0;
+}
+
+const void* CudaPlainBackwardRun::hidden(int direction, const void* h_prev) const {
+  const CudaLayer& l = p_.layer;
+  switch (previous_) {
+    case Previous::kH0:
+      return p_.direction[direction].h0;
+    case Previous::kShifted:  // the reversed direction's from the second step on
+      return ahead(l, p_.y, direction * (l.H + l.steps.B * l.directions * l.H));
+    default:
+      return h_prev;
+  }
 }
 
 CudaPlainBackwardRun::Pieces CudaPlainBackwardRun::cut(void* scratch) const {
@@ -113,12 +167,17 @@ CudaPlainBackwardRun::Pieces CudaPlainBackwardRun::cut(void* scratch) const {
   const int64_t storage = storage_bytes(l.dtype), rows = l.steps.rows;
   Cutter cutter(scratch);
   Pieces pieces{};
-  pieces.dgates = cutter.take(rows * 4 * l.H * storage);
-  if (previous_ == Previous::kGathered) pieces.h_prev = cutter.take(rows * l.H * storage);
-  pieces.w_hh = cutter.take(l.H * padded(4 * l.H, l.dtype) * storage);
+  for (int k = 0; k < l.directions; ++k) {
+    auto& piece = pieces.direction[k];
+    piece.dgates = cutter.take(rows * 4 * l.H * storage);
+    if (previous_ == Previous::kGathered && p_.direction[k].dw_hh)
+      piece.h_prev = cutter.take(rows * l.H * storage);
+    piece.w_hh = cutter.take(l.H * padded(4 * l.H, l.dtype) * storage);
+  }
+  if (sums_dx_) pieces.dx = cutter.take(rows * p_.I * acc_bytes(l.dtype));
   // One after the other.
   int64_t workspace = cuda_backward_workspace(l, false);
-  for (const auto* product : {&dx_, &dw_ih_, &dw_hh_}) {
+  for (const auto* product : {&dx_, &more_dx_, &dw_ih_, &dw_hh_}) {
     if (*product) workspace = std::max(workspace, (*product)->workspace());
   }
   pieces.workspace = cutter.take(workspace);
@@ -128,49 +187,55 @@ CudaPlainBackwardRun::Pieces CudaPlainBackwardRun::cut(void* scratch) const {
 
 void CudaPlainBackwardRun::run(void* scratch) const {
   const CudaLayer& l = p_.layer;
-  const int64_t storage = storage_bytes(l.dtype), rows = l.steps.rows, gates = 4 * l.H;
   const Pieces pieces = cut(scratch);
   make_current(l.device);
-  cuda_arrange({l.dtype, true, gates, l.H, padded(gates, l.dtype)}, p_.w_hh, pieces.w_hh, l.stream);
-  CudaBackwardDirection d{};
-  d.w_hh = pieces.w_hh;
-  d.h0 = p_.h0;
-  d.c0 = p_.c0;
-  d.y = p_.y;
-  d.y_stride = d.dy_stride = l.H;
-  d.gates = p_.gates;
-  d.c_seq = p_.c_seq;
-  d.dy = p_.dy;
-  d.dh_n = p_.dh_n;
-  d.dc_n = p_.dc_n;
-  d.dgates = pieces.dgates;
-  d.h_prev = pieces.h_prev;
-  d.dh0 = p_.dh0;
-  d.dc0 = p_.dc0;
-  cuda_backward(l, &d, pieces.workspace, {0, l.steps.T});
+  run_recurrence(pieces);
 
-  void* const dgates = pieces.dgates;
+  const int64_t rows = l.steps.rows, gates = 4 * l.H;
   const auto multiply = [&](const std::optional<VendorProduct>& product, const void* a,
-                            const void* b, void* out) {
-    if (product) product->run(a, b, out, pieces.workspace, l.stream);
-  };
-  multiply(dx_, dgates, p_.w_ih, p_.dx);
-  multiply(dw_ih_, dgates, p_.x, p_.dw_ih);
-  switch (previous_) {
-    case Previous::kNone:
-      if (p_.dw_hh) cuda_zero(p_.dw_hh, gates * l.H * storage, l.stream);
-      break;
-    case Previous::kH0:
-      multiply(dw_hh_, dgates, p_.h0, p_.dw_hh);
-      break;
-    case Previous::kShifted:
-      multiply(dw_hh_, static_cast<char*>(dgates) + late_gates() * storage, p_.y, p_.dw_hh);
-      break;
-    case Previous::kGathered:
-      multiply(dw_hh_, dgates, pieces.h_prev, p_.dw_hh);
+                            const void* b,
+                            void* out) { product->run(a, b, out, pieces.workspace, l.stream); };
+  for (int k = 0; k < l.directions; ++k) {
+    const auto& d = p_.direction[k];
+    const auto& piece = pieces.direction[k];
+    if (p_.dx) multiply(k ? more_dx_ : dx_, piece.dgates, d.w_ih, sums_dx_ ? pieces.dx : p_.dx);
+    if (d.dw_ih) multiply(dw_ih_, piece.dgates, p_.x, d.dw_ih);
+    if (d.dw_hh && dw_hh_)
+      multiply(dw_hh_, ahead(l, piece.dgates, late_gates(k)), hidden(k, piece.h_prev), d.dw_hh);
+    else if (d.dw_hh)
+      cuda_zero(d.dw_hh, gates * l.H * storage_bytes(l.dtype), l.stream);
+    if (d.db_ih || d.db_hh)
+      cuda_sum_rows(l.dtype, piece.dgates, rows, gates, d.db_ih, d.db_hh, l.stream);
   }
-  if (p_.db_ih || p_.db_hh)
-    cuda_sum_rows(l.dtype, dgates, rows, gates, p_.db_ih, p_.db_hh, l.stream);
+  if (sums_dx_) cuda_round(l.dtype, pieces.dx, p_.dx, rows * p_.I, l.stream);
+}
+
+void CudaPlainBackwardRun::run_recurrence(const Pieces& pieces) const {
+  const CudaLayer& l = p_.layer;
+  const int64_t gates = 4 * l.H, width = padded(gates, l.dtype);
+  CudaBackwardDirection directions[kMaxDirections] = {};
+  for (int k = 0; k < l.directions; ++k) {
+    const auto& from = p_.direction[k];
+    const auto& piece = pieces.direction[k];
+    cuda_arrange({l.dtype, true, gates, l.H, width}, from.w_hh, piece.w_hh, l.stream);
+    CudaBackwardDirection& d = directions[k];
+    d.reverse = k == 1;
+    d.w_hh = piece.w_hh;
+    d.h0 = from.h0;
+    d.c0 = from.c0;
+    d.y = ahead(l, p_.y, k * l.H);
+    d.dy = ahead(l, p_.dy, k * l.H);
+    d.y_stride = d.dy_stride = l.directions * l.H;
+    d.gates = from.gates;
+    d.c_seq = from.c_seq;
+    d.dh_n = from.dh_n;
+    d.dc_n = from.dc_n;
+    d.dgates = piece.dgates;
+    d.h_prev = piece.h_prev;
+    d.dh0 = from.dh0;
+    d.dc0 = from.dc0;
+  }
+  cuda_backward(l, directions, pieces.workspace, {0, l.steps.T});
 }
 
 }  // namespace lstm_ext

@@ -1,8 +1,8 @@
 // A plain layer in one call: its products over all steps, by the vendor's library, and the
-// recurrence. One direction, no projection, no variants, all sequences T steps long. No CUDA
-// header.
+// recurrence. One direction or two, the second reversed; no projection, no variants, all sequences
+// T steps long. No CUDA header.
 //
-// Letters as in engine.h; I inputs. Every address is on the device.
+// Letters as in engine.h; I inputs, D directions. Every address is on the device.
 #pragma once
 
 #include <cstdint>
@@ -13,46 +13,52 @@
 
 namespace lstm_ext {
 
-// layer: of one direction; its stream is set.
+// What is null in one direction is so in both, but for the outputs of backward.
 struct CudaPlainForward {
-  CudaLayer layer;
+  struct Direction {
+    const void* w_ih;  // storage [4H, I]
+    const void* w_hh;  // storage [4H, H]
+    const void* b_ih;  // storage [4H], or null
+    const void* b_hh;  // as b_ih
+    const void* h0;    // storage [B, H]; null: zeros
+    const void* c0;    // as h0
+    void* gates;       // acc [rows, 4H]; null: not saved
+    void* c_seq;       // acc [rows, H]; null: not saved
+    void* h_n;         // storage [B, H]
+    void* c_n;         // storage [B, H]
+  };
+  CudaLayer layer;  // its stream is set
   int64_t I;
-  const void* x;     // storage [rows, I]
-  const void* w_ih;  // storage [4H, I]
-  const void* w_hh;  // storage [4H, H]
-  const void* b_ih;  // storage [4H], or null
-  const void* b_hh;  // as b_ih
-  const void* h0;    // storage [B, H]; null: zeros
-  const void* c0;    // as h0
-  void* gates;       // acc [rows, 4H]; null: not saved
-  void* c_seq;       // acc [rows, H]; null: not saved
-  void* y;           // storage [rows, H]; of one step it may be h_n
-  void* h_n;         // storage [B, H]
-  void* c_n;         // storage [B, H]
+  const void* x;  // storage [rows, I]
+  void* y;        // storage [rows, D*H]; of one step and direction it may be h_n
+  Direction direction[kMaxDirections];
 };
 
 struct CudaPlainBackward {
+  struct Direction {
+    const void* w_ih;  // inputs as in CudaPlainForward
+    const void* w_hh;
+    const void* h0;
+    const void* c0;
+    const void* gates;
+    const void* c_seq;
+    const void* dh_n;  // storage [B, H]; null: zero
+    const void* dc_n;  // storage [B, H]; null: zero
+    // Outputs; null: not wanted.
+    void* dh0;    // storage [B, H]
+    void* dc0;    // storage [B, H]
+    void* dw_ih;  // storage [4H, I]
+    void* dw_hh;  // storage [4H, H]
+    void* db_ih;  // storage [4H]; db_hh is the same
+    void* db_hh;
+  };
   CudaLayer layer;
   int64_t I;
-  const void* x;  // all inputs as in CudaPlainForward
-  const void* w_ih;
-  const void* w_hh;
-  const void* h0;
-  const void* c0;
-  const void* gates;
-  const void* c_seq;
-  const void* y;     // not read of one step
-  const void* dy;    // storage [rows, H]; null: zero
-  const void* dh_n;  // storage [B, H]; null: zero
-  const void* dc_n;  // storage [B, H]; null: zero
-  // Outputs; null: not wanted.
-  void* dx;     // storage [rows, I]
-  void* dh0;    // storage [B, H]
-  void* dc0;    // storage [B, H]
-  void* dw_ih;  // storage [4H, I]
-  void* dw_hh;  // storage [4H, H]
-  void* db_ih;  // storage [4H]; db_hh is the same
-  void* db_hh;
+  const void* x;
+  const void* y;   // not read of one step
+  const void* dy;  // storage [rows, D*H]; null: zero
+  void* dx;        // storage [rows, I]; null: not wanted
+  Direction direction[kMaxDirections];
 };
 
 // A call in two steps, between which the caller makes the scratch: bytes() of no particular
@@ -67,7 +73,10 @@ class CudaPlainForwardRun {
 
  private:
   struct Pieces {
-    void *gx, *w_hh, *workspace;
+    struct {
+      void *gx, *w_hh;
+    } direction[kMaxDirections];
+    void* workspace;
     int64_t bytes;
   };
   Pieces cut(void* scratch) const;
@@ -83,23 +92,31 @@ class CudaPlainBackwardRun {
   void run(void* scratch) const;
 
  private:
-  // What dw_hh is a product with: the h that each step started from.
+  // What a dw_hh is a product with: the h that each step started from.
   enum class Previous {
-    kNone,      // not wanted, or all zeros
+    kZeros,
     kH0,        // the only step's
-    kShifted,   // y, a step later: where the first h is zero and steps lie one after another
+    kShifted,   // y, a step before: where the first h is zero and steps lie one after another
     kGathered,  // made by the recurrence
   };
   struct Pieces {
-    void *dgates, *h_prev, *w_hh, *workspace;
+    struct {
+      void *dgates, *h_prev, *w_hh;
+    } direction[kMaxDirections];
+    void *dx, *workspace;
     int64_t bytes;
   };
   Pieces cut(void* scratch) const;
-  int64_t late_gates() const;  // elements of dgates before those that kShifted multiplies
+  // Elements of dgates before those that kShifted multiplies: of the first step.
+  int64_t late_gates(int direction) const;
+  // The other factor of dw_hh, rows of H; h_prev: where kGathered has it.
+  const void* hidden(int direction, const void* h_prev) const;
+  void run_recurrence(const Pieces&) const;
 
   const CudaPlainBackward p_;
   const Previous previous_;
-  std::optional<VendorProduct> dx_, dw_ih_, dw_hh_;
+  const bool sums_dx_;  // of half types, in acc before it is rounded
+  std::optional<VendorProduct> dx_, more_dx_, dw_ih_, dw_hh_;
 };
 
 }  // namespace lstm_ext
