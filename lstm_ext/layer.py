@@ -14,7 +14,7 @@ from lstm_ext.autograd import LSTMLayer, has_tangent, needs_grad
 from lstm_ext.engine import is_recorded, is_surrounded
 from lstm_ext.flat import flatten, kinds_of, map_tensors
 from lstm_ext.ops import Direction
-from lstm_ext.plain import plain_layer
+from lstm_ext.plain import plain_layer, takes_two
 from lstm_ext.steps import Steps
 from lstm_ext.torch_engine import LayerOutputs, reference_layer, side_by_side
 
@@ -44,7 +44,7 @@ def lstm_layer(
         TypeError, ValueError, RuntimeError: see :func:`ops.check_layer` and
             :func:`ops.has_native_kernels`.
     """
-    if not (cells or is_surrounded()):
+    if (len(directions) == 1 or takes_two(x)) and not (cells or is_surrounded()):
         made = _plain(x, directions, steps)
         if made is not None:
             return made

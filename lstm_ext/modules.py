@@ -31,7 +31,7 @@ from .compat import (
 from .engine import is_surrounded
 from .layer import lstm_layer
 from .ops import Direction, LayerWeights
-from .plain import plain_layer
+from .plain import plain_layer, takes_two
 from .steps import Steps
 from .variants import check_bool, check_merge_mode, merged
 
@@ -264,6 +264,7 @@ class LSTM(LSTMBase):
         """What forward returns, by :func:`plain.plain_layer`; None where it is not for that."""
         if (
             self.num_layers != 1
+            or (self.bidirectional and not takes_two(input))
             or self.proj_size
             or self.merge_mode != "concat"
             or self.return_cell_sequence

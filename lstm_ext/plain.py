@@ -25,7 +25,7 @@ from lstm_ext.steps import Steps
 from lstm_ext.torch_engine import side_by_side
 
 _TYPES = (Tensor, nn.Parameter)
-_WEIGHTS = 4  # of a direction
+_INPUTS = 6  # of a direction: h_0, c_0 and the weights
 _RESULTS = 3  # of forward that are saved: gates, c_t and y
 _plain = _C.CpuPlain(
     types=_TYPES,
@@ -56,7 +56,7 @@ def plain_layer(
             The second direction is the reversed one.
         steps: T; 0 for a cell's only one, x being (B, in): then there is no y.
     """
-    engine = _engine_of(x, len(weights))
+    engine = _engine_of(x)
     call = (x, hx, weights, input_size, hidden_size, steps, batch_first)
     if engine is None:
         return None
@@ -79,14 +79,19 @@ def plain_layer(
     return super(Function, PlainLayer).apply(steps, batch_first, outputs, *saved)
 
 
-def _engine_of(x: Any, weights: int) -> Any:
-    """The engine that has a short way for x and so many weights; None where there is none."""
+def takes_two(x: Any) -> bool:
+    """Whether there is a short way of two directions for x: asked before all else, for on the CPU,
+    where there is none, they would pay for the questions."""
+    # What traces this reads no further.
+    return not torch.compiler.is_compiling() and _engine_of(x) not in (None, cpu_engine)
+
+
+def _engine_of(x: Any) -> Any:
+    """The engine that has a short way for x; None where there is none."""
     if type(x) not in _TYPES:
         return None
     engine = ops._engines.get(x.device.type)
-    if engine is cpu_engine:
-        return engine if weights == _WEIGHTS else None
-    return engine if getattr(engine, "plain", None) is not None else None
+    return engine if engine is cpu_engine or getattr(engine, "plain", None) is not None else None
 
 
 def plain_cell(
@@ -145,7 +150,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...] | None:
     """The gradients of the inputs, None where not wanted; None where the call is not one for the
     short way."""
-    engine = _engine_of(saved[0], _WEIGHTS * _directions(saved))
+    engine = _engine_of(saved[0])
     call = (gradients, saved, wanted, steps, batch_first)
     if engine is None:
         return None
@@ -215,7 +220,7 @@ def _by_the_layer(
 
 
 def _directions(saved: tuple[Tensor | None, ...]) -> int:
-    return (len(saved) - _RESULTS) // (2 + _WEIGHTS)
+    return (len(saved) - _RESULTS) // _INPUTS
 
 
 def _rows(tensor: Tensor | None, width: int) -> Tensor | None:
