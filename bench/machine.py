@@ -49,11 +49,17 @@ def slug(text: str) -> str:
 
 
 def machine(device: torch.device) -> str:
-    """Folder name for a machine's results, from the model of its GPU or CPU and nothing else."""
+    """Folder name for a machine's results, from the model of its GPU, or that of its CPU and the
+    vectors it has: ``amd-epyc-2c-avx512``; ``amd-epyc-2c-avx512-as-avx2`` where torch is held to
+    fewer."""
     if device.type == "cuda":
         return slug(torch.cuda.get_device_name(device))
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{slug(cpu_model())}-{cores()}c-{slug(capability)}"
+    from lstm_ext.cpu_engine import cpu_isas
+
+    vectors = cpu_isas()[0].split("_")[0]
+    used = slug(torch.backends.cpu.get_cpu_capability())
+    held = "" if used == vectors or vectors == "portable" else f"-as-{used}"
+    return f"{slug(cpu_model())}-{cores()}c-{vectors}{held}"
 
 
 def results_folder(device: torch.device) -> Path:

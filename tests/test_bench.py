@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 import lstm_ext
 from bench import machine, records, report, timing, work
 from bench.suites import MODES, Problem
+from lstm_ext import cpu_engine
 
 pytestmark = pytest.mark.cpu_only(reason="the command line on the CPU")
 CPU = torch.device("cpu")
@@ -266,3 +267,21 @@ def test_what_a_benchmark_writes_does_not_make_the_commit_dirty(tmp_path, monkey
 )
 def test_machine_names(model, folder):
     assert machine.slug(model) == folder
+
+
+@pytest.mark.parametrize(
+    "isas, used, folder",
+    [
+        (["avx512_bf16", "avx512", "avx2", "portable"], "AVX512", "amd-epyc-2c-avx512"),
+        (["avx512", "avx2", "portable"], "AVX2", "amd-epyc-2c-avx512-as-avx2"),
+        (["avx2", "portable"], "AVX2", "amd-epyc-2c-avx2"),
+        (["portable"], "DEFAULT", "amd-epyc-2c-portable"),
+    ],
+)
+def test_folders_of_processors(monkeypatch, isas, used, folder):
+    """What torch is held to does not pass for what another processor has."""
+    monkeypatch.setattr(machine, "cpu_model", lambda: "AMD EPYC")
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    monkeypatch.setattr(cpu_engine, "cpu_isas", lambda: isas)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
+    assert machine.machine(torch.device("cpu")) == folder

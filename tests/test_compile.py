@@ -4,6 +4,7 @@ import device
 import pytest
 import torch
 from device import here
+from tolerances import across_ways
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, stack_module_state, vmap
@@ -52,8 +53,9 @@ def run(function, x, parameters, *args, **kwargs):
     return outputs + list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
 
-def check(module, x, *args, backend="aot_eager", tolerance=BITS, **kwargs):
+def check(module, x, *args, backend="aot_eager", tolerance=None, **kwargs):
     """Training and evaluation, compiled and not."""
+    tolerance = tolerance or across_ways(x.dtype)
     parameters = list(module.parameters())
     made = compiled(module, backend)
     for training in (True, False):

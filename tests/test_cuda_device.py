@@ -20,8 +20,17 @@ def layer(**options):
     return here(lstm_ext.LSTM(24, 40, num_layers=2, bidirectional=True, **options))
 
 
-def batch(T=7, B=5):
+@pytest.fixture(params=["plain", "lengths"])
+def kind(request):
+    """Of a call: plain ones go another way through the engine."""
+    return request.param
+
+
+def batch(kind="lengths", T=7, B=5):
+    """x, lengths and a reset mask."""
     x = here(torch.randn(T, B, 24))
+    if kind == "plain":
+        return x, None, None
     return x, here(torch.randint(0, T + 1, (B,))), here(torch.rand(T, B) < 0.2)
 
 
@@ -31,9 +40,9 @@ def gradients(module, x, lengths, mask):
     return [y, *torch.autograd.grad(loss, list(module.parameters()))]
 
 
-def test_nothing_waits_for_the_device():
+def test_nothing_waits_for_the_device(kind):
     """torch raises at whatever synchronises, with lengths and masks on the device."""
-    module, (x, lengths, mask) = layer(), batch()
+    module, (x, lengths, mask) = layer(), batch(kind)
     gradients(module, x, lengths, mask)  # what is asked of the device once is asked here
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -44,9 +53,9 @@ def test_nothing_waits_for_the_device():
 
 
 @pytest.mark.parametrize("T", [1, 7])
-def test_captured_in_a_graph(T):
+def test_captured_in_a_graph(kind, T):
     """Training too: replays see new input, lengths and weights."""
-    module, (x, lengths, mask) = layer(), batch(T)
+    module, (x, lengths, mask) = layer(), batch(kind, T)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -59,7 +68,8 @@ def test_captured_in_a_graph(T):
     for _ in range(3):
         with torch.no_grad():
             x.normal_()
-            lengths.random_(0, T + 1)
+            if lengths is not None:
+                lengths.random_(0, T + 1)
             for parameter in module.parameters():
                 parameter.uniform_(-0.2, 0.2)
         graph.replay()
@@ -128,9 +138,9 @@ def test_lengths_on_the_cpu_cannot_be_captured():
             module(x, lengths=on_cpu)
 
 
-def test_the_current_stream_is_used():
+def test_the_current_stream_is_used(kind):
     """On a stream of its own, after work that a wrong stream would not wait for."""
-    module, (x, lengths, mask) = layer(), batch()
+    module, (x, lengths, mask) = layer(), batch(kind)
     expected = gradients(module, x, lengths, mask)
     source, side = x.clone(), torch.cuda.Stream()
     x.zero_()
@@ -144,8 +154,8 @@ def test_the_current_stream_is_used():
         assert torch.equal(ours, theirs)
 
 
-def test_the_same_bits_every_time():
-    module, arguments = layer(), batch(40, 70)
+def test_the_same_bits_every_time(kind):
+    module, arguments = layer(), batch(kind, 40, 70)
     first = gradients(module, *arguments)
     for _ in range(10):
         for ours, theirs in zip(gradients(module, *arguments), first, strict=True):
@@ -153,19 +163,21 @@ def test_the_same_bits_every_time():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_another_device_than_the_current_one():
-    module, (x, lengths, mask) = layer(), batch()
+def test_another_device_than_the_current_one(kind):
+    module, (x, lengths, mask) = layer(), batch(kind)
     expected = gradients(module, x, lengths, mask)
-    module, x, lengths, mask = (value.to("cuda:1") for value in (module, x, lengths, mask))
+    module, x, lengths, mask = (
+        v if v is None else v.to("cuda:1") for v in (module, x, lengths, mask)
+    )
     got = gradients(module, x, lengths, mask)
     assert torch.cuda.current_device() == device.DEVICE.index
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs.cpu())
 
 
-def test_memory_comes_from_torch():
+def test_memory_comes_from_torch(kind):
     """What a call leaves behind is what its results need; scratch goes back to torch."""
-    module, (x, lengths, _) = layer(), batch()
+    module, (x, lengths, _) = layer(), batch(kind)
     with torch.no_grad():
         for _ in range(2):  # what is kept once, such as the plan's facts, is there after one
             kept = module(x, lengths=lengths)

@@ -18,7 +18,7 @@ from lstm_ext import reference
 pytestmark = [pytest.mark.sanitizer, pytest.mark.tf32]
 
 T, I = 4, 8
-OPTIONS = ["plain", "lengths", "resets", "projection"]
+OPTIONS = ["plain", "lengths", "resets", "projection", "zeros", "batch_first"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -81,23 +81,35 @@ def run(function, leaves, dtype):
 @pytest.mark.parametrize("H", [8, 40])
 def test_both_directions(monkeypatch, H, B, option, dtype):
     module = lstm_ext.LSTM(
-        I, H, bidirectional=True, proj_size=4 if option == "projection" else 0, dtype=dtype
+        I,
+        H,
+        bidirectional=True,
+        batch_first=option == "batch_first",
+        proj_size=4 if option == "projection" else 0,
+        dtype=dtype,
     )
     P = module.proj_size or H
     options = extras(option, B)
-    leaves = {"x": torch.randn(T, B, I), "h0": torch.randn(2, B, P), "c0": torch.randn(2, B, H)}
+    leaves = {"x": torch.randn(T, B, I)}
+    if option != "zeros":  # no states are given
+        leaves |= {"h0": torch.randn(2, B, P), "c0": torch.randn(2, B, H)}
     # Rounded once, so that every dtype starts from the same numbers.
     leaves = {name: here(leaf.to(dtype)) for name, leaf in leaves.items()}
     leaves |= {name: here(p.detach()) for name, p in module.named_parameters()}
     names = module._all_weights
 
-    def ours(x, h0, c0, **weights):
-        y, hn = torch.func.functional_call(here(module), weights, (x, (h0, c0)), options)
-        return y, *hn
+    def turned(x):
+        return x.transpose(0, 1) if module.batch_first else x
 
-    def plain(x, h0, c0, **weights):
+    def ours(x, h0=None, c0=None, **weights):
+        hx = None if h0 is None else (h0, c0)
+        y, hn = torch.func.functional_call(here(module), weights, (turned(x), hx), options)
+        return turned(y), *hn
+
+    def plain(x, h0=None, c0=None, **weights):
         layers = [[weights[name] for name in direction] for direction in names]
-        y, hn, _ = reference.lstm(x, (h0, c0), layers, bidirectional=True, **here(options))
+        hx = (x.new_zeros(2, B, P), x.new_zeros(2, B, H)) if h0 is None else (h0, c0)
+        y, hn, _ = reference.lstm(x, hx, layers, bidirectional=True, **here(options))
         return y, *hn
 
     got = run(ours, leaves, dtype)

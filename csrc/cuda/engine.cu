@@ -104,6 +104,9 @@ void require_plan(const CudaLayer& layer, bool backward, bool projection) {
   for (const int64_t size : {layer.steps.T, layer.steps.B, layer.H, layer.P})
     if (size < 0 || size > limit)
       throw std::invalid_argument("a size of a layer is at most 2^30, got " + std::to_string(size));
+  if (layer.steps.rows >= int64_t(1) << 32)
+    throw std::invalid_argument("the steps of all sequences are less than 2^32, got " +
+                                std::to_string(layer.steps.rows));
   const int64_t row = padded(4 * layer.H, layer.dtype) * storage_bytes(layer.dtype) / 16;
   if (row * std::max(layer.steps.B, layer.P) >= int64_t(1) << 32)
     throw std::invalid_argument("the gates of a step are at most 64 GB");
