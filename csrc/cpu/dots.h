@@ -54,11 +54,7 @@ LSTM_EXT_INLINE void sum_lanes(Vec<A>* v) {
 }
 
 // Sums kept in registers at once.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kDotSums = 16;
-#else
-constexpr int kDotSums = 8;
-#endif
+constexpr int kDotSums = kManyRegisters ? 16 : 8;
 
 // out[r * out_stride + l] = sum over k of a[r][k] * w[l][k] for kCount rows of weights, R rows of
 // a, all of K elements. `last` is the index of the last row of weights that exists; later ones
@@ -185,11 +181,13 @@ void dots_of_rows(int rows, const E* const* a, const S* w, int64_t last, int64_t
     case 0:
       return;
     case 1:
-#if defined(__AVX512F__)
-      if (K == 16 * Lanes<Acc<E>>::kCount) return dots_of_one<E, S, 16>(*a, w, last, K, out);
-      if (K == 8 * Lanes<Acc<E>>::kCount) return dots_of_one<E, S, 8>(*a, w, last, K, out);
-#endif
-      return dots_of_one<E, S, 0>(*a, w, last, K, out);
+      if constexpr (kManyRegisters) {
+        if (K == 16 * Lanes<Acc<E>>::kCount) return dots_of_one<E, S, 16>(*a, w, last, K, out);
+        if (K == 8 * Lanes<Acc<E>>::kCount) return dots_of_one<E, S, 8>(*a, w, last, K, out);
+        return dots_of_one<E, S, 0>(*a, w, last, K, out);
+      } else {  // a is read from memory anyway: once for four rows of weights
+        return dots<E, S, 1>(a, w, last, K, out, out_stride);
+      }
     case 2:
       return dots<E, S, 2>(a, w, last, K, out, out_stride);
     case 3:

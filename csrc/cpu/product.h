@@ -16,21 +16,22 @@
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
 
-// Rows of a register tile: R x 4 accumulators, 4 weights and a broadcast fit the registers.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 6;  // 32 registers
-#else
-constexpr int kTileRows = 3;  // 16 registers
-#endif
-
 constexpr int kPanelVectors = 4;
+// Rows of a register tile of a whole panel: R x 4 accumulators, 4 weights and a broadcast fit the
+// registers.
+constexpr int kTileRows = kManyRegisters ? 6 : 3;
+// Of the last tile of a chunk. With few registers 4 and 5 rows take a panel by halves: an FMA a
+// cycle and unit needs 8 sums at least, and 2 rows have just those. Of the peak (Zen 3, fp32, W in
+// L2): 3 rows 99 %, 4 rows 87 % (2 + 2: 70 %), 5 rows 93 % (3 + 2: 85 %).
+constexpr int kLastTileRows = kManyRegisters ? kTileRows : 5;
 // A chunk of rows keeps its accumulators in L1 (48 x 4 x 64 B = 12 KB) while a slice of K keeps
 // the panel there (96 x 4 x 64 B = 24 KB) for all tiles of the chunk.
 constexpr int kChunkRows = 48;
 constexpr int64_t kSliceK = 96;  // 128, 256 and no slices at all: within 4 % (Zen 5, fp32 and bf16)
 
-// acc[p][r][v] (+)= sum over k in [k0, k1) of a[r][k * a_step] * w[p][k][v], for NP panels at once.
-template <class E, int R, int NV, int NP>
+// acc[p][r][v] (+)= sum over k in [k0, k1) of a[r][k * a_step] * w[p][k][v], for NP panels at once,
+// NV vectors of each, which has kWidth.
+template <class E, int R, int NV, int NP, int kWidth = NV>
 __attribute__((noinline)) void tile(const E* const* a, int64_t k0, int64_t k1, const E* w,
                                     int64_t panel_stride, Acc<E>* acc, int64_t acc_stride,
                                     int64_t a_step) {
@@ -44,15 +45,15 @@ __attribute__((noinline)) void tile(const E* const* a, int64_t k0, int64_t k1, c
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
         sum[p][r][v] =
-            k0 ? load_full<A>(acc + p * acc_stride + (r * NV + v) * L) : broadcast<A>(A(0));
+            k0 ? load_full<A>(acc + p * acc_stride + (r * kWidth + v) * L) : broadcast<A>(A(0));
       }
     }
   }
   const E* row[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) row[r] = a[r];
-  w += k0 * NV * L;
-  for (int64_t k = k0 * a_step; k < k1 * a_step; k += a_step, w += NV * L) {
+  w += k0 * kWidth * L;
+  for (int64_t k = k0 * a_step; k < k1 * a_step; k += a_step, w += kWidth * L) {
 #pragma GCC unroll 8
     for (int p = 0; p < NP; ++p) {
       Vec<A> weight[NV];
@@ -76,7 +77,7 @@ __attribute__((noinline)) void tile(const E* const* a, int64_t k0, int64_t k1, c
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
-        store_full<A>(acc + p * acc_stride + (r * NV + v) * L, sum[p][r][v]);
+        store_full<A>(acc + p * acc_stride + (r * kWidth + v) * L, sum[p][r][v]);
       }
     }
   }
@@ -86,23 +87,40 @@ template <class E>
 using TileFn = void (*)(const E* const*, int64_t, int64_t, const E*, int64_t, Acc<E>*, int64_t,
                         int64_t);
 
+// The same in two halves, which are too many sums for the registers at once.
+template <class E, int R, int NV>
+void halves(const E* const* a, int64_t k0, int64_t k1, const E* w, int64_t, Acc<E>* acc, int64_t,
+            int64_t a_step) {
+  constexpr int low = NV / 2, high = NV - low, L = Lanes<Acc<E>>::kCount;
+  tile<E, R, low, 1, NV>(a, k0, k1, w, 0, acc, 0, a_step);
+  tile<E, R, high, 1, NV>(a, k0, k1, w + low * L, 0, acc + low * L, 0, a_step);
+}
+
+template <class E, int R, int NV>
+constexpr TileFn<E> tile_or_halves() {
+  if constexpr (kManyRegisters || R * NV <= kTileRows * kPanelVectors) {
+    return tile<E, R, NV, 1>;
+  } else {
+    return halves<E, R, NV>;
+  }
+}
+
 template <class E, int NV>
 TileFn<E> tile_of_rows(int rows) {
+  static_assert(kLastTileRows == 5 || kLastTileRows == 6, "cases below");
   switch (rows) {
     case 1:
-      return tile<E, 1, NV, 1>;
+      return tile_or_halves<E, 1, NV>();
     case 2:
-      return tile<E, 2, NV, 1>;
-#if defined(__AVX512F__) || defined(__aarch64__)
+      return tile_or_halves<E, 2, NV>();
     case 3:
-      return tile<E, 3, NV, 1>;
+      return tile_or_halves<E, 3, NV>();
     case 4:
-      return tile<E, 4, NV, 1>;
+      return tile_or_halves<E, 4, NV>();
     case 5:
-      return tile<E, 5, NV, 1>;
-#endif
+      return tile_or_halves<E, 5, NV>();
     default:
-      return tile<E, kTileRows, NV, 1>;
+      return tile_or_halves<E, kLastTileRows, NV>();
   }
 }
 
@@ -118,6 +136,13 @@ TileFn<E> tile_for(int rows, int vectors) {
     default:
       return tile_of_rows<E, 4>(rows);
   }
+}
+
+// Where the i-th of a chunk's tiles ends, which begins at r0. With many registers as even as they
+// go: 8 rows are 4 + 4, not 6 + 2; with few, all have kTileRows but the last.
+inline int tile_end(int rows, int tiles, int i, int r0) {
+  if (kManyRegisters) return rows * (i + 1) / tiles;
+  return rows - r0 <= kLastTileRows ? rows : r0 + kTileRows;
 }
 
 // acc[p][r][vectors * lanes] = a[r][0..K) * panel p, for `panels` panels of `vectors` vectors that
@@ -136,8 +161,8 @@ void product(const E* const* a, int rows, int64_t K, const E* w, int vectors, in
   for (int p = 0; p < panels; ++p) {
     for (int64_t k0 = 0; k0 < K; k0 += slice) {
       const int64_t k1 = std::min(K, k0 + slice);
-      for (int i = 0; i < tiles; ++i) {  // as even as they go: 8 rows are 4 + 4, not 6 + 2
-        const int r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
+      for (int i = 0, r0 = 0, r1; r0 < rows; ++i, r0 = r1) {
+        r1 = tile_end(rows, tiles, i, r0);
         tile_for<E>(r1 - r0, vectors)(a + r0, k0, k1, w + p * panel_stride, 0,
                                       acc + p * acc_stride + int64_t(r0) * vectors * L, 0, a_step);
       }

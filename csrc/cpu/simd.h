@@ -19,6 +19,13 @@
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
 
+// 32 vector registers, or 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr bool kManyRegisters = true;
+#else
+constexpr bool kManyRegisters = false;
+#endif
+
 // GCC's and Clang's vector extension: the operators work lane by lane, a scalar operand is
 // broadcast, and a * b + c becomes one FMA where the instruction set has it.
 template <class A>
