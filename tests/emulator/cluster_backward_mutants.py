@@ -3,6 +3,7 @@
 from emulator.cluster_problems import (
     AHEAD,
     BACKWARD,
+    BACKWARD_32,
     BACKWARD_EIGHTS,
     BACKWARD_PACKED,
     BACKWARD_PARTS,
@@ -79,6 +80,24 @@ MUTANTS = [
             ("if (n * 4 + pair >= pairs) return;", ""),
         ),
         (
+            "columns not as they are read",
+            BACKWARD_32,
+            WRONG,
+            ("g ^ warp % kMTiles % 2 : g", "g : g"),
+        ),
+        (
+            "written for another peer",
+            BACKWARD_SHARED,
+            f"{RACE}|{WRONG}",
+            ("q * (kWarps / kMTiles) * part_bytes", "q * part_bytes"),
+        ),
+        (
+            "only the first part taken",
+            BACKWARD,
+            WRONG,
+            ("sum_of_halves<kMostBlocksOfCluster>", "sum_of_halves<1>"),
+        ),
+        (
             "the last of an odd number of sequences is not sent",
             BACKWARD,
             WRONG,
@@ -89,8 +108,8 @@ MUTANTS = [
             BACKWARD,
             RACE,
             (
-                "mailboxes.expect(j % 2, slices * bytes)",
-                "mailboxes.expect(j % 2, slices * bytes - 16)",
+                "mailboxes.expect(box, slices * bytes)",
+                "mailboxes.expect(box, slices * bytes - 16)",
             ),
         ),
         (
@@ -98,15 +117,15 @@ MUTANTS = [
             BACKWARD,
             RACE,
             (
-                "mailboxes.expect(j % 2, slices * bytes)",
-                "mailboxes.expect(j % 2, (slices - 1) * bytes)",
+                "mailboxes.expect(box, slices * bytes)",
+                "mailboxes.expect(box, (slices - 1) * bytes)",
             ),
         ),
         (
             "nothing is expected",
             BACKWARD,
             DEADLOCK,
-            ("mailboxes.expect(j % 2, slices * bytes);", ""),
+            ("mailboxes.expect(box, slices * bytes);", ""),
         ),
         (
             "sent before they are there",
@@ -115,14 +134,14 @@ MUTANTS = [
             ("__syncthreads();  // all warps have written", ""),
         ),
         ("sent unseen", BACKWARD, RACE, ("copies_see();", "")),
-        ("not sent", BACKWARD, DEADLOCK, ("letter.send(j % 2, parts, part_bytes, bytes);", "")),
+        ("not sent", BACKWARD, DEADLOCK, ("letter.send(box, parts, part_bytes, bytes);", "")),
         (
             "less is sent",
             BACKWARD,
             DEADLOCK,
             (
-                "letter.send(j % 2, parts, part_bytes, bytes)",
-                "letter.send(j % 2, parts, part_bytes, bytes - 16)",
+                "letter.send(box, parts, part_bytes, bytes)",
+                "letter.send(box, parts, part_bytes, bytes - 16)",
             ),
         ),
         (
@@ -130,15 +149,15 @@ MUTANTS = [
             BACKWARD,
             f"{RACE}|{WRONG}",
             (
-                "letter.send(j % 2, parts, part_bytes, bytes)",
-                "letter.send(j % 2, parts, bytes, bytes)",
+                "letter.send(box, parts, part_bytes, bytes)",
+                "letter.send(box, parts, bytes, bytes)",
             ),
         ),
         (
             "one letter for all steps",
             BACKWARD,
             RACE,
-            ("letters + j % 2 * parts_bytes", "letters"),
+            ("letters + box * parts_bytes", "letters"),
         ),
         (
             "letters over gradients",
@@ -162,20 +181,20 @@ MUTANTS = [
             "no wait",
             BACKWARD,
             AHEAD,
-            ("if (j > 0) mailboxes.wait(j % 2, (j - first_product) / 2);", ""),
+            ("if (j > 0) mailboxes.wait(box, (j - first_product) >> 1);", ""),
         ),
         (
             "wait for the time before",
             BACKWARD,
             AHEAD,
-            ("(j - first_product) / 2", "(j - first_product + 2) / 2"),
+            ("(j - first_product) >> 1", "(j - first_product + 2) >> 1"),
         ),
         (
             "one box for all steps",
             BACKWARD,
             RACE,
             ("part_bytes, parts_bytes);", "part_bytes, 0);"),
-            ("boxes + j % 2 * parts_bytes", "boxes"),
+            ("boxes + box * parts_bytes", "boxes"),
         ),
         ("first step's operands not fetched", BACKWARD, WRONG, ("fetch(start);", "")),
         ("operands not closed", BACKWARD, WRONG, ("ahead.close();", "")),
