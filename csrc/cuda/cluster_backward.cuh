@@ -295,9 +295,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kCells; ++i)
       if (here(i)) cell.store(j, of[i], results[i]);
   };
+  const int first_own = pinned(row_of(0) * kPitch + u * int(sizeof(T)));
   fetch(start);
   mailboxes.open();
-  const int first_own = pinned(row_of(0) * kPitch + u * int(sizeof(T)));
   for (int j = start; j < end; ++j) {
     const int box = j & 1;
 #pragma unroll

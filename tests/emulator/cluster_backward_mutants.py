@@ -130,7 +130,7 @@ MUTANTS = [
         (
             "sent before they are there",
             BACKWARD,
-            RACE,
+            f"{RACE}|{WRONG}",
             ("__syncthreads();  // all warps have written", ""),
         ),
         ("sent unseen", BACKWARD, RACE, ("copies_see();", "")),

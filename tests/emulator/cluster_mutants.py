@@ -165,7 +165,10 @@ MUTANTS = [
             "one place for all threads",
             FORWARD,
             RACE,
-            ("reinterpret_cast<float*>(memory) + threadIdx.x", "reinterpret_cast<float*>(memory)"),
+            (
+                "reinterpret_cast<float*>(memory) + pinned(int(threadIdx.x))",
+                "reinterpret_cast<float*>(memory)",
+            ),
         ),
     ),
     *of(
