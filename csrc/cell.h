@@ -65,6 +65,24 @@ struct Cell {
     return dh * s.o * (1 - tanh_c * tanh_c);
   }
 
+  // The same without peepholes in two steps, for where dh is waited for: what dh and dc are
+  // multiplied with, and the rest.
+  struct Slopes {
+    V c, i, f, g, o, c_prev;
+  };
+  static LSTM_EXT_INLINE Slopes slopes(const Gates& s, V tanh_c, V c_prev) {
+    Gates by_c;
+    V kept = V(1);
+    backward_state(s, c_prev, kept, by_c, nullptr);
+    const V by_h = backward_output(s, tanh_c, V(1), by_c);
+    return {by_h, by_c.i, by_c.f, by_c.g, by_c.o, kept};
+  }
+  static LSTM_EXT_INLINE void backward(const Slopes& by, V dh, V& dc, Gates& da) {
+    dc += dh * by.c;
+    da = {dc * by.i, dc * by.f, dc * by.g, dh * by.o};
+    dc *= by.c_prev;
+  }
+
   // dc: of c, but for what comes through o's peephole; becomes that of c_prev. Sets the rest of da.
   static LSTM_EXT_INLINE void backward_state(const Gates& s, V c_prev, V& dc, Gates& da,
                                              const Peephole* peephole) {

@@ -329,14 +329,8 @@ class BackwardUnit {
   // gradient of h. dc and carry become those after the step.
   LSTM_EXT_DEVICE Result compute(int j, const Turn& turn, Acc product, const Operands& in, Acc& dc,
                                  Acc& carry) const {
-    const Acc dh = gradient(j, turn, product, in, carry);
-    Result result = {};
-    if (j == walk_.T()) {
-      const int64_t state = at(turn.b, H_, unit_);
-      if (d_.dh0 && !d_.hidden) as<T>(d_.dh0)[state] = from_acc<T>(dh);
-      if (d_.dc0 && walk_.T() == 0) as<T>(d_.dc0)[state] = from_acc<T>(dc);
-      return result;
-    }
+    const Acc dh = gradient(j, turn, product, in.dy, carry);
+    if (j == walk_.T()) return put_dh0(turn, dh, dc);
     typename CellMath::Gates da = {};
     if (turn.active) {
       const Acc c = made_c(in), tanh_c = CellMath::tanh_of(c);
@@ -345,14 +339,33 @@ class BackwardUnit {
       state(turn, in, c, through_h, dc, da);
     }
     put_dc0(j, turn, dc);
-    const Acc gates[4] = {da.i, da.f, da.g, da.o};
-#pragma unroll
-    for (int gate = 0; gate < 4; ++gate) {
-      result.dgates[gate] = from_acc<T>(gates[gate]);
-      result.next[gate] =
-          turn.reset ? from_acc<T>(Acc(0)) : Arithmetic::round_state(result.dgates[gate]);
+    return rounded(turn, da);
+  }
+
+  // The same in two steps: all that does not wait for the product, and the rest. Not with variants.
+  struct Prepared {
+    typename CellMath::Slopes slopes;
+    Acc dy, dcell;
+  };
+  LSTM_EXT_DEVICE Prepared prepare(const Turn& turn, const Operands& in) const {
+    static_assert(!kVariants, "a cell without variants");
+    Prepared prepared = {};
+    prepared.dy = in.dy;
+    prepared.dcell = in.dcell;
+    if (turn.active) prepared.slopes = CellMath::slopes(in.s, CellMath::tanh_of(in.c), in.c_prev);
+    return prepared;
+  }
+  LSTM_EXT_DEVICE Result finish(int j, const Turn& turn, Acc product, const Prepared& in, Acc& dc,
+                                Acc& carry) const {
+    const Acc dh = gradient(j, turn, product, in.dy, carry);
+    if (j == walk_.T()) return put_dh0(turn, dh, dc);
+    typename CellMath::Gates da = {};
+    if (turn.active) {
+      dc += in.dcell;
+      CellMath::backward(in.slopes, dh, dc, da);
     }
-    return result;
+    put_dc0(j, turn, dc);
+    return rounded(turn, da);
   }
 
   // What is kept of step j.
@@ -366,10 +379,9 @@ class BackwardUnit {
   // ---- the parts of a step
 
   // Of the h that the step made.
-  LSTM_EXT_DEVICE Acc gradient(int j, const Turn& turn, Acc product, const Operands& in,
-                               Acc& carry) const {
+  LSTM_EXT_DEVICE Acc gradient(int j, const Turn& turn, Acc product, Acc dy, Acc& carry) const {
     if (d_.hidden) return product;
-    return gradient_of_h<T, kVariants>(d_, walk_, j, turn, H_, unit_, product, in.dy, carry);
+    return gradient_of_h<T, kVariants>(d_, walk_, j, turn, H_, unit_, product, dy, carry);
   }
   // c as h was made of it.
   LSTM_EXT_DEVICE Acc made_c(const Operands& in) const {
@@ -410,6 +422,24 @@ class BackwardUnit {
       sums[2 * H_] += da.o * c;
     }
     dc += kept;
+  }
+  // After the last step, whose h has no cell.
+  LSTM_EXT_DEVICE Result put_dh0(const Turn& turn, Acc dh, Acc dc) const {
+    const int64_t state = at(turn.b, H_, unit_);
+    if (d_.dh0 && !d_.hidden) as<T>(d_.dh0)[state] = from_acc<T>(dh);
+    if (d_.dc0 && walk_.T() == 0) as<T>(d_.dc0)[state] = from_acc<T>(dc);
+    return {};
+  }
+  LSTM_EXT_DEVICE Result rounded(const Turn& turn, const typename CellMath::Gates& da) const {
+    Result result = {};
+    const Acc gates[4] = {da.i, da.f, da.g, da.o};
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) {
+      result.dgates[gate] = from_acc<T>(gates[gate]);
+      result.next[gate] =
+          turn.reset ? from_acc<T>(Acc(0)) : Arithmetic::round_state(result.dgates[gate]);
+    }
+    return result;
   }
   // dc after the step, resets applied.
   LSTM_EXT_DEVICE void put_dc0(int j, const Turn& turn, Acc& dc) const {

@@ -3,8 +3,8 @@
 // Forward's exchange turned round: dgates stay in the block that makes them, and each block
 // multiplies its slice of them, as k, with all rows of W_hh transposed. Every block so has a part
 // of every unit's gradient of h; it copies each part, in fp32, to the block that has the unit,
-// which adds the parts up in the order of the blocks: one exchange a step, and the same bits every
-// time.
+// which adds the parts up in an order of their own: one exchange a step, and the same bits every
+// time. While they are on their way, it does all of the cell that needs no gradient of h.
 //
 // A launch may do a part of the steps: it goes on from the dgates that the launch before has
 // stored, and from its gradients of c and h that wait, which lie in cells and carry.
@@ -13,6 +13,16 @@
 #include "cuda/cluster_block.cuh"
 
 namespace lstm_ext {
+
+// log2(kCount) additions one after another, not kCount.
+template <int kCount, class Acc>
+LSTM_EXT_DEVICE Acc sum_of_halves(const Acc* terms) {
+  if constexpr (kCount == 1) {
+    return *terms;
+  } else {
+    return sum_of_halves<kCount / 2>(terms) + sum_of_halves<kCount / 2>(terms + kCount / 2);
+  }
+}
 
 // kMTiles: m-tiles of a block's own units. Of a warp's m-tiles of the product the first kHeld stay
 // in registers, the next `shared` in shared memory, as many as there are.
@@ -154,14 +164,26 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int pairs = (place.rows() + 1) / 2;
   const int bytes = pairs * kMTiles * 128;  // of a part
   const Letter letter(mailboxes, slices, boxes + place.slice * part_bytes, parts_bytes);
+  // All m-tiles of a warp may be of one kind: then its product has the columns in the part's order
+  // from the start, and where a lane writes is known but for the peer.
+  constexpr bool kAlike = kWarps % kMTiles == 0;
+  const int column = pinned(kAlike ? g ^ warp % kMTiles % 2 : g);
+  const int first_written =
+      pinned(warp / kMTiles * part_bytes + vector_of(pair, warp % kMTiles, g) * 16);
   const auto write = [&](int q, int n, unsigned char* parts, const Acc(&sum)[4]) {
     if (n * 4 + pair >= pairs) return;
-    const int tile = warp + q * kWarps, m = tile % kMTiles;
     const uint32_t bits[4] = {__float_as_uint(sum[0]), __float_as_uint(sum[1]),
                               __float_as_uint(sum[2]), __float_as_uint(sum[3])};
-    reinterpret_cast<uint4*>(parts + tile / kMTiles * part_bytes)[vector_of(n * 4 + pair, m, g)] =
-        m % 2 ? make_uint4(bits[1], bits[0], bits[3], bits[2])
-              : make_uint4(bits[0], bits[1], bits[2], bits[3]);
+    if constexpr (kAlike) {
+      unsigned char* const part = parts + first_written + q * (kWarps / kMTiles) * part_bytes;
+      reinterpret_cast<uint4*>(part)[n * 4 * kMTiles * 8] =
+          make_uint4(bits[0], bits[1], bits[2], bits[3]);
+    } else {
+      const int tile = warp + q * kWarps, m = tile % kMTiles;
+      reinterpret_cast<uint4*>(parts + tile / kMTiles * part_bytes)[vector_of(n * 4 + pair, m, g)] =
+          m % 2 ? make_uint4(bits[1], bits[0], bits[3], bits[2])
+                : make_uint4(bits[0], bits[1], bits[2], bits[3]);
+    }
   };
 
   // m-tiles of a warp that are multiplied side by side: a product waits for the one before it in
@@ -170,9 +192,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   static_assert(kHeld % kTogether == 0, "held in whole groups");
 
   // The product with the dgates of step j - 1, and its parts to whom they belong.
+  const int first_read = pinned(column * kPitch + pair * 16);
   const auto multiply = [&](int j) {
-    const unsigned char* gates = own + (j + 1) % 2 * (kRows * kPitch);
-    unsigned char* const parts = letters + j % 2 * parts_bytes;
+    const int box = j & 1;
+    const unsigned char* gates = own + (box ^ 1) * (kRows * kPitch) + first_read;
+    unsigned char* const parts = letters + box * parts_bytes;
 #pragma unroll 1
     for (int first = 0; first < kNTiles; first += kColumns) {
       uint4 b[kChunks][kColumns][1];
@@ -180,8 +204,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int chunk = 0; chunk < kChunks; ++chunk)
 #pragma unroll
         for (int n = 0; n < kColumns; ++n)
-          b[chunk][n][0] = *reinterpret_cast<const uint4*>(gates + ((first + n) * 8 + g) * kPitch +
-                                                           (chunk * 4 + pair) * 16);
+          b[chunk][n][0] =
+              *reinterpret_cast<const uint4*>(gates + (first + n) * 8 * kPitch + chunk * 4 * 16);
 #pragma unroll
       for (int q = 0; q < kHeld; q += kTogether) {
         if (q >= mine) break;
@@ -215,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     copies_see();
     __syncthreads();  // all warps have written
-    letter.send(j % 2, parts, part_bytes, bytes);
+    letter.send(box, parts, part_bytes, bytes);
   };
 
   typename Cell::Result results[kCells] = {};
@@ -271,31 +295,36 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kCells; ++i)
       if (here(i)) cell.store(j, of[i], results[i]);
   };
+  const int first_own = pinned(row_of(0) * kPitch + u * int(sizeof(T)));
   fetch(start);
   mailboxes.open();
   for (int j = start; j < end; ++j) {
+    const int box = j & 1;
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
       turn[i] = following[i];
       dy[i] = next_dy[i];
     }
     if (j > 0) {
-      mailboxes.expect(j % 2, slices * bytes);
+      mailboxes.expect(box, slices * bytes);
       multiply(j);
     }
     // While the parts are on their way: what the next step needs, what the one before leaves.
     fetch(j + 1);
     if (j > start) store(j - 1, before);
     ahead.wait();
-    if (j > 0) mailboxes.wait(j % 2, (j - first_product) / 2);
-    const unsigned char* const box = boxes + j % 2 * parts_bytes;
+    typename Cell::Prepared now[kCells];
+#pragma unroll
+    for (int i = 0; i < kCells; ++i)
+      if (here(i)) now[i] = cell.prepare(turn[i], operands(j, i));
+    if (j > 0) mailboxes.wait(box, (j - first_product) >> 1);
+    const unsigned char* const parts = boxes + box * parts_bytes;
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
       before[i] = turn[i];
       if (!here(i)) continue;
       const int row = row_of(i);
-      const typename Cell::Operands now = operands(j, i);
-      const unsigned char* const sums = box + (i ? sum_of(row) : first_sum) * sizeof(Acc);
+      const unsigned char* const sums = parts + (i ? sum_of(row) : first_sum) * sizeof(Acc);
       Acc sum = 0;
       if (j > 0) {
         Acc part[kMostBlocksOfCluster];
@@ -303,13 +332,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int source = 0; source < kMostBlocksOfCluster; ++source)
           part[source] =
               source < slices ? *reinterpret_cast<const Acc*>(sums + source * part_bytes) : Acc(0);
-#pragma unroll
-        for (int source = 0; source < kMostBlocksOfCluster; ++source) sum += part[source];
+        sum = sum_of_halves<kMostBlocksOfCluster>(part);
       }
-      results[i] = cell.compute(j, turn[i], sum, now, dc[i], carry[i]);
-      T* gates = reinterpret_cast<T*>(own + j % 2 * (kRows * kPitch) + row * kPitch);
+      results[i] = cell.finish(j, turn[i], sum, now[i], dc[i], carry[i]);
+      T* gates = reinterpret_cast<T*>(own + box * (kRows * kPitch) + first_own +
+                                      (row - row_of(0)) * kPitch);
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) gates[gate * kUnits + u] = results[i].next[gate];
+      for (int gate = 0; gate < 4; ++gate) gates[gate * kUnits] = results[i].next[gate];
     }
     // The next product reads these dgates; the parts just read, and the dgates before them, may be
     // overwritten.

@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Cell cell(args, d, walk, unit);
     const typename Cell::Operands in = cell.load(turn);
     Acc carry = old_carry(unit);
-    const Acc dh = cell.gradient(j, turn, product[unit], in, carry);
+    const Acc dh = cell.gradient(j, turn, product[unit], in.dy, carry);
     put_carry(unit, carry);
     const Acc c_hat = of_c.normalize(cell.made_c(in));
     const Acc gamma = to_acc(as<T>(v.gamma_ch)[unit]);
