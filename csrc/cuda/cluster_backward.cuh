@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // is read whether or not there is any, for what is read in a branch is waited for at its end.
   T dy[kCells] = {}, next_dy[kCells] = {};
   const T* const any = reinterpret_cast<const T*>(d.gates);
-  Ahead<kBackwardWords, kCells> ahead(fetched);
+  Ahead<kBackwardWords, kCells> ahead(fetched, pinned(threadIdx.x));
   // Rows of step j, for all of the launch's and as far as there are any: a packed batch reads them.
   const auto rows_at = [&](int j) {
     return j < walk.T() ? walk.first_row(walk.step_at(walk.T() - 1 - j)) : 0;

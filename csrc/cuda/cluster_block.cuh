@@ -58,7 +58,7 @@ class Mailboxes {
     if (threadIdx.x == 0) mbarrier_arrive_expect_tx(&full_[box], unsigned(bytes));
   }
   // Waits for mailbox `box` to be full for the (count + 1)-th time.
-  LSTM_EXT_DEVICE void wait(int box, int count) { mbarrier_wait(&full_[box], count & 1); }
+  LSTM_EXT_DEVICE void wait(int box, int count) { mbarrier_wait(&full_[box], count % 2); }
 
  private:
   friend class Letter;
@@ -99,8 +99,9 @@ class Letter {
 template <int kWords, int kCells>
 class Ahead {
  public:
-  LSTM_EXT_DEVICE explicit Ahead(unsigned char* memory)
-      : words_(reinterpret_cast<float*>(memory) + pinned(int(threadIdx.x))) {}
+  // thread: threadIdx.x, pinned where a register can be had for it.
+  LSTM_EXT_DEVICE Ahead(unsigned char* memory, int thread)
+      : words_(reinterpret_cast<float*>(memory) + thread) {}
 
   LSTM_EXT_DEVICE void fetch(int step, int word, int cell, const float* from) {
     async_load(at(step, word, cell), from);
@@ -113,7 +114,7 @@ class Ahead {
 
  private:
   LSTM_EXT_DEVICE float* at(int step, int word, int cell) const {
-    return words_ + (((step & 1) * kWords + word) * kCells + cell) * kThreads;
+    return words_ + ((step % 2 * kWords + word) * kCells + cell) * kThreads;
   }
   float* words_;
 };

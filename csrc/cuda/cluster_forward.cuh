@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto here = [&](int j) {
     return Sum::has_cell(j) && sequence(j) < place.row_end && unit < H;
   };
-  Ahead<kForwardWords, kCells> ahead(fetched);
+  Ahead<kForwardWords, kCells> ahead(fetched, threadIdx.x);
   const auto fetch = [&](int i, const Turn(&of)[kCells]) {
 #pragma unroll
     for (int j = 0; j < kCells; ++j) {

@@ -23,7 +23,7 @@ MUTANTS = [
             "no wait for what comes",
             BACKWARD,
             AHEAD,
-            ("mbarrier_wait(&full_[box], count & 1);", ""),
+            ("mbarrier_wait(&full_[box], count % 2);", ""),
         ),
         (
             "sent before all have begun",
@@ -62,8 +62,8 @@ MUTANTS = [
                 "mbarrier_arrive(&full_[box])",
             ),
         ),
-        ("waits for the time before", FORWARD, AHEAD, ("count & 1", "(count + 1) & 1")),
-        ("waits for the first time only", FORWARD, RACE, ("count & 1", "0")),
+        ("waits for the time before", FORWARD, AHEAD, ("count % 2", "(count + 1) % 2")),
+        ("waits for the first time only", FORWARD, RACE, ("count % 2", "0")),
         (
             "leaves while peers copy from it",
             FORWARD,
@@ -153,7 +153,7 @@ MUTANTS = [
             "one place for all steps",
             FORWARD,
             WRONG,
-            ("((step & 1) * kWords + word)", "word"),
+            ("(step % 2 * kWords + word)", "word"),
         ),
         (
             "one place for all cells",
@@ -166,7 +166,7 @@ MUTANTS = [
             FORWARD,
             RACE,
             (
-                "reinterpret_cast<float*>(memory) + pinned(int(threadIdx.x))",
+                "reinterpret_cast<float*>(memory) + thread",
                 "reinterpret_cast<float*>(memory)",
             ),
         ),
