@@ -105,8 +105,8 @@ def main() -> int:
         words = "agree" if agree else "DO NOT AGREE"
         print(f"the losses {words}: largest difference {gap:.1e}, limit {LIMIT:g}")
     dist.broadcast(gap, 0)
-    # Before the group: as its last owner DistributedDataParallel would wait for gloo's threads while
-    # it holds the interpreter's lock, which one of them may be waiting for (PyTorch 2.13.0).
+    # Before the group: as its last owner DistributedDataParallel would wait for gloo's threads
+    # while it holds the interpreter's lock, which one of them may wait for (PyTorch 2.13.0).
     del model
     dist.barrier()  # nobody closes its connections while another still uses them
     dist.destroy_process_group()
