@@ -148,6 +148,15 @@ def test_a_plan_without_variants_is_refused_with_them():
     assert message == "a projection or a layer norm has no grid kernels"
 
 
+def test_a_cluster_is_refused_without_steps():
+    facts = {"dtype": 2, "B": 4, "H": 256}
+    plan, problem = plan_of("H100", T=100, **facts)
+    assert FAMILIES[plan.family] == "cluster"
+    refuse = emulated.load().cuda_refuse_plan
+    assert refuse(plan, problem) == ""
+    assert refuse(plan, emulated.problem(T=0, **facts)) == "clusters have a step at least"
+
+
 def test_old_devices_keep_no_fragments_in_registers():
     """Turing has no bf16 on its tensor cores: its kernels hold nothing in registers."""
     for dtype, held in ((2, False), (3, True)):

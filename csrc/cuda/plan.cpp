@@ -327,6 +327,7 @@ std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
   const bool cluster = plan.family == CudaFamily::kCluster;
   if (cluster && (p.projection || p.variants || !on_tensor_cores(p.dtype, p.tf32, 9)))
     return "clusters have no projection, no variant, no product outside of tensor cores";
+  if (cluster && p.T < 1) return "clusters have a step at least";
   const Tile* tile = find(cluster ? cluster_tiles_of(p) : tiles_of(p), plan);
   if (!tile) return "no kernel has these tiles";
   if (plan.slices < 1 || plan.slices * units_of(plan.m_tiles, p.backward) < p.H)

@@ -3,8 +3,8 @@
 from emulator.cluster_problems import (
     AHEAD,
     BACKWARD,
-    BACKWARD_32,
     BACKWARD_EIGHTS,
+    BACKWARD_ODD,
     BACKWARD_PACKED,
     BACKWARD_PARTS,
     BACKWARD_SHARED,
@@ -81,7 +81,7 @@ MUTANTS = [
         ),
         (
             "columns not as they are read",
-            BACKWARD_32,
+            BACKWARD_ODD,
             WRONG,
             ("g ^ warp % kMTiles % 2 : g", "g : g"),
         ),

@@ -12,6 +12,7 @@ FORWARD_SHARED = "forward bfloat16 cluster 12x1 6+1 1 1 2 3 385 385 dense"  # ni
 BACKWARD = "backward bfloat16 cluster 1x2 2+0 2 1 3 17 37 37 lengths"
 BACKWARD_PACKED = "backward bfloat16 cluster 1x2 2+0 2 1 3 17 37 37 packed"
 BACKWARD_48 = "backward bfloat16 cluster 3x1 3+0 1 1 3 3 90 90 lengths"
+BACKWARD_ODD = "backward bfloat16 cluster 2x1 4+0 2 1 3 9 35 35 lengths"  # odd m-tiles of a warp
 BACKWARD_32 = "backward tf32 cluster 2x1 2+0 2 1 3 9 35 35 lengths"  # one m-tile of the last two
 BACKWARD_EIGHTS = "backward bfloat16 cluster 1x2 2+0 1 1 2 9 40 40 dense"  # whole 16-byte loads
 BACKWARD_SHARED = "backward tf32 cluster 2x1 2+1 1 1 2 3 275 275 dense"
@@ -20,8 +21,8 @@ FORWARD_PARTS = "forward bfloat16 cluster 4x1 4+0 2 1 4 13 37 37 lengths+parts"
 BACKWARD_PARTS = "backward bfloat16 cluster 1x2 2+0 2 1 4 17 37 37 lengths+parts"
 CONTROL = [
     *(FORWARD, FORWARD_PACKED, FORWARD_TWO, FORWARD_48, FORWARD_SHARED),
-    *(BACKWARD, BACKWARD_PACKED, BACKWARD_48, BACKWARD_32, BACKWARD_EIGHTS, BACKWARD_SHARED),
-    *(FORWARD_PARTS, BACKWARD_PARTS),
+    *(BACKWARD, BACKWARD_PACKED, BACKWARD_48, BACKWARD_ODD, BACKWARD_32, BACKWARD_EIGHTS),
+    *(BACKWARD_SHARED, FORWARD_PARTS, BACKWARD_PARTS),
 ]
 
 # A block that does not wait is a step ahead.

@@ -8,7 +8,7 @@
 namespace lstm_ext {
 
 constexpr Tile kForward16[] = {{4, 1, 4}, {8, 2, 8}, {12, 1, 6}};
-constexpr Tile kBackward16[] = {{1, 2, 2}, {3, 1, 3}};
+constexpr Tile kBackward16[] = {{1, 2, 2}, {2, 1, 4}, {3, 1, 3}};
 constexpr Tile kForward32[] = {{4, 1, 4}};
 constexpr Tile kBackward32[] = {{2, 1, 2}};
 
