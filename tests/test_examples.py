@@ -47,22 +47,26 @@ def _number(pattern, text):
     return float(found)
 
 
-def _learnt(text, fraction):
-    """Both losses fell to this fraction, and are the same."""
+def _learnt(text, fraction, apart=1e-3, score_apart=0.02):
+    """Both losses fell to this fraction, and are the same; the last ones may be ``apart``, the
+    scores a part ``score_apart``. The script itself judges the whole curves."""
     found = _losses(text)
     for name in ("nn.LSTM", "lstm_ext.LSTM"):
         first, last, _ = found[name]
         assert last < fraction * first, text
-    assert found["nn.LSTM"][:2] == pytest.approx(found["lstm_ext.LSTM"][:2], abs=1e-3)
-    scores = [found[name][2] for name in ("nn.LSTM", "lstm_ext.LSTM")]
-    assert scores[0] == pytest.approx(scores[1], rel=0.02)
-    return scores[1]
+    theirs, ours = found["nn.LSTM"], found["lstm_ext.LSTM"]
+    assert theirs[0] == pytest.approx(ours[0], abs=1e-3)
+    assert theirs[1] == pytest.approx(ours[1], abs=apart)
+    assert theirs[2] == pytest.approx(ours[2], rel=score_apart)
+    return ours[2]
 
 
 def test_forecast(tmp_path):
     pytest.importorskip("statsmodels", reason="its data")
     text = _run("forecast", tmp_path, "--short")
-    error = _learnt(text, 0.6)
+    # Training makes differences of rounding grow: with AVX2 the curves are 1e-7 apart at step 30
+    # and 5e-3 at step 77, by the portable kernels 3e-8 and 1e-3; the mean errors 1.46 and 1.53.
+    error = _learnt(text, 0.6, apart=0.01, score_apart=0.1)
     # A year's swing is about 6 ppm: to say the last value again is some 2.5 off on average.
     assert error < 2
     assert 0.5 < _number(r"with its growth: ([\d.]+) ppm", text) < 1.5
