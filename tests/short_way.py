@@ -90,6 +90,29 @@ def both_ways(short: Short, run: Callable[[], Any], dtype: torch.dtype) -> Any:
     return ours
 
 
+def module_both_ways(
+    short: Short,
+    module: lstm_ext.LSTM,
+    x: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    dtype: torch.dtype,
+) -> None:
+    """both_ways, with all that a module returns, with and without gradients, and the gradients."""
+    inputs = [x, *(hx or ()), *module.parameters()]
+
+    def run() -> list[Tensor]:
+        y, last = module(x, hx)
+        with torch.no_grad():
+            alone = module(x, hx)
+        results = [y, *last, alone[0], *alone[1], *gradients([y, *last], inputs)]
+        for output in module(x, hx)[1]:  # the other gradients are None then
+            results += torch.autograd.grad(output.sum(), inputs, retain_graph=True)
+        return results
+
+    both_ways(short, run, dtype)
+    assert short.forwards.count(True) == 3 and short.backwards.count(True) == 3
+
+
 def gradients(outputs: list[Tensor], inputs: list[Tensor], seed: int = 1) -> tuple[Tensor, ...]:
     torch.manual_seed(seed)
     return torch.autograd.grad(outputs, inputs, [torch.randn_like(t) for t in outputs])

@@ -10,7 +10,18 @@ import torch
 from cases import Case, compare
 from device import here, leaf
 from emulated import installed, only
-from short_way import DTYPES, EMULATOR, H, I, Short, both_ways, draw, gradients, lstm
+from short_way import (
+    DTYPES,
+    EMULATOR,
+    H,
+    I,
+    Short,
+    both_ways,
+    draw,
+    gradients,
+    lstm,
+    module_both_ways,
+)
 from tolerances import tol
 
 import lstm_ext
@@ -27,19 +38,7 @@ def test_both_ways(dtype, batch_first, given, steps, batch, short, poisoned):
     module = lstm(I, H, batch_first=batch_first, dtype=dtype)
     x = leaf(draw(*((batch, steps) if batch_first else (steps, batch)), I, dtype=dtype))
     hx = tuple(leaf(draw(1, batch, H, dtype=dtype)) for _ in range(2)) if given else None
-    inputs = [x, *(hx or ()), *module.parameters()]
-
-    def run():
-        y, states = module(x, hx)
-        with torch.no_grad():
-            alone = module(x, hx)
-        results = [y, *states, alone[0], *alone[1], *gradients([y, *states], inputs)]
-        for output in module(x, hx)[1]:  # the other gradients are None then
-            results += torch.autograd.grad(output.sum(), inputs, retain_graph=True)
-        return results
-
-    both_ways(short, run, dtype)
-    assert short.forwards.count(True) == 3 and short.backwards.count(True) == 3
+    module_both_ways(short, module, x, hx, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

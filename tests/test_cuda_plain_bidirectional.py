@@ -9,7 +9,18 @@ import torch
 from cases import HALF, Case, compare
 from device import leaf
 from emulated import installed, only
-from short_way import DTYPES, EMULATOR, H, I, Short, both_ways, draw, gradients, lstm
+from short_way import (
+    DTYPES,
+    EMULATOR,
+    H,
+    I,
+    Short,
+    both_ways,
+    draw,
+    gradients,
+    lstm,
+    module_both_ways,
+)
 from tolerances import tol
 
 from lstm_ext import cpu_products, cuda_engine, plain
@@ -33,19 +44,7 @@ def test_both_ways(dtype, batch_first, given, steps, batch, short, poisoned):
     module = bidirectional(I, H, batch_first=batch_first, dtype=dtype)
     x = leaf(draw(*((batch, steps) if batch_first else (steps, batch)), I, dtype=dtype))
     hx = states(batch, dtype=dtype) if given else None
-    inputs = [x, *(hx or ()), *module.parameters()]
-
-    def run():
-        y, last = module(x, hx)
-        with torch.no_grad():
-            alone = module(x, hx)
-        results = [y, *last, alone[0], *alone[1], *gradients([y, *last], inputs)]
-        for output in module(x, hx)[1]:  # the other gradients are None then
-            results += torch.autograd.grad(output.sum(), inputs, retain_graph=True)
-        return results
-
-    both_ways(short, run, dtype)
-    assert short.forwards.count(True) == 3 and short.backwards.count(True) == 3
+    module_both_ways(short, module, x, hx, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -21,8 +21,8 @@ constexpr int kPanelVectors = 4;
 // registers.
 constexpr int kTileRows = kManyRegisters ? 6 : 3;
 // Of the last tile of a chunk. With few registers 4 and 5 rows take a panel by halves: an FMA a
-// cycle and unit needs 8 sums at least, and 2 rows have just those. Of the peak (Zen 3, fp32, W in
-// L2): 3 rows 99 %, 4 rows 87 % (2 + 2: 70 %), 5 rows 93 % (3 + 2: 85 %).
+// cycle and unit needs 8 sums at least, and 2 rows have just those. GFLOP/s of 101, in one run (Zen
+// 3, fp32, W in L2): 3 rows 97, 4 rows 92 (2 + 2: 73), 5 rows 93 (3 + 2: 88).
 constexpr int kLastTileRows = kManyRegisters ? kTileRows : 5;
 // A chunk of rows keeps its accumulators in L1 (48 x 4 x 64 B = 12 KB) while a slice of K keeps
 // the panel there (96 x 4 x 64 B = 24 KB) for all tiles of the chunk.
