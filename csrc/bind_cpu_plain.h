@@ -38,7 +38,9 @@ struct CpuPlain : PlainTensors {
       const bool any_rows = in.steps.T > 1 || pack_input || p.bf16_products;
       return in.steps.B <= most_rows || any_rows;
     };
-    const auto read = [&] { return in.read(x, hx, weights, I, H, T, batch_first, true, accepts); };
+    const auto read = [&] {
+      return in.read(x, hx, weights, I, H, T, batch_first, nullptr, true, accepts);
+    };
     if (!answered(read)) return pybind11::none();
     const PlainOutputs out(in, x, grad && in.requires_grad);
     p.dtype = in.code;

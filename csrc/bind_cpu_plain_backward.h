@@ -27,7 +27,7 @@ class CpuPlainBackward {
     in.p_.threads = threads;
     const auto accepts = [&] { return in.accepts(most_rows); };
     const auto read = [&] {
-      return in.call_.read(gradients, saved, wanted, T, batch_first, false, accepts);
+      return in.call_.read(gradients, saved, wanted, T, batch_first, nullptr, false, accepts);
     };
     if (!PlainTensors::answered(read)) return pybind11::none();
     return in.made(workspace);

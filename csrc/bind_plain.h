@@ -32,15 +32,17 @@ struct PlainCall {
 
   explicit PlainCall(const PlainTensors& tensors) : tensors(tensors) {}
 
-  // T: steps; 0 for a cell's only one. `directions` is set. Whether there are one or two of them,
-  // and x's type, dtype and number of dimensions are right.
-  bool read_sizes(Handle x, int64_t inputs, int64_t hidden, int64_t T, bool batch_first) {
+  // T: steps; 0 for a cell's only one. rows: where the rows of a layer's T steps lie; null: all
+  // sequences take every step. `directions` is set. Whether there are one or two of them, and x's
+  // type, dtype and number of dimensions are right.
+  bool read_sizes(Handle x, int64_t inputs, int64_t hidden, int64_t T, bool batch_first,
+                  const Steps* rows) {
     if (directions < 1 || directions > (T ? kMostDirections : 1)) return false;
     if (!(dtype = tensors.dtype_of(x, code))) return false;
     acc = tensors.acc_of(dtype, code);
     const Sizes size(x);
     module = size.count == 3;
-    if (!(size.count == 2 || (T && module))) return false;
+    if (!(size.count == 2 || (T && module && !rows))) return false;
     device = PlainTensors::device_of(x);
     const int64_t count = T ? T : 1;
     I = inputs;
@@ -48,8 +50,8 @@ struct PlainCall {
     cell = !T;
     first = batch_first;
     const int64_t B = module ? size.of[batch_first ? 0 : 1] : size.of[0] / count;
-    steps = plain_steps(count, B, batch_first);
-    return B > 0;
+    steps = rows ? *rows : plain_steps(count, B, batch_first);
+    return steps.B > 0 && steps.T == count;
   }
 
   // Where an input of a direction is, of all inputs; and the inverse, without the direction.
@@ -115,15 +117,20 @@ struct PlainInputs : PlainCall {
   // zeros, of which one tensor is made if `makes_zeros`, else none. weights: W_ih (4H, I), W_hh
   // (4H, H), b_ih and b_hh (4H) or None, of each direction.
   //
+  // rows: as for read_sizes.
+  //
   // False if anything is not a tensor of the types, dense, where it should be, of its size and of
   // x's dtype, one of the codes; if there is no row; or if accepts() of what is known says no,
   // before any memory is asked for.
   template <class Accepts>
   bool read(Handle x, Handle hx, const pybind11::list& weights, int64_t inputs, int64_t hidden,
-            int64_t T, bool batch_first, bool makes_zeros, const Accepts& accepts) {
+            int64_t T, bool batch_first, const Steps* rows, bool makes_zeros,
+            const Accepts& accepts) {
     directions = int(weights.size() / kWeights);
-    if (weights.size() % kWeights || !read_sizes(x, inputs, hidden, T, batch_first) || !accepts())
+    if (weights.size() % kWeights || !read_sizes(x, inputs, hidden, T, batch_first, rows) ||
+        !accepts()) {
       return false;
+    }
     if (!input(kX, x)) return false;
     Object zeros;
     PyObject** items = nullptr;
@@ -223,16 +230,16 @@ struct PlainSaved : PlainCall {
 
   // gradients: of y, unless of a cell, each h_n and each c_n; None for zero. saved: x and, of each
   // direction, h_0, c_0, W_ih, W_hh, b_ih, b_hh; gates, c_seq and, of several steps, y, as forward
-  // took and made them. wanted: for each of the inputs, whether its gradient is. T: steps, 0 for a
-  // cell's only one.
+  // took and made them. wanted: for each of the inputs, whether its gradient is. T, rows: as for
+  // read_sizes.
   //
   // False if anything is not a tensor of the types, dense, where it should be, of its size and
   // dtype, but that the states may all be None, if `null_states`; or if accepts() of what is known
   // says no, before any memory is asked for.
   template <class Accepts>
   bool read(const pybind11::tuple& gradients, const pybind11::tuple& saved,
-            const pybind11::tuple& wanted_ones, int64_t T, bool batch_first, bool null_states,
-            const Accepts& accepts) {
+            const pybind11::tuple& wanted_ones, int64_t T, bool batch_first,
+            const Steps* rows_given, bool null_states, const Accepts& accepts) {
     const int count = int(saved.size()) - kResults;
     directions = (count - kH0) / kOfDirection;
     if (directions < 1 || directions > kMostDirections || count != inputs()) return false;
@@ -241,7 +248,8 @@ struct PlainSaved : PlainCall {
     const Sizes x_size(saved[kX]), w_size(saved[kWhh]);
     if (w_size.count != 2 || x_size.count < 2 || x_size.count > 3) return false;
     const int64_t width = x_size.of[x_size.count - 1];
-    if (!read_sizes(saved[kX], width, w_size.of[1], T, batch_first) || !accepts()) return false;
+    if (!read_sizes(saved[kX], width, w_size.of[1], T, batch_first, rows_given) || !accepts())
+      return false;
     if (gradients.size() != size_t(!cell + 2 * states())) return false;
     const bool zeros = null_states && saved[kH0].is_none();
     for (int k = 0; k < count; ++k) {

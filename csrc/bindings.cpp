@@ -14,6 +14,7 @@
 #include "bind_variants.h"
 #include "build_info.h"
 #include "cpu/choice.h"
+#include "packed.h"
 #include "params.h"
 #ifdef LSTM_EXT_WITH_CUDA
 #include "cuda/bindings.h"
@@ -204,6 +205,19 @@ PYBIND11_MODULE(_C, m) {
       "Whether the CPU kernel set in use multiplies bf16.");
   m.def("openmp_grants", &lstm_ext::openmp_grants, "threads"_a,
         "Whether OpenMP gives a team that many threads.");
+  m.def(
+      "is_packed",
+      [](std::uintptr_t sizes, int64_t T, int64_t rows) {
+        return lstm_ext::is_packed(reinterpret_cast<const int64_t*>(sizes), T, rows);
+      },
+      "sizes"_a, "T"_a, "rows"_a, "As in packed.h.");
+  m.def(
+      "packed_rows",
+      [](std::uintptr_t sizes, int64_t T, std::uintptr_t table) {
+        auto* const offsets = reinterpret_cast<int64_t*>(table);
+        lstm_ext::packed_rows(reinterpret_cast<const int64_t*>(sizes), T, offsets, offsets + T);
+      },
+      "sizes"_a, "T"_a, "table"_a, "As in packed.h; the lengths lie after the offsets.");
   lstm_ext::bind_steps(m);
   lstm_ext::bind_variants(m);
   lstm_ext::bind_cpu_plain(m);

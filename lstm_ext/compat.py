@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
+from .steps import is_packed
 from .variants import Variants
 
 States = tuple[Tensor, Tensor]
@@ -190,9 +191,7 @@ def check_batch_sizes(batch_sizes: Tensor, data: Tensor) -> None:
         "batch_sizes: expected a 1-D torch.int64 tensor of numbers that do not increase and sum to"
     )
     if batch_sizes.dtype == torch.int64 and batch_sizes.dim() == 1 and batch_sizes.numel():
-        right = (
-            (batch_sizes[-1] >= 0) & (batch_sizes.diff() <= 0).all() & (batch_sizes.sum() == rows)
-        )
+        right = is_packed(batch_sizes, rows)
         if torch.compiler.is_compiling():
             # The number itself in the message would make a graph for it alone.
             torch._assert_async(right, f"{words} the rows of data")

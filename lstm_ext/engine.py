@@ -241,14 +241,17 @@ def is_recorded() -> bool:
     return transform is not None and transform.key() == TransformType.Functionalize
 
 
-def is_surrounded() -> bool:
-    """Whether anything but autograd's recording has a say in what an operation does: what records
-    operations or runs them otherwise, autocast, torch.func, forward mode."""
+def is_watched() -> bool:
+    """Whether operations are recorded or run otherwise: a tensor may have no memory."""
     return (
         torch.compiler.is_compiling()  # first: what traces this reads no further
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or torch._C._is_any_autocast_enabled()
         or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
     )
+
+
+def is_surrounded() -> bool:
+    """Whether anything but autograd's recording has a say in what an operation does: what records
+    operations or runs them otherwise, autocast, torch.func, forward mode."""
+    return is_watched() or torch._C._is_any_autocast_enabled() or forward_ad._current_level >= 0

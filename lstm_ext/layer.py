@@ -14,7 +14,7 @@ from lstm_ext.autograd import LSTMLayer, has_tangent, needs_grad
 from lstm_ext.engine import is_recorded, is_surrounded
 from lstm_ext.flat import flatten, kinds_of, map_tensors
 from lstm_ext.ops import Direction
-from lstm_ext.plain import plain_layer, takes_two
+from lstm_ext.plain import plain_layer, takes_more
 from lstm_ext.steps import Steps
 from lstm_ext.torch_engine import LayerOutputs, reference_layer, side_by_side
 
@@ -44,7 +44,8 @@ def lstm_layer(
         TypeError, ValueError, RuntimeError: see :func:`ops.check_layer` and
             :func:`ops.has_native_kernels`.
     """
-    if (len(directions) == 1 or takes_two(x)) and not (cells or is_surrounded()):
+    plain = (steps.is_whole and len(directions) == 1) or takes_more(x)
+    if plain and not (cells or is_surrounded()):
         made = _plain(x, directions, steps)
         if made is not None:
             return made
@@ -88,7 +89,7 @@ def lstm_layer(
 
 def _plain(x: Tensor, directions: list[Direction], steps: Steps) -> LayerOutputs | None:
     """By :func:`plain.plain_layer`; None where it is not for that."""
-    if steps.lengths is not None or steps.reset_mask is not None or steps.T == 0:
+    if steps.T == 0:
         return None
     states, weights = [], []
     for k, (h0, c0, w, reverse) in enumerate(directions):
@@ -96,8 +97,8 @@ def _plain(x: Tensor, directions: list[Direction], steps: Steps) -> LayerOutputs
             return None
         states += (h0, c0)
         weights += w[:4]
-    sizes = (x.size(-1), states[1].size(-1), steps.T, steps.batch_first)
-    made = plain_layer(x, states, weights, *sizes)
+    T = steps.T if steps.is_whole else steps
+    made = plain_layer(x, states, weights, x.size(-1), states[1].size(-1), T, steps.batch_first)
     if made is None:
         return None
     y, *last = made

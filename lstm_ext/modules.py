@@ -28,10 +28,9 @@ from .compat import (
     check_weights,
     forget,
 )
-from .engine import is_surrounded
 from .layer import lstm_layer
 from .ops import Direction, LayerWeights
-from .plain import plain_layer, takes_two
+from .plain import plain_module
 from .steps import Steps
 from .variants import check_bool, check_merge_mode, merged
 
@@ -205,7 +204,7 @@ class LSTM(LSTMBase):
                 raise ValueError("reset_mask is not supported with a PackedSequence; use lengths=")
             return self._forward_packed(input, hx)
         if lengths is None and reset_mask is None:
-            made = self._forward_plain(input, hx)
+            made = plain_module(self, input, hx)
             if made is not None:
                 return made
         if input.dim() not in (2, 3):
@@ -259,36 +258,6 @@ class LSTM(LSTMBase):
             y = y.chunk(2, dim=-1)
             cells = None if cells is None else cells.chunk(2, dim=-1)
         return (y, (h_n, c_n)) if cells is None else (y, (h_n, c_n), cells)
-
-    def _forward_plain(self, input: Tensor, hx: States | None):
-        """What forward returns, by :func:`plain.plain_layer`; None where it is not for that."""
-        if (
-            self.num_layers != 1
-            or (self.bidirectional and not takes_two(input))
-            or self.proj_size
-            or self.merge_mode != "concat"
-            or self.return_cell_sequence
-            or self.checkpoint_every is not None
-            or is_surrounded()
-            or self._varied()
-            or input.dim() != 3
-        ):
-            return None
-        parameters, weights = self._parameters, []
-        for names in self._all_weights:
-            own = [parameters.get(name) for name in names]
-            for weight in own:
-                if weight is None:
-                    return None  # replaced: to look at one may change a parametrization's state
-            if len(own) != (4 if self.bias else 2):
-                return None  # attributes changed after construction
-            weights += own if self.bias else (*own, None, None)
-        if len(weights) != (8 if self.bidirectional else 4):
-            return None  # as well
-        steps = input.size(1 if self.batch_first else 0)
-        sizes = (self.input_size, self.hidden_size, steps, self.batch_first)
-        made = plain_layer(input, hx, weights, *sizes) if steps else None
-        return made if made is None else (made[0], made[1:])
 
     def _forward_packed(self, input: PackedSequence, hx: States | None):
         data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -363,7 +332,9 @@ class LSTM(LSTMBase):
             if self.merge_mode not in ("concat", None):
                 x = merged(x, self.merge_mode)
             if self.dropout and self.training and not last:
-                x = self._drop(x, steps, packed)
+                rows, n = x.shape
+                dropped = self._drop(x if packed else x.view(*steps.padded_shape, n))
+                x = dropped.reshape(rows, n)
         return (
             x,
             h_n[0].unsqueeze(0) if count == 1 else torch.stack(h_n),
@@ -371,14 +342,14 @@ class LSTM(LSTMBase):
             cells,
         )
 
-    def _drop(self, x: Tensor, steps: Steps, packed: bool) -> Tensor:
-        """Dropout between two layers; on the CPU the mask nn.LSTM draws from the same seed."""
-        if packed or not self.batch_first:
+    def _drop(self, x: Tensor) -> Tensor:
+        """Dropout between two layers, of rows or of x as a module has it; on the CPU the mask
+        nn.LSTM draws from the same seed."""
+        if x.dim() == 2 or not self.batch_first:
             return F.dropout(x, self.dropout)
         # nn.LSTM works time-first inside, so its mask is drawn in that order.
-        mask = F.dropout(x.new_ones(steps.T, steps.B, x.size(1)), self.dropout)
-        x = x.view(steps.B, steps.T, x.size(1)) * mask.transpose(0, 1)
-        return x.reshape(steps.rows, x.size(2))
+        mask = F.dropout(x.new_ones(x.size(1), x.size(0), x.size(2)), self.dropout)
+        return x * mask.transpose(0, 1)
 
     def _layer_weights(
         self, index: int, x: Tensor, steps: Steps, h0: Tensor, c0: Tensor

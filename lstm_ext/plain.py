@@ -3,13 +3,13 @@
 For few sequences and steps the questions that :mod:`layer` and :mod:`ops` ask take longer than the
 steps, and so do, on a GPU, allocations and products one by one. Here the core does all that, and a
 call of any other kind goes the layer's way, which has its errors. On the CPU the bits are the same,
-and it is for one direction only.
+and it is for one direction and sequences of one length only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,19 @@ from torch.autograd import Function
 
 from lstm_ext import batching, cpu_engine, cpu_products, ops
 from lstm_ext.autograd import LSTMLayerBackward, must_apply
-from lstm_ext.engine import DTYPE_CODE
+from lstm_ext.engine import DTYPE_CODE, is_surrounded, native_steps
 from lstm_ext.flat import grouped
 from lstm_ext.native import _C
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
 from lstm_ext.torch_engine import side_by_side
 
+if TYPE_CHECKING:
+    from lstm_ext.modules import LSTM
+
 _TYPES = (Tensor, nn.Parameter)
-_INPUTS = 6  # of a direction: h_0, c_0 and the weights
+_WEIGHTS = 4  # of a direction
+_INPUTS = 2 + _WEIGHTS  # h_0 and c_0 too
 _RESULTS = 3  # of forward that are saved: gates, c_t and y
 _plain = _C.CpuPlain(
     types=_TYPES,
@@ -41,7 +45,7 @@ def plain_layer(
     weights: Sequence[Tensor | None],
     input_size: int,
     hidden_size: int,
-    steps: int,
+    steps: int | Steps,
     batch_first: bool = False,
 ) -> Any:
     """(y, h_n, c_n), all tensors; None where the call is not one for the short way.
@@ -54,12 +58,14 @@ def plain_layer(
             each direction in turn, (B, H), which returns y, every h_n and every c_n.
         weights: weight_ih, weight_hh, bias_ih, bias_hh of each direction; the biases may be None.
             The second direction is the reversed one.
-        steps: T; 0 for a cell's only one, x being (B, in): then there is no y.
+        steps: T; 0 for a cell's only one, x being (B, in): then there is no y. Of a layer, where
+            :func:`takes_more`, also Steps with lengths, offsets or resets.
     """
     engine = _engine_of(x)
-    call = (x, hx, weights, input_size, hidden_size, steps, batch_first)
     if engine is None:
         return None
+    T, rows = (steps, None) if isinstance(steps, int) else _native(engine, steps)
+    call = (x, hx, weights, input_size, hidden_size, T, batch_first)
     if engine is cpu_engine:
         made = recorded(_plain.cpu_forward)(
             *call,
@@ -69,7 +75,7 @@ def plain_layer(
             cpu_products.workspace,
         )
     else:
-        made = recorded(engine.plain.cuda_forward)(engine, *call, torch.is_grad_enabled())
+        made = recorded(engine.plain.cuda_forward)(engine, *call, rows, torch.is_grad_enabled())
     if made is None:
         return None
     outputs, saved = made
@@ -79,11 +85,102 @@ def plain_layer(
     return super(Function, PlainLayer).apply(steps, batch_first, outputs, *saved)
 
 
-def takes_two(x: Any) -> bool:
-    """Whether there is a short way of two directions for x: asked before all else, for on the CPU,
-    where there is none, they would pay for the questions."""
+def plain_module(module: LSTM, x: Any, hx: Any) -> Any:
+    """What a module's forward returns for its input and hx; None where they are not for the short
+    way."""
+    directions = 2 if module.bidirectional else 1
+    if (
+        (directions == 2 and not takes_more(x))
+        or is_surrounded()
+        or (module.num_layers > 1 and getattr(_engine_of(x), "wavefront", False))
+        or module.proj_size
+        or module.merge_mode != "concat"
+        or module.return_cell_sequence
+        or module.checkpoint_every is not None
+        or module._varied()
+        or x.dim() != 3
+    ):
+        return None
+    parameters, layers = module._parameters, []
+    for k, names in enumerate(module._all_weights):
+        own = [parameters.get(name) for name in names]
+        for weight in own:
+            if weight is None:
+                return None  # replaced: to look at one may change a parametrization's state
+        if len(own) != (4 if module.bias else 2):
+            return None  # attributes changed after construction
+        if not module.bias:
+            own += (None, None)
+        if k % directions:
+            layers[-1] += own
+        else:
+            layers.append(own)
+    if len(module._all_weights) != module.num_layers * directions:
+        return None  # as well
+    steps = x.size(1 if module.batch_first else 0)
+    if not steps:
+        return None
+    sizes = (module.input_size, module.hidden_size, steps, module.batch_first)
+    if module.num_layers == 1:
+        made = plain_layer(x, hx, layers[0], *sizes)
+        return made if made is None else (made[0], made[1:])
+    drop = module._drop if module.dropout and module.training else None
+    return plain_stack(x, hx, layers, *sizes, drop)
+
+
+def plain_stack(
+    x: Any,
+    hx: Any,
+    layers: Sequence[Sequence[Tensor | None]],
+    input_size: int,
+    hidden_size: int,
+    steps: int,
+    batch_first: bool,
+    drop: Callable[[Tensor], Tensor] | None,
+) -> Any:
+    """(y, (h_n, c_n)) of several plain layers; None where they are not for the short way.
+
+    Args:
+        x, hx: as a module has them; hx of all layers, (L * D, B, H). layers: each one's weights.
+        drop: what becomes of an output on its way to the next layer.
+        The rest: see :func:`plain_layer`.
+    """
+    if x.dtype == torch.bfloat16 and not takes_more(x):
+        return None  # the CPU's short way depends on the width of a layer's input
+    D = len(layers[0]) // _WEIGHTS
+    states = [None] * len(layers)
+    if hx is not None:
+        if not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+            return None
+        for state in hx:
+            if type(state) not in _TYPES or state.dim() != 3 or len(state) != len(layers) * D:
+                return None
+        states = list(zip(*(state.split(D) for state in hx), strict=True))
+    last = []
+    # It takes all of them or none, but for what is an error in a later one.
+    for k, (state, weights) in enumerate(zip(states, layers, strict=True)):
+        made = plain_layer(x, state, weights, input_size, hidden_size, steps, batch_first)
+        if made is None:
+            return None
+        x, *own = made
+        last.append(own)
+        input_size = D * hidden_size
+        if drop is not None and k + 1 < len(layers):
+            x = drop(x)
+    h_n, c_n = (torch.cat(parts) for parts in zip(*last, strict=True))
+    return x, (h_n, c_n)
+
+
+def takes_more(x: Any) -> bool:
+    """Whether the short way for x takes two directions and sequences that differ: asked before all
+    else, for on the CPU, where it does not, they would pay for the questions."""
     # What traces this reads no further.
     return not torch.compiler.is_compiling() and _engine_of(x) not in (None, cpu_engine)
+
+
+def _native(engine: Any, steps: Steps) -> tuple[int, Any]:
+    """T, and the core's description of the rest."""
+    return steps.T, native_steps(engine.core, steps, False)
 
 
 def _engine_of(x: Any) -> Any:
@@ -112,7 +209,7 @@ class PlainLayer(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        steps: int,
+        steps: int | Steps,
         batch_first: bool,
         outputs: tuple[Tensor, ...],
         gates: Tensor,
@@ -125,7 +222,8 @@ class PlainLayer(Function):
         gates (D * T * B, 4H), c_seq (D * T * B, H).
         """
         ctx.steps = steps, batch_first
-        ctx.save_for_backward(*inputs, gates, c_seq, outputs[0] if steps > 1 else None)
+        T = steps.T if isinstance(steps, Steps) else steps
+        ctx.save_for_backward(*inputs, gates, c_seq, outputs[0] if T > 1 else None)
         ctx.set_materialize_grads(False)
         return outputs
 
@@ -133,39 +231,39 @@ class PlainLayer(Function):
     @batching.batched_gradients
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[5:]
-        T, batch_first = ctx.steps
         if not (must_apply() or torch._C._is_any_autocast_enabled()):
-            made = _backward(gradients, saved, wanted, T, batch_first)
+            made = _backward(gradients, saved, wanted, *ctx.steps)
             if made is not None:
                 return (None,) * 5 + made
-        return (None,) * 5 + _by_the_layer(gradients, saved, wanted, T, batch_first)
+        return (None,) * 5 + _by_the_layer(gradients, saved, wanted, *ctx.steps)
 
 
 def _backward(
     gradients: tuple[Tensor | None, ...],
     saved: tuple[Tensor | None, ...],
     wanted: tuple[bool, ...],
-    steps: int,
+    steps: int | Steps,
     batch_first: bool,
 ) -> tuple[Tensor | None, ...] | None:
     """The gradients of the inputs, None where not wanted; None where the call is not one for the
     short way."""
     engine = _engine_of(saved[0])
-    call = (gradients, saved, wanted, steps, batch_first)
-    if engine is None:
-        return None
+    if engine is None or (engine is cpu_engine and not isinstance(steps, int)):
+        return None  # the latter: by a hook on saved tensors
+    T, rows = (steps, None) if isinstance(steps, int) else _native(engine, steps)
+    call = (gradients, saved, wanted, T, batch_first)
     if engine is cpu_engine:
         return recorded(_plain.cpu_backward)(
             *call, torch.get_num_threads(), cpu_engine.FUSED_ROWS - 1, cpu_products.workspace
         )
-    return recorded(engine.plain.cuda_backward)(engine, *call)
+    return recorded(engine.plain.cuda_backward)(engine, *call, rows)
 
 
 def _by_the_layer(
     gradients: tuple[Tensor | None, ...],
     saved: tuple[Tensor | None, ...],
     wanted: tuple[bool, ...],
-    T: int,
+    steps: int | Steps,
     batch_first: bool,
 ) -> tuple[Tensor | None, ...]:
     """As :func:`_backward`, by LSTMLayerBackward."""
@@ -183,11 +281,12 @@ def _by_the_layer(
         return [None] * D if t is None else list(_rows(t, H).tensor_split(D))
 
     if inputs[0][0] is None:
-        zeros = x.new_zeros(x.numel() // (I * (T or 1)), H)
+        zeros = x.new_zeros(x.numel() // (I * (steps or 1)), H)
         h0 = c0 = [zeros] * D
     else:
         h0, c0 = (apart(*(group[k] for group in inputs[:states])) for k in range(2))
-    steps = Steps.padded(T or 1, h0[0].size(0), batch_first=batch_first)
+    if not isinstance(steps, Steps):
+        steps = Steps.padded(steps or 1, h0[0].size(0), batch_first=batch_first)
     dy = _rows(gradients[0], D * H) if len(gradients) % 2 else None
     dh, dc = apart(*gradients[-2 * states : -states]), apart(*gradients[-states:])
     # The output is read only at a step before another.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
-from lstm_ext.engine import is_recorded
+from lstm_ext.engine import address, is_recorded, is_watched
+from lstm_ext.native import _C
 
 
 class Steps:
@@ -115,19 +116,38 @@ class Steps:
     ) -> Steps:
         """The rows of a PackedSequence: batch_sizes[t] sequences take step t, longest first.
 
-        rows: their sum. device: of the layer. sequences: batch_sizes[0], where it is known.
+        rows: their sum, as :func:`is_packed` has found. device: of the layer. sequences:
+        batch_sizes[0], where it is known.
         """
         T, B = batch_sizes.numel(), int(batch_sizes[0]) if sequences is None else sequences
-        ends = batch_sizes.cumsum(0)
-        # Sequence b is as long as there are steps with more than b sequences.
-        lengths = T - torch.searchsorted(
-            batch_sizes.flip(0), torch.arange(B, device="cpu"), right=True
-        )
-        on_device = _moved(torch.cat([ends - batch_sizes, lengths]), device)
+        if _has_values(batch_sizes):
+            to_gpu = torch.device(device).type == "cuda"
+            if to_gpu:
+                _refuse_capture()
+            table = torch.empty(T + B, dtype=torch.int64, device="cpu", pin_memory=to_gpu)
+            _C.packed_rows(address(batch_sizes), T, address(table))
+        else:
+            ends = batch_sizes.cumsum(0)
+            # Sequence b is as long as there are steps with more than b sequences.
+            lengths = T - torch.searchsorted(
+                batch_sizes.flip(0), torch.arange(B, device="cpu"), right=True
+            )
+            table = torch.cat([ends - batch_sizes, lengths])
+        on_device = _moved(table, device)
         offsets, lengths = on_device[:T], on_device[T:]
         steps = Steps(T, B, rows=rows, offsets=offsets, lengths=lengths)
         steps.batch_sizes = batch_sizes
         return steps
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every sequence takes all steps, and starts at none anew."""
+        return self.lengths is None and self.reset_mask is None
+
+    @property
+    def padded_shape(self) -> tuple[int, int]:
+        """Of the rows, unless they are packed."""
+        return (self.B, self.T) if self.batch_first else (self.T, self.B)
 
     @property
     def has_padding(self) -> bool:
@@ -213,6 +233,27 @@ class StepsPart(NamedTuple):
         return rows[self.start * whole.B : self.stop * whole.B]
 
 
+def is_packed(batch_sizes: Tensor, rows: int) -> Tensor | bool:
+    """Whether batch_sizes (T), int64, T >= 1, do not increase, are 0 or more and sum to rows."""
+    if _has_values(batch_sizes):
+        return _C.is_packed(address(batch_sizes), batch_sizes.numel(), rows)
+    last, sums = batch_sizes[-1] >= 0, batch_sizes.sum() == rows
+    return last & (batch_sizes.diff() <= 0).all() & sums
+
+
+def _has_values(batch_sizes: Tensor) -> bool:
+    """Whether the core can read them: torch, asked for each of a dozen facts, takes longer than a
+    short layer."""
+    return (
+        not is_watched()
+        and type(batch_sizes) is Tensor
+        and batch_sizes.device.type == "cpu"
+        and batch_sizes.dtype == torch.int64
+        and batch_sizes.is_contiguous()
+        and not batch_sizes.is_neg()
+    )
+
+
 _plain: dict[tuple[int, int, bool], Steps] = {}
 _PLAIN_KEPT = 1024
 
@@ -230,12 +271,16 @@ def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
         or torch._C._are_functorch_transforms_active()
     ):
         return tensor.to(device)
+    _refuse_capture()
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _refuse_capture() -> None:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "lengths, reset_mask or batch sizes on the CPU cannot be captured in a CUDA graph, got "
             "them during a capture: give lengths= and reset_mask= on the device"
         )
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str) -> Tensor:

@@ -16,13 +16,14 @@ pytestmark = [
 ]
 
 
-def layer(**options):
-    return here(lstm_ext.LSTM(24, 40, num_layers=2, bidirectional=True, **options))
+def layer(kind="plain"):
+    peephole = kind == "peepholes"
+    return here(lstm_ext.LSTM(24, 40, num_layers=2, bidirectional=True, peephole=peephole))
 
 
-@pytest.fixture(params=["plain", "lengths"])
+@pytest.fixture(params=["plain", "lengths", "peepholes"])
 def kind(request):
-    """Of a call: plain ones go another way through the engine."""
+    """Of a call: those with peepholes go another way through the engine than the others."""
     return request.param
 
 
@@ -42,7 +43,7 @@ def gradients(module, x, lengths, mask):
 
 def test_nothing_waits_for_the_device(kind):
     """torch raises at whatever synchronises, with lengths and masks on the device."""
-    module, (x, lengths, mask) = layer(), batch(kind)
+    module, (x, lengths, mask) = layer(kind), batch(kind)
     gradients(module, x, lengths, mask)  # what is asked of the device once is asked here
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -55,7 +56,7 @@ def test_nothing_waits_for_the_device(kind):
 @pytest.mark.parametrize("T", [1, 7])
 def test_captured_in_a_graph(kind, T):
     """Training too: replays see new input, lengths and weights."""
-    module, (x, lengths, mask) = layer(), batch(kind, T)
+    module, (x, lengths, mask) = layer(kind), batch(kind, T)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -140,7 +141,7 @@ def test_lengths_on_the_cpu_cannot_be_captured():
 
 def test_the_current_stream_is_used(kind):
     """On a stream of its own, after work that a wrong stream would not wait for."""
-    module, (x, lengths, mask) = layer(), batch(kind)
+    module, (x, lengths, mask) = layer(kind), batch(kind)
     expected = gradients(module, x, lengths, mask)
     source, side = x.clone(), torch.cuda.Stream()
     x.zero_()
@@ -155,7 +156,7 @@ def test_the_current_stream_is_used(kind):
 
 
 def test_the_same_bits_every_time(kind):
-    module, arguments = layer(), batch(kind, 40, 70)
+    module, arguments = layer(kind), batch(kind, 40, 70)
     first = gradients(module, *arguments)
     for _ in range(10):
         for ours, theirs in zip(gradients(module, *arguments), first, strict=True):
@@ -164,7 +165,7 @@ def test_the_same_bits_every_time(kind):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_another_device_than_the_current_one(kind):
-    module, (x, lengths, mask) = layer(), batch(kind)
+    module, (x, lengths, mask) = layer(kind), batch(kind)
     expected = gradients(module, x, lengths, mask)
     module, x, lengths, mask = (
         v if v is None else v.to("cuda:1") for v in (module, x, lengths, mask)
@@ -177,7 +178,7 @@ def test_another_device_than_the_current_one(kind):
 
 def test_memory_comes_from_torch(kind):
     """What a call leaves behind is what its results need; scratch goes back to torch."""
-    module, (x, lengths, _) = layer(), batch(kind)
+    module, (x, lengths, _) = layer(kind), batch(kind)
     with torch.no_grad():
         for _ in range(2):  # what is kept once, such as the plan's facts, is there after one
             kept = module(x, lengths=lengths)

@@ -14,8 +14,10 @@ from torch.nn.utils.rnn import (
     pad_packed_sequence,
 )
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_ext
+from lstm_ext.steps import Steps, is_packed
 
 TOL = tol(torch.float64)
 BITS = {"rtol": 0, "atol": 0}
@@ -214,6 +216,33 @@ def test_inconsistent_batch_sizes_are_refused(rows, batch_sizes):
     packed = PackedSequence(here(torch.zeros(rows, 3)), batch_sizes)
     with pytest.raises(ValueError, match=f"batch_sizes: expected .* sum to {rows}, got"):
         here(lstm_ext.LSTM(3, 4))(packed)
+
+
+class Watched(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_of_any_batch_sizes():
+    """As torch computes them where something records its operations."""
+    generator = torch.Generator().manual_seed(0)
+    for T, B, zeros in itertools.product([1, 2, 9], [1, 2, 7], [0, 2]):
+        sizes = torch.randint(1, B + 1, (T,), generator=generator).sort(descending=True)[0]
+        sizes = torch.cat([sizes, sizes.new_zeros(zeros)])
+        rows = int(sizes.sum())
+        every_other = torch.stack([sizes, sizes + 1], 1)[:, 0]  # not dense
+        ours = [Steps.packed(s, rows, "cpu") for s in (sizes, every_other)]
+        with Watched():
+            theirs = Steps.packed(sizes, rows, "cpu")
+        for steps in ours:
+            assert steps.layout == theirs.layout
+            assert torch.equal(steps.offsets, theirs.offsets)
+            assert torch.equal(steps.lengths, theirs.lengths)
+        for changed, total in ((sizes, rows + 1), (sizes.flip(0), rows), (-sizes, -rows)):
+            right = bool(torch.equal(changed, sizes) and total == rows)
+            with Watched():
+                assert bool(is_packed(changed, total)) == right
+            assert is_packed(changed, total) == right
 
 
 def test_batch_sizes_of_another_dtype_are_refused():

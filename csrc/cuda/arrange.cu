@@ -100,6 +100,32 @@ __global__ void __launch_bounds__(kRoundThreads) round_all(const __grid_constant
     static_cast<T*>(args.out)[k] = from_acc<T>(static_cast<const Acc*>(args.m)[k]);
 }
 
+struct PaddingArgs {
+  Steps steps;
+  const void* m;
+  int64_t columns;
+  void* out;
+};
+
+// A warp per row.
+template <class T>
+__global__ void __launch_bounds__(kRoundThreads)
+    clear_padding(const __grid_constant__ PaddingArgs args) {
+  const Steps& steps = args.steps;
+  const bool batch_first = steps.stride_t == 1;
+  const int64_t across = batch_first ? steps.T : steps.B;
+  const int64_t warps = int64_t(gridDim.x) * (kRoundThreads / 32);
+  const T zero = T();
+  for (int64_t row = (int64_t(blockIdx.x) * kRoundThreads + threadIdx.x) / 32; row < steps.rows;
+       row += warps) {
+    const int64_t outer = row / across, inner = row % across;
+    const bool active = batch_first ? steps.active(inner, outer) : steps.active(outer, inner);
+    const T* const m = static_cast<const T*>(args.m) + row * args.columns;
+    T* const out = static_cast<T*>(args.out) + row * args.columns;
+    for (int64_t k = threadIdx.x % 32; k < args.columns; k += 32) out[k] = active ? m[k] : zero;
+  }
+}
+
 // run(T()) of the element's type.
 template <class Run>
 void with_element(Dtype dtype, const Run& run) {
@@ -158,6 +184,17 @@ void cuda_round(Dtype dtype, const void* m, void* out, int64_t count, void* stre
   with_element(dtype, [&](auto element) {
     launch(round_all<decltype(element)>, {dim3(blocks), kRoundThreads, 0, false}, stream,
            RoundArgs{m, out, count}, "rounding");
+  });
+}
+
+void cuda_clear_padding(Dtype dtype, const Steps& steps, const void* m, int64_t columns, void* out,
+                        void* stream) {
+  constexpr int64_t kRows = kRoundThreads / 32;
+  const unsigned blocks = unsigned(std::min(kMostBlocks, (steps.rows + kRows - 1) / kRows));
+  if (!blocks) return;
+  with_element(dtype, [&](auto element) {
+    launch(clear_padding<decltype(element)>, {dim3(blocks), kRoundThreads, 0, false}, stream,
+           PaddingArgs{steps, m, columns, out}, "clearing padding");
   });
 }
 

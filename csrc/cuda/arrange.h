@@ -31,6 +31,11 @@ void cuda_sum_rows(Dtype, const void* m, int64_t rows, int64_t columns, void* fi
 // m [count] of type acc, rounded to storage. out overlaps no m.
 void cuda_round(Dtype, const void* m, void* out, int64_t count, void* stream);
 
+// out [steps.rows, columns] = m, and zero in the rows past the end of a sequence, where m may hold
+// anything. Of padded steps with lengths.
+void cuda_clear_padding(Dtype, const Steps&, const void* m, int64_t columns, void* out,
+                        void* stream);
+
 void cuda_zero(void* memory, int64_t bytes, void* stream);
 
 }  // namespace lstm_ext

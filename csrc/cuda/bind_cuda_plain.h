@@ -23,10 +23,13 @@ class CudaPlain : public PlainTensors {
   // what PlainOutputs::all has, saved if grad and any tensor requires grad; or None, for what
   // PlainInputs::read refuses, or if a size is 0.
   Object forward(Handle engine, Handle x, Handle hx, const pybind11::list& weights, int64_t I,
-                 int64_t H, int64_t T, bool batch_first, bool grad) {
+                 int64_t H, int64_t T, bool batch_first, Handle rows, bool grad) {
     PlainInputs in(*this);
+    const Steps* const where = steps_of(rows);
     const auto accepts = [&] { return I > 0 && H > 0; };
-    const auto read = [&] { return in.read(x, hx, weights, I, H, T, batch_first, false, accepts); };
+    const auto read = [&] {
+      return in.read(x, hx, weights, I, H, T, batch_first, where, false, accepts);
+    };
     if (!answered(read)) return pybind11::none();
     const Guard guard(engine, x, in.device);
     const PlainOutputs out(in, x, grad && in.requires_grad);
@@ -56,11 +59,12 @@ class CudaPlain : public PlainTensors {
   // Arguments as for PlainSaved::read. Returns the gradients of the inputs, None where not wanted;
   // or None, for what PlainSaved::read refuses.
   Object backward(Handle engine, const pybind11::tuple& gradients, const pybind11::tuple& saved,
-                  const pybind11::tuple& wanted, int64_t T, bool batch_first) {
+                  const pybind11::tuple& wanted, int64_t T, bool batch_first, Handle rows) {
     PlainSaved in(*this);
+    const Steps* const where = steps_of(rows);
     const auto accepts = [&] { return in.I > 0 && in.H > 0; };
     const auto read = [&] {
-      return in.read(gradients, saved, wanted, T, batch_first, true, accepts);
+      return in.read(gradients, saved, wanted, T, batch_first, where, true, accepts);
     };
     if (!answered(read)) return pybind11::none();
     const Handle x = in.kept[PlainCall::kX];
@@ -114,6 +118,11 @@ class CudaPlain : public PlainTensors {
   static const EngineNames& engine_names() {
     static const EngineNames instance;
     return instance;
+  }
+
+  // Of a Steps, or None: pybind11 would try all arguments twice for a pointer that may be null.
+  static const Steps* steps_of(Handle rows) {
+    return rows.is_none() ? nullptr : &rows.cast<const Steps&>();
   }
 
   // A direction's part of a tensor: of a state as a module has it, whose directions lie one after
@@ -214,9 +223,9 @@ inline void bind_cuda_plain(pybind11::module_& m) {
       .def(py::init<py::tuple, py::dict, py::object, py::object, py::object>(), "types"_a,
            "codes"_a, "half_acc"_a, "is_here"_a, "bytes"_a)
       .def("cuda_forward", &CudaPlain::forward, "engine"_a, "x"_a, "hx"_a, "weights"_a, "I"_a,
-           "H"_a, "T"_a, "batch_first"_a, "grad"_a)
+           "H"_a, "T"_a, "batch_first"_a, "rows"_a, "grad"_a)
       .def("cuda_backward", &CudaPlain::backward, "engine"_a, "gradients"_a, "saved"_a, "wanted"_a,
-           "T"_a, "batch_first"_a);
+           "T"_a, "batch_first"_a, "rows"_a);
 }
 
 }  // namespace lstm_ext

@@ -43,6 +43,10 @@ Void* ahead(const CudaLayer& layer, Void* address, int64_t elements) {
   return reinterpret_cast<Void*>(reinterpret_cast<uintptr_t>(address) + uintptr_t(bytes));
 }
 
+bool any(const CudaPlainBackward& p, void* CudaPlainBackward::Direction::* wanted) {
+  return p.direction[0].*wanted || (p.layer.directions > 1 && p.direction[1].*wanted);
+}
+
 // gx = x W_ih^T.
 VendorProduct input_product(const CudaPlainForward& p) {
   make_current(p.layer.device);
@@ -108,11 +112,11 @@ void CudaPlainForwardRun::run(void* scratch) const {
 
 CudaPlainBackwardRun::CudaPlainBackwardRun(const CudaPlainBackward& p)
     : p_(p),
-      previous_(p.layer.steps.T == 1 ? p.direction[0].h0 ? Previous::kH0 : Previous::kZeros
-                : !p.direction[0].h0 && p.layer.steps.stride_b == 1 ? Previous::kShifted
-                                                                    : Previous::kGathered),
+      previous_(previous(p)),
       sums_dx_(p.dx && p.layer.directions > 1 &&
-               acc_bytes(p.layer.dtype) != storage_bytes(p.layer.dtype)) {
+               acc_bytes(p.layer.dtype) != storage_bytes(p.layer.dtype)),
+      clears_x_(p.layer.steps.lengths && !p.layer.steps.offsets &&
+                any(p, &CudaPlainBackward::Direction::dw_ih)) {
   const CudaLayer& l = p_.layer;
   make_current(l.device);
   const int64_t rows = l.steps.rows, gates = 4 * l.H;
@@ -126,14 +130,12 @@ CudaPlainBackwardRun::CudaPlainBackwardRun(const CudaPlainBackward& p)
     product.accumulate = true;
     if (l.directions > 1) more_dx_ = choose(l, product, alignment);
   }
-  const auto any = [&](void* CudaPlainBackward::Direction::* wanted) {
-    return p_.direction[0].*wanted || (l.directions > 1 && p_.direction[1].*wanted);
-  };
-  if (any(&CudaPlainBackward::Direction::dw_ih)) {
-    dw_ih_ = choose(l, product_of(l, gates, p_.I, rows, true, false),
-                    [&](int k) { return alignment_of({p_.x, p_.direction[k].dw_ih}); });
+  if (any(p_, &CudaPlainBackward::Direction::dw_ih)) {
+    dw_ih_ = choose(l, product_of(l, gates, p_.I, rows, true, false), [&](int k) {
+      return alignment_of({clears_x_ ? nullptr : p_.x, p_.direction[k].dw_ih});
+    });
   }
-  if (any(&CudaPlainBackward::Direction::dw_hh) && previous_ != Previous::kZeros) {
+  if (any(p_, &CudaPlainBackward::Direction::dw_hh) && previous_ != Previous::kZeros) {
     const bool shifted = previous_ == Previous::kShifted;
     Product product = product_of(l, gates, l.H, shifted ? rows - l.steps.B : rows, true, false);
     if (shifted) product.ldb = l.directions * l.H;
@@ -143,6 +145,14 @@ CudaPlainBackwardRun::CudaPlainBackwardRun(const CudaPlainBackward& p)
           {p_.direction[k].dw_hh, reinterpret_cast<const void*>(late), hidden(k, nullptr)});
     });
   }
+}
+
+CudaPlainBackwardRun::Previous CudaPlainBackwardRun::previous(const CudaPlainBackward& p) {
+  const Steps& steps = p.layer.steps;
+  const bool zeros = !p.direction[0].h0;
+  if (steps.T == 1 && !steps.reset) return zeros ? Previous::kZeros : Previous::kH0;
+  const bool whole = !steps.offsets && !steps.lengths && !steps.reset && steps.stride_b == 1;
+  return zeros && whole ? Previous::kShifted : Previous::kGathered;
 }
 
 int64_t CudaPlainBackwardRun::late_gates(int direction) const {
@@ -174,6 +184,7 @@ CudaPlainBackwardRun::Pieces CudaPlainBackwardRun::cut(void* scratch) const {
       piece.h_prev = cutter.take(rows * l.H * storage);
     piece.w_hh = cutter.take(l.H * padded(4 * l.H, l.dtype) * storage);
   }
+  if (clears_x_) pieces.x = cutter.take(rows * p_.I * storage);
   if (sums_dx_) pieces.dx = cutter.take(rows * p_.I * acc_bytes(l.dtype));
   // One after the other.
   int64_t workspace = cuda_backward_workspace(l, false);
@@ -190,6 +201,7 @@ void CudaPlainBackwardRun::run(void* scratch) const {
   const Pieces pieces = cut(scratch);
   make_current(l.device);
   run_recurrence(pieces);
+  if (clears_x_) cuda_clear_padding(l.dtype, l.steps, p_.x, p_.I, pieces.x, l.stream);
 
   const int64_t rows = l.steps.rows, gates = 4 * l.H;
   const auto multiply = [&](const std::optional<VendorProduct>& product, const void* a,
@@ -199,7 +211,7 @@ void CudaPlainBackwardRun::run(void* scratch) const {
     const auto& d = p_.direction[k];
     const auto& piece = pieces.direction[k];
     if (p_.dx) multiply(k ? more_dx_ : dx_, piece.dgates, d.w_ih, sums_dx_ ? pieces.dx : p_.dx);
-    if (d.dw_ih) multiply(dw_ih_, piece.dgates, p_.x, d.dw_ih);
+    if (d.dw_ih) multiply(dw_ih_, piece.dgates, pieces.x ? pieces.x : p_.x, d.dw_ih);
     if (d.dw_hh && dw_hh_)
       multiply(dw_hh_, ahead(l, piece.dgates, late_gates(k)), hidden(k, piece.h_prev), d.dw_hh);
     else if (d.dw_hh)

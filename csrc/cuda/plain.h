@@ -1,6 +1,6 @@
 // A plain layer in one call: its products over all steps, by the vendor's library, and the
-// recurrence. One direction or two, the second reversed; no projection, no variants, all sequences
-// T steps long. No CUDA header.
+// recurrence. One direction or two, the second reversed; no projection, no variants. No CUDA
+// header.
 //
 // Letters as in engine.h; I inputs, D directions. Every address is on the device.
 #pragma once
@@ -96,16 +96,19 @@ class CudaPlainBackwardRun {
   enum class Previous {
     kZeros,
     kH0,        // the only step's
-    kShifted,   // y, a step before: where the first h is zero and steps lie one after another
+    kShifted,   // y, a step before: where the first h is zero and steps lie one after another, each
+                // of all sequences, which none starts anew
     kGathered,  // made by the recurrence
   };
   struct Pieces {
     struct {
       void *dgates, *h_prev, *w_hh;
     } direction[kMaxDirections];
+    void* x;  // null: as it is given
     void *dx, *workspace;
     int64_t bytes;
   };
+  static Previous previous(const CudaPlainBackward&);
   Pieces cut(void* scratch) const;
   // Elements of dgates before those that kShifted multiplies: of the first step.
   int64_t late_gates(int direction) const;
@@ -115,7 +118,8 @@ class CudaPlainBackwardRun {
 
   const CudaPlainBackward p_;
   const Previous previous_;
-  const bool sums_dx_;  // of half types, in acc before it is rounded
+  const bool sums_dx_;   // of half types, in acc before it is rounded
+  const bool clears_x_;  // whose padding may hold anything, NaN too: a zero must not meet it
   std::optional<VendorProduct> dx_, more_dx_, dw_ih_, dw_hh_;
 };
 
