@@ -3,6 +3,7 @@
 #
 #   make test TORCH="torch==2.11.0"        another torch, before the first set-up
 #   make test ARGS="-k lengths -x"         what follows goes to the command that is run
+#   make test JOBS=0                       the tests in one process, as a debugger needs them
 #   LSTM_EXT_CUDA=0 make test              the build's own switches: see README.md
 #   make gpu PYTHON=python3 OUT=results    with that Python as it is, and nothing installed
 
@@ -10,6 +11,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 ARGS   ?=
+JOBS   ?= 2
 OUT    ?= gpu-results
 
 BIN := $(VENV)/bin
@@ -65,7 +67,7 @@ build: $(VENV)/.extra-test  ## the package, editable, in the virtual environment
 
 test: $(VENV)/.extra-test  ## the test suite
 	$(BUILD)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 demo: toolkit $(VENV)/.extra-demo  ## a character language model, beside nn.LSTM
 	$(BUILD)

@@ -220,8 +220,8 @@ def check_saved(
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`check_layer`; RuntimeError also for a result
-            of forward of another size, dtype or device, gradients of another dtype, and for what
-            is lazily negated.
+            of forward of another size, dtype or device, gradients of another dtype or device, and
+            for what is lazily negated.
     """
     check_layer(x, directions, steps)
     rows, dtype, device = steps.rows, x.dtype, x.device
@@ -238,10 +238,10 @@ def check_saved(
             if tensor is not None and tensor.is_neg():  # forward has resolved its caller's
                 raise RuntimeError("Expected what was saved for backward, got it lazily negated")
     for gradient in gradients:  # of the sizes of the outputs, says autograd
-        if gradient is not None and gradient.dtype != dtype:
+        if gradient is not None and (gradient.dtype != dtype or gradient.device != device):
             raise RuntimeError(
-                f"Expected what is saved for backward to be {gradient.dtype} like the gradients, "
-                f"got {dtype}"
+                f"Expected what is saved for backward to be {gradient.dtype} on {gradient.device} "
+                f"like the gradients, got {dtype} on {device}"
             )
 
 

@@ -145,8 +145,13 @@ def plain_stack(
         drop: what becomes of an output on its way to the next layer.
         The rest: see :func:`plain_layer`.
     """
+    # It takes all of them or none, but for what is an error in a later one.
     if x.dtype == torch.bfloat16 and not takes_more(x):
         return None  # the CPU's short way depends on the width of a layer's input
+    for weights in layers[1:]:
+        for weight in weights:
+            if weight is not None and (type(weight) not in _TYPES or weight.is_neg()):
+                return None
     D = len(layers[0]) // _WEIGHTS
     states = [None] * len(layers)
     if hx is not None:
@@ -157,7 +162,6 @@ def plain_stack(
                 return None
         states = list(zip(*(state.split(D) for state in hx), strict=True))
     last = []
-    # It takes all of them or none, but for what is an error in a later one.
     for k, (state, weights) in enumerate(zip(states, layers, strict=True)):
         made = plain_layer(x, state, weights, input_size, hidden_size, steps, batch_first)
         if made is None:

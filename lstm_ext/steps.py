@@ -119,8 +119,9 @@ class Steps:
         rows: their sum, as :func:`is_packed` has found. device: of the layer. sequences:
         batch_sizes[0], where it is known.
         """
-        T, B = batch_sizes.numel(), int(batch_sizes[0]) if sequences is None else sequences
-        if _has_values(batch_sizes):
+        T, has_values = batch_sizes.numel(), _has_values(batch_sizes)
+        B = int(batch_sizes[0]) if has_values or sequences is None else sequences
+        if has_values:
             to_gpu = torch.device(device).type == "cuda"
             if to_gpu:
                 _refuse_capture()

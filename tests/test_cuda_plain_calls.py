@@ -55,6 +55,18 @@ def test_saved_tensors_that_are_others(directions, index, change, given, short):
     assert short.forwards == [True] and any(short.backwards) == (index >= saved)
 
 
+@pytest.mark.parametrize("lengths", [None, torch.tensor([4, 2, 3])])
+def test_saved_tensors_on_another_device(lengths, short):
+    """All of them, so that they agree with each other."""
+    module, x = lstm(I, H), leaf(draw(4, 3, I))
+    other = "cpu" if device.NAME == "cuda" else "meta"
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.to(other), lambda t: t):
+        y, _ = module(x, lengths=lengths)
+    with pytest.raises((RuntimeError, ValueError), match=f"{other}"):
+        torch.autograd.grad(y.sum(), x)
+    assert short.forwards == [True] and not any(short.backwards)
+
+
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("directions", [1, 2])
 def test_saved_tensors_laid_out_anew(directions, given, short):

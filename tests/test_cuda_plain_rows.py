@@ -178,6 +178,19 @@ def test_saved_tensors_that_are_others(change, index, kind, short):
     assert short.forwards == [True] and any(short.backwards) == (index == 10)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_state_that_no_step_reads_may_be_nan(steps, short):
+    module, x = lstm(I, H), draw(steps, 3, I)
+    h = draw(1, 3, H)
+    h[:, 1] = torch.nan
+
+    def run():
+        y, _ = module(x, (h, draw(1, 3, H).zero_()), lengths=torch.tensor([steps, 0, 1]))
+        return torch.autograd.grad(y.sum(), list(module.parameters()))
+
+    assert not any(g.isnan().any() for g in both_ways(short, run, torch.float32))
+
+
 def test_lengths_may_change_after_forward(short):
     module, x, lengths = lstm(I, H), leaf(draw(4, 3, I)), here(torch.tensor([4, 2, 3]))
 

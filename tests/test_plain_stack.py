@@ -138,6 +138,29 @@ def test_weights_that_are_replaced(stacks):
     assert not stacks.taken
 
 
+class Subclass(torch.nn.Parameter):
+    pass
+
+
+@pytest.mark.parametrize("change", ["subclass", "negated"])
+def test_a_later_weight_for_the_layer(change, stacks):
+    """Nothing was run or drawn before."""
+    module, x, hx = stack(dropout=0.5)
+    weight = module.weight_ih_l1
+    if change == "subclass":
+        module.weight_ih_l1 = Subclass(weight.detach())
+        assert type(module.weight_ih_l1) is Subclass
+    else:
+        module._parameters["weight_ih_l1"] = torch._neg_view(-weight.detach())
+    results = []
+    for stacks.refuses in (False, True):
+        torch.manual_seed(3)
+        y, states = module(x, hx)
+        results.append([y, *states])
+    assert stacks.taken == [False, False]
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("attribute, value", [("num_layers", 3), ("bidirectional", True)])
 def test_attributes_changed_after_construction(attribute, value, stacks):
     module, x, _ = stack()

@@ -150,7 +150,9 @@ CudaPlainBackwardRun::CudaPlainBackwardRun(const CudaPlainBackward& p)
 CudaPlainBackwardRun::Previous CudaPlainBackwardRun::previous(const CudaPlainBackward& p) {
   const Steps& steps = p.layer.steps;
   const bool zeros = !p.direction[0].h0;
-  if (steps.T == 1 && !steps.reset) return zeros ? Previous::kZeros : Previous::kH0;
+  const bool all_active = !steps.lengths || steps.offsets;  // in the first step
+  if (steps.T == 1 && zeros) return Previous::kZeros;
+  if (steps.T == 1 && all_active && !steps.reset) return Previous::kH0;
   const bool whole = !steps.offsets && !steps.lengths && !steps.reset && steps.stride_b == 1;
   return zeros && whole ? Previous::kShifted : Previous::kGathered;
 }
