@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from emulator.build import FLAGS, HERE, MODES, ROOT, build, compiler, environment
 from emulator.cluster_mutants import SPARE
-from emulator.mutants import CONTROL, MUTANTS, OVERRUN, RACE, USUAL, uncovered
+from emulator.mutant import BEYOND, OVERRUN, RACE
+from emulator.mutants import CONTROL, MUTANTS, USUAL, uncovered
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or sys.platform != "linux" or not shutil.which(compiler()[0]),
@@ -165,7 +166,7 @@ SANITIZED = [
     "backward float32 step 1x1 0+0 1 1 2 3 21 18 norm+lengths",
 ]
 # Who notices most easily: the first that does is enough.
-OBSERVERS = {RACE: ["tsan", "plain"], OVERRUN: ["asan"]}
+OBSERVERS = {RACE: ["tsan", "plain"], OVERRUN: ["asan"], BEYOND: ["asan"]}
 
 
 def run(program, problem, mode, seeds=(0,), patience=60):

@@ -104,9 +104,19 @@ class Walk {
     return first_row + unsigned(b) * unsigned(steps_.stride_b);
   }
   LSTM_EXT_DEVICE unsigned row(int t, int b) const { return row_from(first_row(t), b); }
+  // Of the step in the i-th place, from that in the place before, with kForth, or after it; any row
+  // if there is no such step.
+  template <bool kForth>
+  LSTM_EXT_DEVICE unsigned first_row_beside(unsigned row, int i) const {
+    if (packed()) return unsigned(i) < unsigned(T()) ? first_row(step_at(i)) : 0;
+    const auto stride = unsigned(steps_.stride_t);
+    return reverse_ == kForth ? row - stride : row + stride;
+  }
   // Of a sequence of so many steps.
-  LSTM_EXT_DEVICE bool resets(int t, int b, int length) const {
-    return steps_.reset && t < length && steps_.reset[int64_t(t) * B() + b];
+  LSTM_EXT_DEVICE bool resets(int t, int b, int length) const { return t < length && marked(t, b); }
+  // Whether the reset mask says so.
+  LSTM_EXT_DEVICE bool marked(int t, int b) const {
+    return steps_.reset && steps_.reset[int64_t(t) * B() + b];
   }
   LSTM_EXT_DEVICE bool resets(int t, int b) const { return resets(t, b, length(b)); }
   // first_row: of step t, length: of sequence b, where they are known.
@@ -131,6 +141,34 @@ class Walk {
  private:
   const Steps& steps_;
   bool reverse_;
+};
+
+// The turns of one sequence, for those who ask for one after another: a turn costs two comparisons
+// with numbers that are kept.
+class Course {
+ public:
+  // Of no sequence: none of its turns is active.
+  Course() = default;
+  LSTM_EXT_DEVICE Course(const Walk& walk, int b, int length)
+      : b_(b),
+        begin_(walk.reverse() ? walk.T() - length : 0),
+        end_(walk.reverse() ? walk.T() : length) {}
+
+  // In the i-th place, whose first row is known; not active where there is no such place.
+  LSTM_EXT_DEVICE Turn turn(const Walk& walk, int i, unsigned first_row) const {
+    const bool active = i >= begin_ && i < end_;
+    const int t = walk.step_at(i);
+    return {t,
+            b_,
+            walk.row_from(first_row, b_),
+            active,
+            i == begin_,
+            i + 1 == end_,
+            active && walk.marked(t, b_)};
+  }
+
+ private:
+  int b_ = 0, begin_ = 0, end_ = 0;  // the places that the sequence takes
 };
 
 // ---- arguments of the kernels

@@ -3,7 +3,7 @@
 // learns of this one's result.
 //
 // kVariants: with what params.h calls Variants. The plain LSTM's kernels do without, for they have
-// no registers to spare.
+// no registers to spare. kProjects: there may be a projection.
 //
 // A step waits for every instruction here, four to six cycles each: addresses are one
 // multiplication away from pointers that a unit keeps.
@@ -58,7 +58,7 @@ LSTM_EXT_DEVICE T product_input(const Variants& v, int b, int width, int unit, T
   return Arithmetic::round_state(h);
 }
 
-template <class Arithmetic, bool kVariants = false>
+template <class Arithmetic, bool kVariants = false, bool kProjects = true>
 class ForwardUnit {
  public:
   using CellMath = typename CellOf<Arithmetic>::type;
@@ -83,9 +83,9 @@ class ForwardUnit {
       : d_(d),
         walk_(walk),
         gx_(as<Acc>(d.gx) + unit),
-        gates_(moved(as<Acc>(d.gates), unit)),
-        c_seq_(moved(as<Acc>(d.c_seq), unit)),
-        y_(as<T>(d.hidden ? nullptr : d.y) + unit),
+        gates_(as<Acc>(d.gates) + unit),
+        c_seq_(as<Acc>(d.c_seq) + unit),
+        y_(as<T>(kProjects && d.hidden ? nullptr : d.y) + unit),
         y_stride_(int(d.y_stride)),
         H_(args.H),
         unit_(unit),
@@ -126,7 +126,7 @@ class ForwardUnit {
       output(turn, in, CellMath::forward_output(result.s, fresh), result);
     } else {
       c = in.c;
-      result.next = in.reset_follows || d_.hidden ? from_acc<T>(Acc(0)) : before();
+      result.next = in.reset_follows || projects() ? from_acc<T>(Acc(0)) : before();
     }
     return result;
   }
@@ -137,8 +137,8 @@ class ForwardUnit {
       store_state(turn, result.s, c);
       store_output(turn, result.h);
     } else if (!walk_.packed()) {  // a packed batch has no row for it
-      if (!d_.hidden) y_[at(turn.row, y_stride_, 0)] = from_acc<T>(Acc(0));
-      if (c_seq_) c_seq_[at(turn.row, H_, 0)] = 0;
+      if (!projects()) y_[at(turn.row, y_stride_, 0)] = from_acc<T>(Acc(0));
+      if (d_.c_seq) c_seq_[at(turn.row, H_, 0)] = 0;
     }
   }
 
@@ -174,7 +174,7 @@ class ForwardUnit {
   // What follows from h = o * tanh(c).
   LSTM_EXT_DEVICE void output(const Turn& turn, const Operands& in, Acc h, Result& result) const {
     const T zero = from_acc<T>(Acc(0));
-    if (kVariants && !d_.hidden) {
+    if (kVariants && !projects()) {
       result.h = zoned_out_h<T>(d_, walk_, turn, H_, unit_, h);
       result.next = in.reset_follows
                         ? zero
@@ -186,18 +186,18 @@ class ForwardUnit {
   }
   LSTM_EXT_DEVICE void store_state(const Turn& turn, const typename CellMath::Gates& s,
                                    Acc c) const {
-    if (gates_) {
+    if (d_.gates) {
       Acc* gates = gates_ + at(turn.row, 4 * H_, 0);
       gates[0] = s.i;
       gates[H_] = s.f;
       gates[2 * H_] = s.g;
       gates[3 * H_] = s.o;
     }
-    if (c_seq_) c_seq_[at(turn.row, H_, 0)] = c;
+    if (d_.c_seq) c_seq_[at(turn.row, H_, 0)] = c;
     if (turn.last) as<T>(d_.c_n)[at(turn.b, H_, unit_)] = from_acc<T>(c);
   }
   LSTM_EXT_DEVICE void store_output(const Turn& turn, T h) const {
-    if (d_.hidden) {
+    if (projects()) {
       as<T>(d_.hidden)[at(turn.b, hidden_K_, unit_)] = Arithmetic::round_state(h);
       return;
     }
@@ -206,12 +206,14 @@ class ForwardUnit {
   }
 
  private:
+  LSTM_EXT_DEVICE bool projects() const { return kProjects && d_.hidden; }
+
   const ForwardArgs::Direction& d_;
   const Walk& walk_;
-  // Of this unit, at row 0; y_ and y_stride_ not with a projection.
+  // Of this unit, at row 0, if the direction has them; y_ and y_stride_ not with a projection.
   const Acc* gx_;
-  Acc* gates_;  // may be gx_; null: not kept
-  Acc* c_seq_;  // null: not kept
+  Acc* gates_;  // may be gx_
+  Acc* c_seq_;
   T* y_;
   int y_stride_, H_, unit_, hidden_K_;
   Acc bias_[4] = {};
@@ -225,15 +227,12 @@ LSTM_EXT_DEVICE bool carries(const BackwardArgs::Direction& d, const Walk& walk)
 
 // A step as backward sees it: the j-th taken backwards is the (T - 1 - j)-th of forward; step T is
 // the one product more that makes dh0, and no sequence's.
-LSTM_EXT_DEVICE Turn turn_back(const Walk& walk, int j, int b, int length) {
-  if (j < walk.T()) return walk.turn(walk.step_at(walk.T() - 1 - j), b, length);
+LSTM_EXT_DEVICE Turn turn_back(const Walk& walk, int j, int b) {
+  if (j < walk.T()) return walk.turn(walk.step_at(walk.T() - 1 - j), b);
   Turn none = {};
   none.t = -1;
   none.b = b;
   return none;
-}
-LSTM_EXT_DEVICE Turn turn_back(const Walk& walk, int j, int b) {
-  return turn_back(walk, j, b, walk.length(b));
 }
 
 // Gradient of the h that the j-th step made: from the steps after, which is the product and at a
@@ -262,7 +261,7 @@ LSTM_EXT_DEVICE Acc gradient_of_h(const BackwardArgs::Direction& d, const Walk& 
   return sum;
 }
 
-template <class Arithmetic, bool kVariants = false>
+template <class Arithmetic, bool kVariants = false, bool kProjects = true>
 class BackwardUnit {
  public:
   using CellMath = typename CellOf<Arithmetic>::type;
@@ -286,8 +285,8 @@ class BackwardUnit {
         walk_(walk),
         gates_(as<Acc>(d.gates) + unit),
         c_seq_(as<Acc>(d.c_seq) + unit),
-        dy_(moved(as<T>(d.hidden ? nullptr : d.dy), unit)),
-        dcells_(moved(as<T>(d.dcells), unit)),
+        dy_(as<T>(d.dy) + unit),
+        dcells_(as<T>(d.dcells) + unit),
         dgates_(as<T>(d.dgates) + unit),
         dy_stride_(int(d.dy_stride)),
         H_(args.H),
@@ -306,10 +305,10 @@ class BackwardUnit {
     return at_or_zero(as<T>(d_.c0), at(turn.b, H_, unit_));
   }
   // With a projection, dy is in the gradient that comes from the step's other kernel.
-  LSTM_EXT_DEVICE bool has_dy() const { return dy_; }
+  LSTM_EXT_DEVICE bool has_dy() const { return d_.dy && !projects(); }
   LSTM_EXT_DEVICE const T* dy(const Turn& turn) const { return dy_ + at(turn.row, dy_stride_, 0); }
   LSTM_EXT_DEVICE Acc dcell(const Turn& turn) const {
-    return at_or_zero(dcells_, at(turn.row, H_, 0));
+    return d_.dcells ? to_acc(dcells_[at(turn.row, H_, 0)]) : 0;
   }
 
   // Of any turn of turn_back.
@@ -380,7 +379,7 @@ class BackwardUnit {
 
   // Of the h that the step made.
   LSTM_EXT_DEVICE Acc gradient(int j, const Turn& turn, Acc product, Acc dy, Acc& carry) const {
-    if (d_.hidden) return product;
+    if (projects()) return product;
     return gradient_of_h<T, kVariants>(d_, walk_, j, turn, H_, unit_, product, dy, carry);
   }
   // c as h was made of it.
@@ -426,7 +425,7 @@ class BackwardUnit {
   // After the last step, whose h has no cell.
   LSTM_EXT_DEVICE Result put_dh0(const Turn& turn, Acc dh, Acc dc) const {
     const int64_t state = at(turn.b, H_, unit_);
-    if (d_.dh0 && !d_.hidden) as<T>(d_.dh0)[state] = from_acc<T>(dh);
+    if (d_.dh0 && !projects()) as<T>(d_.dh0)[state] = from_acc<T>(dh);
     if (d_.dc0 && walk_.T() == 0) as<T>(d_.dc0)[state] = from_acc<T>(dc);
     return {};
   }
@@ -448,12 +447,14 @@ class BackwardUnit {
   }
 
  private:
+  LSTM_EXT_DEVICE bool projects() const { return kProjects && d_.hidden; }
+
   const BackwardArgs::Direction& d_;
   const Walk& walk_;
-  // Of this unit, at row 0.
+  // Of this unit, at row 0, if the direction has them.
   const Acc *gates_, *c_seq_;
-  const T *dy_, *dcells_;  // null: zero; dy_ also with a projection
-  T* dgates_;              // not with a layer norm
+  const T *dy_, *dcells_;
+  T* dgates_;  // not with a layer norm
   int dy_stride_, H_, unit_;
 };
 

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef LSTM_EXT_CLUSTERS
   using T = typename Arithmetic::Element;
   using Acc = typename Arithmetic::Acc;
-  using Cell = BackwardUnit<Arithmetic>;
+  using Cell = BackwardUnit<Arithmetic, false, false>;
   constexpr int kUnits = 16 * kMTiles, kRows = 8 * kNTiles, kVector = 16 / sizeof(T);
   constexpr int kChunks = 4 * kUnits * int(sizeof(T)) / kChunkBytes;  // of a block's k
   constexpr Tile kTile = {kMTiles, kNTiles, kHeld};
@@ -126,11 +126,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   const Cell cell(args, d, walk, unit);
   Acc dc[kCells], carry[kCells] = {};
-  int length[kCells];
+  Course course[kCells];
 #pragma unroll
   for (int j = 0; j < kCells; ++j) {
     dc[j] = here(j) && start == 0 ? cell.first_dc(sequence(j)) : Acc(0);
-    length[j] = here(j) ? walk.length(sequence(j)) : 0;
+    if (here(j)) course[j] = {walk, sequence(j), walk.length(sequence(j))};
   }
   if (start > 0) {
     __syncthreads();  // all of `own` is zero
@@ -140,7 +140,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int b = sequence(j);
       dc[j] = as<Acc>(d.cells)[at(b, H, unit)];
       carry[j] = as<Acc>(d.carry)[at(b, H, unit)];
-      const Turn turn = turn_back(walk, start - 1, b, length[j]);
+      const int i = walk.T() - start;  // the place of step start - 1
+      const Turn turn = course[j].turn(walk, i, walk.first_row(walk.step_at(i)));
       if (!turn.active || turn.reset) continue;
       const T* before = as<T>(d.dgates) + at(turn.row, 4 * H, unit);
       for (int gate = 0; gate < 4; ++gate)
@@ -250,24 +251,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   T dy[kCells] = {}, next_dy[kCells] = {};
   const T* const any = reinterpret_cast<const T*>(d.gates);
   Ahead<kBackwardWords, kCells> ahead(fetched, pinned(threadIdx.x));
-  // Rows of step j, for all of the launch's and as far as there are any: a packed batch reads them.
-  const auto rows_at = [&](int j) {
-    return j < walk.T() ? walk.first_row(walk.step_at(walk.T() - 1 - j)) : 0;
-  };
-  unsigned next_rows = rows_at(start), rows_after = rows_at(start + 1);
+  // First rows of step j, which fetch() is at, and a step ahead: a packed batch reads them.
+  const auto place_of = [&](int j) { return walk.T() - 1 - j; };
+  unsigned next_rows = start < walk.T() ? walk.first_row(walk.step_at(place_of(start))) : 0;
+  unsigned rows_after = walk.first_row_beside<false>(next_rows, place_of(start + 1));
   // The turns of step j, as `following`, and what its cells need.
   const auto fetch = [&](int j) {
     const unsigned rows = next_rows;
     next_rows = rows_after;
-    rows_after = rows_at(j + 2);
+    rows_after = walk.first_row_beside<false>(next_rows, place_of(j + 2));
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
-      const int b = here(i) ? sequence(i) : place.row_first;
-      following[i] = {};
-      following[i].t = -1;
-      following[i].b = b;
-      if (here(i) && j < walk.T())
-        following[i] = walk.turn(rows, walk.step_at(walk.T() - 1 - j), b, length[i]);
+      following[i] = course[i].turn(walk, place_of(j), rows);
       const Turn& of = following[i];
       const bool reads = of.active && j < args.shape.last;
       next_dy[i] = *(reads && cell.has_dy() ? cell.dy(of) : any);
@@ -276,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) ahead.fetch(j, gate, i, s + gate * H);
       ahead.fetch(j, 4, i, cell.c_after(of.row));
-      if (!of.first) ahead.fetch(j, 5, i, cell.c_after(walk.row_from(next_rows, b)));
+      if (!of.first) ahead.fetch(j, 5, i, cell.c_after(walk.row_from(next_rows, of.b)));
     }
     ahead.close();
   };

@@ -9,17 +9,18 @@
 namespace lstm_ext {
 
 // A cluster has the sequences of one group and one direction, each of its blocks one slice of the
-// hidden units. Clusters may have more blocks than there are slices: sizes are powers of two.
+// hidden units. Clusters may have more blocks than there are slices: sizes are powers of two. The
+// grid's y is the direction, for the compiler sees that it is the same for all threads: addresses
+// are then added up beside what they compute.
 struct ClusterPlace {
   int slice, slices, group, direction;
   int row_first, row_end;  // sequences of the group
 
   LSTM_EXT_DEVICE ClusterPlace(const BlockShape& shape, int B) {
-    const int cluster = int(blockIdx.x / cluster_size());
     slice = int(cluster_rank());
     slices = shape.slices;
-    group = cluster % shape.groups;
-    direction = cluster / shape.groups;
+    group = int(blockIdx.x / cluster_size());
+    direction = int(blockIdx.y);
     row_first = group * shape.group_rows;
     row_end = min(B, row_first + shape.group_rows);
   }
@@ -58,7 +59,7 @@ class Mailboxes {
     if (threadIdx.x == 0) mbarrier_arrive_expect_tx(&full_[box], unsigned(bytes));
   }
   // Waits for mailbox `box` to be full for the (count + 1)-th time.
-  LSTM_EXT_DEVICE void wait(int box, int count) { mbarrier_wait(&full_[box], count % 2); }
+  LSTM_EXT_DEVICE void wait(int box, int count) { mbarrier_wait(&full_[box], count & 1); }
 
  private:
   friend class Letter;
@@ -76,6 +77,7 @@ class Letter {
     const int lane = threadIdx.x % 32;
     if (lane < 2 && threadIdx.x / 32 + lane * kWarps < unsigned(slices))
       peer_ = threadIdx.x / 32 + lane * kWarps;
+    peer_ = pinned(peer_);
     const unsigned rank = peer_ < 0 ? 0 : unsigned(peer_);
     to_ = map_to_rank(shared_address(place), rank);
     full_ = map_to_rank(shared_address(mailboxes.full_), rank);

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using T = typename Arithmetic::Element;
   using Acc = typename Arithmetic::Acc;
   using Sum = Reduction<Arithmetic, GateRows, kMTiles, kNTiles, kMWarps, kNTiles>;
-  using Cell = ForwardUnit<Arithmetic>;
+  using Cell = ForwardUnit<Arithmetic, false, false>;
   constexpr Tile kTile = {kMTiles * kMWarps, kNTiles, kHeld};
   constexpr int kVector = 16 / sizeof(T);
   constexpr int kCells = cluster_cells(Sum::kUnits, cluster_rows(kTile, false));
@@ -90,19 +90,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     ahead.close();
   };
   Acc c[kCells];
-  int length[kCells];
+  Course course[kCells];
   Turn turn[kCells];
 #pragma unroll
   for (int j = 0; j < kCells; ++j) {
     c[j] = 0;
-    length[j] = 0;
     turn[j] = {};
     if (!here(j)) continue;
     const int b = sequence(j);
     c[j] = first > 0 ? as<Acc>(d.cells)[at(b, H, unit)] : cell.first_c(b);
-    length[j] = walk.length(b);
-    turn[j] = walk.turn(walk.step_at(first), b, length[j]);
-    if (length[j]) continue;
+    const int length = walk.length(b);
+    course[j] = {walk, b, length};
+    turn[j] = course[j].turn(walk, first, walk.first_row(walk.step_at(first)));
+    if (length) continue;
     const int64_t result = at(b, H, unit);  // of a sequence without a step
     as<T>(d.h_n)[result] = from_acc<T>(at_or_zero(as<T>(d.h0), result));
     as<T>(d.c_n)[result] = from_acc<T>(at_or_zero(as<T>(d.c0), result));
@@ -119,23 +119,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Letter letter(mailboxes, slices, states + place.slice * slice_bytes, box_bytes);
   mailboxes.open();
 
-  // Rows of the next step and of the one after it: a packed batch reads them.
-  unsigned next_rows = first + 1 < walk.T() ? walk.first_row(walk.step_at(first + 1)) : 0;
+  // First rows of the next step and, a step ahead, of the one after it: a packed batch reads them.
+  unsigned next_rows = walk.first_row_beside<true>(walk.first_row(walk.step_at(first)), first + 1);
   for (int i = first; i < last; ++i) {
     const bool goes_on = i + 1 < last;
-    const int box = i % 2, next = (i + 1) % 2;
+    const int box = i & 1, next = box ^ 1;
     const uint4* state = reinterpret_cast<const uint4*>(states + box * box_bytes);
     Turn following[kCells];
     const unsigned rows = next_rows;
-    if (i + 2 < walk.T()) next_rows = walk.first_row(walk.step_at(i + 2));
+    next_rows = walk.first_row_beside<true>(rows, i + 2);
 #pragma unroll
-    for (int j = 0; j < kCells; ++j) {
-      following[j] = {};
-      if (here(j) && i + 1 < walk.T())
-        following[j] = walk.turn(rows, walk.step_at(i + 1), sequence(j), length[j]);
-    }
+    for (int j = 0; j < kCells; ++j) following[j] = course[j].turn(walk, i + 1, rows);
     fetch(i + 1, following);
-    if (i > first) mailboxes.wait(box, (i - first - 1) / 2);
+    if (i > first) mailboxes.wait(box, (i - first - 1) >> 1);
     if (goes_on) mailboxes.expect(next, slices * slice_bytes);
 
     Acc sums[kMTiles][kNTiles][4];

@@ -139,9 +139,11 @@ void prepare(void (*kernel)(Args), const CudaLayer& layer, const Args& args, int
 
 LaunchShape cell_shape(const CudaLayer& layer) {
   const CudaPlan& plan = layer.plan;
-  const int64_t blocks = plan.cluster ? plan.cluster : plan.slices;
-  return {dim3(unsigned(blocks * plan.groups * layer.directions)), kThreads, plan.shared_bytes,
-          plan.family == CudaFamily::kGrid, unsigned(plan.cluster)};
+  const auto directions = unsigned(layer.directions);
+  const dim3 grid = plan.cluster ? dim3(unsigned(plan.cluster * plan.groups), directions)
+                                 : dim3(unsigned(plan.slices * plan.groups) * directions);
+  return {grid, kThreads, plan.shared_bytes, plan.family == CudaFamily::kGrid,
+          unsigned(plan.cluster)};
 }
 
 // The projection's kernel works on all sequences of a step with tiles of its own.

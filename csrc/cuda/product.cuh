@@ -360,12 +360,11 @@ struct Reduction {
   static LSTM_EXT_DEVICE void take(const Acc* partial, Acc (&out)[Rows::kGates], int part) {
 #pragma unroll
     for (int gate = 0; gate < Rows::kGates; ++gate) {
-      Acc sum = 0;
+      const Acc* const parts = partial + part + gate / 2 * 128 + gate % 2 * 64;
+      out[gate] = parts[0];
 #pragma unroll
-      for (int warp = 0; warp < Share::kKWarps; ++warp)
-        sum +=
-            partial[part + warp * kRoundTiles * kBlockTiles * 128 + gate / 2 * 128 + gate % 2 * 64];
-      out[gate] = sum;
+      for (int warp = 1; warp < Share::kKWarps; ++warp)
+        out[gate] += parts[warp * kRoundTiles * kBlockTiles * 128];
     }
   }
   static LSTM_EXT_DEVICE void take(const Acc* partial, Acc (&out)[Rows::kGates]) {

@@ -11,7 +11,7 @@ from emulator.cluster_problems import (
     LEAVES,
     TOO_EARLY,
 )
-from emulator.mutant import DEADLOCK, OVERRUN, RACE, WRONG, of
+from emulator.mutant import BEYOND, DEADLOCK, OVERRUN, RACE, WRONG, of
 
 MUTANTS = [
     *of(
@@ -156,7 +156,7 @@ MUTANTS = [
         (
             "one letter for all steps",
             BACKWARD,
-            RACE,
+            f"{RACE}|{WRONG}",
             ("letters + box * parts_bytes", "letters"),
         ),
         (
@@ -221,12 +221,12 @@ MUTANTS = [
             "rows of the step before",
             BACKWARD_PACKED,
             WRONG,
-            ("rows_after = rows_at(j + 2)", "rows_after = rows_at(j + 1)"),
+            ("place_of(j + 2)", "place_of(j + 1)"),
         ),
         (
             "gradients stored as the next step's",
             BACKWARD,
-            WRONG,
+            BEYOND,
             ("store(j - 1, before);", "store(j - 1, turn);"),
         ),
         (

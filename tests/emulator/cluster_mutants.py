@@ -5,17 +5,37 @@ from emulator.cluster_problems import (
     AHEAD,
     BACKWARD,
     BACKWARD_48,
+    BACKWARD_BOTH,
     BACKWARD_PARTS,
     FORWARD,
     FORWARD_48,
+    FORWARD_BOTH,
     FORWARD_SHARED,
     FORWARD_TWO,
     NOT_INITIALISED,
     TOO_EARLY,
 )
-from emulator.mutant import DEADLOCK, OVERRUN, RACE, WRONG, of
+from emulator.mutant import BEYOND, DEADLOCK, OVERRUN, RACE, WRONG, of
 
 MUTANTS = [
+    *of(
+        "block.cuh",
+        "class Course",
+        ("a step more", FORWARD, WRONG, ("i < end_", "i <= end_")),
+        ("a step less", FORWARD, WRONG, ("i < end_", "i < end_ - 1")),
+        ("another end", FORWARD, WRONG, ("walk.T() : length", "walk.T() : walk.T()")),
+        ("another end, reversed", FORWARD_BOTH, WRONG, ("walk.T() : length", "length : length")),
+        ("begins with all, reversed", FORWARD_BOTH, WRONG, ("walk.T() - length : 0", "0 : 0")),
+        ("never the first", BACKWARD, BEYOND, ("i == begin_,", "false,")),
+        ("never the last", FORWARD, WRONG, ("i + 1 == end_,", "false,")),
+        ("resets ignored", BACKWARD_BOTH, WRONG, ("active && walk.marked(t, b_)", "false")),
+    ),
+    *of(
+        "block.cuh",
+        "class Walk",
+        ("rows the other way", FORWARD, BEYOND, ("reverse_ == kForth ?", "reverse_ != kForth ?")),
+        ("rows one way only", BACKWARD_BOTH, BEYOND, ("reverse_ == kForth ?", "kForth ?")),
+    ),
     *of(
         "cluster_block.cuh",
         "class Mailboxes",
@@ -23,7 +43,7 @@ MUTANTS = [
             "no wait for what comes",
             BACKWARD,
             AHEAD,
-            ("mbarrier_wait(&full_[box], count % 2);", ""),
+            ("mbarrier_wait(&full_[box], count & 1);", ""),
         ),
         (
             "sent before all have begun",
@@ -62,8 +82,8 @@ MUTANTS = [
                 "mbarrier_arrive(&full_[box])",
             ),
         ),
-        ("waits for the time before", FORWARD, AHEAD, ("count % 2", "(count + 1) % 2")),
-        ("waits for the first time only", FORWARD, RACE, ("count % 2", "0")),
+        ("waits for the time before", FORWARD, AHEAD, ("count & 1", "(count + 1) & 1")),
+        ("waits for the first time only", FORWARD, RACE, ("count & 1", "0")),
         (
             "leaves while peers copy from it",
             FORWARD,

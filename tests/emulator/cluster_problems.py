@@ -9,9 +9,11 @@ FORWARD_PACKED = "forward bfloat16 cluster 4x1 4+0 2 1 4 13 37 37 packed"
 FORWARD_TWO = "forward bfloat16 cluster 8x2 8+0 1 1 3 13 70 70 lengths"  # two cells a thread
 FORWARD_48 = "forward bfloat16 cluster 12x1 6+0 1 1 3 3 90 90 lengths"  # 48 units do not divide 256
 FORWARD_SHARED = "forward bfloat16 cluster 12x1 6+1 1 1 2 3 385 385 dense"  # nine blocks of sixteen
+FORWARD_BOTH = "forward bfloat16 cluster 4x1 4+0 2 2 4 13 37 37 lengths"  # both directions
 BACKWARD = "backward bfloat16 cluster 1x2 2+0 2 1 3 17 37 37 lengths"
 BACKWARD_PACKED = "backward bfloat16 cluster 1x2 2+0 2 1 3 17 37 37 packed"
 BACKWARD_48 = "backward bfloat16 cluster 3x1 3+0 1 1 3 3 90 90 lengths"
+BACKWARD_BOTH = "backward bfloat16 cluster 1x2 2+0 2 2 3 17 37 37 lengths"
 BACKWARD_ODD = "backward bfloat16 cluster 2x1 4+0 2 1 3 9 35 35 lengths"  # odd m-tiles of a warp
 BACKWARD_32 = "backward tf32 cluster 2x1 2+0 2 1 3 9 35 35 lengths"  # one m-tile of the last two
 BACKWARD_EIGHTS = "backward bfloat16 cluster 1x2 2+0 1 1 2 9 40 40 dense"  # whole 16-byte loads
@@ -20,8 +22,16 @@ BACKWARD_SHARED = "backward tf32 cluster 2x1 2+1 1 1 2 3 275 275 dense"
 FORWARD_PARTS = "forward bfloat16 cluster 4x1 4+0 2 1 4 13 37 37 lengths+parts"
 BACKWARD_PARTS = "backward bfloat16 cluster 1x2 2+0 2 1 4 17 37 37 lengths+parts"
 CONTROL = [
-    *(FORWARD, FORWARD_PACKED, FORWARD_TWO, FORWARD_48, FORWARD_SHARED),
-    *(BACKWARD, BACKWARD_PACKED, BACKWARD_48, BACKWARD_ODD, BACKWARD_32, BACKWARD_EIGHTS),
+    *(FORWARD, FORWARD_BOTH, FORWARD_PACKED, FORWARD_TWO, FORWARD_48, FORWARD_SHARED),
+    *(
+        BACKWARD,
+        BACKWARD_BOTH,
+        BACKWARD_PACKED,
+        BACKWARD_48,
+        BACKWARD_ODD,
+        BACKWARD_32,
+        BACKWARD_EIGHTS,
+    ),
     *(BACKWARD_SHARED, FORWARD_PARTS, BACKWARD_PARTS),
 ]
 

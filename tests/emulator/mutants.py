@@ -171,7 +171,7 @@ MUTANTS = [
             "reset after the steps not taken ignored",
             FORWARD_BOTH,
             WRONG,
-            ("in.reset_follows || d_.hidden ? from_acc", "d_.hidden ? from_acc"),
+            ("in.reset_follows || projects() ? from_acc", "projects() ? from_acc"),
         ),
         (
             "state not kept over a step not taken",
