@@ -162,8 +162,8 @@ class Course {
             b_,
             walk.row_from(first_row, b_),
             active,
-            i == begin_,
-            i + 1 == end_,
+            active && i == begin_,
+            active && i + 1 == end_,
             active && walk.marked(t, b_)};
   }
 
