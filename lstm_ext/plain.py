@@ -64,7 +64,7 @@ def plain_layer(
     engine = _engine_of(x)
     if engine is None:
         return None
-    T, rows = (steps, None) if isinstance(steps, int) else _native(engine, steps)
+    T, rows = _native(engine, steps)
     call = (x, hx, weights, input_size, hidden_size, T, batch_first)
     if engine is cpu_engine:
         made = recorded(_plain.cpu_forward)(
@@ -182,8 +182,10 @@ def takes_more(x: Any) -> bool:
     return not torch.compiler.is_compiling() and _engine_of(x) not in (None, cpu_engine)
 
 
-def _native(engine: Any, steps: Steps) -> tuple[int, Any]:
-    """T, and the core's description of the rest."""
+def _native(engine: Any, steps: int | Steps) -> tuple[int, Any]:
+    """T, and the core's description of Steps, which only an engine with a core has."""
+    if isinstance(steps, int):
+        return steps, None
     return steps.T, native_steps(engine.core, steps, False)
 
 
@@ -254,7 +256,7 @@ def _backward(
     engine = _engine_of(saved[0])
     if engine is None or (engine is cpu_engine and not isinstance(steps, int)):
         return None  # the latter: by a hook on saved tensors
-    T, rows = (steps, None) if isinstance(steps, int) else _native(engine, steps)
+    T, rows = _native(engine, steps)
     call = (gradients, saved, wanted, T, batch_first)
     if engine is cpu_engine:
         return recorded(_plain.cpu_backward)(
