@@ -10,12 +10,12 @@ import contextlib
 import functools
 import importlib.util
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from emulator.build import build
+from emulator.build import KERNELS, build
 
 from lstm_ext import ops
 from lstm_ext.cuda_engine import FAMILIES, CudaEngine
@@ -23,11 +23,9 @@ from lstm_ext.lanes import NoLanes
 
 H100 = {"major": 9, "minor": 0, "sm_count": 132, "shared_bytes": 227 << 10, "l2_bytes": 50 << 20}
 H100 |= {"clusters": [132, 66, 32, 16, 8], "vendor": True}
-ROOT = Path(__file__).resolve().parent.parent
 #: Chooses among the plans that could run a problem.
 Pick = Callable[[list[Any], Any], Any]
 SOURCES = [
-    *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*kernels_*.cu")),
     *(f"csrc/cuda/{name}.cu" for name in ("arrange", "engine", "plain", "vendor_steps")),
     *(f"csrc/cuda/{name}.cpp" for name in ("plan", "vendor_plan")),
     "csrc/cuda/pointwise.cu",
@@ -37,19 +35,19 @@ SOURCES = [
 ]
 
 
-def build_module(name: str, sources: list[str]) -> Path:
+def build_module(name: str, sources: list[str], kernels: Sequence[Path] = ()) -> Path:
     """Path of an extension module."""
     # torch brings pybind11's headers.
     torch_headers = Path(torch.__file__).parent / "include"
     include = [f"-isystem{torch_headers}", f"-I{sysconfig.get_paths()['include']}"]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     flags = [*include, "-fvisibility=hidden"]
-    return build(f"{name}{suffix}", sources, kind="shared", extra_flags=flags)
+    return build(f"{name}{suffix}", sources, kind="shared", extra_flags=flags, kernels=kernels)
 
 
-def load_module(name: str, sources: list[str]) -> Any:
+def load_module(name: str, sources: list[str], kernels: Sequence[Path] = ()) -> Any:
     """The module itself."""
-    spec = importlib.util.spec_from_file_location(name, build_module(name, sources))
+    spec = importlib.util.spec_from_file_location(name, build_module(name, sources, kernels))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -59,7 +57,7 @@ def load_module(name: str, sources: list[str]) -> Any:
 @functools.cache
 def load() -> Any:
     """The extension module _emulated."""
-    return load_module("_emulated", SOURCES)
+    return load_module("_emulated", SOURCES, KERNELS)
 
 
 class EmulatedEngine(CudaEngine):

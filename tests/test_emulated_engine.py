@@ -116,35 +116,58 @@ def test_backward_tiles(family, arithmetic, tile):
             assert (FAMILIES[plan.family], plan.m_tiles, plan.n_tiles) == (family, *tile)
 
 
-@pytest.mark.parametrize("arithmetic", ["float32", "tf32", "bfloat16"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_weights_in_registers_in_shared_memory_and_streamed(backward, arithmetic):
+# A tile, and numbers of chunks in shared memory around those whose loads a warp has on their way at
+# once: forward, backward.
+KEPT = (
+    (False, (2, 1), 2),
+    (False, (4, 1), 6),
+    *((False, (4, 2), n) for n in (4, 5)),
+    (False, (4, 4), 2),
+    *((True, (1, 1), n) for n in (6, 16, 19)),
+    *((True, (2, 1), n) for n in (8, 9)),
+    *((True, tile, n) for tile in ((1, 2), (2, 2)) for n in (1, 6)),
+    *((True, tile, 3) for tile in ((1, 4), (2, 4))),
+)
+
+
+@pytest.mark.parametrize(
+    "arithmetic, backward, tile, shared",
+    [("tf32", *kept) for kept in KEPT]
+    + [("bfloat16", False, (4, 2), 1), ("bfloat16", True, (1, 4), 1)]
+    + [("float32", False, (2, 4), 1), ("float32", True, (1, 4), 1)],
+)
+def test_weights_in_registers_in_shared_memory_and_streamed(arithmetic, backward, tile, shared):
     """A warp has chunks of each kind, and warps differ by one."""
     dtype, torch.backends.cudnn.allow_tf32 = ARITHMETIC[arithmetic]
-    scalar = arithmetic in SCALAR
-    tile = (2, 4) if scalar else (1, 4) if backward else (4, 2)
-    H = {"bfloat16": 600, "tf32": 300, "float32": 300}[arithmetic] + (0 if backward else 220)
+    held = 0 if arithmetic in SCALAR else {1: 8, 2: 4, 4: 2}[tile[0]]
+    chunk = 32 if dtype in HALF else 16
+    # Streamed: a batch and a part of one, or less where a product is long for its blocks.
+    chunks = 8 * (held + shared + (5 if backward else 1)) + 3
+    H = chunks * chunk // (4 if backward else 1) - 1
 
     def mixed(plans, problem):
         if problem.backward != backward:
             return only("step")(plans, problem)
         plan = only("grid", forward=tile, backward=tile)(plans, problem)
-        plan.shared_bytes -= (plan.shared - 1) * 8 * plan.m_tiles * 1024
-        plan.shared = 1
+        plan.shared_bytes += (shared - plan.shared) * 8 * plan.m_tiles * 1024
+        plan.shared = shared
         return plan
 
-    module = lstm_ext.LSTM(3, H).to(dtype)
-    x = torch.randn(2, 11, 3).to(dtype)
+    module = lstm_ext.LSTM(3, H).to(dtype).requires_grad_(backward)
+    x = torch.randn(2, 5, 3).to(dtype)
     results = []
     for pick in (only("step"), mixed):
         with installed(pick, sm_count=132) as engine:
             y, _ = module(x)
-            results.append([y.detach(), *torch.autograd.grad(y.sum(), list(module.parameters()))])
+            results.append([y.detach()])
+            if backward:
+                results[-1] += torch.autograd.grad(y.sum(), list(module.parameters()))
     plan = engine.picked[backward]
-    chunks = engine.core.cuda_padded(4 * H if backward else H, 2 if dtype in HALF else 1)
-    chunks //= 32 if dtype in HALF else 16
-    assert FAMILIES[plan.family] == "grid" and (plan.held > 0) == (not scalar)
-    assert chunks > 8 * (plan.held + plan.shared) and chunks % 8
+    assert FAMILIES[plan.family] == "grid" and (plan.held, plan.shared) == (held, shared)
+    assert (
+        chunks
+        == engine.core.cuda_padded(4 * H if backward else H, 2 if dtype in HALF else 1) // chunk
+    )
     assert_same_bits(*results)
 
 

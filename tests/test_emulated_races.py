@@ -16,7 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from emulator.build import FLAGS, HERE, MODES, ROOT, build, compiler, environment
+from emulator.build import FLAGS, HERE, KERNELS, MODES, build, compiler, environment
 from emulator.cluster_mutants import SPARE
 from emulator.mutant import BEYOND, OVERRUN, RACE
 from emulator.mutants import CONTROL, MUTANTS, USUAL, uncovered
@@ -31,7 +31,6 @@ ENGINE = ["tests/emulator/lstm_driver.cpp", "tests/emulator/vendor.cpp"]
 ENGINE += [
     f"csrc/cuda/{name}" for name in ("engine.cu", "plan.cpp", "vendor_plan.cpp", "vendor_steps.cu")
 ]
-KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*kernels_*.cu"))
 FEW = ("few_kernels.cu", "few_cluster_kernels.cu")
 
 # Arguments of lstm_driver.cpp: PASS DTYPE FAMILY MxN HELD+SHARED GROUPS DIRECTIONS T B H P BATCH.
@@ -201,7 +200,7 @@ def link(mode, folder, objects):
 
 @pytest.fixture(scope="module")
 def all_kernels():
-    return build("lstm_driver", [*ENGINE, *KERNELS])
+    return build("lstm_driver", ENGINE, kernels=KERNELS)
 
 
 @pytest.fixture(scope="module")

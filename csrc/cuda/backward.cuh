@@ -12,7 +12,8 @@ namespace lstm_ext {
 
 // The hidden units of one slice, for the sequences of one group, over the steps of the launch.
 template <class Arithmetic, int kMTiles, int kNTiles, int kHeld, bool kVariants>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads,
+                                  blocks_at_once(kMTiles == 1 && kNTiles <= 2, kHeld, kVariants))
     backward_cell(const __grid_constant__ BackwardArgs args) {
   using T = typename Arithmetic::Element;
   using Acc = typename Arithmetic::Acc;
@@ -50,26 +51,43 @@ __global__ void __launch_bounds__(kThreads, 1)
     return Operands{cell.load(turn), turn,
                     j == 0 ? cell.first_dc(b) : as<Acc>(d.cells)[at(b, H, unit)]};
   };
-  const auto finish = [&](int j, int b, Acc product, const Operands& in, T* out) {
+  // As in forward_cell.
+  constexpr bool kLate = kHeld > 0 && Sum::kRounds == 1;
+  struct Made {
+    typename Cell::Result result;
+    Turn turn;
+    Acc dc, carry;
+    bool any;
+  };
+  const bool carried = carries<kVariants>(d, walk) && !projected;
+  const auto make = [&](int j, int b, Acc product, const Operands& in, T* out) {
+    Made made = {};
     if (kVariants && d.product) {
       as<Acc>(d.product)[at(b, 6 * H, unit)] = product;
-      return;
+      return made;
     }
-    const bool carried = carries<kVariants>(d, walk) && !projected;
-    Acc dc = in.dc, carry = carried && j > 0 ? as<Acc>(d.carry)[at(b, H, unit)] : Acc(0);
-    const typename Cell::Result result = cell.compute(j, in.turn, product, in, dc, carry);
-    cell.store(j, in.turn, result);
-    if (carried) as<Acc>(d.carry)[at(b, H, unit)] = carry;
-    if (j == walk.T()) return;
-    as<Acc>(d.cells)[at(b, H, unit)] = dc;
+    made.turn = in.turn;
+    made.dc = in.dc;
+    made.any = true;
+    if (carried && j > 0) made.carry = as<Acc>(d.carry)[at(b, H, unit)];
+    made.result = cell.compute(j, in.turn, product, in, made.dc, made.carry);
+    if (j == walk.T()) return made;
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) out[at(b, K, gate * H + unit)] = result.next[gate];
+    for (int gate = 0; gate < 4; ++gate) out[at(b, K, gate * H + unit)] = made.result.next[gate];
+    return made;
+  };
+  const auto keep = [&](int j, const Made& made) {
+    if (!made.any) return;
+    cell.store(j, made.turn, made.result);
+    if (carried) as<Acc>(d.carry)[at(made.turn.b, H, unit)] = made.carry;
+    if (j < walk.T()) as<Acc>(d.cells)[at(made.turn.b, H, unit)] = made.dc;
   };
 
   for (int j = args.shape.first; j < args.shape.last; ++j) {
     T* out = as<T>(d.state) + int64_t(j % 2) * B * K;
     const T* state = projected ? as<T>(d.hidden) : as<T>(d.state) + int64_t((j + 1) % 2) * B * K;
     Operands in = {};
+    Made made = {};
     if (kAhead) in = load(j, place.row_first + Sum::sequence(0));
     if (j > args.shape.first) barrier.wait();
     for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
@@ -82,6 +100,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         // Every thread has taken the sums of the round before.
         if (round > 0 || tile > place.row_first) __syncthreads();
         Sum::put(partial, sums, round);
+        if (kLate) keep(j, made);
+        made.any = false;
         const Operands now = kAhead ? in : load(j, b);
         __syncthreads();  // all warps' parts are there
         if (kAhead && round + 1 < Sum::kRounds)
@@ -91,11 +111,15 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (here(b)) {
           Acc sum[1];
           Sum::take(partial, sum);
-          finish(j, b, sum[0], now, out);
+          if constexpr (kLate)
+            made = make(j, b, sum[0], now, out);
+          else
+            keep(j, make(j, b, sum[0], now, out));
         }
       }
     }
     if (j + 1 < args.shape.last) barrier.arrive();
+    if (kLate) keep(j, made);
   }
 }
 

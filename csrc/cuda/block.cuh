@@ -29,6 +29,12 @@ struct BlockPlace {
   }
 };
 
+// Blocks of a cell's kernel that a multiprocessor must have room for: two, where a launch of one
+// step has many small ones and registers suffice.
+LSTM_EXT_INLINE constexpr int blocks_at_once(bool small, int held, bool variants) {
+  return small && held == 0 && !variants ? 2 : 1;
+}
+
 // Element `column` of row `row`, which is not negative: the row's start may lie past 2^31, its
 // number not past 2^32.
 LSTM_EXT_DEVICE int64_t at(unsigned row, int stride, int column) {

@@ -9,7 +9,7 @@ namespace lstm_ext {
 
 // The hidden units of one slice, for the sequences of one group, over the steps of the launch.
 template <class Arithmetic, int kMTiles, int kNTiles, int kHeld, bool kVariants>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2, kHeld, kVariants))
     forward_cell(const __grid_constant__ ForwardArgs args) {
   using T = typename Arithmetic::Element;
   using Acc = typename Arithmetic::Acc;
@@ -45,24 +45,40 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Acc c = i == 0 ? cell.first_c(b) : as<Acc>(d.cells)[at(b, H, unit)];
     return Operands{cell.load(turn, c, reset_follows), turn};
   };
-  const auto finish = [&](int i, int b, const Acc(&sum)[4], const Operands& in, const T* state,
-                          T* next) {
+  // What a round made for its cell. The other blocks wait for all that this one has written before
+  // it arrives at the barrier: where there are registers, the last round's is kept after that.
+  constexpr bool kLate = kHeld > 0 && Sum::kRounds == 1;
+  struct Made {
+    typename Cell::Result result;
+    Turn turn;
+    Acc c;
+    bool any;
+  };
+  const auto make = [&](int i, int b, const Acc(&sum)[4], const Operands& in, const T* state,
+                        T* next) {
+    Made made = {};
     if (kVariants && d.product) {
       for (int gate = 0; gate < 4; ++gate)
         as<Acc>(d.product)[at(b, 4 * H, gate * H + unit)] = sum[gate];
-      return;
+      return made;
     }
-    Acc c;
-    const auto result = cell.compute(in.turn, sum, in, c, [&] { return state[at(b, K, unit)]; });
-    cell.store(in.turn, result, c);
-    as<Acc>(d.cells)[at(b, H, unit)] = c;
-    if (!d.hidden && i + 1 < walk.T()) next[at(b, K, unit)] = result.next;
+    made.turn = in.turn;
+    made.any = true;
+    made.result = cell.compute(in.turn, sum, in, made.c, [&] { return state[at(b, K, unit)]; });
+    if (!d.hidden && i + 1 < walk.T()) next[at(b, K, unit)] = made.result.next;
+    return made;
+  };
+  const auto keep = [&](const Made& made) {
+    if (!made.any) return;
+    cell.store(made.turn, made.result, made.c);
+    as<Acc>(d.cells)[at(made.turn.b, H, unit)] = made.c;
   };
 
   for (int i = args.shape.first; i < args.shape.last; ++i) {
     const T* state = as<T>(d.state) + int64_t(i % 2) * B * K;
     T* next = as<T>(d.state) + int64_t((i + 1) % 2) * B * K;
     Operands in = {};
+    Made made = {};
     if (kAhead) in = load(i, place.row_first + Sum::sequence(0));
     if (i > args.shape.first) barrier.wait();
     for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
@@ -74,6 +90,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         // Every thread has taken the sums of the round before.
         if (round > 0 || tile > place.row_first) __syncthreads();
         Sum::put(partial, sums, round);
+        if (kLate) keep(made);
+        made.any = false;
         const Operands now = kAhead ? in : load(i, b);
         __syncthreads();  // all warps' parts are there
         if (kAhead && round + 1 < Sum::kRounds)
@@ -83,11 +101,15 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (here(b)) {
           Acc sum[4];
           Sum::take(partial, sum);
-          finish(i, b, sum, now, state, next);
+          if constexpr (kLate)
+            made = make(i, b, sum, now, state, next);
+          else
+            keep(make(i, b, sum, now, state, next));
         }
       }
     }
     if (i + 1 < args.shape.last) barrier.arrive();
+    if (kLate) keep(made);
   }
 }
 

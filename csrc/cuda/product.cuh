@@ -181,8 +181,8 @@ class Weights {
 #pragma unroll
         for (int j = 0; j < kInRegisters; j += kHeldGroup<State, kNTiles>)
           if (all || j < mine)
-            group<kRegisters, kNTiles, kHeldGroup<State, kNTiles>>(state, columns, j, mine, sums,
-                                                                   second);
+            group<kRegisters, kNTiles, kHeldGroup<State, kNTiles>, kHeldGroup<State, kNTiles>>(
+                state, columns, j, mine, sums, second);
       };
       // A cluster's blocks need not fill all that they can hold. If they do, no branch stands
       // between the loads and products.
@@ -194,8 +194,9 @@ class Weights {
     const int resident = min(mine, kInRegisters + shared_);
     int j = kInRegisters;
 #pragma unroll 1
-    for (; j < resident; j += kGroup<State, kNTiles>)
-      group<kShared, kNTiles, kGroup<State, kNTiles>>(state, columns, j, resident, sums, second);
+    for (; j < resident; j += kSharedGroup<State, kNTiles>)
+      group<kShared, kNTiles, kSharedGroup<State, kNTiles>, kSharedCount<State, kNTiles>>(
+          state, columns, j, resident, sums, second);
     if constexpr (kSplit<State, kNTiles>) {
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m)
@@ -206,15 +207,16 @@ class Weights {
     }
     if constexpr (!State::kNear) {  // else all of the weights are, too
 #pragma unroll 1
-      for (j = max(kInRegisters, resident); j < mine; j += kGroup<State, kNTiles>)
-        group<kGlobal, kNTiles, kGroup<State, kNTiles>>(state, columns, j, mine, sums, second);
+      for (j = max(kInRegisters, resident); j < mine; j += kGlobalGroup<State, kNTiles>)
+        group<kGlobal, kNTiles, kGlobalGroup<State, kNTiles>, kGlobalGroup<State, kNTiles>>(
+            state, columns, j, mine, sums, second);
     }
   }
 
  private:
   enum Source { kRegisters, kShared, kGlobal };
   // Chunks whose loads are all on their way before the first is used: from L2 as many as registers
-  // allow.
+  // allow, for each wait is some 500 cycles on an H100, whatever it brings.
   template <class State, int kNTiles>
   static constexpr int kHeldGroup =
       State::kNear                   ? (kNTiles < 2 && kInRegisters % 2 == 0 ? 2 : 1)
@@ -223,14 +225,32 @@ class Weights {
   template <class State, int kNTiles>
   static constexpr int kGroup =
       kParts == 1 && 2 * kMTiles + kNTiles <= (State::kNear ? 6 : 8) ? 2 : 1;
+  // Kernels that hold weights are launched for all steps, a block a multiprocessor, and have the
+  // registers for more; the others may be one step's, several blocks a multiprocessor.
+  template <class State>
+  static constexpr bool kRoomy = !State::kNear && kInRegisters > 0;
+  template <class State, int kNTiles>
+  static constexpr int kSharedGroup =
+      !kRoomy<State> || kMTiles * kNTiles > 8 ? kGroup<State, kNTiles>
+      : kMTiles * kNTiles == 1                ? 16
+                                              : 8 / kNTiles;
+  template <class State, int kNTiles>
+  static constexpr int kSharedCount =
+      kRoomy<State> && kMTiles * kNTiles == 1 ? 4 : kGroup<State, kNTiles>;
+  template <class State, int kNTiles>
+  static constexpr int kGlobalGroup =
+      kRoomy<State> && 2 * kMTiles + kNTiles <= 4 ? 4 : kGroup<State, kNTiles>;
 
   // Where a warp has few sums, each is made as two: with all else near, what a chunk costs is the
   // wait for the product before it, 24 cycles on an H100, where two warps can start one every 6.5.
+  // Not elsewhere: the bits are then those of every tile and of a launch a step.
   template <class State, int kNTiles>
   static constexpr bool kSplit = State::kNear && kNTiles * kMTiles < 3;
 
-  // Adds the products of the warp's chunks j, j + 1, ... of kCount, those from `end` on left out.
-  template <Source kSource, int kNTiles, int kCount, class State>
+  // Adds the products of the warp's chunks j, j + 1, ... of kLoads, those from `end` on left out:
+  // all of their states are on their way before the first is used, and no branch stands between the
+  // products of kCount chunks.
+  template <Source kSource, int kNTiles, int kLoads, int kCount, class State>
   LSTM_EXT_DEVICE void group(const State& state, const uint32_t (&columns)[kNTiles][kColumns],
                              int j, int end, Acc (&sums)[kMTiles][kNTiles][4],
                              Acc (&second)[kMTiles][kNTiles][4]) const {
@@ -239,10 +259,10 @@ class Weights {
     const uint4 zero = make_uint4(0, 0, 0, 0);
 #pragma unroll 1
     for (int part = 0; part < kParts; ++part) {
-      uint4 b[kCount][kNTiles][kColumns];
+      uint4 b[kLoads][kNTiles][kColumns];
       // Loads under a predicate and products without: no branch keeps them from overlapping.
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
+      for (int i = 0; i < kLoads; ++i) {
         const int k = (warp + (j + i) * kKWarps) * kVectors + Arithmetic::vector(lane, part);
 #pragma unroll
         for (int n = 0; n < kNTiles; ++n)
@@ -251,7 +271,8 @@ class Weights {
             b[i][n][c] = j + i < end ? state.load(states + columns[n][c] + k * state.step()) : zero;
       }
 #pragma unroll
-      for (int i = 0; i < kCount; ++i)
+      for (int i = 0; i < kLoads; ++i) {
+        if (i > 0 && i % kCount == 0 && j + i >= end) break;
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
           uint4 rows[2] = {zero, zero};
@@ -273,6 +294,7 @@ class Weights {
               Arithmetic::multiply(sums[m][n], rows[0], rows[1], b[i][n]);
           }
         }
+      }
     }
   }
 

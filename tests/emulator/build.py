@@ -18,9 +18,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "emulator"
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*kernels_*.cu"))
 
 FLAGS = [
-    *("-std=c++20", "-g", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    *("-std=c++20", "-g1", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
     *("-DLSTM_EXT_EMULATED", f"-I{HERE / 'include'}", f"-I{ROOT / 'csrc'}"),
 ]
 # For all objects, and for those that are not the emulator's own.
@@ -36,12 +37,13 @@ OPTIONS = {
 }
 
 
-def build(name, sources, mode="plain", kind="program", extra_flags=()):
+def build(name, sources, mode="plain", kind="program", extra_flags=(), kernels=()):
     """The path of a program or shared library made of ``sources`` and the emulator.
 
     name: the file's name. sources: paths, relative ones from the repository's root; a .cu is
     compiled as C++. mode: "plain", "tsan", "asan". kind: "program", "shared". extra_flags: given
-    to the compiler for each of the sources, and at the end to the linker.
+    to the compiler for each of the sources, and at the end to the linker. kernels: sources that
+    need no such flags, compiled once for all results.
 
     Raises RuntimeError with the compiler's messages. At most two compilers run at a time; two
     processes that build for one mode take turns.
@@ -55,6 +57,8 @@ def build(name, sources, mode="plain", kind="program", extra_flags=()):
         (folder / "emulator", path, [*command, "-O2"]) for path in sorted(HERE.glob("emu*.cpp"))
     ]
     jobs += [(folder / f"{name}.objects", ROOT / path, own) for path in sources]
+    hidden = [*command, *instrumented, "-fvisibility=hidden"]
+    jobs += [(folder / "kernels", ROOT / path, hidden) for path in kernels]
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         headers = _digest_of_headers()
