@@ -6,7 +6,7 @@
 // makes dh0.
 #pragma once
 
-#include "cuda/cells.cuh"
+#include "cuda/backward_cells.cuh"
 
 namespace lstm_ext {
 

@@ -10,6 +10,7 @@
 // stored, and from its gradients of c and h that wait, which lie in cells and carry.
 #pragma once
 
+#include "cuda/backward_cells.cuh"
 #include "cuda/cluster_block.cuh"
 
 namespace lstm_ext {

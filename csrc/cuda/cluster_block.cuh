@@ -2,7 +2,7 @@
 // steps.
 #pragma once
 
-#include "cuda/cells.cuh"
+#include "cuda/block.cuh"
 #include "cuda/cluster.cuh"
 
 #ifdef LSTM_EXT_CLUSTERS

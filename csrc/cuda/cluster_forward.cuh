@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cuda/cluster_block.cuh"
+#include "cuda/forward_cells.cuh"
 
 namespace lstm_ext {
 

@@ -3,7 +3,7 @@
 // that stay, it is "grid".
 #pragma once
 
-#include "cuda/cells.cuh"
+#include "cuda/forward_cells.cuh"
 
 namespace lstm_ext {
 

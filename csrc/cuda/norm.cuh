@@ -5,7 +5,8 @@
 //   a = gx + gamma_hh * norm(product);  h = o * tanh(gamma_ch * norm(c) + beta_ch)
 #pragma once
 
-#include "cuda/cells.cuh"
+#include "cuda/backward_cells.cuh"
+#include "cuda/forward_cells.cuh"
 
 namespace lstm_ext {
 

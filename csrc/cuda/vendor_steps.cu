@@ -1,4 +1,5 @@
-#include "cuda/cells.cuh"
+#include "cuda/backward_cells.cuh"
+#include "cuda/forward_cells.cuh"
 #include "cuda/vendor.h"
 #include "cuda/vendor_steps.h"
 

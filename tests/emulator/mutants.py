@@ -158,7 +158,7 @@ MUTANTS = [
         ("reset ignored", BACKWARD, WRONG, (" && !turn.reset", "")),
     ),
     *of(
-        "cells.cuh",
+        "forward_cells.cuh",
         "class ForwardUnit",
         ("cell not reset", FORWARD, WRONG, ("turn.reset ? Acc(0) : c;", "c;")),
         (
@@ -182,7 +182,7 @@ MUTANTS = [
         ("cell not kept over a step not taken", FORWARD_BOTH, WRONG, ("c = in.c;", "c = 0;")),
     ),
     *of(
-        "cells.cuh",
+        "backward_cells.cuh",
         "class BackwardUnit",
         ("reset of the cell ignored", BACKWARD, WRONG, ("if (turn.reset) dc = 0;", "")),
         (
@@ -194,7 +194,7 @@ MUTANTS = [
         ("reset of the cell before ignored", BACKWARD, WRONG, ("if (!turn.reset) in", "in")),
     ),
     *of(
-        "cells.cuh",
+        "backward_cells.cuh",
         "Acc gradient_of_h(",
         (
             "carry not kept",
