@@ -146,6 +146,7 @@ SANITIZED = [
     "forward float32 grid 2x1 0+0 2 1 4 17 21 21 packed",
     "backward bfloat16 grid 2x2 4+1 1 1 2 17 37 37 lengths",
     "backward bfloat16 grid 2x8 0+1 1 1 2 33 37 37 lengths",
+    "backward bfloat16 grid 1x1 8+1 1 1 3 7 37 37 lengths",  # kept after arrival
     "backward bfloat16 step 1x1 0+0 1 1 2 17 37 21 packed",
     "backward float32 grid 2x4 0+1 2 1 2 33 37 37 lengths",  # tiles wider than a group
     "backward float32 step 2x4 0+0 1 1 2 17 37 37 packed",

@@ -50,7 +50,7 @@ class GroupBarrier {
   LSTM_EXT_DEVICE GroupBarrier(unsigned* counters, const BlockShape& shape, const BlockPlace& place)
       : counter_(counters + place.group * kCounterStride), blocks_(unsigned(shape.slices)) {}
 
-  // What this block wrote is finished.
+  // What this block wrote for the others is finished.
   LSTM_EXT_DEVICE void arrive() {
     __syncthreads();  // all of the block has written, and has read its partial sums
     if (threadIdx.x == 0) arrive_at(counter_);

@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
     return Operands{cell.load(turn, c, reset_follows), turn};
   };
   // What a round made for its cell. The other blocks wait for all that this one has written before
-  // it arrives at the barrier: where there are registers, the last round's is kept after that.
+  // it arrives at the barrier: where there are registers, the last tile's is kept after that, and
+  // that of a tile before while its successor's sums come together.
   constexpr bool kLate = kHeld > 0 && Sum::kRounds == 1;
   struct Made {
     typename Cell::Result result;

@@ -243,7 +243,7 @@ class Weights {
 
   // Where a warp has few sums, each is made as two: with all else near, what a chunk costs is the
   // wait for the product before it, 24 cycles on an H100, where two warps can start one every 6.5.
-  // Not elsewhere: the bits are then those of every tile and of a launch a step.
+  // Not elsewhere: the families step and grid give the same bits with every tile.
   template <class State, int kNTiles>
   static constexpr bool kSplit = State::kNear && kNTiles * kMTiles < 3;
 
