@@ -164,10 +164,8 @@ def test_weights_in_registers_in_shared_memory_and_streamed(arithmetic, backward
                 results[-1] += torch.autograd.grad(y.sum(), list(module.parameters()))
     plan = engine.picked[backward]
     assert FAMILIES[plan.family] == "grid" and (plan.held, plan.shared) == (held, shared)
-    assert (
-        chunks
-        == engine.core.cuda_padded(4 * H if backward else H, 2 if dtype in HALF else 1) // chunk
-    )
+    K = engine.core.cuda_padded(4 * H if backward else H, 2 if dtype in HALF else 1)
+    assert K == chunks * chunk
     assert_same_bits(*results)
 
 

@@ -100,8 +100,10 @@ __global__ void __launch_bounds__(kThreads,
         // Every thread has taken the sums of the round before.
         if (round > 0 || tile > place.row_first) __syncthreads();
         Sum::put(partial, sums, round);
-        if (kLate) keep(j, made);
-        made.any = false;
+        if (kLate) {
+          keep(j, made);
+          made.any = false;
+        }
         const Operands now = kAhead ? in : load(j, b);
         __syncthreads();  // all warps' parts are there
         if (kAhead && round + 1 < Sum::kRounds)

@@ -91,8 +91,10 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
         // Every thread has taken the sums of the round before.
         if (round > 0 || tile > place.row_first) __syncthreads();
         Sum::put(partial, sums, round);
-        if (kLate) keep(made);
-        made.any = false;
+        if (kLate) {
+          keep(made);
+          made.any = false;
+        }
         const Operands now = kAhead ? in : load(i, b);
         __syncthreads();  // all warps' parts are there
         if (kAhead && round + 1 < Sum::kRounds)
