@@ -108,7 +108,7 @@ def variants(plans: Sequence[Any], within: float) -> Iterator[Any]:
     best = min(plan.step_us for plan in plans)
     seen = set()
     for plan in sorted(plans, key=lambda plan: plan.step_us):
-        key = (plan.family, plan.m_tiles, plan.n_tiles, plan.group_rows, plan.held)
+        key = (plan.family, plan.m_tiles, plan.n_tiles, plan.group_rows, plan.held, plan.ahead)
         if plan.step_us <= within * best and key not in seen:
             seen.add(key)
             yield plan
@@ -191,6 +191,7 @@ def time_plans(
                 "grid": [plan.slices, plan.groups],
                 "held": plan.held,
                 "shared": plan.shared,
+                "ahead": plan.ahead,
                 "expected_us": plan.step_us,
                 "measured_us": took,
                 "chosen": plan.step_us == chosen.step_us,

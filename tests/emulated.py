@@ -27,7 +27,7 @@ H100 |= {"clusters": [132, 66, 32, 16, 8], "vendor": True}
 Pick = Callable[[list[Any], Any], Any]
 SOURCES = [
     *(f"csrc/cuda/{name}.cu" for name in ("arrange", "engine", "plain", "vendor_steps")),
-    *(f"csrc/cuda/{name}.cpp" for name in ("plan", "vendor_plan")),
+    *(f"csrc/cuda/{name}.cpp" for name in ("plan", "describe_plan", "vendor_plan")),
     "csrc/cuda/pointwise.cu",
     "csrc/cuda/bindings.cpp",
     "tests/emulator/module.cpp",

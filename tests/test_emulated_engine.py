@@ -5,6 +5,7 @@ schedules; test_emulated_clusters.py and test_emulated_vendor.py have the other 
 """
 
 import contextlib
+import functools
 
 import emulated
 import pytest
@@ -123,11 +124,14 @@ KEPT = (
     (False, (4, 1), 6),
     *((False, (4, 2), n) for n in (4, 5)),
     (False, (4, 4), 2),
+    *((False, tile, 1) for tile in ((4, 8), (8, 1), (8, 2))),
     *((True, (1, 1), n) for n in (6, 16, 19)),
     *((True, (2, 1), n) for n in (8, 9)),
     *((True, tile, n) for tile in ((1, 2), (2, 2)) for n in (1, 6)),
     *((True, tile, 3) for tile in ((1, 4), (2, 4))),
+    (True, (2, 8), 1),
 )
+NOT_HELD = ((4, 8), (8, 1), (8, 2), (2, 8))
 
 
 @pytest.mark.parametrize(
@@ -139,34 +143,53 @@ KEPT = (
 def test_weights_in_registers_in_shared_memory_and_streamed(arithmetic, backward, tile, shared):
     """A warp has chunks of each kind, and warps differ by one."""
     dtype, torch.backends.cudnn.allow_tf32 = ARITHMETIC[arithmetic]
-    held = 0 if arithmetic in SCALAR else {1: 8, 2: 4, 4: 2}[tile[0]]
+    held = 0 if arithmetic in SCALAR or tile in NOT_HELD else {1: 8, 2: 4, 4: 2}[tile[0]]
     chunk = 32 if dtype in HALF else 16
-    # Streamed: a batch and a part of one, or less where a product is long for its blocks.
-    chunks = 8 * (held + shared + (5 if backward else 1)) + 3
+    # Streamed: a batch and a part of one, or less where a product is long for its blocks; and as
+    # many or one more than are on their way ahead.
+    ahead = max(8 // tile[0], 1)
+    streamed = max(5 if backward else 1, 0 if arithmetic in SCALAR else ahead)
+    chunks = 8 * (held + shared + streamed) + 3
     H = chunks * chunk // (4 if backward else 1) - 1
 
-    def mixed(plans, problem):
+    def mixed(plans, problem, ahead=False):
         if problem.backward != backward:
             return only("step")(plans, problem)
-        plan = only("grid", forward=tile, backward=tile)(plans, problem)
-        plan.shared_bytes += (shared - plan.shared) * 8 * plan.m_tiles * 1024
-        plan.shared = shared
+        plan = min(
+            (
+                p
+                for p in plans
+                if FAMILIES[p.family] == "grid" and (p.m_tiles, p.n_tiles) == tile and not p.ahead
+            ),
+            key=lambda p: p.groups,
+        )
+        kept = min(shared, 16 // tile[0]) if ahead else shared  # as many as there is room for
+        plan.shared_bytes += (kept - plan.shared) * 8 * plan.m_tiles * 1024 + 65536 * ahead
+        plan.shared, plan.ahead = kept, ahead
         return plan
 
     module = lstm_ext.LSTM(3, H).to(dtype).requires_grad_(backward)
-    x = torch.randn(2, 8 * (tile[1] - 1) + 3, 3).to(dtype)  # some in the last n-tile
+    # Some sequences in the last n-tile; of the narrowest two tiles.
+    x = torch.randn(2, 8 * max(tile[1] - 1, 1) + 3, 3).to(dtype)
+    picks = [only("step"), mixed]
+    if arithmetic not in SCALAR:
+        picks.append(functools.partial(mixed, ahead=True))
     results = []
-    for pick in (only("step"), mixed):
-        with installed(pick, sm_count=132) as engine:
+    for pick in picks:
+        with installed(pick, sm_count=200) as engine:
             y, _ = module(x)
             results.append([y.detach()])
             if backward:
                 results[-1] += torch.autograd.grad(y.sum(), list(module.parameters()))
-    plan = engine.picked[backward]
-    assert FAMILIES[plan.family] == "grid" and (plan.held, plan.shared) == (held, shared)
+        plan = engine.picked[backward]
+        assert FAMILIES[plan.family] == ("step" if pick is picks[0] else "grid")
+        if pick is mixed:
+            assert (plan.held, plan.shared) == (held, shared)
+    assert plan.ahead == (arithmetic not in SCALAR)
     K = engine.core.cuda_padded(4 * H if backward else H, 2 if dtype in HALF else 1)
     assert K == chunks * chunk
-    assert_same_bits(*results)
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
 
 
 @pytest.mark.parametrize("family, arithmetic", KINDS)

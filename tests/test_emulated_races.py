@@ -29,7 +29,8 @@ pytestmark = pytest.mark.skipif(
 ALL_MUTANTS = os.environ.get("LSTM_EXT_ALL_MUTANTS") == "1"
 ENGINE = ["tests/emulator/lstm_driver.cpp", "tests/emulator/vendor.cpp"]
 ENGINE += [
-    f"csrc/cuda/{name}" for name in ("engine.cu", "plan.cpp", "vendor_plan.cpp", "vendor_steps.cu")
+    *(f"csrc/cuda/{name}.cpp" for name in ("plan", "describe_plan", "vendor_plan")),
+    *(f"csrc/cuda/{name}.cu" for name in ("engine", "vendor_steps")),
 ]
 FEW = ("few_kernels.cu", "few_cluster_kernels.cu")
 

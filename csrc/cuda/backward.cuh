@@ -30,9 +30,11 @@ __global__ void __launch_bounds__(kThreads,
   const bool projected = d.hidden;
   const int product_K = projected ? args.hidden_K : K;
   const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
-  const Weights<Arithmetic, PlainRows, kMTiles, kHeld> weights(
+  constexpr bool kStreams =
+      !kVariants && streams_ahead(kBackwardTensorTiles, kMTiles, kNTiles, kHeld);
+  Weights<Arithmetic, PlainRows, kMTiles, kHeld, 1, kStreams> weights(
       as<T>(projected ? d.w_hr : d.w_hh), H, product_K, unit_first, args.shape.shared,
-      memory + kPartialBytes);
+      memory + kPartialBytes, args.shape.ahead);
   GroupBarrier barrier(d.counters, args.shape, place);
 
   using Cell = BackwardUnit<Arithmetic, kVariants>;
@@ -123,6 +125,7 @@ __global__ void __launch_bounds__(kThreads,
     if (j + 1 < args.shape.last) barrier.arrive();
     if (kLate) keep(j, made);
   }
+  weights.stop();
 }
 
 // The projection's part of one step: dr = dy + dgates W_hh of the step after. Step family only.
@@ -140,8 +143,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Walk walk(args.steps, d.reverse);
   const int P = args.P, K = args.K, B = walk.B(), j = args.shape.first;
   const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
-  const Weights<Arithmetic, PlainRows, kMTiles, 0> weights(as<T>(d.w_hh), P, K, unit_first, 0,
-                                                           nullptr);
+  Weights<Arithmetic, PlainRows, kMTiles, 0> weights(as<T>(d.w_hh), P, K, unit_first, 0, nullptr);
   const bool final = j == walk.T();
   const T* state = as<T>(d.state) + int64_t((j + 1) % 2) * B * K;
   const int tile = place.row_first;  // a group is one tile here

@@ -130,6 +130,7 @@ void bind_cuda(py::module_& m) {
       .def_readwrite("n_tiles", &CudaPlan::n_tiles)
       .def_readwrite("held", &CudaPlan::held)
       .def_readwrite("shared", &CudaPlan::shared)
+      .def_readwrite("ahead", &CudaPlan::ahead)
       .def_readwrite("slices", &CudaPlan::slices)
       .def_readwrite("groups", &CudaPlan::groups)
       .def_readwrite("group_rows", &CudaPlan::group_rows)

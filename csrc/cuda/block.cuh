@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/engine.h"
-#include "cuda/product.cuh"
+#include "cuda/reduction.cuh"
 
 namespace lstm_ext {
 
@@ -12,6 +12,7 @@ namespace lstm_ext {
 struct BlockShape {
   int slices, groups, group_rows;
   int shared;       // chunks of weights in shared memory
+  bool ahead;       // whether a stream of the others goes through it
   int first, last;  // of the steps, in the order of taking them: what this launch does
 };
 

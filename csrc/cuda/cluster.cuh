@@ -10,12 +10,6 @@ namespace lstm_ext {
 
 #ifndef LSTM_EXT_EMULATED  // ============================ device ==================================
 
-using shared_addr = uint32_t;  // an address in the .shared::cluster window
-
-LSTM_EXT_DEVICE shared_addr shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
 // ---- ldmatrix: four 8x8 matrices of 16-bit elements. Lane 8 m + i gives the address of row i of
 // matrix m, 16-byte aligned; with g = lane / 4 and t = lane % 4, r[m] gets elements (g, 2t) and
 // (g, 2t + 1) of it; .trans: (2t, g) and (2t + 1, g).
@@ -123,20 +117,6 @@ LSTM_EXT_DEVICE void st_async(shared_addr dst, uint4 v, shared_addr mbar) {
       : "memory");
 }
 
-// ---- cp.async: 4 bytes of global memory into shared memory, for the thread alone that asks for
-// it. It has all but the `pending` newest of its groups after async_wait(). No other wait waits for
-// them, as one for a register's scoreboard may.
-
-LSTM_EXT_DEVICE void async_load(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
-               : "memory");
-}
-LSTM_EXT_DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int pending>
-LSTM_EXT_DEVICE void async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
-}
-
 // ---- cp.async.bulk: `bytes`, a multiple of 16, of this block's shared memory into a peer's (or
 // its own); both 16-byte aligned. On arrival they count at the mbarrier, which lies in the same
 // block's. Only what was written before copies_see() and a barrier after it is copied, whoever
@@ -155,10 +135,6 @@ LSTM_EXT_DEVICE void copy_async(shared_addr dst, const void* src, unsigned bytes
 #endif
 
 #else  // =============================== CPU twins ===============================================
-
-using shared_addr = uintptr_t;
-
-LSTM_EXT_DEVICE shared_addr shared_address(const void* p) { return shared_addr(p); }
 
 EMU_UNSEEN inline void emulated_ldmatrix(uint32_t (&r)[4], uint4 row, bool trans) {
   auto& rows = emu::exchange_area().lane;
@@ -221,16 +197,6 @@ LSTM_EXT_DEVICE void st_async(shared_addr dst, uint4 v, shared_addr mbar) {
   if (!emu::st_async(to, &v, sizeof v, m)) return;  // delivered later
   *to = v;
   emu::mbarrier_complete_tx(m, sizeof v);
-}
-
-LSTM_EXT_DEVICE void async_load(void* to, const void* from) {
-  if (uintptr_t(to) % 4 || uintptr_t(from) % 4) emu::fail("cp.async from %p to %p", from, to);
-  emu::async_load(to, from);
-}
-LSTM_EXT_DEVICE void async_commit() { emu::async_commit(); }
-template <int pending>
-LSTM_EXT_DEVICE void async_wait() {
-  emu::async_wait(pending);
 }
 
 LSTM_EXT_DEVICE void copies_see() { emu::copies_see(); }

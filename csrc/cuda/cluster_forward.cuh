@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     as<T>(d.c_n)[result] = from_acc<T>(at_or_zero(as<T>(d.c0), result));
   }
   fetch(first, turn);
-  const Weights<Arithmetic, GateRows, kMTiles, kHeld, kMWarps> weights(
+  Weights<Arithmetic, GateRows, kMTiles, kHeld, kMWarps> weights(
       as<T>(d.w_hh), H, K, unit_first, args.shape.shared,
       reinterpret_cast<unsigned char*>(partial + Sum::kCells * 4 * (kWarps / kMWarps)));
   const int part = pinned(Sum::part());

@@ -85,6 +85,7 @@ Args make_args(const CudaLayer& layer, const Direction* directions, bool project
                 int(layer.plan.groups),
                 int(layer.plan.group_rows),
                 layer.plan.shared,
+                layer.plan.ahead,
                 0,
                 0};
   Cutter cutter(workspace);
@@ -160,7 +161,7 @@ Projection plan_projection(const CudaLayer& layer) {
   return {tile.n,
           {dim3(unsigned(slices) * groups * layer.directions), kThreads,
            partial_bytes(tile.m, units, tile.n, int(acc_bytes(layer.dtype))), false},
-          {slices, groups, 8 * tile.n, 0, 0, 0}};
+          {slices, groups, 8 * tile.n, 0, false, 0, 0}};
 }
 
 LaunchShape norm_shape(const CudaLayer& layer) {

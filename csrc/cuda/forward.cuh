@@ -23,8 +23,10 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
   const Walk walk(args.steps, d.reverse);
   const int H = args.H, K = args.K, B = walk.B();
   const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
-  const Weights<Arithmetic, GateRows, kMTiles, kHeld> weights(
-      as<T>(d.w_hh), H, K, unit_first, args.shape.shared, memory + kPartialBytes);
+  constexpr bool kStreams =
+      !kVariants && streams_ahead(kForwardTensorTiles, kMTiles, kNTiles, kHeld);
+  Weights<Arithmetic, GateRows, kMTiles, kHeld, 1, kStreams> weights(
+      as<T>(d.w_hh), H, K, unit_first, args.shape.shared, memory + kPartialBytes, args.shape.ahead);
   GroupBarrier barrier(d.counters, args.shape, place);
 
   using Cell = ForwardUnit<Arithmetic, kVariants>;
@@ -114,6 +116,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
     if (i + 1 < args.shape.last) barrier.arrive();
     if (kLate) keep(made);
   }
+  weights.stop();
 }
 
 // The projection of one step: r = hidden W_hr^T for the outputs of one slice. Step family only.
@@ -131,8 +134,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Walk walk(args.steps, d.reverse);
   const int P = args.P, K = args.K, B = walk.B(), i = args.shape.first;
   const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
-  const Weights<Arithmetic, PlainRows, kMTiles, 0> weights(as<T>(d.w_hr), P, args.hidden_K,
-                                                           unit_first, 0, nullptr);
+  Weights<Arithmetic, PlainRows, kMTiles, 0> weights(as<T>(d.w_hr), P, args.hidden_K, unit_first, 0,
+                                                     nullptr);
   const int t = walk.step_at(i), following = i + 1 < walk.T() ? walk.step_at(i + 1) : -1;
   const T* state = as<T>(d.state) + int64_t(i % 2) * B * K;
   T* next = as<T>(d.state) + int64_t((i + 1) % 2) * B * K;

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <stdexcept>
 
 #include "cuda/vendor_plan.h"
@@ -42,15 +41,6 @@ const Tile* find(const Tiles& tiles, const CudaPlan& plan) {
   return tile == tiles.end ? nullptr : tile;
 }
 
-// The length of the cell kernel's product, and how many weight rows a unit has in it.
-int64_t product_length(const CudaProblem& p) {
-  if (!p.backward) return padded(p.P, p.dtype);
-  return p.projection ? padded(p.P, p.dtype) : padded(4 * p.H, p.dtype);
-}
-int64_t chunks_of(const CudaProblem& p) {
-  return product_length(p) * storage_bytes(p.dtype) / kChunkBytes;
-}
-
 int64_t base_shared(const CudaProblem& p, const Tile& tile) {
   return partial_bytes(tile.m, units_of(tile.m, p.backward), tile.n, int(acc_bytes(p.dtype)));
 }
@@ -85,9 +75,22 @@ double macs_per_us(const CudaProblem& p, const CudaProperties& device, const Cos
   return p.dtype == Dtype::kFloat32 ? costs.tensor32 : costs.tensor16;
 }
 
+// Chunks of a warp that has the fewest, that neither registers nor `shared` keep.
+int64_t streamed_chunks(const CudaProblem& p, int held, int shared) {
+  return chunks_of(p) / kWarps - held - shared;
+}
+
+// On tensor cores, with cp.async; the variants' kernels do not.
+bool can_stream_ahead(const CudaProblem& p, const CudaProperties& device, const Tile& tile,
+                      int held) {
+  return device.major >= 8 && on_tensor_cores(p.dtype, p.tf32, device.major) && !p.variants &&
+         held == tile.held;
+}
+
 // What a step takes in the cost model, and what of the plan follows from tile, family and groups.
+// ahead: weights that do not stay are asked for ahead, which takes memory from those that do.
 CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile& tile,
-                  CudaFamily family, int64_t groups) {
+                  CudaFamily family, int64_t groups, bool ahead = false) {
   const Costs costs;
   CudaPlan plan{};
   plan.family = family;
@@ -103,6 +106,8 @@ CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile
   if (family == CudaFamily::kGrid) {
     if (on_tensor_cores(p.dtype, p.tf32, device.major) && tile.held <= of_a_warp)
       plan.held = tile.held;
+    plan.ahead = ahead;
+    if (ahead) plan.shared_bytes += stream_bytes(tile.m);
     const int64_t room =
         (device.shared_bytes - plan.shared_bytes) / (int64_t(kWarps) * tile.m * kTileBytes);
     plan.shared = int(std::clamp<int64_t>(of_a_warp - plan.held, 0, std::max<int64_t>(room, 0)));
@@ -132,9 +137,11 @@ CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile
   const double math =
       tiles * 8 * tile.n * tile.m * 16 * double(product_length(p)) / macs_per_us(p, device, costs);
   const double cell = p.backward ? costs.cell_backward : costs.cell;
-  const double busy = state + streamed + std::max(from_shared, math) + tiles * cell;
-  plan.step_us = (grid ? costs.barrier : costs.launch) +
-                 std::max(from_memory, grid ? busy : std::ceil(waves) * busy);
+  const double others = state + std::max(from_shared, math) + tiles * cell;
+  const double fixed = grid ? costs.barrier : costs.launch;
+  // Ahead, weights come through barrier and cell too: all that L2 can give is what they wait for.
+  const double busy = ahead ? std::max(others, state + streamed - fixed) : others + streamed;
+  plan.step_us = fixed + std::max(from_memory, grid ? busy : std::ceil(waves) * busy);
   return plan;
 }
 
@@ -235,6 +242,14 @@ int64_t padded(int64_t k, Dtype dtype) {
   return ceil_div(k, chunk) * chunk;
 }
 
+int64_t product_length(const CudaProblem& p) {
+  if (!p.backward) return padded(p.P, p.dtype);
+  return p.projection ? padded(p.P, p.dtype) : padded(4 * p.H, p.dtype);
+}
+int64_t chunks_of(const CudaProblem& p) {
+  return product_length(p) * storage_bytes(p.dtype) / kChunkBytes;
+}
+
 int units_of(int m_tiles, bool backward) { return backward ? 16 * m_tiles : 4 * m_tiles; }
 
 std::vector<CudaPlan> all_cuda_plans(const CudaProblem& p, const CudaProperties& device) {
@@ -249,8 +264,14 @@ std::vector<CudaPlan> all_cuda_plans(const CudaProblem& p, const CudaProperties&
     const int64_t slices = ceil_div(p.H, units_of(tile->m, p.backward));
     // One block a multiprocessor: all of a cooperative launch must run at once.
     const int64_t most = device.sm_count / (slices * p.directions);
-    for (int64_t groups = 1; groups <= std::min(most, ceil_div(p.B, 8)); ++groups)
-      add(try_plan(p, device, *tile, CudaFamily::kGrid, groups));
+    for (int64_t groups = 1; groups <= std::min(most, ceil_div(p.B, 8)); ++groups) {
+      const CudaPlan plan = try_plan(p, device, *tile, CudaFamily::kGrid, groups);
+      add(plan);
+      // If more of the weights is streamed than would be on its way.
+      if (can_stream_ahead(p, device, *tile, plan.held) &&
+          streamed_chunks(p, plan.held, plan.shared) > chunks_ahead(tile->m))
+        add(try_plan(p, device, *tile, CudaFamily::kGrid, groups, true));
+    }
   }
   if (has_vendor_plan(p, device)) add(make_vendor_plan(p, device));
   if (steps_apart(p) || p.variants || p.T < 2 || !on_tensor_cores(p.dtype, p.tf32, device.major))
@@ -270,9 +291,16 @@ CudaPlan make_cuda_plan(const CudaProblem& p, const CudaProperties& device) {
   if (plans.empty())
     throw std::runtime_error("no kernel fits a device with " + std::to_string(device.shared_bytes) +
                              " bytes of shared memory a block");
-  return *std::min_element(plans.begin(), plans.end(), [](const CudaPlan& a, const CudaPlan& b) {
-    return a.step_us < b.step_us;
-  });
+  // Tiles are chosen by what was measured. What streaming ahead gains was not yet: such a plan is
+  // taken in place of the one that is the same but for that, no other.
+  const CudaPlan* best = nullptr;
+  for (const CudaPlan& plan : plans)
+    if (!plan.ahead && (!best || plan.step_us < best->step_us)) best = &plan;
+  for (const CudaPlan& plan : plans)
+    if (plan.ahead && plan.m_tiles == best->m_tiles && plan.n_tiles == best->n_tiles &&
+        plan.groups == best->groups && plan.step_us < best->step_us)
+      return plan;
+  return *best;
 }
 
 CudaWavefront make_cuda_wavefront(const CudaProblem& p, const CudaProperties& device,
@@ -334,57 +362,22 @@ std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
     return "the slices do not cover the hidden units";
   if (plan.groups < 1 || plan.group_rows < 1 || plan.groups * plan.group_rows < p.B)
     return "the groups do not cover the batch";
+  const bool scalar = p.dtype == Dtype::kFloat64 || (p.dtype == Dtype::kFloat32 && !p.tf32);
+  if (plan.ahead &&
+      (plan.family != CudaFamily::kGrid || scalar || p.variants || plan.held != tile->held ||
+       streamed_chunks(p, plan.held, plan.shared) < chunks_ahead(tile->m)))
+    return "no kernel streams these weights ahead";
   if (cluster) return refuse_cluster(plan, p, *tile);
   if (plan.cluster) return "only the cluster family has clusters";
   if (plan.held != 0 && plan.held != tile->held) return "no kernel holds so many chunks";
   const bool grid = plan.family == CudaFamily::kGrid;
   if (!grid && (plan.held || plan.shared)) return "a step kernel keeps no weights";
   if (grid && steps_apart(p)) return "a projection or a layer norm has no grid kernels";
-  if (plan.shared < 0 || plan.shared_bytes != base_shared(p, *tile) + int64_t(plan.shared) *
-                                                                          kWarps * tile->m *
-                                                                          kTileBytes)
+  const int64_t stays = int64_t(plan.shared) * kWarps * tile->m * kTileBytes;
+  const int64_t streams = plan.ahead ? stream_bytes(tile->m) : 0;
+  if (plan.shared < 0 || plan.shared_bytes != base_shared(p, *tile) + stays + streams)
     return "shared_bytes is not what its parts add up to";
   return "";
-}
-
-std::string describe(const CudaPlan& plan, const CudaProblem& p) {
-  static const char* const kDtypes[] = {"float64", "float32", "bfloat16", "float16"};
-  const bool cluster = plan.family == CudaFamily::kCluster;
-  const bool vendor = plan.family == CudaFamily::kVendor;
-  const char* const how = cluster  ? "clusters"
-                          : vendor ? "the vendor's product and a launch a step"
-                          : plan.family == CudaFamily::kGrid ? "one cooperative launch"
-                                                             : "a launch a step";
-  const int64_t slices = cluster ? plan.cluster : plan.slices;
-  const int64_t of_a_warp = ceil_div(chunks_of(p), kWarps);
-  char weights[120];
-  if (cluster)
-    std::snprintf(weights, sizeof weights, "%d %s in registers, %d in shared memory", plan.held,
-                  p.backward ? "row tiles" : "chunks", plan.shared);
-  else
-    std::snprintf(weights, sizeof weights,
-                  "%d chunks in registers, %d in shared memory, %lld from L2", plan.held,
-                  plan.shared,
-                  (long long)std::max<int64_t>(0, of_a_warp - plan.held - plan.shared));
-  char tiles[240] = "";
-  if (!vendor)
-    std::snprintf(tiles, sizeof tiles,
-                  ", tile %dx%d, weights of a warp: %s; %lld bytes of shared memory",
-                  plan.m_tiles * 16, plan.n_tiles * 8, weights, (long long)plan.shared_bytes);
-  char text[480];
-  std::snprintf(
-      text, sizeof text,
-      "%s %s%s%s B %lld H %lld P %lld, %d direction%s: %s, %lld blocks (%lld slices of %d "
-      "units x %lld groups of %lld sequences)%s; expected %.1f us a step",
-      p.backward ? "backward" : "forward", kDtypes[int(p.dtype)], p.tf32 ? " (TF32)" : "",
-      p.normed     ? " with layer norm"
-      : p.variants ? " with variants"
-                   : "",
-      (long long)p.B, (long long)p.H, (long long)p.P, p.directions, p.directions == 1 ? "" : "s",
-      how, (long long)(slices * plan.groups * p.directions), (long long)slices,
-      vendor ? kThreads : units_of(plan.m_tiles, p.backward), (long long)plan.groups,
-      (long long)plan.group_rows, tiles, plan.step_us);
-  return text;
 }
 
 }  // namespace lstm_ext

@@ -57,6 +57,7 @@ struct CudaPlan {
   int n_tiles;         // of 8 sequences, multiplied at once; as m_tiles
   int held;            // chunks of weights a warp keeps in registers (grid, cluster)
   int shared;          // the same in shared memory; a cluster's backward counts both in m-tiles
+  bool ahead;          // the others stream through shared memory, asked for ahead (grid)
   int64_t slices;      // blocks that share the units of a direction
   int64_t groups;      // of sequences, each with blocks and (grid) a barrier of its own
   int64_t group_rows;  // sequences of a group
@@ -70,6 +71,10 @@ bool on_tensor_cores(Dtype, bool tf32, int major);
 
 // Elements of k, padded to whole chunks.
 int64_t padded(int64_t k, Dtype);
+
+// The length of the cell kernel's product, and its chunks of 64 bytes.
+int64_t product_length(const CudaProblem&);
+int64_t chunks_of(const CudaProblem&);
 
 // Units of a block: four weight rows each in forward, one in backward.
 int units_of(int m_tiles, bool backward);

@@ -159,6 +159,43 @@ LSTM_EXT_DEVICE uint4 load_shared_by_blocks(const void* p) {
   return v;
 }
 
+// ---- shared memory
+
+using shared_addr = uint32_t;  // an address in the .shared::cluster window
+
+LSTM_EXT_DEVICE shared_addr shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// cp.async: 4 or 16 bytes of global memory into shared memory, for the thread alone that asks for
+// it; 16 from L2, past L1. It has all but the `pending` newest of its groups after async_wait(). No
+// other wait waits for them, as one for a register's scoreboard may.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+template <int kBytes>
+LSTM_EXT_DEVICE void async_load(void* to, const void* from) {
+  static_assert(kBytes == 4 || kBytes == 16);
+  if constexpr (kBytes == 4)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
+                 : "memory");
+  else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+                 : "memory");
+}
+LSTM_EXT_DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending>
+LSTM_EXT_DEVICE void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+#else  // Turing has none: they come at once
+template <int kBytes>
+LSTM_EXT_DEVICE void async_load(void* to, const void* from) {
+  memcpy(to, from, kBytes);
+}
+LSTM_EXT_DEVICE void async_commit() {}
+template <int pending>
+LSTM_EXT_DEVICE void async_wait() {}
+#endif
+
 // ---- a barrier of some blocks of a grid, through a counter in global memory
 // ----------------------- Arrive after a __syncthreads(), by one thread; what the block wrote
 // before is then visible to every block that has waited (release and acquire at gpu scope,
@@ -238,6 +275,23 @@ EMU_UNSEEN inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4],
 }
 
 LSTM_EXT_DEVICE uint4 load_shared_by_blocks(const void* p) { return *static_cast<const uint4*>(p); }
+
+using shared_addr = uintptr_t;
+
+LSTM_EXT_DEVICE shared_addr shared_address(const void* p) { return shared_addr(p); }
+
+template <int kBytes>
+LSTM_EXT_DEVICE void async_load(void* to, const void* from) {
+  if (uintptr_t(to) % kBytes || uintptr_t(from) % kBytes)
+    emu::fail("cp.async of %d bytes from %p to %p", kBytes, from, to);
+  emu::async_load(to, from, kBytes);
+}
+LSTM_EXT_DEVICE void async_commit() { emu::async_commit(); }
+template <int pending>
+LSTM_EXT_DEVICE void async_wait() {
+  emu::async_wait(pending);
+}
+
 LSTM_EXT_DEVICE void arrive_at(unsigned* counter) { emu::global_arrive(counter); }
 LSTM_EXT_DEVICE void wait_until(const unsigned* counter, unsigned target) {
   emu::global_wait(counter, target);

@@ -18,7 +18,7 @@
 #pragma once
 
 #include "cuda/arithmetic.cuh"
-#include "cuda/tiles.h"
+#include "cuda/stream.cuh"
 
 namespace lstm_ext {
 
@@ -100,8 +100,10 @@ struct StateInShared {
 };
 
 // A block's rows of the weights. Of the chunks of a warp the first kHeld stay in its registers, the
-// next `shared` in shared memory, the rest are read from global memory (L2) at every step.
-template <class Arithmetic, class Rows, int kMTiles, int kHeld, int kMWarps = 1>
+// next `shared` in shared memory, the rest are read from global memory (L2) at every step: just
+// before they are used, or with kStreams, where there is memory for it, ahead.
+template <class Arithmetic, class Rows, int kMTiles, int kHeld, int kMWarps = 1,
+          bool kStreams = false>
 class Weights {
   using Share = WarpShare<kMTiles, kMWarps>;
   static constexpr int kKWarps = Share::kKWarps;
@@ -114,12 +116,14 @@ class Weights {
 
  public:
   // w: [rows][K], rows 16-byte aligned, K in whole chunks, 64 GB at most. memory: 1 KB for each
-  // warp, shared chunk and m-tile.
+  // warp, shared chunk and m-tile, and, if `ahead`, stream_bytes().
   LSTM_EXT_DEVICE Weights(const T* w, int H, int K, int first_unit, int shared,
-                          unsigned char* memory)
+                          unsigned char* memory, bool ahead = false)
       : chunks_(int(K * sizeof(T) / kChunkBytes)),
         shared_(shared),
-        weights_(reinterpret_cast<const uint4*>(w)) {
+        weights_(reinterpret_cast<const uint4*>(w)),
+        stream_(ahead ? memory + size_t(kWarps) * shared * kMTiles * kTileBytes : nullptr,
+                kInRegisters + shared, (chunks_ - Share::k() + kKWarps - 1) / kKWarps) {
     const int lane = threadIdx.x % 32, warp = Share::k();
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m)
@@ -149,6 +153,11 @@ class Weights {
         }
     }
     __syncwarp();  // a warp reads only what it wrote itself
+    if constexpr (kAhead) stream_.start(source());
+  }
+  // After the last product.
+  LSTM_EXT_DEVICE void stop() {
+    if constexpr (kAhead) stream_.stop();
   }
 
   // sums[m][n]: the warp's part of the product with the kNTiles * 8 sequences whose states are the
@@ -156,7 +165,7 @@ class Weights {
   // the end.
   template <int kNTiles, class State>
   LSTM_EXT_DEVICE void multiply(const State& state, int first, int last,
-                                Acc (&sums)[kMTiles][kNTiles][4]) const {
+                                Acc (&sums)[kMTiles][kNTiles][4]) {
     const int lane = threadIdx.x % 32, warp = Share::k();
     uint32_t columns[kNTiles][kColumns];
 #pragma unroll
@@ -205,6 +214,15 @@ class Weights {
 #pragma unroll
           for (int e = 0; e < 4; ++e) sums[m][n][e] += second[m][n][e];
     }
+    if constexpr (kAhead) {
+      if (stream_.on()) {
+#pragma unroll 1
+        for (j = max(kInRegisters, resident); j < mine; j += kSharedGroup<State, kNTiles>)
+          group<kStream, kNTiles, kSharedGroup<State, kNTiles>, kSharedCount<State, kNTiles>>(
+              state, columns, j, mine, sums, second);
+        return stream_.turn();
+      }
+    }
     if constexpr (!State::kNear) {  // else all of the weights are, too
 #pragma unroll 1
       for (j = max(kInRegisters, resident); j < mine; j += kGlobalGroup<State, kNTiles>)
@@ -214,7 +232,8 @@ class Weights {
   }
 
  private:
-  enum Source { kRegisters, kShared, kGlobal };
+  enum Source { kRegisters, kShared, kStream, kGlobal };
+  static constexpr bool kAhead = kStreams && kParts == 1;
   // Chunks whose loads are all on their way before the first is used: from L2 as many as registers
   // allow, for each wait is some 500 cycles on an H100, whatever it brings.
   template <class State, int kNTiles>
@@ -253,7 +272,7 @@ class Weights {
   template <Source kSource, int kNTiles, int kLoads, int kCount, class State>
   LSTM_EXT_DEVICE void group(const State& state, const uint32_t (&columns)[kNTiles][kColumns],
                              int j, int end, Acc (&sums)[kMTiles][kNTiles][4],
-                             Acc (&second)[kMTiles][kNTiles][4]) const {
+                             Acc (&second)[kMTiles][kNTiles][4]) {
     const int lane = threadIdx.x % 32, warp = Share::k();
     const uint4* states = state.start();
     const uint4 zero = make_uint4(0, 0, 0, 0);
@@ -280,11 +299,15 @@ class Weights {
             rows[0] = held_[j + i][m][0];
             rows[1] = held_[j + i][m][1];
           } else if (j + i < end) {
-            if constexpr (kSource == kGlobal)
+            if constexpr (kSource == kGlobal) {
               load(m, warp + (j + i) * kKWarps, part, rows);
-            else
+            } else if constexpr (kSource == kStream) {
+              stream_.take(m, j + i, rows, source());
+              for (int half = 0; half < 2; ++half) rows[half] = Arithmetic::round(rows[half]);
+            } else {
               for (int half = 0; half < 2; ++half)
                 rows[half] = *place(j + i - kInRegisters, m, part, half);
+            }
           }
 #pragma unroll
           for (int n = 0; n < kNTiles; ++n) {
@@ -298,6 +321,13 @@ class Weights {
     }
   }
 
+  // For the stream: where a lane's part of a row lies.
+  LSTM_EXT_DEVICE auto source() const {
+    return [this](int m, int half, int j) {
+      const int chunk = Share::k() + j * kKWarps;
+      return weights_ + rows_[m][half] + chunk * kVectors + Arithmetic::vector(threadIdx.x % 32, 0);
+    };
+  }
   LSTM_EXT_DEVICE void load(int m, int chunk, int part, uint4 (&out)[2]) const {
     const int k = chunk * kVectors + Arithmetic::vector(threadIdx.x % 32, part);
 #pragma unroll
@@ -314,84 +344,8 @@ class Weights {
   const uint4* weights_;
   uint32_t rows_[kMTiles][2];  // first vector of each row
   uint4* memory_;
+  WeightStream<kAhead ? kMTiles : 0> stream_;
   uint4 held_[kInRegisters ? kInRegisters : 1][kMTiles][2];
-};
-
-// ---- the sum over the warps
-// -----------------------------------------------------------------------
-
-// Hands each unit of a tile the sums of its gates. The partial sums go through shared memory in
-// rounds of kRoundTiles n-tiles: by default as many as give each thread about one unit of one
-// sequence.
-template <class Arithmetic, class Rows, int kMTiles, int kNTiles, int kMWarps = 1,
-          int kTilesOfRound = round_tiles(Rows::units(kMTiles * kMWarps), kNTiles)>
-struct Reduction {
-  using Acc = typename Arithmetic::Acc;
-  using Share = WarpShare<kMTiles, kMWarps>;
-  static constexpr int kBlockTiles = kMTiles * kMWarps;
-  static constexpr int kUnits = Rows::units(kBlockTiles);
-  static constexpr int kRoundTiles = kTilesOfRound;
-  static constexpr int kRounds = kNTiles / kRoundTiles;
-  static constexpr int kCells = kRoundTiles * 8 * kUnits;  // of a round
-  static constexpr int kStride = kThreads / kUnits * kUnits;
-  static constexpr int kPerThread = (kCells + kStride - 1) / kStride;
-
-  // The j-th cell of this thread in a round: sequence and, the same for all j, hidden unit within
-  // the tile. Consecutive threads have consecutive units, as they lie in memory.
-  static LSTM_EXT_DEVICE unsigned cell(int j) { return j * kStride + threadIdx.x; }
-  static LSTM_EXT_DEVICE bool has_cell(int j = 0) {
-    return (kStride == kThreads || threadIdx.x < unsigned(kStride)) && cell(j) < unsigned(kCells);
-  }
-  static LSTM_EXT_DEVICE int unit() { return threadIdx.x % kUnits; }
-  static LSTM_EXT_DEVICE int sequence(int round, int j = 0) {
-    return round * kRoundTiles * 8 + cell(j) / kUnits;
-  }
-
-  // partial: [kKWarps][kRoundTiles][kBlockTiles][16][8], the columns of a row in an order that puts
-  // what the threads of a warp take together into different banks.
-  static LSTM_EXT_DEVICE int place(int warp, int n, int m, int row, int column) {
-    const int swizzle = Rows::kGates == 4 ? (row >> 2 & 1) * 4 ^ (m >> 1 & 1) * 2 ^ (m >> 2 & 1)
-                                          : (row >> 2 & 1) * 4 ^ (row >> 3 & 1) * 2 ^ (m & 1);
-    return ((warp * kRoundTiles + n) * kBlockTiles + m) * 128 + row * 8 + (column ^ swizzle);
-  }
-  static LSTM_EXT_DEVICE void put(Acc* partial, const Acc (&sums)[kMTiles][kNTiles][4], int round) {
-    const int lane = threadIdx.x % 32, warp = Share::k();
-#pragma unroll
-    for (int n = 0; n < kRoundTiles; ++n)
-#pragma unroll
-      for (int m = 0; m < kMTiles; ++m)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          partial[place(warp, n, Share::first_m() + m, lane / 4 + e / 2 * 8,
-                        lane % 4 * 2 + e % 2)] = sums[m][round * kRoundTiles + n][e];
-  }
-  // Where the first gate of this thread's j-th cell lies in the first warp's sums. first: of cell
-  // 0, if that is at hand.
-  static LSTM_EXT_DEVICE int part(int j = 0) {
-    const int u = unit(), b = sequence(0, j);
-    return Rows::kGates == 4 ? place(0, b / 8, u / 8 * 2, u % 8, b % 8)
-                             : place(0, b / 8, u / 16, u % 16, b % 8);
-  }
-  static LSTM_EXT_DEVICE int part(int j, int first) {
-    constexpr int kSequences = kStride / kUnits;
-    if (kSequences % 8 == 0) return first + j * (kSequences / 8) * kBlockTiles * 128;
-    return j == 0 ? first : part(j);
-  }
-  // The sums of the cell whose part() it is: the gates i, f, g, o, or one value. Gates and warps
-  // lie at fixed distances: what place() swizzles by is the same for them.
-  static LSTM_EXT_DEVICE void take(const Acc* partial, Acc (&out)[Rows::kGates], int part) {
-#pragma unroll
-    for (int gate = 0; gate < Rows::kGates; ++gate) {
-      const Acc* const parts = partial + part + gate / 2 * 128 + gate % 2 * 64;
-      out[gate] = parts[0];
-#pragma unroll
-      for (int warp = 1; warp < Share::kKWarps; ++warp)
-        out[gate] += parts[warp * kRoundTiles * kBlockTiles * 128];
-    }
-  }
-  static LSTM_EXT_DEVICE void take(const Acc* partial, Acc (&out)[Rows::kGates]) {
-    take(partial, out, part());
-  }
 };
 
 }  // namespace lstm_ext

@@ -1,6 +1,7 @@
 // The sizes that the kernels and their plan share. No CUDA.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "inline.h"
@@ -38,6 +39,22 @@ constexpr Tile kForwardFewTiles[] = {{2, 1, 0}, {2, 4, 0}, {4, 2, 0}};
 constexpr Tile kBackwardFewTiles[] = {{1, 1, 0}, {1, 4, 0}, {2, 4, 0}};
 // Of the projection's kernels.
 constexpr Tile kProjectionTiles[] = {{1, 1, 0}, {1, 4, 0}};
+
+// A block that streams weights from L2 has always so many chunks a warp on their way to its shared
+// memory: 64 KB, twice what an H100's L2 (42 KB a microsecond and multiprocessor, some 0.7 us away)
+// or memory asks for. A tile of more than 8 m-tiles streams none.
+LSTM_EXT_INLINE constexpr int chunks_ahead(int m_tiles) { return m_tiles < 8 ? 8 / m_tiles : 1; }
+LSTM_EXT_INLINE constexpr int64_t stream_bytes(int m_tiles) {
+  return int64_t(kWarps) * chunks_ahead(m_tiles) * m_tiles * kTileBytes;
+}
+
+// Whether a kernel can: those that are launched for all steps.
+template <size_t N>
+LSTM_EXT_INLINE constexpr bool streams_ahead(const Tile (&tiles)[N], int m, int n, int held) {
+  for (const Tile& tile : tiles)
+    if (tile.m == m && tile.n == n) return tile.held == held;
+  return false;
+}
 
 // Bytes of a layer norm's sums: two values a warp.
 LSTM_EXT_INLINE constexpr int64_t block_sums_bytes(int64_t acc_bytes) {

@@ -144,6 +144,8 @@ static void trampoline() {
 #endif
   hb_acquire(&b->hb_start);
   b->grid->entry(b->grid->arg);
+  if (!cur->loads.empty())
+    fail("a thread has ended with %zu loads (cp.async) still on their way", cur->loads.size());
   hb_release(&b->hb_end);
   cluster_thread_exit(b);
   yield(DONE);

@@ -6,11 +6,12 @@
 // PASS: forward, backward. DTYPE: float64, float32, tf32, bfloat16, float16. FAMILY: step, grid,
 // cluster, vendor. MxN: the plan's tiles, of vendor 0x0. HELD+SHARED: chunks of weights (of a
 // cluster's backward m-tiles) that a warp keeps in registers and in shared memory; 0+0 streams them
-// all. GROUPS: of sequences; each takes several tiles if it has more than 8 N, which a cluster's
-// may not. P: below H for a projection. BATCH: dense; lengths (padded, with resets); packed (no
-// padding, with resets); norm, norm+lengths, norm+packed: the same with a layer norm, which has the
-// families step and vendor only; +parts: a launch for the first step, one for the last, one for
-// those between, which only clusters can. SEED: of the emulator's scheduling; each is a run.
+// all, 0+0a ahead. GROUPS: of sequences; each takes several tiles if it has more than 8 N, which a
+// cluster's may not. P: below H for a projection. BATCH: dense; lengths (padded, with resets);
+// packed (no padding, with resets); norm, norm+lengths, norm+packed: the same with a layer norm,
+// which has the families step and vendor only; +parts: a launch for the first step, one for the
+// last, one for those between, which only clusters can. SEED: of the emulator's scheduling; each is
+// a run.
 //
 // Exit code 0: all right, 1: a wrong result, 2: not run. Every buffer ends where malloc's block
 // does, so that AddressSanitizer sees an overrun (the engine cuts its scratch itself: there, what
@@ -358,9 +359,11 @@ Request parse(char** word) {
                 : is(2, "vendor") ? CudaFamily::kVendor
                 : is(2, "grid")   ? CudaFamily::kGrid
                                   : CudaFamily::kStep;
+  char ahead = 0;
   if (std::sscanf(word[3], "%dx%d", &plan.m_tiles, &plan.n_tiles) != 2 ||
-      std::sscanf(word[4], "%d+%d", &plan.held, &plan.shared) != 2)
+      std::sscanf(word[4], "%d+%d%c", &plan.held, &plan.shared, &ahead) < 2)
     throw std::invalid_argument("MxN and HELD+SHARED are expected");
+  plan.ahead = ahead == 'a';
   const int64_t groups = number(5);
   p.directions = int(number(6));
   p.T = number(7), p.B = number(8), p.H = number(9), p.P = number(10);
@@ -394,6 +397,7 @@ Request parse(char** word) {
       of_a_tile /= warps_of_rows(plan.m_tiles);
   } else if (!vendor) {
     plan.shared_bytes = partial_bytes(plan.m_tiles, units, plan.n_tiles, int(acc_bytes(p.dtype)));
+    if (plan.ahead) plan.shared_bytes += stream_bytes(plan.m_tiles);
   }
   plan.shared_bytes += int64_t(plan.shared) * kWarps * of_a_tile;
   return r;

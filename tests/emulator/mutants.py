@@ -7,7 +7,7 @@ nobody notices is a hole in the tests, or a precaution that is not needed.
 import re
 
 from emulator import cluster_mutants, cluster_problems, norm_mutants
-from emulator.mutant import DEADLOCK, OVERRUN, RACE, SOURCES, WRONG, of
+from emulator.mutant import BEYOND, DEADLOCK, OVERRUN, RACE, SOURCES, WRONG, of
 
 # Arguments of lstm_driver for few_kernels.cu, small: a thread costs ThreadSanitizer half a
 # millisecond. Each has at least two blocks that need each other.
@@ -17,12 +17,15 @@ FORWARD_GROUPS = "forward float32 grid 2x1 0+0 2 1 3 9 13 13 dense"
 FORWARD_ROUNDS = "forward bfloat16 grid 8x2 0+1 1 1 3 9 33 33 lengths"  # two rounds a tile
 FORWARD_OVERLAP = "forward bfloat16 step 8x2 0+0 2 1 3 9 33 33 dense"  # tiles wider than a group
 FORWARD_PROJECTED = "forward float32 step 2x1 0+0 1 2 3 17 21 18 lengths"
+# Two tiles; some warps' chunks are one more than are on their way.
+STREAM = "forward bfloat16 grid 8x2 0+0a 1 1 2 17 300 300 dense"
+STREAM_TURNS = "backward bfloat16 grid 2x8 0+0a 1 1 2 3 280 280 dense"
 BACKWARD = "backward float32 grid 1x1 0+1 1 1 3 9 17 17 lengths"
 BACKWARD_ROUNDS = "backward float32 grid 2x4 0+1 1 1 3 9 33 33 lengths"  # four rounds a tile
 BACKWARD_PROJECTED = "backward float32 step 1x1 0+0 1 2 3 9 21 18 lengths"
 CONTROL = [
     *(FORWARD, FORWARD_BOTH, FORWARD_GROUPS, FORWARD_ROUNDS, FORWARD_OVERLAP, FORWARD_PROJECTED),
-    *(BACKWARD, BACKWARD_ROUNDS, BACKWARD_PROJECTED),
+    *(BACKWARD, BACKWARD_ROUNDS, BACKWARD_PROJECTED, STREAM, STREAM_TURNS),
     *cluster_problems.CONTROL,
     *norm_mutants.CONTROL,
 ]
@@ -281,6 +284,29 @@ MUTANTS = [
             (" + size_t(threadIdx.x / 32) * shared * kMTiles * 64", ""),
         ),
         ("sequences past the end", FORWARD, RACE, ("state.row(min(b, last)", "state.row(b")),
+    ),
+    *of(
+        "stream.cuh",
+        "class WeightStream {",
+        ("nobody waits", STREAM, WRONG, ("async_wait<int(kSlots) * kMTiles - kTogether>();", ";")),
+        ("waits for one too few", STREAM, WRONG, ("kMTiles - kTogether>", "kMTiles - 1>")),
+        ("loads are not told apart", STREAM, "still on their way", ("async_commit();", "")),
+        ("ends with loads on their way", STREAM, "still on their way", ("async_wait<0>();", "")),
+        (
+            "a place beside is filled",
+            STREAM_TURNS,
+            RACE,
+            ("fetch(m - before, next, slot, from)", "fetch(m - before, next, slot + 1, from)"),
+        ),
+        ("the next turn begins elsewhere", STREAM_TURNS, WRONG, ("turn_ += unsigned(", "(void)(")),
+        (
+            "the last chunks come twice",
+            STREAM,
+            WRONG,
+            ("next -= end_ - first_;", "next = end_ - 1;"),
+        ),
+        ("chunks past the end", STREAM, BEYOND, ("if (next >= end_)", "if (false)")),
+        ("warps share their places", STREAM, RACE, ("threadIdx.x / 32 *", "0 *")),
     ),
     *of(
         "product.cuh",

@@ -72,10 +72,11 @@ struct Warp {
   Sync full, part;
 };
 
-// cp.async of 4 bytes, and to which of its thread's groups it belongs.
+// cp.async, and to which of its thread's groups it belongs.
 struct AsyncLoad {
   void* to;
   const void* from;
+  int bytes;  // in whole words of 4
   unsigned group;
 };
 
@@ -192,13 +193,15 @@ void copies_see();
 // ---- cp.async. When data come is the seed's choice, as with st.async; until then the place holds
 // 0xff.
 bool async_load_comes_now();
-inline void async_load(void* to, const void* from) {
-  if (async_load_comes_now()) {
-    *static_cast<uint32_t*>(to) = *static_cast<const uint32_t*>(from);
-    return;
-  }
-  std::memset(to, 0xff, 4);
-  cur->loads.push_back({to, from, cur->load_groups});
+inline void deliver(const AsyncLoad& load) {
+  for (int i = 0; i < load.bytes / 4; ++i)
+    static_cast<uint32_t*>(load.to)[i] = static_cast<const uint32_t*>(load.from)[i];
+}
+inline void async_load(void* to, const void* from, int bytes) {
+  const AsyncLoad load = {to, from, bytes, cur->load_groups};
+  if (async_load_comes_now()) return deliver(load);
+  std::memset(to, 0xff, size_t(bytes));
+  cur->loads.push_back(load);
 }
 inline void async_commit() { ++cur->load_groups; }
 inline void async_wait(unsigned pending) {
@@ -208,7 +211,7 @@ inline void async_wait(unsigned pending) {
     if (load.group + pending >= cur->load_groups)
       loads[left++] = load;
     else
-      *static_cast<uint32_t*>(load.to) = *static_cast<const uint32_t*>(load.from);
+      deliver(load);
   loads.resize(left);
 }
 

@@ -1,0 +1,86 @@
+// Weights that do not stay on the multiprocessor, but come from L2 in the same order at every step.
+//
+// They depend on nothing that a step makes: a warp has the next chunks of its share always on their
+// way into shared memory, through the barrier and the cell too, when nothing else would be read. A
+// lane asks for what it will itself use, and so waits for nobody else.
+#pragma once
+
+#include "cuda/primitives.cuh"
+#include "cuda/tiles.h"
+
+namespace lstm_ext {
+
+// The chunks first, first + 1, ... end - 1 of a warp, over and over: chunks_ahead() of them at
+// least, or none. A chunk is kMTiles pieces of 1 KB.
+template <int kMTiles>
+class WeightStream {
+  static constexpr unsigned kSlots = chunks_ahead(kMTiles);
+  // Pieces that are waited for together: a load of shared memory takes longer than its products.
+  static constexpr int kTogether = kMTiles > 1 ? 2 : 1;
+  static_assert(kMTiles % kTogether == 0, "each m-tile is waited for");
+
+ public:
+  // memory: of the block, stream_bytes(); null: there is no stream.
+  LSTM_EXT_DEVICE WeightStream(unsigned char* memory, int first, int end)
+      : memory_(reinterpret_cast<uint4*>(memory) + threadIdx.x / 32 * (kSlots * kMTiles * 64) +
+                threadIdx.x % 32),
+        on_(memory),
+        first_(first),
+        end_(end),
+        turn_(-unsigned(first)) {}
+
+  LSTM_EXT_DEVICE bool on() const { return on_; }
+
+  // from(m, half, chunk): where the lane's 16 bytes lie, of rows g and g + 8 of an m-tile.
+  template <class From>
+  LSTM_EXT_DEVICE void start(From from) {
+    if (!on_) return;
+#pragma unroll
+    for (unsigned slot = 0; slot < kSlots; ++slot)
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) fetch(m, first_ + int(slot), slot, from);
+  }
+  // Of a chunk, m-tile by m-tile and chunk by chunk. What comes a round of slots later follows it
+  // into its place.
+  template <class From>
+  LSTM_EXT_DEVICE void take(int m, int chunk, uint4 (&rows)[2], From from) {
+    if (m % kTogether == 0) async_wait<int(kSlots) * kMTiles - kTogether>();
+    const unsigned slot = (turn_ + unsigned(chunk)) % kSlots;
+    rows[0] = *place(m, 0, slot);
+    rows[1] = *place(m, 1, slot);
+    if (m % kTogether != kTogether - 1) return;
+    int next = chunk + int(kSlots);
+    if (next >= end_) next -= end_ - first_;
+#pragma unroll
+    for (int before = kTogether - 1; before >= 0; --before) fetch(m - before, next, slot, from);
+  }
+  // All chunks have been taken.
+  LSTM_EXT_DEVICE void turn() { turn_ += unsigned(end_ - first_); }
+  // What is on its way is waited for: nothing may come after the block has gone.
+  LSTM_EXT_DEVICE void stop() { async_wait<0>(); }
+
+ private:
+  template <class From>
+  LSTM_EXT_DEVICE void fetch(int m, int chunk, unsigned slot, From from) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) async_load<16>(place(m, half, slot), from(m, half, chunk));
+    async_commit();
+  }
+  LSTM_EXT_DEVICE uint4* place(int m, int half, unsigned slot) const {
+    return memory_ + (slot * kMTiles + unsigned(m)) * 64 + half * 32;
+  }
+
+  uint4* memory_;
+  bool on_;
+  int first_, end_;
+  unsigned turn_;  // and a chunk's number: its slot
+};
+
+// Of kernels without.
+template <>
+class WeightStream<0> {
+ public:
+  LSTM_EXT_DEVICE WeightStream(unsigned char*, int, int) {}
+};
+
+}  // namespace lstm_ext

@@ -1,0 +1,106 @@
+"""Plans whose weights stream from L2 ahead of their use: a pure function of problem and device."""
+
+import emulated
+import pytest
+from test_emulated_plan import DEVICES, check, properties
+
+from lstm_ext.cuda_engine import FAMILIES
+
+pytestmark = pytest.mark.cpu_only(reason="the plan asks no device")
+
+TF32 = {"dtype": 1, "tf32": True, "T": 50}
+
+
+def plans_of(device, **facts):
+    problem = emulated.problem(**facts)
+    plans = emulated.load().cuda_plans(problem, properties(device))
+    return problem, [plan for plan in plans if FAMILIES[plan.family] == "grid"]
+
+
+def tile(plan):
+    return plan.m_tiles, plan.n_tiles, plan.groups
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_where_more_is_streamed_than_would_be_on_its_way(device, backward):
+    """64 KB a block: some of what stayed on the multiprocessor makes room for them."""
+    seen = 0
+    for H in (512, 1024, 2048, 4096):
+        problem, plans = plans_of(device, **TF32, H=H, B=16, backward=backward)
+        of_a_warp = (4 * H if backward else H) * 4 // 64 // 8
+        ahead = [plan for plan in plans if plan.ahead]
+        others = {tile(plan): plan for plan in plans if not plan.ahead}
+        assert len(ahead) + len(others) == len(plans)
+        for plan in ahead:
+            check(plan, problem, device, directions=1, B=16, H=H, backward=backward)
+            other = others.pop(tile(plan))
+            on_their_way = max(8 // plan.m_tiles, 1)
+            assert of_a_warp - plan.held - other.shared > on_their_way
+            assert plan.held == other.held and plan.shared < other.shared or other.shared == 0
+            assert "from L2 ahead" in emulated.load().cuda_describe_plan(plan, problem)
+            seen += 1
+        for plan in others.values():  # those that have no such twin
+            fits = of_a_warp - plan.held - plan.shared <= max(8 // plan.m_tiles, 1)
+            large = plan.shared_bytes + (64 << 10) > DEVICES[device][3] and plan.shared == 0
+            assert fits or large or DEVICES[device][0] < 8
+    assert (seen > 0) == (device != "T4")
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_the_tiles_chosen_are_those_measured(backward):
+    core = emulated.load()
+    chosen = 0
+    for H, B in ((1536, 1), (1536, 16), (2048, 1), (2048, 16), (2048, 32), (4096, 1)):
+        problem = emulated.problem(**TF32, H=H, B=B, backward=backward)
+        every = core.cuda_plans(problem, properties("H100"))
+        best = min((p for p in every if not p.ahead), key=lambda plan: plan.step_us)
+        plan = core.cuda_plan(problem, properties("H100"))
+        assert (plan.family, *tile(plan)) == (best.family, *tile(best))
+        assert plan.step_us < best.step_us if plan.ahead else plan.step_us == best.step_us
+        chosen += plan.ahead
+    assert chosen >= 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"family": 0, "held": 0, "shared": 0},
+        {"held": 0},
+        {"shared": 14},
+        {"m_tiles": 2, "slices": 256},
+    ],
+    ids=str,
+)
+def test_what_is_refused(change):
+    core = emulated.load()
+    problem = emulated.problem(**TF32, H=2048, B=16)
+    plan = core.cuda_plan(problem, properties("H100"))
+    assert plan.ahead and core.cuda_refuse_plan(plan, problem) == ""
+    for name, value in change.items():
+        setattr(plan, name, value)
+    assert core.cuda_refuse_plan(plan, problem) == "no kernel streams these weights ahead"
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"tf32": False}, {"dtype": 0, "tf32": False}, {"variants": True}],
+    ids=["float32", "float64", "variants"],
+)
+def test_kernels_that_cannot(facts):
+    """Outside of tensor cores, and with variants."""
+    core = emulated.load()
+    problem, plans = plans_of("H100", **(TF32 | facts), H=2048, B=16)
+    assert plans and not any(plan.ahead for plan in plans)
+    plans[0].ahead = True
+    plans[0].shared_bytes += 64 << 10
+    assert core.cuda_refuse_plan(plans[0], problem) == "no kernel streams these weights ahead"
+
+
+def test_the_other_families_do_not():
+    core = emulated.load()
+    problem = emulated.problem(T=100, B=16, H=256)
+    for plan in core.cuda_plans(problem, properties("H100")):
+        if FAMILIES[plan.family] != "grid":
+            plan.ahead = True
+            assert core.cuda_refuse_plan(plan, problem)
