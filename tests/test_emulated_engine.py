@@ -192,6 +192,24 @@ def test_weights_in_registers_in_shared_memory_and_streamed(arithmetic, backward
         assert_same_bits(result, results[0])
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800000], ids=["nan", "-nan", "inf"])
+@pytest.mark.parametrize("family", ["step", "grid", "cluster"])
+def test_weights_that_are_no_numbers(family, bits):
+    """TF32 rounds by an addition to the bits, which would make zero of a GPU's own NaN."""
+    torch.backends.cudnn.allow_tf32 = True
+    weight = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    module = lstm_ext.LSTM(3, 37)
+    with torch.no_grad():
+        module.weight_hh_l0[0, 5] = weight  # of gate i of unit 0
+    x = torch.randn(2, 3, 3)
+    with installed(only(family)):
+        y, _ = module(x)
+        grads = torch.autograd.grad(y.sum(), [module.weight_ih_l0, module.weight_hh_l0])
+    expected, _ = torch.nn.LSTM.forward(module, x)
+    assert y.isnan().any() and torch.equal(y.isnan(), expected.isnan())
+    assert all(grad.isnan().any() for grad in grads)
+
+
 @pytest.mark.parametrize("family, arithmetic", KINDS)
 def test_every_schedule_gives_the_same_bits(family, arithmetic):
     """No result depends on the order in which blocks and warps run."""

@@ -12,9 +12,10 @@ namespace lstm_ext {
 //
 // An Arithmetic has: Element (of weights and state), Acc; kParts, the number of 16-byte loads of a
 // row that a lane makes per chunk, and vector(lane, part), which of a chunk's four they are;
-// kColumns, the number of sequences a lane loads for, and column(lane, j), which; round(),
-// applied to both operands; and multiply(d, lo, hi, b): lo and hi of rows g and g + 8, b[kColumns].
-// d is laid out as in primitives.cuh.
+// kColumns, the number of sequences a lane loads for, and column(lane, j), which; prepare(rows),
+// what a lane has of the rows g and g + 8 of the weights as multiply() wants it, to be kept so;
+// round_state(), of the other operand; and multiply(d, rows, b), b[kColumns]. d is laid out as in
+// primitives.cuh.
 
 template <class T>
 struct Vector16 {  // 16 bytes as elements
@@ -39,12 +40,12 @@ struct Scalar {
   static LSTM_EXT_DEVICE int vector(int, int part) { return part; }
   static LSTM_EXT_DEVICE int column(int lane, int j) { return 2 * (lane % 4) + j; }
   static LSTM_EXT_DEVICE int slot(int lane) { return lane / 4; }  // lanes of a row share
-  static LSTM_EXT_DEVICE uint4 round(const uint4& bits) { return bits; }
+  static LSTM_EXT_DEVICE void prepare(uint4 (&)[2]) {}
   static LSTM_EXT_DEVICE T round_state(T x) { return x; }
 
-  static LSTM_EXT_DEVICE void multiply(Acc (&d)[4], const uint4& lo, const uint4& hi,
+  static LSTM_EXT_DEVICE void multiply(Acc (&d)[4], const uint4 (&rows)[2],
                                        const uint4 (&b)[kColumns]) {
-    const Vector16<T> l = elements<T>(lo), h = elements<T>(hi);
+    const Vector16<T> l = elements<T>(rows[0]), h = elements<T>(rows[1]);
     const Vector16<T> b0 = elements<T>(b[0]), b1 = elements<T>(b[1]);
 #pragma unroll
     for (int k = 0; k < Vector16<T>::kSize; ++k) {
@@ -63,6 +64,21 @@ struct TensorLanes {
   static LSTM_EXT_DEVICE int vector(int lane, int) { return lane % 4; }
   static LSTM_EXT_DEVICE int column(int lane, int) { return lane / 4; }
   static LSTM_EXT_DEVICE int slot(int lane) { return lane; }
+  // Registers of a product's first operand lie side by side: its words of both rows, by turns.
+  static LSTM_EXT_DEVICE void interleave(uint4 (&rows)[2]) {
+    const uint4 lo = rows[0], hi = rows[1];
+    rows[0] = make_uint4(lo.x, hi.x, lo.y, hi.y);
+    rows[1] = make_uint4(lo.z, hi.z, lo.w, hi.w);
+  }
+  template <class Product>
+  static LSTM_EXT_DEVICE void halves(float (&d)[4], float (&e)[4], const uint4 (&rows)[2],
+                                     const uint4 (&b)[1], Product product) {
+    const uint32_t a_first[4] = {rows[0].x, rows[0].y, rows[0].z, rows[0].w};
+    const uint32_t a_second[4] = {rows[1].x, rows[1].y, rows[1].z, rows[1].w};
+    const uint32_t b_first[2] = {b[0].x, b[0].y}, b_second[2] = {b[0].z, b[0].w};
+    product(d, a_first, b_first);
+    product(e, a_second, b_second);
+  }
 };
 
 // fp16 and bf16, summed in fp32.
@@ -70,20 +86,16 @@ template <class T>
 struct Tensor16 : TensorLanes {
   using Element = T;
   using Acc = float;
-  static LSTM_EXT_DEVICE uint4 round(const uint4& bits) { return bits; }
+  static LSTM_EXT_DEVICE void prepare(uint4 (&rows)[2]) { interleave(rows); }
   static LSTM_EXT_DEVICE T round_state(T x) { return x; }
 
-  static LSTM_EXT_DEVICE void multiply(float (&d)[4], const uint4& lo, const uint4& hi,
-                                       const uint4 (&b)[1]) {
-    multiply(d, d, lo, hi, b);
+  static LSTM_EXT_DEVICE void multiply(float (&d)[4], const uint4 (&rows)[2], const uint4 (&b)[1]) {
+    multiply(d, d, rows, b);
   }
   // The halves of the chunk to sums of their own: a product waits for the one before it in its sum.
-  static LSTM_EXT_DEVICE void multiply(float (&d)[4], float (&e)[4], const uint4& lo,
-                                       const uint4& hi, const uint4 (&b)[1]) {
-    const uint32_t a_first[4] = {lo.x, hi.x, lo.y, hi.y}, b_first[2] = {b[0].x, b[0].y};
-    const uint32_t a_second[4] = {lo.z, hi.z, lo.w, hi.w}, b_second[2] = {b[0].z, b[0].w};
-    mma_m16n8k16<T>(d, a_first, b_first);
-    mma_m16n8k16<T>(e, a_second, b_second);
+  static LSTM_EXT_DEVICE void multiply(float (&d)[4], float (&e)[4], const uint4 (&rows)[2],
+                                       const uint4 (&b)[1]) {
+    halves(d, e, rows, b, [](auto&... of) { mma_m16n8k16<T>(of...); });
   }
 };
 
@@ -99,9 +111,13 @@ struct Tf32 : Scalar<float> {};
 struct Tf32 : TensorLanes {
   using Element = float;
   using Acc = float;
-  static LSTM_EXT_DEVICE uint4 round(const uint4& bits) {
-    const Vector16<float> x = elements<float>(bits);
-    return make_uint4(to_tf32(x.v[0]), to_tf32(x.v[1]), to_tf32(x.v[2]), to_tf32(x.v[3]));
+  static LSTM_EXT_DEVICE void prepare(uint4 (&rows)[2]) {
+    for (uint4& row : rows) {
+      const Vector16<float> x = elements<float>(row);
+      row = make_uint4(tf32_operand(x.v[0]), tf32_operand(x.v[1]), tf32_operand(x.v[2]),
+                       tf32_operand(x.v[3]));
+    }
+    interleave(rows);
   }
   // The state is rounded once by who writes it, not by each of its readers.
   static LSTM_EXT_DEVICE float round_state(float x) {
@@ -110,17 +126,13 @@ struct Tf32 : TensorLanes {
     memcpy(&out, &bits, 4);
     return out;
   }
-  static LSTM_EXT_DEVICE void multiply(float (&d)[4], const uint4& lo, const uint4& hi,
-                                       const uint4 (&b)[1]) {
-    multiply(d, d, lo, hi, b);
+  static LSTM_EXT_DEVICE void multiply(float (&d)[4], const uint4 (&rows)[2], const uint4 (&b)[1]) {
+    multiply(d, d, rows, b);
   }
   // The halves of the chunk to sums of their own: a product waits for the one before it in its sum.
-  static LSTM_EXT_DEVICE void multiply(float (&d)[4], float (&e)[4], const uint4& lo,
-                                       const uint4& hi, const uint4 (&b)[1]) {
-    const uint32_t a_first[4] = {lo.x, hi.x, lo.y, hi.y}, b_first[2] = {b[0].x, b[0].y};
-    const uint32_t a_second[4] = {lo.z, hi.z, lo.w, hi.w}, b_second[2] = {b[0].z, b[0].w};
-    mma_m16n8k8_tf32(d, a_first, b_first);
-    mma_m16n8k8_tf32(e, a_second, b_second);
+  static LSTM_EXT_DEVICE void multiply(float (&d)[4], float (&e)[4], const uint4 (&rows)[2],
+                                       const uint4 (&b)[1]) {
+    halves(d, e, rows, b, [](auto&... of) { mma_m16n8k8_tf32(of...); });
   }
 };
 #endif

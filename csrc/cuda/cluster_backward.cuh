@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                       size_t(warp) * shared * kChunks * 64 + lane;
   const int tiles = (H + 15) / 16, mine = (tiles - warp + kWarps - 1) / kWarps;
   // Row `half` of this lane: 16 bytes of k, which is the gates of this block's units.
-  const auto load_weights = [&](int q, int chunk, int half) {
+  const auto load_row = [&](int q, int chunk, int half) {
     const int row = (warp + q * kWarps) * 16 + half * 8 + g;
     const int k = (chunk * 4 + pair) * kVector, unit = unit_first + k % kUnits;
     const T* from = as<T>(d.w_hh) + at(row, K, k / kUnits * H + unit);
@@ -101,19 +101,25 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       bits = make_uint4(uint32_t(lo), uint32_t(lo >> 32), uint32_t(hi), uint32_t(hi >> 32));
     }
-    return Arithmetic::round(bits);
+    return bits;
+  };
+  const auto load_weights = [&](int q, int chunk, uint4(&rows)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) rows[half] = load_row(q, chunk, half);
+    Arithmetic::prepare(rows);
   };
   uint4 held[kHeld][kChunks][2];
 #pragma unroll
   for (int q = 0; q < kHeld; ++q)
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) held[q][chunk][half] = load_weights(q, chunk, half);
+    for (int chunk = 0; chunk < kChunks; ++chunk) load_weights(q, chunk, held[q][chunk]);
   for (int q = kHeld; q < mine; ++q)
-    for (int chunk = 0; chunk < kChunks; ++chunk)
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      uint4 rows[2];
+      load_weights(q, chunk, rows);
       for (int half = 0; half < 2; ++half)
-        kept[(((q - kHeld) * kChunks + chunk) * 2 + half) * 32] = load_weights(q, chunk, half);
+        kept[(((q - kHeld) * kChunks + chunk) * 2 + half) * 32] = rows[half];
+    }
   // A lane reads only what it wrote itself.
 
   // ---- the cells: thread by thread over the units, then over the sequences
@@ -218,8 +224,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int i = 0; i < kTogether; ++i)
 #pragma unroll
             for (int n = 0; n < kColumns; ++n)
-              Arithmetic::multiply(sums[i][n], held[q + i][chunk][0], held[q + i][chunk][1],
-                                   b[chunk][n]);
+              Arithmetic::multiply(sums[i][n], held[q + i][chunk], b[chunk][n]);
 #pragma unroll
         for (int i = 0; i < kTogether; ++i)
 #pragma unroll
@@ -231,10 +236,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         Acc sums[kColumns][4] = {};
         const uint4* rows = kept + (q - kHeld) * kChunks * 64;
 #pragma unroll
-        for (int chunk = 0; chunk < kChunks; ++chunk)
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+          const uint4 of_chunk[2] = {rows[chunk * 64], rows[chunk * 64 + 32]};
 #pragma unroll
-          for (int n = 0; n < kColumns; ++n)
-            Arithmetic::multiply(sums[n], rows[chunk * 64], rows[chunk * 64 + 32], b[chunk][n]);
+          for (int n = 0; n < kColumns; ++n) Arithmetic::multiply(sums[n], of_chunk, b[chunk][n]);
+        }
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) write(q, first + n, parts, sums[n]);
       }

@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -72,6 +73,14 @@ LSTM_EXT_DEVICE uint32_t pack2<__half>(float lo, float hi) {
   uint32_t bits;
   memcpy(&bits, &pair, 4);
   return bits;
+}
+
+// For a product on tensor cores, which do not read the low 13 bits: what rounding to TF32 adds, but
+// to numbers that are not finite.
+LSTM_EXT_DEVICE uint32_t tf32_operand(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return fabsf(x) < INFINITY ? bits + 0x1000 : bits;
 }
 
 #ifndef LSTM_EXT_EMULATED  // ============================ device ==================================

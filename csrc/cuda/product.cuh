@@ -303,7 +303,7 @@ class Weights {
               load(m, warp + (j + i) * kKWarps, part, rows);
             } else if constexpr (kSource == kStream) {
               stream_.take(m, j + i, rows, source());
-              for (int half = 0; half < 2; ++half) rows[half] = Arithmetic::round(rows[half]);
+              Arithmetic::prepare(rows);
             } else {
               for (int half = 0; half < 2; ++half)
                 rows[half] = *place(j + i - kInRegisters, m, part, half);
@@ -312,9 +312,9 @@ class Weights {
 #pragma unroll
           for (int n = 0; n < kNTiles; ++n) {
             if constexpr (kSplit<State, kNTiles>)
-              Arithmetic::multiply(sums[m][n], second[m][n], rows[0], rows[1], b[i][n]);
+              Arithmetic::multiply(sums[m][n], second[m][n], rows, b[i][n]);
             else
-              Arithmetic::multiply(sums[m][n], rows[0], rows[1], b[i][n]);
+              Arithmetic::multiply(sums[m][n], rows, b[i][n]);
           }
         }
       }
@@ -331,8 +331,8 @@ class Weights {
   LSTM_EXT_DEVICE void load(int m, int chunk, int part, uint4 (&out)[2]) const {
     const int k = chunk * kVectors + Arithmetic::vector(threadIdx.x % 32, part);
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      out[half] = Arithmetic::round(__ldg(weights_ + rows_[m][half] + k));
+    for (int half = 0; half < 2; ++half) out[half] = __ldg(weights_ + rows_[m][half] + k);
+    Arithmetic::prepare(out);
   }
   LSTM_EXT_DEVICE uint4* place(int j, int m, int part, int half) const {
     // 64 vectors a chunk and m-tile, whichever way they divide into parts, halves and slots.

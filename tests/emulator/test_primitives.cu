@@ -110,7 +110,7 @@ __global__ void product_16(const T* A, const T* B, float* D, int load) {
 __global__ void product_8(const float* A, const float* B, float* D) {
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
   uint32_t a[4], b[2];
-  for (int i = 0; i < 4; ++i) a[i] = to_tf32(A[(g + i % 2 * 8) * 8 + t + i / 2 * 4]);
+  for (int i = 0; i < 4; ++i) a[i] = tf32_operand(A[(g + i % 2 * 8) * 8 + t + i / 2 * 4]);
   for (int i = 0; i < 2; ++i) b[i] = to_tf32(B[(t + i * 4) * 8 + g]);
   float d[4] = {1, 1, 1, 1};
   mma_m16n8k8_tf32(d, a, b);
