@@ -139,7 +139,9 @@ def only(
         fitting = [
             p
             for p in plans
-            if FAMILIES[p.family] == family and tile in (None, (p.m_tiles, p.n_tiles))
+            if FAMILIES[p.family] == family
+            and tile in (None, (p.m_tiles, p.n_tiles))
+            and not p.ahead
         ]
         others = [p for p in plans if FAMILIES[p.family] != "vendor"]
         plan = max(fitting or others, key=lambda p: (p.groups, p.m_tiles, p.n_tiles))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import HALF, Case, compare
 from emulated import installed, only
+from plans import grid_plan
 from tolerances import tol
 
 import lstm_ext
@@ -152,28 +153,18 @@ def test_weights_in_registers_in_shared_memory_and_streamed(arithmetic, backward
     chunks = 8 * (held + shared + streamed) + 3
     H = chunks * chunk // (4 if backward else 1) - 1
 
-    def mixed(plans, problem, ahead=False):
+    def mixed(plans, problem, ahead=False, in_l2=0):
         if problem.backward != backward:
             return only("step")(plans, problem)
-        plan = min(
-            (
-                p
-                for p in plans
-                if FAMILIES[p.family] == "grid" and (p.m_tiles, p.n_tiles) == tile and not p.ahead
-            ),
-            key=lambda p: p.groups,
-        )
         kept = min(shared, 16 // tile[0]) if ahead else shared  # as many as there is room for
-        plan.shared_bytes += (kept - plan.shared) * 8 * plan.m_tiles * 1024 + 65536 * ahead
-        plan.shared, plan.ahead = kept, ahead
-        return plan
+        return grid_plan(plans, tile, kept, ahead=ahead, in_l2=in_l2)
 
     module = lstm_ext.LSTM(3, H).to(dtype).requires_grad_(backward)
     # Some sequences in the last n-tile; of the narrowest two tiles.
-    x = torch.randn(2, 8 * max(tile[1] - 1, 1) + 3, 3).to(dtype)
+    x = torch.randn(3 if backward else 2, 8 * max(tile[1] - 1, 1) + 3, 3).to(dtype)
     picks = [only("step"), mixed]
     if arithmetic not in SCALAR:
-        picks.append(functools.partial(mixed, ahead=True))
+        picks.append(functools.partial(mixed, ahead=True, in_l2=1))
     results = []
     for pick in picks:
         with installed(pick, sm_count=200) as engine:

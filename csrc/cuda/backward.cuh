@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads,
       !kVariants && streams_ahead(kBackwardTensorTiles, kMTiles, kNTiles, kHeld);
   Weights<Arithmetic, PlainRows, kMTiles, kHeld, 1, kStreams> weights(
       as<T>(projected ? d.w_hr : d.w_hh), H, product_K, unit_first, args.shape.shared,
-      memory + kPartialBytes, args.shape.ahead);
+      memory + kPartialBytes, args.shape.ahead, args.shape.in_l2);
   GroupBarrier barrier(d.counters, args.shape, place);
 
   using Cell = BackwardUnit<Arithmetic, kVariants>;

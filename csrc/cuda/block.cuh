@@ -13,6 +13,7 @@ struct BlockShape {
   int slices, groups, group_rows;
   int shared;       // chunks of weights in shared memory
   bool ahead;       // whether a stream of the others goes through it
+  int in_l2;        // chunks of that which are to stay in L2
   int first, last;  // of the steps, in the order of taking them: what this launch does
 };
 

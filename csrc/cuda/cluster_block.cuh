@@ -106,7 +106,7 @@ class Ahead {
       : words_(reinterpret_cast<float*>(memory) + thread) {}
 
   LSTM_EXT_DEVICE void fetch(int step, int word, int cell, const float* from) {
-    async_load<4>(at(step, word, cell), from);
+    async_load4(at(step, word, cell), from);
   }
   // Ends what is fetched for a step; called for each, whether or not there was anything.
   LSTM_EXT_DEVICE void close() { async_commit(); }

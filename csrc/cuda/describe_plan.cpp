@@ -15,15 +15,18 @@ std::string describe(const CudaPlan& plan, const CudaProblem& p) {
                                                              : "a launch a step";
   const int64_t slices = cluster ? plan.cluster : plan.slices;
   const int64_t of_a_warp = ceil_div(chunks_of(p), kWarps);
-  char weights[120];
+  char weights[160];
+  const long long streamed = std::max<int64_t>(0, of_a_warp - plan.held - plan.shared);
+  char ahead[60] = "";
+  if (plan.ahead)
+    std::snprintf(ahead, sizeof ahead, " ahead, %d of them to stay there", plan.in_l2);
   if (cluster)
     std::snprintf(weights, sizeof weights, "%d %s in registers, %d in shared memory", plan.held,
                   p.backward ? "row tiles" : "chunks", plan.shared);
   else
     std::snprintf(weights, sizeof weights,
                   "%d chunks in registers, %d in shared memory, %lld from L2%s", plan.held,
-                  plan.shared, (long long)std::max<int64_t>(0, of_a_warp - plan.held - plan.shared),
-                  plan.ahead ? " ahead" : "");
+                  plan.shared, streamed, ahead);
   char tiles[240] = "";
   if (!vendor)
     std::snprintf(tiles, sizeof tiles,

@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
   constexpr bool kStreams =
       !kVariants && streams_ahead(kForwardTensorTiles, kMTiles, kNTiles, kHeld);
   Weights<Arithmetic, GateRows, kMTiles, kHeld, 1, kStreams> weights(
-      as<T>(d.w_hh), H, K, unit_first, args.shape.shared, memory + kPartialBytes, args.shape.ahead);
+      as<T>(d.w_hh), H, K, unit_first, args.shape.shared, memory + kPartialBytes, args.shape.ahead,
+      args.shape.in_l2);
   GroupBarrier barrier(d.counters, args.shape, place);
 
   using Cell = ForwardUnit<Arithmetic, kVariants>;

@@ -58,7 +58,8 @@ struct Costs {
   double memory_per_sm = 16.8e3;                      // HBM, the same
   // In a grid that streams weights from there, groups and tiles fetch them apart.
   double grid_memory = 1.37;
-  double shared_per_sm = 540e3;                   // weights that a grid's blocks keep there
+  double in_l2 = 0.7;            // of L2, for weights that are to stay there; a lead
+  double shared_per_sm = 540e3;  // weights that a grid's blocks keep there
   double tensor16 = 0.906e6, tensor32 = 0.494e6;  // per SM
   double fma32 = 0.12e6, fma64 = 0.05e6;          // per SM; leads
   // A cell, and an exchange through distributed shared memory; for each sequence of a group.
@@ -107,7 +108,7 @@ CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile
     if (on_tensor_cores(p.dtype, p.tf32, device.major) && tile.held <= of_a_warp)
       plan.held = tile.held;
     plan.ahead = ahead;
-    if (ahead) plan.shared_bytes += stream_bytes(tile.m);
+    if (ahead) plan.shared_bytes += kStreamBytes;
     const int64_t room =
         (device.shared_bytes - plan.shared_bytes) / (int64_t(kWarps) * tile.m * kTileBytes);
     plan.shared = int(std::clamp<int64_t>(of_a_warp - plan.held, 0, std::max<int64_t>(room, 0)));
@@ -127,21 +128,28 @@ CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile
   const bool grid = family == CudaFamily::kGrid;
   // Weights that do not fit L2 come from memory once a step, whoever needs them.
   const double all_streamed = double(plan.slices) * weights * p.directions * (1 - resident);
-  double from_memory = 0;
-  if (all_streamed > 0.8 * double(device.l2_bytes)) {
-    from_memory = all_streamed / (costs.memory_per_sm * device.sm_count);
-    if (grid) from_memory *= costs.grid_memory * std::sqrt(double(plan.groups) * tiles);
+  const int64_t behind = std::max<int64_t>(of_a_warp - plan.held - plan.shared, 0);
+  double not_in_l2 = all_streamed > 0.8 * double(device.l2_bytes) ? all_streamed : 0;
+  if (ahead) {
+    const double stays = std::min(1.0, costs.in_l2 * double(device.l2_bytes) / all_streamed);
+    plan.in_l2 = int(double(behind) * stays);
+    not_in_l2 = all_streamed * (1 - stays);
   }
-  const double from_shared = tiles * weights * plan.shared * kWarps /
+  double from_memory = not_in_l2 / (costs.memory_per_sm * device.sm_count);
+  if (grid) from_memory *= costs.grid_memory * std::sqrt(double(plan.groups) * tiles);
+  // What is streamed ahead is written there and read.
+  const double in_shared = double(plan.shared) + (ahead ? 2 * double(behind) : 0);
+  const double from_shared = tiles * weights * in_shared * kWarps /
                              double(std::max<int64_t>(chunks, 1)) / costs.shared_per_sm;
   const double math =
       tiles * 8 * tile.n * tile.m * 16 * double(product_length(p)) / macs_per_us(p, device, costs);
   const double cell = p.backward ? costs.cell_backward : costs.cell;
   const double others = state + std::max(from_shared, math) + tiles * cell;
   const double fixed = grid ? costs.barrier : costs.launch;
-  // Ahead, weights come through barrier and cell too: all that L2 can give is what they wait for.
-  const double busy = ahead ? std::max(others, state + streamed - fixed) : others + streamed;
+  const double busy = others + streamed;
   plan.step_us = fixed + std::max(from_memory, grid ? busy : std::ceil(waves) * busy);
+  // Through barrier and cell too: they cost what L2 or memory takes to give them.
+  if (ahead) plan.step_us = std::max({fixed + others, state + streamed, from_memory});
   return plan;
 }
 
@@ -291,11 +299,10 @@ CudaPlan make_cuda_plan(const CudaProblem& p, const CudaProperties& device) {
   if (plans.empty())
     throw std::runtime_error("no kernel fits a device with " + std::to_string(device.shared_bytes) +
                              " bytes of shared memory a block");
-  // Tiles are chosen by what was measured. What streaming ahead gains was not yet: such a plan is
-  // taken in place of the one that is the same but for that, no other.
   const CudaPlan* best = nullptr;
   for (const CudaPlan& plan : plans)
     if (!plan.ahead && (!best || plan.step_us < best->step_us)) best = &plan;
+  if (best->family != CudaFamily::kGrid) return *best;
   for (const CudaPlan& plan : plans)
     if (plan.ahead && plan.m_tiles == best->m_tiles && plan.n_tiles == best->n_tiles &&
         plan.groups == best->groups && plan.step_us < best->step_us)
@@ -367,6 +374,9 @@ std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
       (plan.family != CudaFamily::kGrid || scalar || p.variants || plan.held != tile->held ||
        streamed_chunks(p, plan.held, plan.shared) < chunks_ahead(tile->m)))
     return "no kernel streams these weights ahead";
+  const int64_t behind = ceil_div(chunks_of(p), kWarps) - plan.held - plan.shared;
+  if (plan.in_l2 < 0 || plan.in_l2 > (plan.ahead ? behind : 0))
+    return "L2 is to keep a part of what is streamed ahead";
   if (cluster) return refuse_cluster(plan, p, *tile);
   if (plan.cluster) return "only the cluster family has clusters";
   if (plan.held != 0 && plan.held != tile->held) return "no kernel holds so many chunks";
@@ -374,7 +384,7 @@ std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
   if (!grid && (plan.held || plan.shared)) return "a step kernel keeps no weights";
   if (grid && steps_apart(p)) return "a projection or a layer norm has no grid kernels";
   const int64_t stays = int64_t(plan.shared) * kWarps * tile->m * kTileBytes;
-  const int64_t streams = plan.ahead ? stream_bytes(tile->m) : 0;
+  const int64_t streams = plan.ahead ? kStreamBytes : 0;
   if (plan.shared < 0 || plan.shared_bytes != base_shared(p, *tile) + stays + streams)
     return "shared_bytes is not what its parts add up to";
   return "";

@@ -58,6 +58,7 @@ struct CudaPlan {
   int held;            // chunks of weights a warp keeps in registers (grid, cluster)
   int shared;          // the same in shared memory; a cluster's backward counts both in m-tiles
   bool ahead;          // the others stream through shared memory, asked for ahead (grid)
+  int in_l2;           // chunks of a warp's stream that are to stay in L2
   int64_t slices;      // blocks that share the units of a direction
   int64_t groups;      // of sequences, each with blocks and (grid) a barrier of its own
   int64_t group_rows;  // sequences of a group
@@ -82,7 +83,8 @@ int units_of(int m_tiles, bool backward);
 // Every plan that the kernels can run and that fits the device.
 std::vector<CudaPlan> all_cuda_plans(const CudaProblem&, const CudaProperties&);
 
-// The one of them that the cost model expects to be the fastest.
+// The one of them that the cost model expects to be the fastest, of those whose cost was measured:
+// streaming ahead was not, and is taken only in place of the same plan without.
 CudaPlan make_cuda_plan(const CudaProblem&, const CudaProperties&);
 
 // A stack of like layers as a wavefront: each takes its steps in parts, and part k of layer l needs

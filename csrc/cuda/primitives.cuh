@@ -76,7 +76,8 @@ LSTM_EXT_DEVICE uint32_t pack2<__half>(float lo, float hi) {
 }
 
 // For a product on tensor cores, which do not read the low 13 bits: what rounding to TF32 adds, but
-// to numbers that are not finite.
+// to numbers that are not finite (as CUTLASS's round_half_ulp_truncate does). A NaN that has bits
+// only there, which no arithmetic makes, is read as an infinity.
 LSTM_EXT_DEVICE uint32_t tf32_operand(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
@@ -177,32 +178,41 @@ LSTM_EXT_DEVICE shared_addr shared_address(const void* p) {
 }
 
 // cp.async: 4 or 16 bytes of global memory into shared memory, for the thread alone that asks for
-// it; 16 from L2, past L1. It has all but the `pending` newest of its groups after async_wait(). No
-// other wait waits for them, as one for a register's scoreboard may.
+// it; 16 from L2, past L1; if they are passing, L2 is to give their place up early. It has all
+// but the `pending` newest of its groups after async_wait(). No other wait waits for them, as one
+// for a register's scoreboard may.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-template <int kBytes>
-LSTM_EXT_DEVICE void async_load(void* to, const void* from) {
-  static_assert(kBytes == 4 || kBytes == 16);
-  if constexpr (kBytes == 4)
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
-                 : "memory");
-  else
+constexpr bool kLoadsAsync = true;
+LSTM_EXT_DEVICE void async_load4(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
+template <bool kPassing>
+LSTM_EXT_DEVICE void async_load16(void* to, const void* from) {
+  if constexpr (kPassing) {
+    uint64_t early;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(early));
+    asm volatile(
+        "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+        "l"(from), "l"(early)
+        : "memory");
+  } else {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
                  : "memory");
+  }
 }
 LSTM_EXT_DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int pending>
 LSTM_EXT_DEVICE void async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
-#else  // Turing has none: they come at once
-template <int kBytes>
-LSTM_EXT_DEVICE void async_load(void* to, const void* from) {
-  memcpy(to, from, kBytes);
-}
-LSTM_EXT_DEVICE void async_commit() {}
+#else  // Turing has none: no kernel asks there
+constexpr bool kLoadsAsync = false;
+template <bool kPassing>
+LSTM_EXT_DEVICE void async_load16(void* to, const void* from);
+LSTM_EXT_DEVICE void async_commit();
 template <int pending>
-LSTM_EXT_DEVICE void async_wait() {}
+LSTM_EXT_DEVICE void async_wait();
 #endif
 
 // ---- a barrier of some blocks of a grid, through a counter in global memory
@@ -289,11 +299,11 @@ using shared_addr = uintptr_t;
 
 LSTM_EXT_DEVICE shared_addr shared_address(const void* p) { return shared_addr(p); }
 
-template <int kBytes>
-LSTM_EXT_DEVICE void async_load(void* to, const void* from) {
-  if (uintptr_t(to) % kBytes || uintptr_t(from) % kBytes)
-    emu::fail("cp.async of %d bytes from %p to %p", kBytes, from, to);
-  emu::async_load(to, from, kBytes);
+constexpr bool kLoadsAsync = true;
+LSTM_EXT_DEVICE void async_load4(void* to, const void* from) { emu::async_load(to, from, 4); }
+template <bool kPassing>
+LSTM_EXT_DEVICE void async_load16(void* to, const void* from) {
+  emu::async_load(to, from, 16);
 }
 LSTM_EXT_DEVICE void async_commit() { emu::async_commit(); }
 template <int pending>

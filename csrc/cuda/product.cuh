@@ -101,7 +101,7 @@ struct StateInShared {
 
 // A block's rows of the weights. Of the chunks of a warp the first kHeld stay in its registers, the
 // next `shared` in shared memory, the rest are read from global memory (L2) at every step: just
-// before they are used, or with kStreams, where there is memory for it, ahead.
+// before they are used, or by a kernel that kStreams, if the plan says so, ahead.
 template <class Arithmetic, class Rows, int kMTiles, int kHeld, int kMWarps = 1,
           bool kStreams = false>
 class Weights {
@@ -116,14 +116,15 @@ class Weights {
 
  public:
   // w: [rows][K], rows 16-byte aligned, K in whole chunks, 64 GB at most. memory: 1 KB for each
-  // warp, shared chunk and m-tile, and, if `ahead`, stream_bytes().
+  // warp, shared chunk and m-tile, and, if `ahead`, kStreamBytes; in_l2
+  // as in WeightStream.
   LSTM_EXT_DEVICE Weights(const T* w, int H, int K, int first_unit, int shared,
-                          unsigned char* memory, bool ahead = false)
+                          unsigned char* memory, bool ahead = false, int in_l2 = 0)
       : chunks_(int(K * sizeof(T) / kChunkBytes)),
         shared_(shared),
         weights_(reinterpret_cast<const uint4*>(w)),
         stream_(ahead ? memory + size_t(kWarps) * shared * kMTiles * kTileBytes : nullptr,
-                kInRegisters + shared, (chunks_ - Share::k() + kKWarps - 1) / kKWarps) {
+                kInRegisters + shared, (chunks_ - Share::k() + kKWarps - 1) / kKWarps, in_l2) {
     const int lane = threadIdx.x % 32, warp = Share::k();
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m)
@@ -153,11 +154,11 @@ class Weights {
         }
     }
     __syncwarp();  // a warp reads only what it wrote itself
-    if constexpr (kAhead) stream_.start(source());
+    if constexpr (kHasStream) stream_.start(source());
   }
   // After the last product.
   LSTM_EXT_DEVICE void stop() {
-    if constexpr (kAhead) stream_.stop();
+    if constexpr (kHasStream) stream_.stop();
   }
 
   // sums[m][n]: the warp's part of the product with the kNTiles * 8 sequences whose states are the
@@ -214,11 +215,11 @@ class Weights {
 #pragma unroll
           for (int e = 0; e < 4; ++e) sums[m][n][e] += second[m][n][e];
     }
-    if constexpr (kAhead) {
+    if constexpr (kHasStream) {
       if (stream_.on()) {
 #pragma unroll 1
-        for (j = max(kInRegisters, resident); j < mine; j += kSharedGroup<State, kNTiles>)
-          group<kStream, kNTiles, kSharedGroup<State, kNTiles>, kSharedCount<State, kNTiles>>(
+        for (j = max(kInRegisters, resident); j < mine; j += kStreamGroup<State, kNTiles>)
+          group<kStream, kNTiles, kStreamGroup<State, kNTiles>, kSharedCount<State, kNTiles>>(
               state, columns, j, mine, sums, second);
         return stream_.turn();
       }
@@ -233,7 +234,7 @@ class Weights {
 
  private:
   enum Source { kRegisters, kShared, kStream, kGlobal };
-  static constexpr bool kAhead = kStreams && kParts == 1;
+  static constexpr bool kHasStream = kStreams && kParts == 1 && kLoadsAsync;
   // Chunks whose loads are all on their way before the first is used: from L2 as many as registers
   // allow, for each wait is some 500 cycles on an H100, whatever it brings.
   template <class State, int kNTiles>
@@ -256,6 +257,9 @@ class Weights {
   template <class State, int kNTiles>
   static constexpr int kSharedCount =
       kRoomy<State> && kMTiles * kNTiles == 1 ? 4 : kGroup<State, kNTiles>;
+  template <class State, int kNTiles>
+  static constexpr int kStreamGroup =
+      kSharedGroup<State, kNTiles> < 8 ? kSharedGroup<State, kNTiles> : 8;
   template <class State, int kNTiles>
   static constexpr int kGlobalGroup =
       kRoomy<State> && 2 * kMTiles + kNTiles <= 4 ? 4 : kGroup<State, kNTiles>;
@@ -344,7 +348,7 @@ class Weights {
   const uint4* weights_;
   uint32_t rows_[kMTiles][2];  // first vector of each row
   uint4* memory_;
-  WeightStream<kAhead ? kMTiles : 0> stream_;
+  WeightStream<kHasStream ? kMTiles : 0> stream_;
   uint4 held_[kInRegisters ? kInRegisters : 1][kMTiles][2];
 };
 

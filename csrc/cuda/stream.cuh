@@ -18,15 +18,21 @@ class WeightStream {
   // Pieces that are waited for together: a load of shared memory takes longer than its products.
   static constexpr int kTogether = kMTiles > 1 ? 2 : 1;
   static_assert(kMTiles % kTogether == 0, "each m-tile is waited for");
+  static_assert((kSlots & (kSlots - 1)) == 0 &&
+                    kSlots * kMTiles * kTileBytes * kWarps == kStreamBytes,
+                "turn_ may wrap, and the slots fill their memory");
 
  public:
-  // memory: of the block, stream_bytes(); null: there is no stream.
-  LSTM_EXT_DEVICE WeightStream(unsigned char* memory, int first, int end)
+  // memory: of the block, kStreamBytes; null: there is no stream. in_l2: how many of the chunks
+  // L2 is to have at the next step still. Where it cannot have all of them it would have none,
+  // since those that are needed next are the first to go.
+  LSTM_EXT_DEVICE WeightStream(unsigned char* memory, int first, int end, int in_l2)
       : memory_(reinterpret_cast<uint4*>(memory) + threadIdx.x / 32 * (kSlots * kMTiles * 64) +
                 threadIdx.x % 32),
         on_(memory),
         first_(first),
         end_(end),
+        passing_(first + in_l2),
         turn_(-unsigned(first)) {}
 
   LSTM_EXT_DEVICE bool on() const { return on_; }
@@ -38,7 +44,7 @@ class WeightStream {
 #pragma unroll
     for (unsigned slot = 0; slot < kSlots; ++slot)
 #pragma unroll
-      for (int m = 0; m < kMTiles; ++m) fetch(m, first_ + int(slot), slot, from);
+      for (int m = 0; m < kMTiles; m += kTogether) fetch(m, first_ + int(slot), slot, from);
   }
   // Of a chunk, m-tile by m-tile and chunk by chunk. What comes a round of slots later follows it
   // into its place.
@@ -51,8 +57,7 @@ class WeightStream {
     if (m % kTogether != kTogether - 1) return;
     int next = chunk + int(kSlots);
     if (next >= end_) next -= end_ - first_;
-#pragma unroll
-    for (int before = kTogether - 1; before >= 0; --before) fetch(m - before, next, slot, from);
+    fetch(m + 1 - kTogether, next, slot, from);
   }
   // All chunks have been taken.
   LSTM_EXT_DEVICE void turn() { turn_ += unsigned(end_ - first_); }
@@ -60,11 +65,23 @@ class WeightStream {
   LSTM_EXT_DEVICE void stop() { async_wait<0>(); }
 
  private:
+  // Of kTogether m-tiles.
   template <class From>
   LSTM_EXT_DEVICE void fetch(int m, int chunk, unsigned slot, From from) {
+    if (chunk < passing_)
+      fetch<false>(m, chunk, slot, from);
+    else
+      fetch<true>(m, chunk, slot, from);
+  }
+  template <bool kPassing, class From>
+  LSTM_EXT_DEVICE void fetch(int m, int chunk, unsigned slot, From from) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) async_load<16>(place(m, half, slot), from(m, half, chunk));
-    async_commit();
+    for (int i = 0; i < kTogether; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        async_load16<kPassing>(place(m + i, half, slot), from(m + i, half, chunk));
+      async_commit();
+    }
   }
   LSTM_EXT_DEVICE uint4* place(int m, int half, unsigned slot) const {
     return memory_ + (slot * kMTiles + unsigned(m)) * 64 + half * 32;
@@ -72,7 +89,7 @@ class WeightStream {
 
   uint4* memory_;
   bool on_;
-  int first_, end_;
+  int first_, end_, passing_;
   unsigned turn_;  // and a chunk's number: its slot
 };
 
@@ -80,7 +97,7 @@ class WeightStream {
 template <>
 class WeightStream<0> {
  public:
-  LSTM_EXT_DEVICE WeightStream(unsigned char*, int, int) {}
+  LSTM_EXT_DEVICE WeightStream(unsigned char*, int, int, int) {}
 };
 
 }  // namespace lstm_ext

@@ -40,15 +40,15 @@ constexpr Tile kBackwardFewTiles[] = {{1, 1, 0}, {1, 4, 0}, {2, 4, 0}};
 // Of the projection's kernels.
 constexpr Tile kProjectionTiles[] = {{1, 1, 0}, {1, 4, 0}};
 
-// A block that streams weights from L2 has always so many chunks a warp on their way to its shared
-// memory: 64 KB, twice what an H100's L2 (42 KB a microsecond and multiprocessor, some 0.7 us away)
-// or memory asks for. A tile of more than 8 m-tiles streams none.
-LSTM_EXT_INLINE constexpr int chunks_ahead(int m_tiles) { return m_tiles < 8 ? 8 / m_tiles : 1; }
-LSTM_EXT_INLINE constexpr int64_t stream_bytes(int m_tiles) {
-  return int64_t(kWarps) * chunks_ahead(m_tiles) * m_tiles * kTileBytes;
+// A block that streams weights from L2 has always so many bytes on their way to its shared memory:
+// twice what an H100's L2 (42 KB a microsecond and multiprocessor, some 0.7 us away) or memory asks
+// for. For a warp they are so many chunks of its m-tiles, 8 at most.
+constexpr int kStreamBytes = 64 << 10;
+LSTM_EXT_INLINE constexpr int chunks_ahead(int m_tiles) {
+  return kStreamBytes / (kWarps * m_tiles * kTileBytes);
 }
-
-// Whether a kernel can: those that are launched for all steps.
+// Whether a kernel can: of each tile the one that holds all it can, which is that of the family
+// grid, but where nothing can be held of the family step too.
 template <size_t N>
 LSTM_EXT_INLINE constexpr bool streams_ahead(const Tile (&tiles)[N], int m, int n, int held) {
   for (const Tile& tile : tiles)

@@ -9,7 +9,7 @@ from emulator.cluster_problems import (
     FORWARD_TWO,
     LEAVES,
 )
-from emulator.mutant import DEADLOCK, OVERRUN, RACE, WRONG, of
+from emulator.mutant import DEADLOCK, OVERRUN, RACE, UNFINISHED, WRONG, of
 
 MUTANTS = [
     *of(
@@ -156,7 +156,7 @@ MUTANTS = [
         (
             "sent after the last step",
             FORWARD,
-            "still on their way",
+            UNFINISHED,
             ("if (goes_on) { copies_see();", "{ copies_see();"),
         ),
         (

@@ -15,7 +15,7 @@ from emulator.cluster_problems import (
     NOT_INITIALISED,
     TOO_EARLY,
 )
-from emulator.mutant import BEYOND, DEADLOCK, OVERRUN, RACE, WRONG, of
+from emulator.mutant import BEYOND, DEADLOCK, OVERRUN, RACE, UNFINISHED, WRONG, of
 
 MUTANTS = [
     *of(
@@ -159,7 +159,7 @@ MUTANTS = [
         (
             "blocks without units get one",
             FORWARD,
-            "still on their way",
+            UNFINISHED,
             ("< unsigned(slices)", "< cluster_size()"),
         ),
     ),

@@ -1,9 +1,8 @@
 // Stands in for csrc/cuda/cluster_kernels_*.cu as few_kernels.cu does for the others: small tiles,
 // one whose units do not divide a block's threads, and those with two n-tiles at a time, of which
 // forward's has two cells a thread.
-#include <stdexcept>
-
 #include "cuda/cluster_kernels.cuh"
+#include "few_of.h"
 
 namespace lstm_ext {
 
@@ -12,15 +11,20 @@ constexpr Tile kBackward16[] = {{1, 2, 2}, {2, 1, 4}, {3, 1, 3}};
 constexpr Tile kForward32[] = {{4, 1, 4}};
 constexpr Tile kBackward32[] = {{2, 1, 2}};
 
+template <int kArithmetic, class Arithmetic, const auto& kForward, const auto& kBackward>
+const ClusterKernelSet& few() {
+  if constexpr (is_compiled<kArithmetic>())
+    return cluster_kernel_set<Arithmetic, kForward, kBackward>();
+  else
+    return not_compiled<ClusterKernelSet>();
+}
 const ClusterKernelSet& cluster_kernels_bfloat16() {
-  return cluster_kernel_set<Tensor16<__nv_bfloat16>, kForward16, kBackward16>();
+  return few<emu_bfloat16, Tensor16<__nv_bfloat16>, kForward16, kBackward16>();
 }
 const ClusterKernelSet& cluster_kernels_tf32() {
-  return cluster_kernel_set<Tf32, kForward32, kBackward32>();
+  return few<emu_tf32, Tf32, kForward32, kBackward32>();
 }
 
-const ClusterKernelSet& cluster_kernels_float16() {
-  throw std::invalid_argument("float16 is not compiled");
-}
+const ClusterKernelSet& cluster_kernels_float16() { return not_compiled<ClusterKernelSet>(); }
 
 }  // namespace lstm_ext

@@ -397,7 +397,7 @@ Request parse(char** word) {
       of_a_tile /= warps_of_rows(plan.m_tiles);
   } else if (!vendor) {
     plan.shared_bytes = partial_bytes(plan.m_tiles, units, plan.n_tiles, int(acc_bytes(p.dtype)));
-    if (plan.ahead) plan.shared_bytes += stream_bytes(plan.m_tiles);
+    if (plan.ahead) plan.shared_bytes += kStreamBytes;
   }
   plan.shared_bytes += int64_t(plan.shared) * kWarps * of_a_tile;
   return r;

@@ -7,7 +7,7 @@ nobody notices is a hole in the tests, or a precaution that is not needed.
 import re
 
 from emulator import cluster_mutants, cluster_problems, norm_mutants
-from emulator.mutant import BEYOND, DEADLOCK, OVERRUN, RACE, SOURCES, WRONG, of
+from emulator.mutant import BEYOND, DEADLOCK, OVERRUN, RACE, SOURCES, UNFINISHED, WRONG, of
 
 # Arguments of lstm_driver for few_kernels.cu, small: a thread costs ThreadSanitizer half a
 # millisecond. Each has at least two blocks that need each other.
@@ -290,13 +290,13 @@ MUTANTS = [
         "class WeightStream {",
         ("nobody waits", STREAM, WRONG, ("async_wait<int(kSlots) * kMTiles - kTogether>();", ";")),
         ("waits for one too few", STREAM, WRONG, ("kMTiles - kTogether>", "kMTiles - 1>")),
-        ("loads are not told apart", STREAM, "still on their way", ("async_commit();", "")),
-        ("ends with loads on their way", STREAM, "still on their way", ("async_wait<0>();", "")),
+        ("loads are not told apart", STREAM, WRONG, ("async_commit();", "")),
+        ("ends with loads on their way", STREAM, UNFINISHED, ("async_wait<0>();", "")),
         (
             "a place beside is filled",
             STREAM_TURNS,
             RACE,
-            ("fetch(m - before, next, slot, from)", "fetch(m - before, next, slot + 1, from)"),
+            ("- kTogether, next, slot, from)", "- kTogether, next, slot + 1, from)"),
         ),
         ("the next turn begins elsewhere", STREAM_TURNS, WRONG, ("turn_ += unsigned(", "(void)(")),
         (

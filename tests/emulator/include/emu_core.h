@@ -198,6 +198,8 @@ inline void deliver(const AsyncLoad& load) {
     static_cast<uint32_t*>(load.to)[i] = static_cast<const uint32_t*>(load.from)[i];
 }
 inline void async_load(void* to, const void* from, int bytes) {
+  if (uintptr_t(to) % bytes || uintptr_t(from) % bytes)
+    fail("cp.async of %d bytes from %p to %p", bytes, from, to);
   const AsyncLoad load = {to, from, bytes, cur->load_groups};
   if (async_load_comes_now()) return deliver(load);
   std::memset(to, 0xff, size_t(bytes));
