@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(device.DEVICE.type != "cuda", reason="needs --de
 T, SHARED = 5, 1
 # A pass, a tile, and the chunks that a warp then holds in registers.
 TILES = [
-    *((False, tile, held) for tile, held in (((2, 1), 4), ((4, 2), 2), ((4, 8), 0), ((8, 2), 0))),
+    *((False, tile, held) for tile, held in (((4, 1), 2), ((4, 2), 2), ((4, 8), 0), ((8, 2), 0))),
     *((True, tile, held) for tile, held in (((1, 1), 8), ((1, 4), 8), ((2, 2), 4), ((2, 8), 0))),
 ]
 

@@ -122,7 +122,10 @@ __global__ void __launch_bounds__(kThreads,
         }
       }
     }
-    if (j + 1 < args.shape.last) barrier.arrive();
+    if (j + 1 < args.shape.last) {
+      barrier.arrive();
+      weights.arrived();
+    }
     if (kLate) keep(j, made);
   }
   weights.stop();

@@ -114,7 +114,10 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
         }
       }
     }
-    if (i + 1 < args.shape.last) barrier.arrive();
+    if (i + 1 < args.shape.last) {
+      barrier.arrive();
+      weights.arrived();
+    }
     if (kLate) keep(made);
   }
   weights.stop();

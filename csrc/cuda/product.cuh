@@ -154,7 +154,11 @@ class Weights {
         }
     }
     __syncwarp();  // a warp reads only what it wrote itself
-    if constexpr (kHasStream) stream_.start(source());
+    if constexpr (kHasStream) stream_.begin(source());
+  }
+  // The block has arrived at a barrier since the last product.
+  LSTM_EXT_DEVICE void arrived() {
+    if constexpr (kHasStream) stream_.begin(source());
   }
   // After the last product.
   LSTM_EXT_DEVICE void stop() {
@@ -217,6 +221,7 @@ class Weights {
     }
     if constexpr (kHasStream) {
       if (stream_.on()) {
+        stream_.begin(source());  // of another tile
 #pragma unroll 1
         for (j = max(kInRegisters, resident); j < mine; j += kStreamGroup<State, kNTiles>)
           group<kStream, kNTiles, kStreamGroup<State, kNTiles>, kSharedCount<State, kNTiles>>(

@@ -3,6 +3,9 @@
 // They depend on nothing that a step makes: a warp has the next chunks of its share always on their
 // way into shared memory, through the barrier and the cell too, when nothing else would be read. A
 // lane asks for what it will itself use, and so waits for nobody else.
+//
+// But the warp that arrives at the barrier asks for the next step's after that: its fence may wait
+// for all that the warp has on its way.
 #pragma once
 
 #include "cuda/primitives.cuh"
@@ -37,34 +40,47 @@ class WeightStream {
 
   LSTM_EXT_DEVICE bool on() const { return on_; }
 
-  // from(m, half, chunk): where the lane's 16 bytes lie, of rows g and g + 8 of an m-tile.
+  // Asks for the first chunks, if nobody has. from(m, half, chunk): where the lane's 16 bytes lie,
+  // of rows g and g + 8 of an m-tile.
   template <class From>
-  LSTM_EXT_DEVICE void start(From from) {
-    if (!on_) return;
+  LSTM_EXT_DEVICE void begin(From from) {
+    if (!on_ || !due_) return;
+    due_ = false;
 #pragma unroll
-    for (unsigned slot = 0; slot < kSlots; ++slot)
+    for (int i = 0; i < int(kSlots); ++i)
 #pragma unroll
-      for (int m = 0; m < kMTiles; m += kTogether) fetch(m, first_ + int(slot), slot, from);
+      for (int m = 0; m < kMTiles; m += kTogether) fetch(m, first_ + i, slot_of(first_ + i), from);
   }
   // Of a chunk, m-tile by m-tile and chunk by chunk. What comes a round of slots later follows it
-  // into its place.
+  // into its place, if need be the next turn's.
   template <class From>
   LSTM_EXT_DEVICE void take(int m, int chunk, uint4 (&rows)[2], From from) {
     if (m % kTogether == 0) async_wait<int(kSlots) * kMTiles - kTogether>();
-    const unsigned slot = (turn_ + unsigned(chunk)) % kSlots;
+    const unsigned slot = slot_of(chunk);
     rows[0] = *place(m, 0, slot);
     rows[1] = *place(m, 1, slot);
     if (m % kTogether != kTogether - 1) return;
     int next = chunk + int(kSlots);
-    if (next >= end_) next -= end_ - first_;
+    if (next >= end_) {
+      if (arrives()) {  // empty groups, for async_wait() counts them
+        for (int i = 0; i < kTogether; ++i) async_commit();
+        return;
+      }
+      next -= end_ - first_;
+    }
     fetch(m + 1 - kTogether, next, slot, from);
   }
   // All chunks have been taken.
-  LSTM_EXT_DEVICE void turn() { turn_ += unsigned(end_ - first_); }
+  LSTM_EXT_DEVICE void turn() {
+    turn_ += unsigned(end_ - first_);
+    due_ = arrives();
+  }
   // What is on its way is waited for: nothing may come after the block has gone.
   LSTM_EXT_DEVICE void stop() { async_wait<0>(); }
 
  private:
+  static LSTM_EXT_DEVICE bool arrives() { return threadIdx.x < 32; }  // see GroupBarrier
+  LSTM_EXT_DEVICE unsigned slot_of(int chunk) const { return (turn_ + unsigned(chunk)) % kSlots; }
   // Of kTogether m-tiles.
   template <class From>
   LSTM_EXT_DEVICE void fetch(int m, int chunk, unsigned slot, From from) {
@@ -88,7 +104,7 @@ class WeightStream {
   }
 
   uint4* memory_;
-  bool on_;
+  bool on_, due_ = true;
   int first_, end_, passing_;
   unsigned turn_;  // and a chunk's number: its slot
 };

@@ -62,7 +62,7 @@ MUTANTS = [
         ),
         ("one buffer for the state", FORWARD, RACE, *ONE_BUFFER),
         ("no wait", FORWARD, RACE, ("if (i > args.shape.first) barrier.wait();", "")),
-        ("no arrival", FORWARD, DEADLOCK, ("if (i + 1 < args.shape.last) barrier.arrive();", "")),
+        ("no arrival", FORWARD, DEADLOCK, ("barrier.arrive();", "")),
         ("cells of the next group", FORWARD_OVERLAP, RACE, ("b < place.row_end", "b < B")),
         (
             "units past the end",
@@ -131,7 +131,7 @@ MUTANTS = [
             ("int64_t((j + 1) % 2) * B * K", "0"),
         ),
         ("no wait", BACKWARD, RACE, ("if (j > args.shape.first) barrier.wait();", "")),
-        ("no arrival", BACKWARD, DEADLOCK, ("if (j + 1 < args.shape.last) barrier.arrive();", "")),
+        ("no arrival", BACKWARD, DEADLOCK, ("barrier.arrive();", "")),
         (
             "units past the end",
             BACKWARD,
@@ -290,13 +290,20 @@ MUTANTS = [
         "class WeightStream {",
         ("nobody waits", STREAM, WRONG, ("async_wait<int(kSlots) * kMTiles - kTogether>();", ";")),
         ("waits for one too few", STREAM, WRONG, ("kMTiles - kTogether>", "kMTiles - 1>")),
-        ("loads are not told apart", STREAM, WRONG, ("async_commit();", "")),
+        ("groups are not counted", STREAM, WRONG, ("++i) async_commit();", "++i) {}")),
+        (
+            "loads are not told apart",
+            STREAM,
+            WRONG,
+            ("half, chunk)); async_commit();", "half, chunk));"),
+        ),
+        ("nothing comes after the barrier", STREAM, WRONG, ("due_ = arrives();", "")),
         ("ends with loads on their way", STREAM, UNFINISHED, ("async_wait<0>();", "")),
         (
             "a place beside is filled",
             STREAM_TURNS,
-            RACE,
-            ("- kTogether, next, slot, from)", "- kTogether, next, slot + 1, from)"),
+            WRONG,
+            ("- kTogether, next, slot, from)", "- kTogether, next, (slot + 1) % kSlots, from)"),
         ),
         ("the next turn begins elsewhere", STREAM_TURNS, WRONG, ("turn_ += unsigned(", "(void)(")),
         (
