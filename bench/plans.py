@@ -103,9 +103,8 @@ class Layer:
         return tuple(grad.h0 for grad in grads)
 
 
-def variants(plans: Sequence[Any], within: float) -> Iterator[Any]:
-    """The plans that the model expects within a factor of its best, each grouping once."""
-    best = min(plan.step_us for plan in plans)
+def variants(plans: Sequence[Any], best: float, within: float) -> Iterator[Any]:
+    """The plans that the model expects within a factor of ``best``, each grouping once."""
     seen = set()
     for plan in sorted(plans, key=lambda plan: plan.step_us):
         key = (plan.family, plan.m_tiles, plan.n_tiles, plan.group_rows, plan.held, plan.ahead)
@@ -174,7 +173,7 @@ def time_plans(
         first = chooser(core)
         expected = run(first, backward)
         alike = {order_of_sums(first.chosen, backward): expected}
-        for plan in variants(first.plans, within):
+        for plan in variants(first.plans, first.chosen.step_us, within):
             stopwatch = Stopwatch(core, clock)
             engine = chooser(stopwatch)
             engine.plan_to_run = plan

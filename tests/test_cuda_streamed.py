@@ -41,15 +41,16 @@ class StreamEngine(StepEngine):
         return grid_plan(plans, self.tile, SHARED, ahead=True, in_l2=self.in_l2)
 
 
-@pytest.mark.parametrize("in_l2", [0, 1, None], ids=["none", "one", "all"])
+@pytest.mark.parametrize("in_l2", [0, 1, None], ids=["in_l2-none", "in_l2-one", "in_l2-all"])
 @pytest.mark.parametrize("backward, tile, held", TILES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_bits_of_a_launch_a_step(monkeypatch, dtype, backward, tile, held, in_l2):
-    """Several steps of two tiles of sequences; warps' chunks as many as are on their way, and one
-    more."""
+    """Several steps of two tiles of sequences; warps' chunks as many as are on their way and one
+    more, or (8x2) three and four times as many."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     on_their_way = max(8 // tile[0], 1)
-    chunks = 8 * (held + SHARED + on_their_way) + 3
+    streamed = (3 if tile == (8, 2) else 1) * on_their_way
+    chunks = 8 * (held + SHARED + streamed) + 3
     H = chunks * (64 // dtype.itemsize) // (4 if backward else 1) - 1
     torch.manual_seed(0)
     module = here(lstm_ext.LSTM(3, H)).to(dtype)
@@ -58,7 +59,7 @@ def test_the_bits_of_a_launch_a_step(monkeypatch, dtype, backward, tile, held, i
     core, results = ops._engines["cuda"].core, []
     stream = StreamEngine(core)
     stream.backward, stream.tile = backward, tile
-    stream.in_l2 = on_their_way if in_l2 is None else in_l2
+    stream.in_l2 = streamed + 1 if in_l2 is None else in_l2
     for engine in (StepEngine(core), stream):
         monkeypatch.setitem(ops._engines, "cuda", engine)
         y, states = module(x, hx)

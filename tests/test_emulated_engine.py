@@ -147,7 +147,7 @@ def test_weights_in_registers_in_shared_memory_and_streamed(arithmetic, backward
     held = 0 if arithmetic in SCALAR or tile in NOT_HELD else {1: 8, 2: 4, 4: 2}[tile[0]]
     chunk = 32 if dtype in HALF else 16
     # Streamed: a batch and a part of one, or less where a product is long for its blocks; and as
-    # many or one more than are on their way ahead.
+    # many as are on their way ahead at least.
     ahead = max(8 // tile[0], 1)
     streamed = max(5 if backward else 1, 0 if arithmetic in SCALAR else ahead)
     chunks = 8 * (held + shared + streamed) + 3
@@ -156,7 +156,7 @@ def test_weights_in_registers_in_shared_memory_and_streamed(arithmetic, backward
     def mixed(plans, problem, ahead=False, in_l2=0):
         if problem.backward != backward:
             return only("step")(plans, problem)
-        kept = min(shared, 16 // tile[0]) if ahead else shared  # as many as there is room for
+        kept = min(shared, 16 // tile[0]) if ahead else shared  # there is room
         return grid_plan(plans, tile, kept, ahead=ahead, in_l2=in_l2)
 
     module = lstm_ext.LSTM(3, H).to(dtype).requires_grad_(backward)

@@ -81,7 +81,6 @@ def test_family_and_tiles_are_chosen_by_what_was_measured(device, backward):
         {"family": 0, "held": 0, "shared": 0},
         {"held": 0},
         {"shared": 14},
-        {"m_tiles": 2, "slices": 256},
     ],
     ids=str,
 )
@@ -116,15 +115,30 @@ def test_kernels_that_cannot(facts):
     core = emulated.load()
     problem, plans = plans_of("H100", **(TF32 | facts), H=2048, B=16)
     assert plans and not any(plan.ahead for plan in plans)
-    plans[0].ahead = True
-    plans[0].shared_bytes += 64 << 10
-    assert core.cuda_refuse_plan(plans[0], problem) == "no kernel streams these weights ahead"
+    plan = plans[0]
+    plan.shared_bytes += (64 << 10) - plan.shared * 8 * plan.m_tiles * 1024
+    plan.shared, plan.ahead = 0, True  # chunks enough
+    assert core.cuda_refuse_plan(plan, problem) == "no kernel streams these weights ahead"
 
 
-def test_the_other_families_do_not():
+def test_a_launch_a_step_does_not():
+    """With all that one launch would need, and nothing kept."""
+    core = emulated.load()
+    problem, plans = plans_of("H100", **TF32, H=2048, B=16)
+    plan = next(plan for plan in plans if plan.ahead and plan.held == 0)
+    plan.shared_bytes -= plan.shared * 8 * plan.m_tiles * 1024
+    plan.shared = plan.in_l2 = 0
+    assert core.cuda_refuse_plan(plan, problem) == ""
+    plan.family = FAMILIES.index("step")
+    assert core.cuda_refuse_plan(plan, problem) == "no kernel streams these weights ahead"
+
+
+@pytest.mark.parametrize("family", ["cluster", "vendor"])
+def test_families_that_keep_all_or_nothing_do_not(family):
     core = emulated.load()
     problem = emulated.problem(T=100, B=16, H=256)
-    for plan in core.cuda_plans(problem, properties("H100")):
-        if FAMILIES[plan.family] != "grid":
-            plan.ahead = True
-            assert core.cuda_refuse_plan(plan, problem)
+    plans = core.cuda_plans(problem, properties("H100"))
+    plan = next(plan for plan in plans if FAMILIES[plan.family] == family)
+    assert core.cuda_refuse_plan(plan, problem) == ""
+    plan.ahead = True
+    assert core.cuda_refuse_plan(plan, problem)

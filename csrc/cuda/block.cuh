@@ -13,7 +13,7 @@ struct BlockShape {
   int slices, groups, group_rows;
   int shared;       // chunks of weights in shared memory
   bool ahead;       // whether a stream of the others goes through it
-  int in_l2;        // chunks of that which are to stay in L2
+  int in_l2;        // chunks of a warp's stream that are to stay in L2
   int first, last;  // of the steps, in the order of taking them: what this launch does
 };
 
@@ -52,7 +52,7 @@ class GroupBarrier {
   LSTM_EXT_DEVICE GroupBarrier(unsigned* counters, const BlockShape& shape, const BlockPlace& place)
       : counter_(counters + place.group * kCounterStride), blocks_(unsigned(shape.slices)) {}
 
-  // What this block wrote for the others is finished.
+  // What this block wrote for the others is finished. Thread 0 tells: stream.cuh knows.
   LSTM_EXT_DEVICE void arrive() {
     __syncthreads();  // all of the block has written, and has read its partial sums
     if (threadIdx.x == 0) arrive_at(counter_);

@@ -43,7 +43,8 @@ struct CudaProblem {
   int64_t B, H, P;
 };
 
-// One launch a step; one cooperative launch for all of them, with weights that stay on the SM; one
+// One launch a step; one cooperative launch for all of them, with weights that stay on the SM or
+// stream through it; one
 // launch of clusters, each of which has all of the weights of its direction; or, each step, a
 // product of the vendor's library and a launch for all else.
 enum class CudaFamily : int { kStep = 0, kGrid = 1, kCluster = 2, kVendor = 3 };

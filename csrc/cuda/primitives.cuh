@@ -179,8 +179,8 @@ LSTM_EXT_DEVICE shared_addr shared_address(const void* p) {
 
 // cp.async: 4 or 16 bytes of global memory into shared memory, for the thread alone that asks for
 // it; 16 from L2, past L1; if they are passing, L2 is to give their place up early. It has all
-// but the `pending` newest of its groups after async_wait(). No other wait waits for them, as one
-// for a register's scoreboard may.
+// but the `pending` newest of its groups after async_wait(). No wait for a register waits for
+// them, as it does for other loads; a fence may.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 constexpr bool kLoadsAsync = true;
 LSTM_EXT_DEVICE void async_load4(void* to, const void* from) {

@@ -116,8 +116,7 @@ class Weights {
 
  public:
   // w: [rows][K], rows 16-byte aligned, K in whole chunks, 64 GB at most. memory: 1 KB for each
-  // warp, shared chunk and m-tile, and, if `ahead`, kStreamBytes; in_l2
-  // as in WeightStream.
+  // warp, shared chunk and m-tile, and, if `ahead`, kStreamBytes. in_l2: as in WeightStream.
   LSTM_EXT_DEVICE Weights(const T* w, int H, int K, int first_unit, int shared,
                           unsigned char* memory, bool ahead = false, int in_l2 = 0)
       : chunks_(int(K * sizeof(T) / kChunkBytes)),
@@ -171,6 +170,7 @@ class Weights {
   template <int kNTiles, class State>
   LSTM_EXT_DEVICE void multiply(const State& state, int first, int last,
                                 Acc (&sums)[kMTiles][kNTiles][4]) {
+    arrived();  // or goes on to another tile
     const int lane = threadIdx.x % 32, warp = Share::k();
     uint32_t columns[kNTiles][kColumns];
 #pragma unroll
@@ -221,7 +221,6 @@ class Weights {
     }
     if constexpr (kHasStream) {
       if (stream_.on()) {
-        stream_.begin(source());  // of another tile
 #pragma unroll 1
         for (j = max(kInRegisters, resident); j < mine; j += kStreamGroup<State, kNTiles>)
           group<kStream, kNTiles, kStreamGroup<State, kNTiles>, kSharedCount<State, kNTiles>>(

@@ -4,8 +4,8 @@
 // way into shared memory, through the barrier and the cell too, when nothing else would be read. A
 // lane asks for what it will itself use, and so waits for nobody else.
 //
-// But the warp that arrives at the barrier asks for the next step's after that: its fence may wait
-// for all that the warp has on its way.
+// But the warp that arrives at the barrier asks for the next turn's after that, or when it goes on
+// to another tile: its fence may wait for all that the warp has on its way.
 #pragma once
 
 #include "cuda/primitives.cuh"
@@ -13,8 +13,8 @@
 
 namespace lstm_ext {
 
-// The chunks first, first + 1, ... end - 1 of a warp, over and over: chunks_ahead() of them at
-// least, or none. A chunk is kMTiles pieces of 1 KB.
+// The chunks first, first + 1, ... end - 1 of a warp, over and over: if it is on, chunks_ahead() of
+// them at least. A chunk is kMTiles pieces of 1 KB.
 template <int kMTiles>
 class WeightStream {
   static constexpr unsigned kSlots = chunks_ahead(kMTiles);
@@ -40,7 +40,7 @@ class WeightStream {
 
   LSTM_EXT_DEVICE bool on() const { return on_; }
 
-  // Asks for the first chunks, if nobody has. from(m, half, chunk): where the lane's 16 bytes lie,
+  // Asks for the first chunks, if that is due. from(m, half, chunk): where the lane's 16 bytes lie,
   // of rows g and g + 8 of an m-tile.
   template <class From>
   LSTM_EXT_DEVICE void begin(From from) {

@@ -40,7 +40,7 @@ constexpr Tile kBackwardFewTiles[] = {{1, 1, 0}, {1, 4, 0}, {2, 4, 0}};
 // Of the projection's kernels.
 constexpr Tile kProjectionTiles[] = {{1, 1, 0}, {1, 4, 0}};
 
-// A block that streams weights from L2 has always so many bytes on their way to its shared memory:
+// A block that streams weights from L2 has up to so many bytes on their way to its shared memory:
 // twice what an H100's L2 (42 KB a microsecond and multiprocessor, some 0.7 us away) or memory asks
 // for. For a warp they are so many chunks of its m-tiles, 8 at most.
 constexpr int kStreamBytes = 64 << 10;

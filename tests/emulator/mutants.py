@@ -17,7 +17,7 @@ FORWARD_GROUPS = "forward float32 grid 2x1 0+0 2 1 3 9 13 13 dense"
 FORWARD_ROUNDS = "forward bfloat16 grid 8x2 0+1 1 1 3 9 33 33 lengths"  # two rounds a tile
 FORWARD_OVERLAP = "forward bfloat16 step 8x2 0+0 2 1 3 9 33 33 dense"  # tiles wider than a group
 FORWARD_PROJECTED = "forward float32 step 2x1 0+0 1 2 3 17 21 18 lengths"
-# Two tiles; some warps' chunks are one more than are on their way.
+# Two tiles, one; some warps' chunks are one more than are on their way.
 STREAM = "forward bfloat16 grid 8x2 0+0a 1 1 2 17 300 300 dense"
 STREAM_TURNS = "backward bfloat16 grid 2x8 0+0a 1 1 2 3 280 280 dense"
 BACKWARD = "backward float32 grid 1x1 0+1 1 1 3 9 17 17 lengths"
@@ -297,6 +297,7 @@ MUTANTS = [
             WRONG,
             ("half, chunk)); async_commit();", "half, chunk));"),
         ),
+        ("all come twice", STREAM, "where another is on its way", ("due_ = false;", "")),
         ("nothing comes after the barrier", STREAM, WRONG, ("due_ = arrives();", "")),
         ("ends with loads on their way", STREAM, UNFINISHED, ("async_wait<0>();", "")),
         (

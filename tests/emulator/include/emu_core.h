@@ -200,6 +200,8 @@ inline void deliver(const AsyncLoad& load) {
 inline void async_load(void* to, const void* from, int bytes) {
   if (uintptr_t(to) % bytes || uintptr_t(from) % bytes)
     fail("cp.async of %d bytes from %p to %p", bytes, from, to);
+  for (const AsyncLoad& other : cur->loads)
+    if (other.to == to) fail("cp.async to %p, where another is on its way", to);
   const AsyncLoad load = {to, from, bytes, cur->load_groups};
   if (async_load_comes_now()) return deliver(load);
   std::memset(to, 0xff, size_t(bytes));
