@@ -91,6 +91,16 @@ void fail(const char* format, ...) {
   abort();
 }
 
+void fail_at_exit(const char* message) {
+  static std::atomic<const char*> first;
+  const char* none = nullptr;
+  if (first.compare_exchange_strong(none, message))
+    std::atexit([] {
+      std::fflush(stdout);  // abort() would not
+      fail("%s", first.load());
+    });
+}
+
 // ---- what the sanitizers are told
 
 void hb_release([[maybe_unused]] void* p) {
@@ -146,10 +156,7 @@ static void trampoline() {
   b->grid->entry(b->grid->arg);
   if (!cur->loads.empty()) {
     async_wait(0);
-    // At the end: results are worth seeing.
-    static const int at_exit =
-        std::atexit([] { fail("a thread has ended with loads (cp.async) still on their way"); });
-    (void)at_exit;
+    fail_at_exit("a thread has ended with loads (cp.async) still on their way");
   }
   hb_release(&b->hb_end);
   cluster_thread_exit(b);

@@ -10,6 +10,7 @@ SOURCES = ROOT / "csrc" / "cuda"
 # What is said of a mutant.
 RACE, WRONG, DEADLOCK = "data race", "WRONG", "deadlock"
 OVERRUN = "heap-buffer-overflow"
+TWICE = "loads on their way to one place"
 UNFINISHED = "still on their way"  # loads or stores, when a thread or a block ends
 BEYOND = f"{OVERRUN}|is no shared memory|SEGV|{WRONG}"  # far away, or where nothing is amiss but it
 

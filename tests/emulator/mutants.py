@@ -7,7 +7,7 @@ nobody notices is a hole in the tests, or a precaution that is not needed.
 import re
 
 from emulator import cluster_mutants, cluster_problems, norm_mutants
-from emulator.mutant import BEYOND, DEADLOCK, OVERRUN, RACE, SOURCES, UNFINISHED, WRONG, of
+from emulator.mutant import BEYOND, DEADLOCK, OVERRUN, RACE, SOURCES, TWICE, UNFINISHED, WRONG, of
 
 # Arguments of lstm_driver for few_kernels.cu, small: a thread costs ThreadSanitizer half a
 # millisecond. Each has at least two blocks that need each other.
@@ -297,7 +297,7 @@ MUTANTS = [
             WRONG,
             ("half, chunk)); async_commit();", "half, chunk));"),
         ),
-        ("all come twice", STREAM, "where another is on its way", ("due_ = false;", "")),
+        ("all come twice", STREAM, TWICE, ("due_ = false;", "")),
         ("nothing comes after the barrier", STREAM, WRONG, ("due_ = arrives();", "")),
         ("ends with loads on their way", STREAM, UNFINISHED, ("async_wait<0>();", "")),
         (

@@ -193,6 +193,8 @@ void copies_see();
 // ---- cp.async. When data come is the seed's choice, as with st.async; until then the place holds
 // 0xff.
 bool async_load_comes_now();
+// The first message ends the process, but at its end: results are worth seeing.
+void fail_at_exit(const char* message);
 inline void deliver(const AsyncLoad& load) {
   for (int i = 0; i < load.bytes / 4; ++i)
     static_cast<uint32_t*>(load.to)[i] = static_cast<const uint32_t*>(load.from)[i];
@@ -201,7 +203,7 @@ inline void async_load(void* to, const void* from, int bytes) {
   if (uintptr_t(to) % bytes || uintptr_t(from) % bytes)
     fail("cp.async of %d bytes from %p to %p", bytes, from, to);
   for (const AsyncLoad& other : cur->loads)
-    if (other.to == to) fail("cp.async to %p, where another is on its way", to);
+    if (other.to == to) fail_at_exit("two loads on their way to one place (cp.async)");
   const AsyncLoad load = {to, from, bytes, cur->load_groups};
   if (async_load_comes_now()) return deliver(load);
   std::memset(to, 0xff, size_t(bytes));
