@@ -114,7 +114,7 @@ struct Pool {
   std::atomic<uint32_t> busy{0};
 };
 
-constexpr unsigned kKept = 32;  // workers that keep their memory between launches
+constexpr unsigned kKept = 256;  // workers that keep their memory between launches
 
 std::mutex g_launch;     // one launch at a time
 Pool* g_pool = nullptr;  // never destroyed: its threads may outlive static destructors
