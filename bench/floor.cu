@@ -17,12 +17,13 @@
 #include "cuda/cluster.cuh"
 #include "cuda/launch.h"
 #include "cuda/primitives.cuh"
+#include "cuda/words.cuh"
 
 namespace {
 
 using namespace lstm_ext;
 
-constexpr int kBlock = 256;
+constexpr int kBlock = kThreads;
 constexpr int kStride = 32;  // words between two counters: a cache line
 #ifdef LSTM_EXT_EMULATED
 constexpr int kShort = 2, kLong = 5, kRepeats = 1, kMostBlocks = 8;
@@ -81,66 +82,24 @@ __global__ void __launch_bounds__(kBlock) through_l2(const __grid_constant__ Arg
   if (threadIdx.x == 0) args.out[blockIdx.x] = sum;
 }
 
-// 16 bytes in one piece: a vector of four 32-bit words, which the kernels use elsewhere, is four
-// accesses to the memory model, and an H100 has shown one half written.
-__device__ void store_whole(uint4* p, const uint4& v) {
-#ifdef LSTM_EXT_EMULATED
-  *p = v;
-#else
-  asm volatile(
-      "{\n"
-      ".reg .b64 lo, hi;\n"
-      ".reg .b128 both;\n"
-      "mov.b64 lo, {%1, %2};\n"
-      "mov.b64 hi, {%3, %4};\n"
-      "mov.b128 both, {lo, hi};\n"
-      "st.relaxed.gpu.global.b128 [%0], both;\n"
-      "}" ::"l"(p),
-      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-      : "memory");
-#endif
-}
-__device__ uint4 load_whole(const uint4* p) {
-#ifdef LSTM_EXT_EMULATED
-  return *p;
-#else
-  uint4 v;
-  asm volatile(
-      "{\n"
-      ".reg .b64 lo, hi;\n"
-      ".reg .b128 both;\n"
-      "ld.relaxed.gpu.global.b128 both, [%4];\n"
-      "mov.b128 {lo, hi}, both;\n"
-      "mov.b64 {%0, %1}, lo;\n"
-      "mov.b64 {%2, %3}, hi;\n"
-      "}"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(p)
-      : "memory");
-  return v;
-#endif
-}
-
-// Without a barrier: a vector that carries its step's number has arrived.
-__global__ void __launch_bounds__(kBlock) data_is_flag(const __grid_constant__ Args args) {
+// Without a barrier, by words that carry their step's number: as the family tagged does it.
+__global__ void __launch_bounds__(kBlock) by_words(const __grid_constant__ Args args) {
   const int group = blockIdx.x / args.per_group, rank = blockIdx.x % args.per_group;
   uint4* state = args.state + size_t(group) * 2 * args.vectors;
-  const int part = args.vectors / args.per_group;
+  const int part = args.vectors / args.per_group * 4;  // words
+  const int mine = (args.vectors - int(threadIdx.x) + kBlock - 1) / kBlock;
   unsigned sum = 0;
   for (int step = 1; step <= args.steps; ++step) {
     uint4* now = state + step % 2 * args.vectors;
     for (int i = threadIdx.x; i < part; i += kBlock)
-      store_whole(now + rank * part + i, make_uint4(step, rank, i, 1));
-    for (int i = threadIdx.x; i < args.vectors; i += kBlock) {
-      uint4 v = load_whole(now + i);
-      while (v.x != unsigned(step)) {
-#ifdef LSTM_EXT_EMULATED
-        emu::spin();
-#endif
-        v = load_whole(now + i);
-      }
-      sum += v.x + v.w;
-    }
+      store_word(reinterpret_cast<unsigned*>(now) + rank * part + i, unsigned(step) << 8 | i % 4);
+    take_words<1>(
+        now + threadIdx.x, mine,
+        [&](const uint4(&v)[1]) {
+          return v[0].x >> 8 == unsigned(step) && v[0].y >> 8 == unsigned(step) &&
+                 v[0].z >> 8 == unsigned(step) && v[0].w >> 8 == unsigned(step);
+        },
+        [&](int, const uint4(&v)[1]) { sum += (v[0].x >> 8) + (v[0].w & 255) - 2; });
     // All of the block has read before any of it writes the next step, which frees the buffer.
     __syncthreads();
   }
@@ -368,7 +327,7 @@ int main() {
     measure_l2(through_l2, "barrier through L2", blocks, per_group, 0);
     for (const int bytes : {2 << 10, 4 << 10, 32 << 10, 128 << 10, 256 << 10}) {
       measure_l2(through_l2, "exchange through L2", blocks, per_group, bytes);
-      measure_l2(data_is_flag, "exchange, data is the flag", blocks, per_group, bytes);
+      measure_l2(by_words, "exchange, words with their step", blocks, per_group, bytes);
     }
   }
   if (major >= 9)

@@ -21,6 +21,7 @@ KEPT_BY_A_BLOCK = (227 + 144) << 10
 # A barrier is an exchange of nothing where the exchange has it in it.
 BARRIER, BARRED = "barrier through L2", "exchange through L2"
 CLUSTER = "exchange through a cluster"  # and what follows: how
+WORDS = "exchange, words with their step"  # of 4 bytes an element; forward's only
 
 Way = tuple[str, int, int]  # what, blocks, blocks that exchange
 Point = tuple[float, float]  # bytes, microseconds
@@ -65,12 +66,13 @@ class Floor:
         weights = 4 * H * (problem.proj_size or H) * itemsize
         directions = 2 if problem.bidirectional else 1
         for (what, blocks, group), points in self.ways.items():
-            if weights > group * KEPT_BY_A_BLOCK:
+            if weights > group * KEPT_BY_A_BLOCK or (backward and what == WORDS):
                 continue
             groups = max(1, blocks // group // directions)
             sequences = -(-problem.batch // groups)
-            # Backward: sums in fp32 through a cluster, the gradients of four gates through L2.
-            of_unit = itemsize if not backward else 4 if what.startswith(CLUSTER) else 4 * itemsize
+            of_unit = 4 if what == WORDS else itemsize
+            if backward:  # sums in fp32 through a cluster, the gradients of four gates through L2
+                of_unit = 4 if what.startswith(CLUSTER) else 4 * itemsize
             yield interpolate(points, sequences * H * of_unit)
 
 

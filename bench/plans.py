@@ -1,9 +1,9 @@
 """``python -m bench.plans``: times every plan of the CUDA engine that could run a problem.
 
-For tuning. The cost model of csrc/cuda/plan.cpp chooses among these plans; this tells what each
-of them really takes, in microseconds a step of the recurrence alone (products over all steps left
-out), how far its result is from the first plan's, and whether it gives the bits of all plans that
-must give the same. One JSON line a plan.
+For tuning. The cost model (csrc/cuda/plan.cpp, costs.h) chooses among these plans; this tells what
+each of them really takes, in microseconds a step of the recurrence alone (products over all steps
+left out), how far its result is from the first plan's, and whether it gives the bits of all plans
+that must give the same. One JSON line a plan.
 """
 
 from __future__ import annotations
@@ -117,10 +117,11 @@ def order_of_sums(plan: Any, backward: bool) -> tuple[Any, ...]:
     """Plans of which this is the same add up in the same order, and so give the same bits."""
     if FAMILIES[plan.family] == "vendor":
         return ("vendor",)
-    if FAMILIES[plan.family] != "cluster":
+    if FAMILIES[plan.family] in ("step", "grid"):
         return ("step or grid",)
     if backward:
         return "cluster", plan.m_tiles  # the units of a block
+    # Or tagged, which differs in how h travels.
     # How many warps have the same k (warps_of_rows of csrc/cuda/tiles.h), and whether each makes
     # its sums as two (kSplit of product.cuh).
     warps = 2 if plan.m_tiles < 8 else 4

@@ -173,7 +173,7 @@ py::dict cuda_report() {
                   "error_text"_a = runtime.error_text, "devices"_a = devices);
 }
 
-lstm_ext::CudaProperties cuda_properties(int index) {
+lstm_ext::CudaProperties cuda_properties(int index, bool untimed) {
   const lstm_ext::CudaDeviceInfo device = lstm_ext::cuda_device_info(index);
   if (device.error)
     throw std::runtime_error("CUDA device " + std::to_string(index) +
@@ -184,7 +184,8 @@ lstm_ext::CudaProperties cuda_properties(int index) {
                                          int64_t(device.shared_memory_optin),
                                          int64_t(device.l2_bytes),
                                          {},
-                                         lstm_ext::vendor_version() != 0};
+                                         lstm_ext::vendor_version() != 0,
+                                         untimed};
   std::copy(std::begin(device.clusters), std::end(device.clusters), properties.clusters.begin());
   return properties;
 }
@@ -240,7 +241,8 @@ PYBIND11_MODULE(_C, m) {
         "more_out"_a, "sums"_a, "workspace"_a);
 #ifdef LSTM_EXT_WITH_CUDA
   m.def("cuda_report", &cuda_report, "CUDA runtime, driver and devices; never raises.");
-  m.def("cuda_properties", &cuda_properties, "device"_a, "What the plan asks of a device.");
+  m.def("cuda_properties", &cuda_properties, "device"_a, "untimed"_a = false,
+        "What the plan asks of a device.");
   lstm_ext::bind_cuda(m);
 #endif
 }

@@ -35,7 +35,7 @@ from lstm_ext.lanes import Lanes, NoLanes
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
 
-FAMILIES = ("step", "grid", "cluster", "vendor")  # enum CudaFamily of csrc/cuda/plan.h
+FAMILIES = ("step", "grid", "cluster", "vendor", "tagged")  # enum CudaFamily of csrc/cuda/plan.h
 
 
 def verbose() -> bool:
@@ -43,15 +43,15 @@ def verbose() -> bool:
     return os.environ.get("LSTM_EXT_VERBOSE", "0") not in ("", "0")
 
 
-def wavefront_switch() -> bool:
-    """LSTM_EXT_WAVEFRONT.
+def switch(name: str) -> bool:
+    """An environment variable that is on or off, or else not set: off.
 
     Raises:
-        ValueError: it is neither on nor off.
+        ValueError: it is something else.
     """
-    value = os.environ.get("LSTM_EXT_WAVEFRONT") or "off"
+    value = os.environ.get(name) or "off"
     if value not in ("on", "off"):
-        raise ValueError(f"LSTM_EXT_WAVEFRONT should be on or off, got {value}")
+        raise ValueError(f"{name} should be on or off, got {value}")
     return value == "on"
 
 
@@ -71,7 +71,9 @@ class CudaEngine:
         self.no_vendor = open_vendor(core)
         self._use_vendor(not self.no_vendor)
         #: Whether stacks of layers may run as a wavefront. Off: it has never run on a GPU.
-        self.wavefront = wavefront_switch()
+        self.wavefront = switch("LSTM_EXT_WAVEFRONT")
+        #: Whether kernels that nobody has timed on a GPU may be chosen.
+        self.untimed = switch("LSTM_EXT_UNTIMED")
 
     def _use_vendor(self, use: bool) -> None:
         self.products: Products = VendorProducts(self) if use else TorchProducts()
@@ -91,7 +93,7 @@ class CudaEngine:
     @functools.cache  # noqa: B019  (an engine lives as long as the process)
     def properties(self, device: torch.device) -> Any:
         """What the plan asks of a device."""
-        return self.core.cuda_properties(device.index)
+        return self.core.cuda_properties(device.index, self.untimed)
 
     def stream(self, device: torch.device) -> int:
         """The address of torch's current stream."""

@@ -27,7 +27,7 @@ H100 |= {"clusters": [132, 66, 32, 16, 8], "vendor": True}
 Pick = Callable[[list[Any], Any], Any]
 SOURCES = [
     *(f"csrc/cuda/{name}.cu" for name in ("arrange", "engine", "plain", "vendor_steps")),
-    *(f"csrc/cuda/{name}.cpp" for name in ("plan", "describe_plan", "vendor_plan")),
+    *(f"csrc/cuda/{name}plan.cpp" for name in ("", "describe_", "resident_", "vendor_")),
     "csrc/cuda/pointwise.cu",
     "csrc/cuda/bindings.cpp",
     "tests/emulator/module.cpp",
@@ -129,6 +129,7 @@ def only(
     stream: bool = False,
 ) -> Pick:
     """A ``pick``: plans of a family, with these m- and n-tiles; of several, that of most groups.
+    Backward has clusters for "tagged".
 
     stream: nothing of the weights stays on the multiprocessor; not for clusters. A problem that has
     no such plan (a projection has no grid kernels) gets one of another kind, with our own products.
@@ -136,10 +137,11 @@ def only(
 
     def pick(plans: list[Any], problem: Any) -> Any:
         tile = backward if problem.backward else forward
+        chosen = "cluster" if family == "tagged" and problem.backward else family
         fitting = [
             p
             for p in plans
-            if FAMILIES[p.family] == family
+            if FAMILIES[p.family] == chosen
             and tile in (None, (p.m_tiles, p.n_tiles))
             and not p.ahead
         ]
@@ -153,6 +155,12 @@ def only(
         return plan
 
     return pick
+
+
+def families_of(engine: EmulatedEngine) -> set[str]:
+    """Of the plans that it has picked; the clusters that backward has for "tagged" are left out."""
+    found = {FAMILIES[plan.family] for plan in engine.picked}
+    return found - {"cluster"} if "tagged" in found else found
 
 
 def problem(**facts: Any) -> Any:

@@ -72,6 +72,17 @@ def test_floor_of_a_step(floor, problem, mode, itemsize, expected):
     assert floor.us_per_step(problem, mode, itemsize) == pytest.approx(expected)
 
 
+def test_words_with_their_step(tmp_path):
+    """4 bytes an element, of a float16 too; backward has none of them."""
+    words = ("exchange, words with their step", 128, 128)
+    ways = [(*words, 4096, 0.5), (*words, 8192, 0.75), (L2, 128, 128, 4096, 2.0)]
+    floor = write(tmp_path / "words.jsonl", *ways)
+    problem = Problem(9, 1, 1024, 1024)
+    assert floor.us_per_step(problem, "inference", 2) == pytest.approx(0.5)
+    assert floor.us_per_step(problem, "training", 2) == pytest.approx(0.5 + 2.0)
+    assert floor.us_per_step(Problem(9, 2, 1024, 1024), "inference", 2) == pytest.approx(0.75)
+
+
 def test_a_row_is_held_against_it():
     timings = {"nn.LSTM": timing.Timing([1e-3], 1), "lstm_ext": timing.Timing([2e-4], 1)}
     row = timing.Row(Problem(10, 2, 5, 7), "inference", timings, floor_us=8.0)

@@ -45,9 +45,9 @@ def test_parsing(resources, kernels):
         ("lstm_ext::(anonymous namespace)::probe_kernel()", "probe_kernel"),
         ("void a::step<b<float>, 4>(a::P<b<float> >, int)", "step<b<float>>"),
         (
-            "void lstm_ext::forward_cluster<lstm_ext::Tensor16<__nv_bfloat16>, 2, 4, 1, 8>"
-            "(lstm_ext::ForwardArgs)",
-            "forward_cluster<Tensor16<__nv_bfloat16>>",
+            "void lstm_ext::forward_resident<lstm_ext::ThroughL2<lstm_ext::Tensor16<__nv_bfloat16>"
+            " >, lstm_ext::Tensor16<__nv_bfloat16>, 2, 4, 1, 8>(lstm_ext::ForwardArgs)",
+            "forward_resident<ThroughL2<Tensor16<__nv_bfloat16>>>",
         ),
         ("plain", "plain"),
     ],

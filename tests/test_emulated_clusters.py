@@ -1,10 +1,11 @@
-"""The cluster family on the emulator: every tile, at the edges of what a cluster can have.
+"""The families cluster and tagged on the emulator: every tile, at the edges of what they can have.
 
 A result is as good as the step family's, which test_emulated_engine.py holds against nn.LSTM: its
 error against the package's CPU engine in float64 is at most twice that one's, or one rounding.
 """
 
 import copy
+import math
 
 import emulated
 import pytest
@@ -107,11 +108,11 @@ class Layer:
         return {name: value.detach() for name, value in results.items()}
 
 
-def check(layer, *, seed=0, **tiles):
-    """Runs it on clusters with these tiles."""
-    with installed(only("cluster", **tiles), seed=seed) as engine:
+def check(layer, *, seed=0, family="cluster", **tiles):
+    """Runs it on clusters with these tiles, forward on a family."""
+    with installed(only(family, **tiles), seed=seed, sm_count=66) as engine:
         ours = layer.run()
-    assert {FAMILIES[plan.family] for plan in engine.picked} == {"cluster"}
+    assert [FAMILIES[plan.family] for plan in engine.picked] == [family, "cluster"]
     for plan, name in zip(engine.picked, ("forward", "backward"), strict=True):
         assert tiles.get(name) in (None, (plan.m_tiles, plan.n_tiles))
     with installed(only("step")):
@@ -123,13 +124,13 @@ def check(layer, *, seed=0, **tiles):
     return engine.picked
 
 
-def tiles(backward):
+def tiles(family, backward):
     for arithmetic, (_, code, tf32) in ARITHMETIC.items():
-        for m, n in emulated.all_tiles("cluster", code, tf32, backward):
+        for m, n in emulated.all_tiles(family, code, tf32, backward):
             yield pytest.param(arithmetic, m, n, id=f"{arithmetic}-{m}x{n}")
 
 
-@pytest.mark.parametrize("arithmetic, m, n", list(tiles(backward=False)))
+@pytest.mark.parametrize("arithmetic, m, n", list(tiles("cluster", backward=False)))
 def test_forward_tiles(arithmetic, m, n):
     """Three slices on four blocks, the last slice not full; two groups and more, the last not."""
     layer = Layer(arithmetic, T=3, B=8 * n + 3, H=8 * m + 3, ragged=True, both=True)
@@ -137,7 +138,15 @@ def test_forward_tiles(arithmetic, m, n):
     assert (forward.slices, forward.cluster) == (3, 4) and forward.groups >= 2
 
 
-@pytest.mark.parametrize("arithmetic, m, n", list(tiles(backward=True)))
+@pytest.mark.parametrize("arithmetic, m, n", list(tiles("tagged", backward=False)))
+def test_tagged_tiles(arithmetic, m, n):
+    """The same, and a block for each slice."""
+    layer = Layer(arithmetic, T=3, B=8 * n + 3, H=8 * m + 3, ragged=True, both=True)
+    forward, _ = check(layer, seed=2, family="tagged", forward=(m, n))
+    assert (forward.slices, forward.cluster) == (3, 0) and forward.groups >= 2
+
+
+@pytest.mark.parametrize("arithmetic, m, n", list(tiles("cluster", backward=True)))
 def test_backward_tiles(arithmetic, m, n):
     layer = Layer(arithmetic, T=3, B=8 * n + 3, H=32 * m + 3, ragged=True, both=True)
     _, backward = check(layer, seed=2, backward=(m, n))
@@ -168,19 +177,27 @@ def test_layers_one_unit_too_large(slices, units):
         assert plan.slices == slices + 1 and plan.cluster == 2 * slices
 
 
+@pytest.mark.parametrize("family", ["cluster", "tagged"])
 @pytest.mark.parametrize("arithmetic", ["tf32", "bfloat16"])
 @pytest.mark.parametrize("H", [1, 2, 4, 7, 12, 22, 40])
-def test_sizes_of_a_vector(arithmetic, H):
-    """H % 8: backward's weights by whole 16 bytes or by elements, in every alignment."""
-    check(Layer(arithmetic, T=3, B=2, H=H), backward=(1, 1))
+def test_sizes_of_a_vector(arithmetic, H, family):
+    """H % 8: backward's weights by whole 16 bytes or by elements, in every alignment; what tagged
+    blocks put past the last unit."""
+    check(Layer(arithmetic, T=3, B=2, H=H), family=family, backward=(1, 1))
 
 
-@pytest.mark.parametrize("n, rows", [(1, r) for r in range(1, 9)] + [(2, 9), (2, 13)])
-def test_groups_that_are_not_full(n, rows):
+@pytest.mark.parametrize(
+    "family, n, rows",
+    [("cluster", 1, r) for r in range(1, 9)]
+    + [("cluster", 2, 9), ("cluster", 2, 13)]
+    + [("tagged", 1, r) for r in range(1, 9)],
+)
+def test_groups_that_are_not_full(family, n, rows):
     """Odd rows: half of the last pair of columns is not there."""
 
     def one_group(plans, problem):
-        plan = next(p for p in plans if FAMILIES[p.family] == "cluster" and p.n_tiles == n)
+        chosen = "cluster" if problem.backward else family
+        plan = next(p for p in plans if FAMILIES[p.family] == chosen and p.n_tiles == n)
         plan.groups, plan.group_rows = 1, rows
         return plan
 
@@ -213,31 +230,65 @@ def test_groups_that_are_not_full(n, rows):
     ],
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()) or "plain",
 )
+@pytest.mark.parametrize("family", ["cluster", "tagged"])
 @pytest.mark.parametrize("arithmetic", ["tf32", "float16"])
-def test_what_a_layer_can_have(arithmetic, options):
-    check(Layer(arithmetic, T=4, B=5, H=37, **options), seed=3)
+def test_what_a_layer_can_have(arithmetic, options, family):
+    check(Layer(arithmetic, T=4, B=5, H=37, **options), seed=3, family=family)
+
+
+def test_more_steps_than_a_word_can_count():
+    """In TF32 a word has 13 bits for its step."""
+    torch.manual_seed(0)
+    module, x = lstm_ext.LSTM(2, 17), torch.randn(8200, 1, 2)
+    results = []
+    for family in ("cluster", "tagged"):
+        with installed(only(family, forward=(4, 1))) as engine, torch.no_grad():
+            results.append(module(x)[0])
+        assert [FAMILIES[plan.family] for plan in engine.picked] == [family]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_states_that_are_no_numbers(arithmetic, value):
+    """They travel as any others: to every unit of their own sequence and to no other one."""
+    dtype, _, _ = ARITHMETIC[arithmetic]
+    module, x = lstm_ext.LSTM(2, 37).to(dtype), torch.randn(4, 3, 2).to(dtype)
+    x[1, 1, 0] = value
+    results = []
+    for family in ("step", "tagged"):
+        with installed(only(family)) as engine, torch.no_grad():
+            results.append(module(x)[0])
+        assert emulated.families_of(engine) == {family}
+    assert torch.equal(results[0].isnan(), results[1].isnan())
+    assert not results[1][:, ::2].isnan().any()
+    assert results[1][1:, 1].isnan().all() == math.isnan(value)
 
 
 # ---- bits
 
 
+RESIDENT = ("cluster", "tagged")
+
+
 def each_plan(layer, backward):
-    """(plan, results) with every cluster plan of a pass, the other pass on one of its own."""
-    device = {"clusters": [6, 6, 6, 6, 6]}
+    """(engine, results) with every plan of a pass that keeps all weights, the other pass on
+    clusters."""
+    device = {"clusters": [6, 6, 6, 6, 6], "sm_count": 30}
     with installed(only("cluster"), **device) as engine:
         layer.run()
     _, code, tf32 = next(a for a in ARITHMETIC.values() if a[0] == layer.dtype)
     facts = {"dtype": code, "tf32": tf32, "backward": backward, "T": 2}
     facts |= {"B": layer.hx[0].size(1), "H": layer.hx[0].size(2)}
     count = sum(
-        FAMILIES[p.family] == "cluster"
+        FAMILIES[p.family] in RESIDENT
         for p in engine.core.cuda_plans(emulated.problem(**facts), engine.properties(None))
     )
     for i in range(count):
 
         def pick(plans, problem, i=i):
-            of_clusters = [p for p in plans if FAMILIES[p.family] == "cluster"]
-            return of_clusters[i if problem.backward == backward else 0]
+            resident = [p for p in plans if FAMILIES[p.family] in RESIDENT]
+            return resident[i if problem.backward == backward else 0]
 
         with installed(pick, seed=i % 4, **device) as engine:
             yield engine, layer.run()
@@ -248,8 +299,8 @@ def each_plan(layer, backward):
 def test_the_bits_depend_on_few_things(backward, arithmetic):
     """Forward: on how many warps share a part of k, and whether a warp's few sums are made as two;
     backward: on the units of a block. Else not on the number of sequences at once, nor on their
-    grouping, nor on the schedule."""
-    seen, count = {}, 0
+    grouping, nor on how h travels, nor on the schedule."""
+    seen, count, families = {}, 0, set()
     for engine, results in each_plan(Layer(arithmetic, T=3, B=17, H=70), backward):
         plan = engine.picked[backward]
         key = order_of_sums(plan, backward)
@@ -258,7 +309,9 @@ def test_the_bits_depend_on_few_things(backward, arithmetic):
             engine.core.cuda_describe_plan(plan, emulated.problem(backward=backward))
         )
         count += 1
+        families.add(FAMILIES[plan.family])
     assert count > 2 * len(seen) >= 4
+    assert families == ({"cluster"} if backward else {"cluster", "tagged"})
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)

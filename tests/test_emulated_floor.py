@@ -26,7 +26,7 @@ def test_every_exchange_is_complete(mode):
         "launch",
         "barrier through L2",
         "exchange through L2",
-        "exchange, data is the flag",
+        "exchange, words with their step",
         "barrier of a cluster",
         "exchange through a cluster",
         "exchange through a cluster, copies",

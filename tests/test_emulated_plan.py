@@ -24,9 +24,9 @@ DTYPES = {"float64": (0, False), "float32": (1, False), "tf32": (1, True), "bflo
 GPU_SUITES = ("deepbench-train", "deepbench-infer", "flashrnn", "classic", "edges")
 
 
-def properties(name, vendor=True):
+def properties(name, vendor=True, untimed=False):
     names = ("major", "minor", "sm_count", "shared_bytes", "l2_bytes", "clusters")
-    facts = dict(zip(names, DEVICES[name], strict=True), vendor=vendor)
+    facts = dict(zip(names, DEVICES[name], strict=True), vendor=vendor, untimed=untimed)
     return emulated.load().CudaProperties(**facts)
 
 
@@ -50,14 +50,15 @@ def check(plan, problem, device, *, directions, B, H, backward):
     units = 256 if vendor else plan.m_tiles * (16 if backward else 4)
     assert (plan.slices - 1) * units < H <= plan.slices * units
     assert (plan.groups - 1) * plan.group_rows < B <= plan.groups * plan.group_rows
-    if FAMILIES[plan.family] == "grid":  # all blocks of a cooperative launch run at once
+    if FAMILIES[plan.family] in ("grid", "tagged"):  # all blocks of a cooperative launch at once
         assert plan.slices * plan.groups * directions <= sm_count
+    if FAMILIES[plan.family] in ("cluster", "tagged"):
+        assert plan.group_rows <= 8 * plan.n_tiles
     if FAMILIES[plan.family] == "cluster":
         size = plan.cluster.bit_length() - 1
         assert plan.cluster == 1 << size and 2 <= plan.cluster <= 16
         assert plan.slices <= plan.cluster < max(2 * plan.slices, 3)
         assert clusters[size] > 0, "no such cluster fits the device"
-        assert plan.group_rows <= 8 * plan.n_tiles
     else:
         assert plan.cluster == 0
     assert plan.step_us > 0
@@ -154,7 +155,9 @@ def test_a_cluster_is_refused_without_steps():
     assert FAMILIES[plan.family] == "cluster"
     refuse = emulated.load().cuda_refuse_plan
     assert refuse(plan, problem) == ""
-    assert refuse(plan, emulated.problem(T=0, **facts)) == "clusters have a step at least"
+    assert (
+        refuse(plan, emulated.problem(T=0, **facts)) == "what keeps all weights has a step at least"
+    )
 
 
 def test_old_devices_keep_no_fragments_in_registers():
@@ -291,164 +294,3 @@ def test_description_of_the_vendor_family():
         "step, 512 blocks (16 slices of 256 units x 32 groups of 4 sequences); expected "
     )
     assert text.startswith(expected) and text.endswith(" us a step")
-
-
-# ---- clusters
-
-
-def cluster_plans(device="H100", **facts):
-    problem = emulated.problem(**({"T": 100} | facts))
-    every = emulated.load().cuda_plans(problem, properties(device))
-    return [plan for plan in every if FAMILIES[plan.family] == "cluster"], problem
-
-
-# dtype: the most units of a block in either pass, elements of a chunk of k.
-OF_CLUSTERS = {"tf32": (32, 16), "bfloat16": (48, 32)}
-
-
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("dtype", OF_CLUSTERS)
-@pytest.mark.parametrize("device", ["H100", "B200"])
-def test_cluster_plans(device, dtype, backward):
-    """Each can run and has a place for all weights; up to what 16 blocks have room for."""
-    most_units, chunk = OF_CLUSTERS[dtype]
-    code, tf32 = DTYPES[dtype]
-    limit = 16 * most_units
-    for H, B in itertools.product((1, 33, limit, limit + 1), (1, 5, 8, 100)):
-        facts = {"dtype": code, "tf32": tf32, "backward": backward, "H": H, "B": B}
-        plans, problem = cluster_plans(device, **facts)
-        assert bool(plans) == (H <= limit)
-        for plan in plans:
-            check(plan, problem, device, directions=1, B=B, H=H, backward=backward)
-            of_a_warp = plan.held + plan.shared  # m-tiles of 16 rows, or chunks of k
-            of_rows = 2 if plan.m_tiles < 8 else 4  # warps with the same k
-            assert of_a_warp * (8 * 16 if backward else 8 // of_rows * chunk) >= H
-        if plans and B == 100:
-            assert any(plan.group_rows % (8 * plan.n_tiles) for plan in plans), "all groups full"
-
-
-def test_shared_bytes_of_a_cluster():
-    """By hand, for 16 blocks of 32 units: H 512."""
-
-    def of(m_tiles, **facts):
-        plans, _ = cluster_plans(H=512, B=8, **facts)
-        (plan,) = (p for p in plans if (p.m_tiles, p.n_tiles, p.group_rows) == (m_tiles, 1, 8))
-        return plan.shared, plan.shared_bytes
-
-    # Mbarriers; two states of 8 rows of 512, two parts of 8 rows of 32; four words of gx a thread,
-    # twice; the sums of 2 warps for 8 m-tiles.
-    ahead = 2 * 4 * 256 * 4
-    assert of(8) == (0, 128 + 2 * 8 * (1024 + 64) + ahead + 2 * 8 * 128 * 4)
-    # The same with fp32 elements, and 8 of a warp's 16 chunks for its 2 m-tiles.
-    kept = 8 * 8 * 2 * 1024
-    tf32 = of(8, dtype=1, tf32=True)
-    assert tf32 == (8, 128 + 2 * 8 * (2048 + 128) + ahead + 2 * 8 * 128 * 4 + kept)
-    # Mbarriers; two times 2 m-tiles from 16 blocks, and for them; six words ahead; two times 8 rows
-    # of 4 x 32 gradients.
-    ahead = 2 * 6 * 256 * 4
-    parts = 4 * 16 * 2 * 128 * 4
-    assert of(2, backward=True) == (0, 128 + parts + ahead + 2 * 8 * (256 + 64))
-    # fp32, and 2 of a warp's 4 m-tiles, each of 4 x 32 elements a row.
-    kept = 2 * 8 * 16 * 4 * 32 * 4
-    tf32 = of(2, backward=True, dtype=1, tf32=True)
-    assert tf32 == (2, 128 + parts + ahead + 2 * 8 * (512 + 64) + kept)
-
-
-@pytest.mark.parametrize(
-    "device, facts",
-    [
-        *((device, {}) for device in ("T4", "A100", "RTX 4090")),
-        ("H100", {"T": 1}),
-        ("H100", {"dtype": 0}),
-        ("H100", {"dtype": 1}),
-        ("H100", {"projection": True, "P": 32}),
-        ("H100", {"H": 1024}),
-        ("H100", {"H": 2048}),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_where_there_are_no_clusters(device, facts, backward):
-    facts = {"H": 64, "B": 4} | facts
-    plans, _ = cluster_plans(device, backward=backward, **facts)
-    assert not plans
-    plan, _ = plan_of(device, backward=backward, **({"T": 100} | facts))
-    assert FAMILIES[plan.family] != "cluster"
-
-
-def test_clusters_that_the_device_cannot_run():
-    """A device may have clusters of 8 blocks and no larger ones."""
-    facts = dict(emulated.H100, clusters=[132, 66, 32, 16, 0])
-    device = emulated.load().CudaProperties(**facts)
-    for H, most in ((256, 8), (257, 8), (512, 0)):
-        plans = emulated.load().cuda_plans(emulated.problem(T=9, B=2, H=H), device)
-        sizes = {plan.cluster for plan in plans}
-        assert max(sizes) == most
-
-
-@pytest.mark.parametrize("B", [1, 2, 4])
-@pytest.mark.parametrize("dtype, H", [("tf32", 256), ("bfloat16", 256), ("bfloat16", 512)])
-def test_small_batches_run_on_clusters(dtype, H, B):
-    """deepbench-infer on an H100."""
-    code, tf32 = DTYPES[dtype]
-    plan, _ = plan_of("H100", T=25, B=B, H=H, dtype=code, tf32=tf32)
-    assert FAMILIES[plan.family] == "cluster"
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"m_tiles": 3}, "no kernel has these tiles"),
-        ({"n_tiles": 3}, "no kernel has these tiles"),
-        ({"slices": 12}, "slices do not cover"),
-        ({"groups": 1}, "groups do not cover"),
-        ({"group_rows": 7}, "groups do not cover"),
-        ({"cluster": 0}, "a cluster has a block for each slice"),
-        ({"cluster": 8}, "a cluster has a block for each slice"),
-        ({"cluster": 13}, "a power of two"),
-        ({"cluster": 32}, "from 2 to 16"),
-        ({"slices": 14}, "a cluster has a block for each slice"),
-        ({"groups": 3}, "a cluster has no empty group"),
-        ({"groups": 1, "group_rows": 16}, "a cluster has one tile of sequences"),
-        ({"held": 5}, "no kernel holds so many chunks"),
-        ({"shared": 4}, "a cluster keeps all of the weights"),
-        ({"shared": 6}, "shared_bytes is not"),
-        ({"shared_bytes": 1}, "shared_bytes is not"),
-        ({"family": 1}, "only the cluster family has clusters"),
-    ],
-    ids=str,
-)
-def test_what_is_refused_of_a_cluster(change, message):
-    core = emulated.load()
-    plans, problem = cluster_plans(H=400, B=16, dtype=1, tf32=True)
-    # 13 slices of 32 units in a cluster of 16 blocks, two groups.
-    (plan,) = (p for p in plans if (p.m_tiles, p.n_tiles, p.group_rows) == (8, 1, 8))
-    assert (plan.slices, plan.cluster, plan.groups, plan.held, plan.shared) == (13, 16, 2, 8, 5)
-    assert core.cuda_refuse_plan(plan, problem) == ""
-    for name, value in change.items():
-        setattr(plan, name, value)
-    assert message in core.cuda_refuse_plan(plan, problem)
-
-
-@pytest.mark.parametrize(
-    "facts",
-    [{"dtype": 0}, {"dtype": 1}, {"projection": True, "P": 32}, {"variants": True}],
-    ids=str,
-)
-def test_problems_without_cluster_kernels(facts):
-    plans, _ = cluster_plans(H=64, B=8)
-    refused = emulated.load().cuda_refuse_plan(plans[0], emulated.problem(T=9, B=8, **facts))
-    assert "clusters have no projection, no variant, no product outside of tensor cores" in refused
-
-
-def test_description_of_a_cluster():
-    core = emulated.load()
-    for backward, kept in (
-        (False, "6 chunks in registers, 2 in shared memory;"),
-        (True, "3 row tiles in registers, 1 in shared memory;"),
-    ):
-        plans, problem = cluster_plans(H=512, B=8, backward=backward)
-        (plan,) = (p for p in plans if (p.m_tiles, p.group_rows) == (3 if backward else 12, 4))
-        text = core.cuda_describe_plan(plan, problem)
-        for part in ("bfloat16 B 8 H 512", ": clusters, 32 blocks (16 slices of 48 units x", kept):
-            assert part in text

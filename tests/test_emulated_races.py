@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from emulator.build import FLAGS, HERE, KERNELS, MODES, build, compiler, environment
 from emulator.cluster_mutants import SPARE
+from emulator.cluster_problems import TAGGED_LARGE
 from emulator.mutant import BEYOND, OVERRUN, RACE
 from emulator.mutants import CONTROL, MUTANTS, USUAL, uncovered
 
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 ALL_MUTANTS = os.environ.get("LSTM_EXT_ALL_MUTANTS") == "1"
 ENGINE = ["tests/emulator/lstm_driver.cpp", "tests/emulator/vendor.cpp"]
 ENGINE += [
-    *(f"csrc/cuda/{name}.cpp" for name in ("plan", "describe_plan", "vendor_plan")),
+    *(f"csrc/cuda/{name}plan.cpp" for name in ("", "describe_", "resident_", "vendor_")),
     *(f"csrc/cuda/{name}.cu" for name in ("engine", "vendor_steps")),
 ]
 FEW = ("few_kernels.cu", "few_cluster_kernels.cu")
@@ -92,6 +93,16 @@ PROBLEMS = [
     "backward tf32 cluster 1x1 2+0 2 2 4 15 37 37 packed",
     "backward tf32 cluster 2x1 2+1 3 1 3 24 300 300 dense",
     "backward tf32 cluster 2x1 2+0 3 1 3 9 131 131 lengths",
+    # The family tagged: the clusters' cases, and more blocks than a cluster has.
+    "forward float16 tagged 4x1 8+0 3 2 4 17 37 37 lengths",
+    "forward bfloat16 tagged 4x1 8+0 5 1 3 5 300 300 packed",  # a sequence a group
+    TAGGED_LARGE,
+    "forward float16 tagged 8x1 8+0 2 2 4 11 75 75 lengths",
+    "forward bfloat16 tagged 8x1 8+2 1 1 3 2 600 600 dense",
+    "forward tf32 tagged 4x1 8+1 2 1 3 16 530 530 dense",
+    "forward tf32 tagged 4x1 8+0 2 2 4 15 37 37 packed",
+    "forward tf32 tagged 8x1 8+2 3 1 3 24 300 300 dense",
+    "forward tf32 tagged 8x1 8+0 3 1 3 9 131 131 lengths",
     # A part of the steps a launch; both directions.
     "forward bfloat16 cluster 4x1 4+0 3 2 5 23 150 150 packed+parts",
     "forward float16 cluster 8x1 8+0 2 2 4 11 75 75 lengths+parts",
@@ -134,6 +145,8 @@ PROBLEMS = [
     "forward bfloat16 vendor 0x0 0+0 1 1 2 1 1 1 dense",
     "backward float32 vendor 0x0 0+0 1 1 2 1 1 1 lengths",
     "forward bfloat16 cluster 4x1 4+0 1 1 2 1 1 1 dense",
+    "forward bfloat16 tagged 4x1 8+0 1 1 2 1 1 1 dense",
+    "forward tf32 tagged 4x1 8+0 1 1 1 1 1 1 lengths",
     "backward bfloat16 cluster 1x1 2+0 1 1 2 1 1 1 lengths",
     "forward float32 step 2x1 0+0 1 1 1 1 1 1 norm",
     "backward bfloat16 step 1x1 0+0 1 1 2 1 1 1 norm",
@@ -153,6 +166,7 @@ SANITIZED = [
     "backward float32 step 2x4 0+0 1 1 2 17 37 37 packed",
     "forward bfloat16 cluster 4x1 4+0 2 1 3 13 37 37 packed",  # a block without units
     "forward tf32 cluster 4x1 4+0 2 1 3 9 21 21 lengths",
+    "forward bfloat16 tagged 4x1 8+0 2 1 3 13 37 37 packed",
     "backward bfloat16 cluster 1x2 2+0 1 1 3 13 37 37 packed",
     "backward tf32 cluster 2x1 2+0 1 2 3 5 35 35 packed",
     "forward bfloat16 cluster 4x1 4+0 2 1 4 13 37 37 packed+parts",
@@ -253,7 +267,8 @@ def mutated(mutant, mode, folder, few_objects):
     (folder / "cuda").mkdir(parents=True, exist_ok=True)
     (folder / "cuda" / mutant.file).write_text(mutant.apply())
     _, arithmetic, family, *_ = mutant.problem.split()
-    source = FEW[family == "cluster"]
+    # What prepares a launch is with the kernels of the other families.
+    source = FEW[family in ("cluster", "tagged") and mutant.file != "forward.cuh"]
     own = compiled(source, mode, folder, arithmetic)  # half the time of all
     program = link(mode, folder, (few_objects[mode] | {source: own}).values())
     own.unlink()  # pytest keeps the folder

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import lstm_ext
 from lstm_ext import ops, wavefront
-from lstm_ext.cuda_engine import FAMILIES, wavefront_switch
+from lstm_ext.cuda_engine import FAMILIES, CudaEngine
 from lstm_ext.cuda_wavefront import cuts, order
 
 pytestmark = pytest.mark.cpu_only(reason="brings the emulated device along")
@@ -345,15 +345,24 @@ def test_calls_in_turn(engine, stacks):
     assert len(stacks) == 2
 
 
-def test_the_switch(monkeypatch):
+@pytest.mark.parametrize("name", ["LSTM_EXT_WAVEFRONT", "LSTM_EXT_UNTIMED"])
+def test_the_switches(monkeypatch, name):
+    attribute = name.removeprefix("LSTM_EXT_").lower()
     for value, on in ((None, False), ("", False), ("off", False), ("on", True)):
-        monkeypatch.delenv("LSTM_EXT_WAVEFRONT", raising=False)
+        monkeypatch.delenv(name, raising=False)
         if value is not None:
-            monkeypatch.setenv("LSTM_EXT_WAVEFRONT", value)
-        assert wavefront_switch() is on
-    monkeypatch.setenv("LSTM_EXT_WAVEFRONT", "1")
-    with pytest.raises(ValueError, match="should be on or off, got 1"):
-        wavefront_switch()
+            monkeypatch.setenv(name, value)
+        with emulated.installed() as engine:
+            assert getattr(engine, attribute) is on
+    asked = SimpleNamespace(cuda_properties=lambda *arguments: arguments)
+    engine = SimpleNamespace(core=asked, untimed=engine.untimed)
+    assert CudaEngine.properties.__wrapped__(engine, torch.device("cuda", 1)) == (1, engine.untimed)
+    monkeypatch.setenv(name, "1")
+    with (
+        pytest.raises(ValueError, match=f"{name} should be on or off, got 1"),
+        emulated.installed(),
+    ):
+        pass
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -426,6 +435,7 @@ def test_only_clusters_do_a_part_of_the_steps(engine):
     for family, steps in (
         *(("grid", steps) for steps in ((0, 2), (1, 3))),
         *(("cluster", steps) for steps in ((2, 2), (-1, 2), (0, 4), (2, 1))),
+        ("tagged", (0, 2)),
     ):
         with pytest.raises(ValueError, match="only clusters do a part of the steps"):
             call(family, steps)

@@ -98,8 +98,9 @@ def demangled(kernels: Sequence[Kernel]) -> list[Kernel]:
 
 def family(name: str) -> str:
     """ "void lstm_ext::cell<lstm_ext::Tf32, 4>(lstm_ext::Args)" -> "cell<Tf32>"."""
-    plain = re.sub(r"\(anonymous namespace\)::|\w+::", "", name)
-    found = re.match(r"(?:void )?(\w+)(?:<((?:[^<>,]|<[^<>]*>)+)[^(]*>)?\(", plain)
+    plain = re.sub(r"\(anonymous namespace\)::|\w+::", "", name).replace("> >", ">>")
+    nested = r"<(?:[^<>]|<[^<>]*>)*>"
+    found = re.match(rf"(?:void )?(\w+)(?:<((?:[^<>,]|{nested})+)[^(]*>)?\(", plain)
     if found is None:
         return name
     return f"{found[1]}<{found[2].strip()}>" if found[2] else found[1]

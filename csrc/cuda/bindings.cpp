@@ -108,12 +108,12 @@ void bind_cuda(py::module_& m) {
   // Every argument is described in cuda/engine.h and cuda/plan.h; addresses are the device's.
   py::class_<CudaProperties>(m, "CudaProperties", py::module_local())
       .def(py::init([](int major, int minor, int sm_count, int64_t shared_bytes, int64_t l2_bytes,
-                       const std::array<int64_t, 5>& clusters, bool vendor) {
+                       const std::array<int64_t, 5>& clusters, bool vendor, bool untimed) {
              return CudaProperties{major,    minor,    sm_count, shared_bytes,
-                                   l2_bytes, clusters, vendor};
+                                   l2_bytes, clusters, vendor,   untimed};
            }),
            py::kw_only(), "major"_a, "minor"_a, "sm_count"_a, "shared_bytes"_a, "l2_bytes"_a,
-           "clusters"_a, "vendor"_a)
+           "clusters"_a, "vendor"_a, "untimed"_a = false)
       .def_readonly("major", &CudaProperties::major)
       .def_readonly("sm_count", &CudaProperties::sm_count)
       .def_readonly("shared_bytes", &CudaProperties::shared_bytes);

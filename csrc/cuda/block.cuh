@@ -192,7 +192,7 @@ struct ForwardArgs {
   };
   Steps steps;
   int H, P, K, hidden_K;
-  int64_t counter_words;  // of a direction's counters
+  int64_t counter_words;  // of a direction's counters, or words of its states (family tagged)
   BlockShape shape;
   Direction direction[kMaxDirections];
 };

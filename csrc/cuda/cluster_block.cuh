@@ -1,5 +1,5 @@
-// What the cluster kernels of both passes share: which block does what, and the exchange between
-// steps.
+// What the kernels that keep all of their weights share: which block does what, and the exchange of
+// a cluster between steps.
 #pragma once
 
 #include "cuda/block.cuh"
@@ -8,23 +8,27 @@
 #ifdef LSTM_EXT_CLUSTERS
 namespace lstm_ext {
 
-// A cluster has the sequences of one group and one direction, each of its blocks one slice of the
-// hidden units. Clusters may have more blocks than there are slices: sizes are powers of two. The
-// grid's y is the direction, for the compiler sees that it is the same for all threads: addresses
-// are then added up beside what they compute.
-struct ClusterPlace {
+// The blocks that exchange have the sequences of one group and one direction, each of them one
+// slice of the hidden units. The grid's y is the direction, for the compiler sees that it is the
+// same for all threads: addresses are then added up beside what they compute.
+struct SlicePlace {
   int slice, slices, group, direction;
   int row_first, row_end;  // sequences of the group
 
-  LSTM_EXT_DEVICE ClusterPlace(const BlockShape& shape, int B) {
-    slice = int(cluster_rank());
+  LSTM_EXT_DEVICE SlicePlace(const BlockShape& shape, int B, int slice_, int group_) {
+    slice = slice_;
     slices = shape.slices;
-    group = int(blockIdx.x / cluster_size());
+    group = group_;
     direction = int(blockIdx.y);
     row_first = group * shape.group_rows;
     row_end = min(B, row_first + shape.group_rows);
   }
   LSTM_EXT_DEVICE int rows() const { return row_end - row_first; }
+};
+// Clusters may have more blocks than there are slices: sizes are powers of two.
+struct ClusterPlace : SlicePlace {
+  LSTM_EXT_DEVICE ClusterPlace(const BlockShape& shape, int B)
+      : SlicePlace(shape, B, int(cluster_rank()), int(blockIdx.x / cluster_size())) {}
 };
 
 // Two mailboxes in turn, each with an mbarrier that counts the bytes as they come. A block sends

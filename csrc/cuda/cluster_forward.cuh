@@ -1,21 +1,23 @@
-// Forward, one launch for all steps on a cluster of blocks for each group of sequences: h travels
-// through distributed shared memory, and there is no barrier wider than a block. A launch may do a
-// part of the steps: it goes on from the h in y and the c that the launch before has left.
+// Forward, one launch for all steps on blocks that keep all of W_hh, several for each group of
+// sequences: there is no barrier wider than a block. The blocks of a group are a cluster, whose h
+// travels through distributed shared memory, or (family tagged) any blocks of the grid, whose h
+// travels through L2. A cluster's launch may do a part of the steps: it goes on from the h in y and
+// the c that the launch before has left.
 //
 // Each block keeps its slice's rows of W_hh in registers and shared memory, the c of its units in
-// registers, and h of all units in shared memory, where its peers write their part of the next. A
-// step waits for the bytes of h, multiplies, sums up over the warps that share k, and sends.
+// registers, and h of all units in shared memory. A step waits for h, multiplies, sums up over the
+// warps that share k, and sends its units' next h to its peers.
 #pragma once
 
-#include "cuda/cluster_block.cuh"
 #include "cuda/forward_cells.cuh"
+#include "cuda/forward_exchange.cuh"
 
 namespace lstm_ext {
 
-// kMTiles: of a warp; kMWarps warps have different rows.
-template <class Arithmetic, int kMTiles, int kMWarps, int kNTiles, int kHeld>
+// kMTiles: of a warp; kMWarps warps have different rows. Exchange: of forward_exchange.cuh.
+template <class Exchange, class Arithmetic, int kMTiles, int kMWarps, int kNTiles, int kHeld>
 __global__ void __launch_bounds__(kThreads, 1)
-    forward_cluster(const __grid_constant__ ForwardArgs args) {
+    forward_resident(const __grid_constant__ ForwardArgs args) {
 #ifdef LSTM_EXT_CLUSTERS
   using T = typename Arithmetic::Element;
   using Acc = typename Arithmetic::Acc;
@@ -28,36 +30,29 @@ __global__ void __launch_bounds__(kThreads, 1)
   static_assert(sizeof(Acc) == 4, "16-bit and TF32 only");
 
   DYNAMIC_SHARED(memory);
-  const ClusterPlace place(args.shape, int(args.steps.B));
-  Mailboxes mailboxes(memory);
-  if (place.slice >= place.slices) {  // no units left for it
-    mailboxes.open();
-    mailboxes.close();
-    return;
-  }
+  const typename Exchange::Place place(args.shape, int(args.steps.B));
+  if constexpr (Exchange::kSpareBlocks)
+    if (place.slice >= place.slices) return Exchange::stand_by(memory);  // no units left for it
   const ForwardArgs::Direction& d = args.direction[place.direction];
   const Walk walk(args.steps, d.reverse);
   const int H = args.H, K = args.K, slices = place.slices;
   const int first = args.shape.first, last = args.shape.last;
   const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
 
-  // [2] states of all units as StateInShared has them: h as the i-th step finds it lies in [i % 2].
   const int state_rows = lstm_ext::state_rows(args.shape.group_rows);
-  const int slice_bytes = int(forward_slice_bytes(kTile, state_rows, sizeof(T)));
-  const int box_bytes =
-      int(forward_box_bytes(kTile, slices, state_rows, K * int64_t(sizeof(T)), sizeof(T)));
-  unsigned char* const states = memory + kBarrierBytes;
-  // [2] this block's part of it, likewise, until peers have it.
-  unsigned char* const own = states + 2 * box_bytes;
-  unsigned char* const fetched = own + 2 * slice_bytes;
+  const StateBoxes boxes = {
+      memory + kBarrierBytes,
+      int(forward_box_bytes(kTile, slices, state_rows, K * int64_t(sizeof(T)), sizeof(T))),
+      int(forward_slice_bytes(kTile, state_rows, sizeof(T))), state_rows};
+  unsigned char* const fetched = boxes.end();
   Acc* const partial = reinterpret_cast<Acc*>(fetched + ahead_bytes(kForwardWords, kCells));
   const auto place_of = [&](int k, int row) {  // in elements
     return StateInShared::place(k / kVector, row, state_rows) * kVector + k % kVector;
   };
 
   // The state before the launch's first step: a warp per sequence. What nobody sends stays zero.
-  for (int v = threadIdx.x; v < 2 * (box_bytes + slice_bytes) / 16; v += kThreads)
-    reinterpret_cast<uint4*>(states)[v] = make_uint4(0, 0, 0, 0);
+  for (int v = threadIdx.x; v < int(boxes.end() - boxes.states) / 16; v += kThreads)
+    reinterpret_cast<uint4*>(boxes.states)[v] = make_uint4(0, 0, 0, 0);
   __syncthreads();
   for (int row = threadIdx.x / 32; row < place.rows(); row += kWarps) {
     const int b = place.row_first + row;
@@ -67,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (const int before = walk.step_at(first - 1); walk.active(before, b))
         h = as<T>(d.y) + walk.row(before, b) * d.y_stride;
     if (!h) continue;
-    T* const state = reinterpret_cast<T*>(states + first % 2 * box_bytes);
+    T* const state = reinterpret_cast<T*>(boxes.state(first));
     for (int k = threadIdx.x % 32; k < H; k += 32)
       state[place_of(k, row)] = Arithmetic::round_state(h[k]);
   }
@@ -114,26 +109,26 @@ __global__ void __launch_bounds__(kThreads, 1)
       reinterpret_cast<unsigned char*>(partial + Sum::kCells * 4 * (kWarps / kMWarps)));
   const int part = pinned(Sum::part());
 
-  // In `own` a cell lies where it does in the whole state, counted from the slice's first.
-  const int own_start = place.slice * (slice_bytes / int(sizeof(T)));
-  const int first_own_cell = pinned(place_of(unit, row_of(0)) - own_start);
-  const Letter letter(mailboxes, slices, states + place.slice * slice_bytes, box_bytes);
-  mailboxes.open();
+  Exchange exchange(memory, d, place, boxes, H);
+  // Of a cell, as exchange.put() wants it.
+  const int start = exchange.first_element(place);
+  const int first_cell = pinned(place_of(unit, row_of(0)) - start);
+  const auto cell_place = [&](int j) { return j ? place_of(unit, row_of(j)) - start : first_cell; };
+  exchange.open();
 
   // First rows of the next step and, a step ahead, of the one after it: a packed batch reads them.
   unsigned next_rows = walk.first_row_beside<true>(walk.first_row(walk.step_at(first)), first + 1);
   for (int i = first; i < last; ++i) {
     const bool goes_on = i + 1 < last;
-    const int box = i & 1, next = box ^ 1;
-    const uint4* state = reinterpret_cast<const uint4*>(states + box * box_bytes);
+    const uint4* state = reinterpret_cast<const uint4*>(boxes.state(i));
     Turn following[kCells];
     const unsigned rows = next_rows;
     next_rows = walk.first_row_beside<true>(rows, i + 2);
 #pragma unroll
     for (int j = 0; j < kCells; ++j) following[j] = course[j].turn(walk, i + 1, rows);
     fetch(i + 1, following);
-    if (i > first) mailboxes.wait(box, (i - first - 1) >> 1);
-    if (goes_on) mailboxes.expect(next, slices * slice_bytes);
+    if (i > first) exchange.receive(i, i - first - 1);
+    if (goes_on) exchange.expect(i + 1);
 
     Acc sums[kMTiles][kNTiles][4];
     weights.template multiply<kNTiles>(StateInShared{state, state_rows}, 0, 8 * kNTiles - 1, sums);
@@ -144,11 +139,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();  // all warps' parts are there, and nobody reads this state any more
     typename Cell::Result results[kCells];
     // First what peers wait for, then what is kept.
-    T* const next_own = reinterpret_cast<T*>(own + next * slice_bytes);
 #pragma unroll
     for (int j = 0; j < kCells; ++j) {
       results[j] = {};
-      if (!here(j)) continue;
+      if (!here(j)) {
+        if (Exchange::kFills && goes_on && Sum::has_cell(j) && sequence(j) < place.row_end)
+          exchange.put(i + 1, cell_place(j), from_acc<T>(Acc(0)));
+        continue;
+      }
       typename Cell::Operands in;
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) in.gx[gate] = ahead.get(i, gate, j);
@@ -159,13 +157,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       results[j] = cell.compute(turn[j], sum, in, c[j], [&] {
         return reinterpret_cast<const T*>(state)[place_of(unit, row_of(j))];
       });
-      next_own[j ? place_of(unit, row_of(j)) - own_start : first_own_cell] = results[j].next;
+      if (goes_on) exchange.put(i + 1, cell_place(j), results[j].next);
     }
-    if (goes_on) {
-      copies_see();
-      __syncthreads();  // all of this block's part is there
-      letter.send(next, own + next * slice_bytes, 0, slice_bytes);
-    }
+    if (goes_on) exchange.send(i + 1);
 #pragma unroll
     for (int j = 0; j < kCells; ++j) {
       if (here(j)) cell.store(turn[j], results[j], c[j]);
@@ -176,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int j = 0; j < kCells; ++j)
       if (here(j)) as<Acc>(d.cells)[at(sequence(j), H, unit)] = c[j];
-  mailboxes.close();
+  exchange.close();
 #endif
 }
 

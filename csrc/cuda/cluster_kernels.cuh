@@ -7,13 +7,13 @@
 
 namespace lstm_ext {
 
-template <class Arithmetic>
-struct ForwardClusters {
+template <class Arithmetic, template <class> class Exchange>
+struct ForwardResident {
   using Kernel = ForwardKernel;
   template <int m, int n, int held>
   static Kernel of() {
     constexpr int kMWarps = warps_of_rows(m);
-    return forward_cluster<Arithmetic, m / kMWarps, kMWarps, n, held>;
+    return forward_resident<Exchange<Arithmetic>, Arithmetic, m / kMWarps, kMWarps, n, held>;
   }
 };
 template <class Arithmetic>
@@ -25,10 +25,13 @@ struct BackwardClusters {
   }
 };
 
-template <class Arithmetic, const auto& kForward, const auto& kBackward>
+template <class Arithmetic, const auto& kForward, const auto& kBackward,
+          const auto& kTagged = kForwardTaggedTiles>
 const ClusterKernelSet& cluster_kernel_set() {
-  static const ClusterKernelSet set = {find_tile<ForwardClusters<Arithmetic>, kForward>,
-                                       find_tile<BackwardClusters<Arithmetic>, kBackward>};
+  static const ClusterKernelSet set = {
+      find_tile<ForwardResident<Arithmetic, ThroughCluster>, kForward>,
+      find_tile<ForwardResident<Arithmetic, ThroughL2>, kTagged>,
+      find_tile<BackwardClusters<Arithmetic>, kBackward>};
   return set;
 }
 

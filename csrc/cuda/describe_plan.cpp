@@ -8,9 +8,11 @@ namespace lstm_ext {
 std::string describe(const CudaPlan& plan, const CudaProblem& p) {
   static const char* const kDtypes[] = {"float64", "float32", "bfloat16", "float16"};
   const bool cluster = plan.family == CudaFamily::kCluster;
+  const bool tagged = plan.family == CudaFamily::kTagged;
   const bool vendor = plan.family == CudaFamily::kVendor;
   const char* const how = cluster  ? "clusters"
                           : vendor ? "the vendor's product and a launch a step"
+                          : tagged ? "one cooperative launch, h tagged with its step"
                           : plan.family == CudaFamily::kGrid ? "one cooperative launch"
                                                              : "a launch a step";
   const int64_t slices = cluster ? plan.cluster : plan.slices;
@@ -20,7 +22,7 @@ std::string describe(const CudaPlan& plan, const CudaProblem& p) {
   char ahead[60] = "";
   if (plan.ahead)
     std::snprintf(ahead, sizeof ahead, " ahead, %d of them to stay there", plan.in_l2);
-  if (cluster)
+  if (cluster || tagged)
     std::snprintf(weights, sizeof weights, "%d %s in registers, %d in shared memory", plan.held,
                   p.backward ? "row tiles" : "chunks", plan.shared);
   else

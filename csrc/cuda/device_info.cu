@@ -56,7 +56,8 @@ cudaError_t query(int device, CudaDeviceInfo& info) {
   if (cudaError_t error = cudaSetDevice(device)) return error;
   cudaFuncAttributes code{};
   const cudaError_t error = cudaFuncGetAttributes(&code, probe_kernel);
-  if (error == cudaSuccess && prop.major >= 9) count_clusters(prop, info);
+  // Code compiled from PTX of an older architecture has no clusters, whatever the device.
+  if (error == cudaSuccess && prop.major >= 9 && code.ptxVersion >= 90) count_clusters(prop, info);
   const cudaError_t restored = cudaSetDevice(previous);
   if (error != cudaSuccess) return error;
   info.binary_version = code.binaryVersion;

@@ -27,7 +27,7 @@ struct CudaDeviceInfo {
   // the two are equal, else compiled by the driver from PTX. 0 when there is none.
   int binary_version, ptx_version;
   // How many clusters of 1, 2, 4, 8 and 16 blocks run at once, if each block has a multiprocessor
-  // to itself; zeros before Hopper, or without code for the device.
+  // to itself; zeros before Hopper, or without code for Hopper and later.
   int clusters[5];
   int error;  // cudaError_t of the first query that failed; what follows it is zero
   const char* error_text;

@@ -35,9 +35,16 @@ const ClusterKernelSet& cluster_kernels_of(const CudaLayer& layer) {
   }
 }
 
-// Only the blocks of one launch meet.
-int64_t counter_words(const CudaPlan& plan) {
-  return plan.family == CudaFamily::kGrid ? plan.groups * kCounterStride : 0;
+// What the blocks of one launch meet by: counters, or words of their states (forward_exchange.cuh).
+int64_t counter_words(const CudaLayer& layer) {
+  const CudaPlan& plan = layer.plan;
+  if (plan.family == CudaFamily::kGrid) return plan.groups * kCounterStride;
+  if (plan.family != CudaFamily::kTagged) return 0;
+  const Tile tile = {plan.m_tiles, plan.n_tiles, plan.held};
+  const int element = int(storage_bytes(layer.dtype));
+  const int64_t box =
+      forward_box_bytes(tile, plan.slices, plan.group_rows, layer.K * element, element);
+  return plan.groups * 2 * (box / element);
 }
 
 bool by_vendor(const CudaLayer& layer) { return layer.plan.family == CudaFamily::kVendor; }
@@ -49,7 +56,7 @@ void cut(Cutter& cutter, const CudaLayer& l, bool projection, ForwardArgs::Direc
   const bool product = l.normed || by_vendor(l);
   d.product = product ? cutter.take(4 * B * l.H * acc_bytes(l.dtype)) : nullptr;
   d.hidden = projection ? cutter.take(B * padded(l.H, l.dtype) * storage) : nullptr;
-  d.counters = static_cast<unsigned*>(cutter.take(counter_words(l.plan) * 4));
+  d.counters = static_cast<unsigned*>(cutter.take(counter_words(l) * 4));
 }
 void cut(Cutter& cutter, const CudaLayer& l, bool projection, BackwardArgs::Direction& d) {
   const int64_t storage = storage_bytes(l.dtype), B = l.steps.B;
@@ -59,7 +66,7 @@ void cut(Cutter& cutter, const CudaLayer& l, bool projection, BackwardArgs::Dire
   d.product = width ? cutter.take(B * width * acc_bytes(l.dtype)) : nullptr;
   d.carry = cutter.take(B * l.P * acc_bytes(l.dtype));
   d.hidden = projection ? cutter.take(B * l.K * storage) : nullptr;
-  d.counters = static_cast<unsigned*>(cutter.take(counter_words(l.plan) * 4));
+  d.counters = static_cast<unsigned*>(cutter.take(counter_words(l) * 4));
 }
 
 // Of all directions; what the vendor's products need lies behind it.
@@ -80,7 +87,7 @@ Args make_args(const CudaLayer& layer, const Direction* directions, bool project
   args.steps = layer.steps;
   args.H = int(layer.H);
   args.P = int(layer.P);
-  args.counter_words = counter_words(layer.plan);
+  args.counter_words = counter_words(layer);
   args.shape = {int(layer.plan.slices),
                 int(layer.plan.groups),
                 int(layer.plan.group_rows),
@@ -142,9 +149,11 @@ void prepare(void (*kernel)(Args), const CudaLayer& layer, const Args& args, int
 LaunchShape cell_shape(const CudaLayer& layer) {
   const CudaPlan& plan = layer.plan;
   const auto directions = unsigned(layer.directions);
+  const bool tagged = plan.family == CudaFamily::kTagged;
   const dim3 grid = plan.cluster ? dim3(unsigned(plan.cluster * plan.groups), directions)
+                    : tagged     ? dim3(unsigned(plan.slices * plan.groups), directions)
                                  : dim3(unsigned(plan.slices * plan.groups) * directions);
-  return {grid, kThreads, plan.shared_bytes, plan.family == CudaFamily::kGrid,
+  return {grid, kThreads, plan.shared_bytes, tagged || plan.family == CudaFamily::kGrid,
           unsigned(plan.cluster)};
 }
 
@@ -202,14 +211,16 @@ void step_by_step(const CudaLayer& layer, Args& args, int count, const StepKerne
   }
 }
 
-// The kernel of the cell, of the plan's family.
+// The kernel of the cell, of the plan's family. tagged: backward has none.
 template <class Kernel>
 Kernel find_cell(const CudaLayer& layer, Kernel (*plain)(int, int, int),
-                 Kernel (*variants)(int, int, int), Kernel (*cluster)(int, int, int)) {
+                 Kernel (*variants)(int, int, int), Kernel (*cluster)(int, int, int),
+                 Kernel (*tagged)(int, int, int) = nullptr) {
   const CudaPlan& plan = layer.plan;
-  const auto find = plan.family == CudaFamily::kCluster ? cluster
-                    : layer.variants                    ? variants
-                                                        : plain;
+  const auto find = plan.family == CudaFamily::kCluster  ? cluster
+                    : plan.family == CudaFamily::kTagged ? tagged
+                    : layer.variants                     ? variants
+                                                         : plain;
   return find(plan.m_tiles, plan.n_tiles, plan.held);
 }
 
@@ -239,14 +250,16 @@ void cuda_forward(const CudaLayer& layer, const CudaForwardDirection* directions
   const bool clusters = plan.family == CudaFamily::kCluster;
   const int T = int(layer.steps.T);
   // A cluster begins by itself.
-  if (!clusters || !T) prepare(kernels.forward_prepare, layer, args, 32 * layer.steps.B);
+  if (!clusters || !T)
+    prepare(kernels.forward_prepare, layer, args, std::max(32 * layer.steps.B, args.counter_words));
   if (!T) return;
   if (by_vendor(layer)) {
     void* const scratch = static_cast<char*>(workspace) + pieces_bytes<ForwardArgs>(layer, false);
     return vendor_forward_steps(layer, args, T, kernels.forward_norm, norm_shape(layer), scratch);
   }
+  const ClusterKernelSet& resident = cluster_kernels_of(layer);
   const ForwardKernel cell = find_cell(layer, kernels.forward, kernels.forward_variants,
-                                       cluster_kernels_of(layer).forward);
+                                       resident.forward, resident.forward_tagged);
   if (plan.family != CudaFamily::kStep) {
     args.shape.first = int(range.first);
     args.shape.last = int(range.last);

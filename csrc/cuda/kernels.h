@@ -26,9 +26,10 @@ struct KernelSet {
   BackwardKernel backward_norm;
 };
 
-// Those of the cluster family: tensor cores of compute capability 9 and more.
+// Those of the families cluster and tagged: tensor cores of compute capability 9 and more.
 struct ClusterKernelSet {
   ForwardKernel (*forward)(int m_tiles, int n_tiles, int held);
+  ForwardKernel (*forward_tagged)(int m_tiles, int n_tiles, int held);
   BackwardKernel (*backward)(int m_tiles, int n_tiles, int held);
 };
 

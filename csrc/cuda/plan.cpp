@@ -4,6 +4,8 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "cuda/costs.h"
+#include "cuda/resident_plan.h"
 #include "cuda/vendor_plan.h"
 
 namespace lstm_ext {
@@ -13,14 +15,6 @@ namespace {
 // launch it would need more than one barrier.
 bool steps_apart(const CudaProblem& p) { return p.projection || p.normed; }
 
-struct Tiles {
-  const Tile* begin;
-  const Tile* end;
-};
-template <size_t N>
-Tiles all(const Tile (&tiles)[N]) {
-  return {tiles, tiles + N};
-}
 // Whichever the device: the kernels of half types and TF32 have these tiles even where they fall
 // back to plain arithmetic.
 Tiles tiles_of(const CudaProblem& p) {
@@ -29,11 +23,6 @@ Tiles tiles_of(const CudaProblem& p) {
   return p.backward ? all(kBackwardTensorTiles) : all(kForwardTensorTiles);
 }
 
-Tiles cluster_tiles_of(const CudaProblem& p) {
-  if (p.dtype == Dtype::kFloat32)
-    return p.backward ? all(kBackwardClusterTiles32) : all(kForwardClusterTiles32);
-  return p.backward ? all(kBackwardClusterTiles16) : all(kForwardClusterTiles16);
-}
 const Tile* find(const Tiles& tiles, const CudaPlan& plan) {
   const Tile* tile = std::find_if(tiles.begin, tiles.end, [&](const Tile& t) {
     return t.m == plan.m_tiles && t.n == plan.n_tiles;
@@ -43,37 +32,6 @@ const Tile* find(const Tiles& tiles, const CudaPlan& plan) {
 
 int64_t base_shared(const CudaProblem& p, const Tile& tile) {
   return partial_bytes(tile.m, units_of(tile.m, p.backward), tile.n, int(acc_bytes(p.dtype)));
-}
-
-// Rates in bytes or multiply-adds a microsecond, overheads in microseconds. Fitted to what 1810
-// plans took on an H100 SXM, bf16 and TF32, near the fastest of each of 96 shapes, forward and
-// backward (bench/results/nvidia-h100-80gb-hbm3/NOTES.md), but for what is marked as a lead; scaled
-// by multiprocessors where that is what matters. The plan they choose takes 1.02 times the fastest
-// one's time on average.
-struct Costs {
-  double launch = 1.75;                      // one kernel after another in a stream
-  double barrier = 1.11;                     // through global memory
-  double cell = 0.93, cell_backward = 1.32;  // loads, the sum over the warps, the cell's functions
-  double state_per_sm = 58e3, weights_per_sm = 42e3;  // from L2, all of them reading at once
-  double memory_per_sm = 16.8e3;                      // HBM, the same
-  // In a grid that streams weights from there, groups and tiles fetch them apart.
-  double grid_memory = 1.37;
-  double in_l2 = 0.7;            // of L2, for weights that are to stay there; a lead
-  double shared_per_sm = 540e3;  // weights that a grid's blocks keep there
-  double tensor16 = 0.906e6, tensor32 = 0.494e6;  // per SM
-  double fma32 = 0.12e6, fma64 = 0.05e6;          // per SM; leads
-  // A cell, and an exchange through distributed shared memory; for each sequence of a group.
-  double cluster = 0.67, cluster_backward = 1.31, cluster_sequence = 0.028;
-  double cluster_shared_per_sm = 138e3;
-  double vendor = 2.2;  // a large product of the vendor's library against those; a lead
-  double part = 8;      // of a wavefront: two kernels begin and end, and an event between streams
-  double calls = 30;    // what the calling thread takes for it, from Python
-};
-
-double macs_per_us(const CudaProblem& p, const CudaProperties& device, const Costs& costs) {
-  if (p.dtype == Dtype::kFloat64) return costs.fma64;
-  if (!on_tensor_cores(p.dtype, p.tf32, device.major)) return costs.fma32;
-  return p.dtype == Dtype::kFloat32 ? costs.tensor32 : costs.tensor16;
 }
 
 // Chunks of a warp that has the fewest, that neither registers nor `shared` keep.
@@ -153,89 +111,6 @@ CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile
   return plan;
 }
 
-// What a warp of a cluster keeps of the weights, and the bytes of one of it: chunks of k, or in
-// backward m-tiles.
-struct ClusterWeights {
-  int64_t count, bytes;
-};
-ClusterWeights cluster_weights(const CudaProblem& p, const Tile& tile) {
-  if (p.backward)
-    return {ceil_div(ceil_div(p.H, 16), kWarps), tile.m * storage_bytes(p.dtype) * kTileBytes};
-  const int of_rows = warps_of_rows(tile.m);
-  return {ceil_div(chunks_of(p), kWarps / of_rows), tile.m / of_rows * kTileBytes};
-}
-int64_t base_cluster_shared(const CudaProblem& p, const Tile& tile, int64_t slices,
-                            int64_t group_rows) {
-  const int element = int(storage_bytes(p.dtype));
-  return p.backward ? backward_cluster_bytes(tile, slices, group_rows, element)
-                    : forward_cluster_bytes(tile, slices, group_rows, product_length(p) * element,
-                                            element);
-}
-
-// The same for the cluster family, for groups of so many sequences.
-CudaPlan try_cluster_plan(const CudaProblem& p, const CudaProperties& device, const Tile& tile,
-                          int64_t group_rows) {
-  const Costs costs;
-  CudaPlan plan{};
-  plan.family = CudaFamily::kCluster;
-  plan.m_tiles = tile.m;
-  plan.n_tiles = tile.n;
-  plan.slices = ceil_div(p.H, units_of(tile.m, p.backward));
-  int size = 1;  // st.async is undefined in a cluster of one block
-  while (plan.slices > 1 << size) ++size;
-  plan.cluster = 1 << size;
-  plan.group_rows = group_rows;
-  plan.groups = std::max<int64_t>(ceil_div(p.B, group_rows), 1);
-  plan.held = tile.held;
-  const ClusterWeights weights = cluster_weights(p, tile);
-  plan.shared = int(std::max<int64_t>(weights.count - plan.held, 0));
-  const int64_t base = base_cluster_shared(p, tile, plan.slices, group_rows);
-  const int64_t kept = plan.shared * kWarps * weights.bytes;
-  plan.shared_bytes = base + kept;
-  if (plan.cluster > kMostBlocksOfCluster || !device.clusters[size]) return plan;  // it cannot run
-
-  const double element = double(storage_bytes(p.dtype)), rows = 8.0 * tile.n;
-  const double units = units_of(tile.m, p.backward);
-  const double sent = double(plan.slices) *
-                      double(p.backward ? backward_part_bytes(tile, group_rows)
-                                        : forward_slice_bytes(tile, group_rows, int(element)));
-  // Read and written in shared memory: the state by every warp that needs it, the weights, and what
-  // is sent or added up.
-  const double touched =
-      double(kept) + (p.backward
-                          ? kWarps * rows * 4 * units * element + 2 * sent
-                          : warps_of_rows(tile.m) * rows * double(p.H) * element +
-                                2.0 * kWarps / warps_of_rows(tile.m) * tile.n * tile.m * 512);
-  const double macs = rows * 4 * units * double(p.H);
-  const double waves =
-      std::ceil(double(plan.groups * p.directions) / double(device.clusters[size]));
-  plan.step_us = waves * ((p.backward ? costs.cluster_backward : costs.cluster) +
-                          costs.cluster_sequence * double(group_rows) +
-                          std::max(touched / costs.cluster_shared_per_sm,
-                                   macs / macs_per_us(p, device, costs)));
-  return plan;
-}
-
-std::string refuse_cluster(const CudaPlan& plan, const CudaProblem& p, const Tile& tile) {
-  // A block without units, or a group without sequences, would receive nothing, and so run ahead of
-  // its peers.
-  if (plan.cluster < plan.slices || plan.cluster < 2 || plan.cluster > kMostBlocksOfCluster ||
-      (plan.cluster & (plan.cluster - 1)) ||
-      plan.slices != ceil_div(p.H, units_of(plan.m_tiles, p.backward)))
-    return "a cluster has a block for each slice, and is a power of two from 2 to 16";
-  if (plan.groups > 1 && (plan.groups - 1) * plan.group_rows >= p.B)
-    return "a cluster has no empty group";
-  if (plan.group_rows > cluster_rows(tile, p.backward))
-    return "a cluster has one tile of sequences";
-  if (plan.held != tile.held) return "no kernel holds so many chunks";
-  const ClusterWeights weights = cluster_weights(p, tile);
-  if (plan.held + plan.shared < weights.count) return "a cluster keeps all of the weights";
-  const int64_t base = base_cluster_shared(p, tile, plan.slices, plan.group_rows);
-  if (plan.shared < 0 || plan.shared_bytes < base + plan.shared * kWarps * weights.bytes)
-    return "shared_bytes is not enough for its parts";
-  return "";
-}
-
 }  // namespace
 
 bool on_tensor_cores(Dtype dtype, bool tf32, int major) {
@@ -282,15 +157,7 @@ std::vector<CudaPlan> all_cuda_plans(const CudaProblem& p, const CudaProperties&
     }
   }
   if (has_vendor_plan(p, device)) add(make_vendor_plan(p, device));
-  if (steps_apart(p) || p.variants || p.T < 2 || !on_tensor_cores(p.dtype, p.tf32, device.major))
-    return plans;
-  const Tiles clusters = cluster_tiles_of(p);
-  for (const Tile* tile = clusters.begin; tile != clusters.end; ++tile)
-    for (int64_t rows = cluster_rows(*tile, p.backward); rows > 8 * (tile->n / 2);
-         rows -= tile->n > 1 ? 8 : 2) {
-      const CudaPlan plan = try_cluster_plan(p, device, *tile, rows);
-      if (plan.step_us > 0 && rows < std::max<int64_t>(2 * p.B, 3)) add(plan);
-    }
+  for (const CudaPlan& plan : resident_plans(p, device)) add(plan);
   return plans;
 }
 
@@ -300,9 +167,11 @@ CudaPlan make_cuda_plan(const CudaProblem& p, const CudaProperties& device) {
     throw std::runtime_error("no kernel fits a device with " + std::to_string(device.shared_bytes) +
                              " bytes of shared memory a block");
   const CudaPlan* best = nullptr;
-  for (const CudaPlan& plan : plans)
-    if (!plan.ahead && (!best || plan.step_us < best->step_us)) best = &plan;
-  if (best->family != CudaFamily::kGrid) return *best;
+  for (const CudaPlan& plan : plans) {
+    const bool timed = !plan.ahead && plan.family != CudaFamily::kTagged;
+    if ((timed || device.untimed) && (!best || plan.step_us < best->step_us)) best = &plan;
+  }
+  if (best->family != CudaFamily::kGrid || device.untimed) return *best;
   for (const CudaPlan& plan : plans)
     if (plan.ahead && plan.m_tiles == best->m_tiles && plan.n_tiles == best->n_tiles &&
         plan.groups == best->groups && plan.step_us < best->step_us)
@@ -359,11 +228,12 @@ CudaWavefront make_cuda_wavefront(const CudaProblem& p, const CudaProperties& de
 
 std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
   if (plan.family == CudaFamily::kVendor) return refuse_vendor_plan(plan, p);
-  const bool cluster = plan.family == CudaFamily::kCluster;
-  if (cluster && (p.projection || p.variants || !on_tensor_cores(p.dtype, p.tf32, 9)))
-    return "clusters have no projection, no variant, no product outside of tensor cores";
-  if (cluster && p.T < 1) return "clusters have a step at least";
-  const Tile* tile = find(cluster ? cluster_tiles_of(p) : tiles_of(p), plan);
+  const bool resident = keeps_all(plan.family);
+  if (resident && (p.projection || p.variants || !on_tensor_cores(p.dtype, p.tf32, 9)))
+    return "what keeps all weights has no projection, no variant, no product outside of tensor "
+           "cores";
+  if (resident && p.T < 1) return "what keeps all weights has a step at least";
+  const Tile* tile = find(resident ? resident_tiles_of(p, plan.family) : tiles_of(p), plan);
   if (!tile) return "no kernel has these tiles";
   if (plan.slices < 1 || plan.slices * units_of(plan.m_tiles, p.backward) < p.H)
     return "the slices do not cover the hidden units";
@@ -377,7 +247,7 @@ std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
   const int64_t behind = ceil_div(chunks_of(p), kWarps) - plan.held - plan.shared;
   if (plan.in_l2 < 0 || plan.in_l2 > (plan.ahead ? behind : 0))
     return "L2 is to keep a part of what is streamed ahead";
-  if (cluster) return refuse_cluster(plan, p, *tile);
+  if (resident) return refuse_resident_plan(plan, p, *tile);
   if (plan.cluster) return "only the cluster family has clusters";
   if (plan.held != 0 && plan.held != tile->held) return "no kernel holds so many chunks";
   const bool grid = plan.family == CudaFamily::kGrid;

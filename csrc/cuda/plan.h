@@ -26,9 +26,11 @@ struct CudaProperties {
   int64_t shared_bytes;  // of a block, with the opt-in attribute
   int64_t l2_bytes;
   // How many clusters of 1, 2, 4, 8 and 16 blocks run at once, with a block a multiprocessor; zeros
-  // before Hopper.
+  // where the kernels that keep all weights have no body: before Hopper, and in code that the
+  // driver makes of older PTX.
   std::array<int64_t, 5> clusters;
-  bool vendor;  // the vendor's library of products is open
+  bool vendor;   // the vendor's library of products is open
+  bool untimed;  // plans whose kernels nobody has timed on a GPU may be chosen
 };
 
 struct CudaProblem {
@@ -44,10 +46,10 @@ struct CudaProblem {
 };
 
 // One launch a step; one cooperative launch for all of them, with weights that stay on the SM or
-// stream through it; one
-// launch of clusters, each of which has all of the weights of its direction; or, each step, a
-// product of the vendor's library and a launch for all else.
-enum class CudaFamily : int { kStep = 0, kGrid = 1, kCluster = 2, kVendor = 3 };
+// stream through it; one launch of clusters, each of which has all of the weights of its direction;
+// each step, a product of the vendor's library and a launch for all else; or (tagged) one
+// cooperative launch as the clusters', whose groups of blocks exchange through L2.
+enum class CudaFamily : int { kStep = 0, kGrid = 1, kCluster = 2, kVendor = 3, kTagged = 4 };
 
 // Blocks of the vendor family's kernels, at least, that a multiprocessor has at once.
 constexpr int kVendorBlocks = 4;
@@ -56,7 +58,7 @@ struct CudaPlan {
   CudaFamily family;
   int m_tiles;         // of weight rows a block; see GateRows and PlainRows; 0: no product (vendor)
   int n_tiles;         // of 8 sequences, multiplied at once; as m_tiles
-  int held;            // chunks of weights a warp keeps in registers (grid, cluster)
+  int held;            // chunks of weights a warp keeps in registers (grid, cluster, tagged)
   int shared;          // the same in shared memory; a cluster's backward counts both in m-tiles
   bool ahead;          // the others stream through shared memory, asked for ahead (grid)
   int in_l2;           // chunks of a warp's stream that are to stay in L2
@@ -84,8 +86,9 @@ int units_of(int m_tiles, bool backward);
 // Every plan that the kernels can run and that fits the device.
 std::vector<CudaPlan> all_cuda_plans(const CudaProblem&, const CudaProperties&);
 
-// The one of them that the cost model expects to be the fastest, of those whose cost was measured:
-// streaming ahead was not, and is taken only in place of the same plan without.
+// The one of them that the cost model expects to be the fastest, of those whose cost was measured,
+// or of all with `untimed`. Streaming ahead was not measured, and else is taken only in place of
+// the same plan without; nor was the family tagged.
 CudaPlan make_cuda_plan(const CudaProblem&, const CudaProperties&);
 
 // A stack of like layers as a wavefront: each takes its steps in parts, and part k of layer l needs

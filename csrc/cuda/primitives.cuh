@@ -230,6 +230,24 @@ LSTM_EXT_DEVICE void wait_until(const unsigned* counter, unsigned target) {
   } while (int(seen - target) < 0);  // the counter may wrap
 }
 
+// ---- words of global memory that tell by themselves whether they are there: each is written and
+// read in one piece, and ordered with nothing
+
+LSTM_EXT_DEVICE void store_word(unsigned* p, unsigned word) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(word) : "memory");
+}
+// Four of them, each on its own.
+LSTM_EXT_DEVICE uint4 load_words(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+// Between two looks.
+LSTM_EXT_DEVICE void poll_again() {}
+
 #else  // =============================== CPU twins ===============================================
 
 LSTM_EXT_DEVICE int pinned(int x) { return x; }
@@ -310,6 +328,14 @@ template <int pending>
 LSTM_EXT_DEVICE void async_wait() {
   emu::async_wait(pending);
 }
+
+LSTM_EXT_DEVICE void store_word(unsigned* p, unsigned word) { emu::global_store_word(p, word); }
+LSTM_EXT_DEVICE uint4 load_words(const uint4* p) {
+  uint4 v;
+  emu::global_load_words(reinterpret_cast<const unsigned*>(p), &v.x, 4);
+  return v;
+}
+LSTM_EXT_DEVICE void poll_again() { emu::global_poll(); }
 
 LSTM_EXT_DEVICE void arrive_at(unsigned* counter) { emu::global_arrive(counter); }
 LSTM_EXT_DEVICE void wait_until(const unsigned* counter, unsigned target) {

@@ -69,6 +69,8 @@ LSTM_EXT_INLINE constexpr int64_t block_sums_bytes(int64_t acc_bytes) {
 constexpr int kMostBlocksOfCluster = 16;
 constexpr Tile kForwardClusterTiles16[] = {{4, 1, 4}, {8, 1, 8}, {8, 2, 8}, {12, 1, 6}};
 constexpr Tile kForwardClusterTiles32[] = {{4, 1, 4}, {8, 1, 8}};
+// The same of the family tagged, which can have more blocks of fewer units.
+constexpr Tile kForwardTaggedTiles[] = {{4, 1, 8}, {8, 1, 8}};
 constexpr Tile kBackwardClusterTiles16[] = {{1, 1, 2}, {1, 2, 2}, {2, 1, 4}, {3, 1, 3}};
 constexpr Tile kBackwardClusterTiles32[] = {{1, 1, 2}, {2, 1, 2}};
 

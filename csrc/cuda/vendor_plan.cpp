@@ -8,7 +8,7 @@ namespace {
 // Rates in bytes or multiply-adds a microsecond and multiprocessor, overheads in microseconds. As
 // measured on an H100 SXM in bf16 and TF32 (bench/results/nvidia-h100-80gb-hbm3/NOTES.md), H 1536
 // to 4096; fma32 and fma64 are leads.
-struct Costs {
+struct VendorCosts {
   double launch = 3;  // after another whose results it reads
   double calls = 12;  // a step's two calls, by the thread that makes them: it takes no less
   double tensor16 = 1.5e6, tensor32 = 0.75e6, fma32 = 0.15e6, fma64 = 0.15e6;
@@ -27,7 +27,7 @@ bool has_vendor_plan(const CudaProblem& p, const CudaProperties& device) {
 }
 
 CudaPlan make_vendor_plan(const CudaProblem& p, const CudaProperties& device) {
-  const Costs costs;
+  const VendorCosts costs;
   CudaPlan plan{};
   plan.family = CudaFamily::kVendor;
   plan.slices = ceil_div(p.H, kThreads);

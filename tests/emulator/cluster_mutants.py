@@ -193,7 +193,7 @@ MUTANTS = [
     ),
     *of(
         "cluster_block.cuh",
-        "struct ClusterPlace",
+        "struct SlicePlace",
         ("sequences of the next group", FORWARD, RACE, ("row_first + shape.group_rows", "B")),
         (
             "sequences past the end",
@@ -267,9 +267,18 @@ SPARE = [
     # 4 sequences at most.
     *of(
         "cluster_forward.cuh",
-        "forward_cluster(",
-        ("leaves without units", FORWARD, "", LEAVES_AT_ONCE),
-        ("threads without a cell", FORWARD_48, "", ("Sum::has_cell(j) && ", "")),
+        "forward_resident(",
+        (
+            "threads without a cell",
+            FORWARD_48,
+            "",
+            ("return Sum::has_cell(j) && sequence(j)", "return sequence(j)"),
+        ),
+    ),
+    *of(
+        "forward_exchange.cuh",
+        "class ThroughCluster {",
+        ("leaves without units", FORWARD, "", ("mailboxes.open(); mailboxes.close();", "")),
     ),
     # The block has met since the last product read what it is overwritten by.
     *of(

@@ -10,6 +10,13 @@ FORWARD_TWO = "forward bfloat16 cluster 8x2 8+0 1 1 3 13 70 70 lengths"  # two c
 FORWARD_48 = "forward bfloat16 cluster 12x1 6+0 1 1 3 3 90 90 lengths"  # 48 units do not divide 256
 FORWARD_SHARED = "forward bfloat16 cluster 12x1 6+1 1 1 2 3 385 385 dense"  # nine blocks of sixteen
 FORWARD_BOTH = "forward bfloat16 cluster 4x1 4+0 2 2 4 13 37 37 lengths"  # both directions
+# Three slices, the last not full; the last group has a sequence less.
+TAGGED = "forward bfloat16 tagged 4x1 8+0 2 1 4 9 37 37 lengths"
+TAGGED_32 = "forward tf32 tagged 4x1 8+0 2 1 4 9 37 37 lengths"
+TAGGED_BOTH = "forward bfloat16 tagged 4x1 8+0 1 2 4 5 21 21 lengths"
+# Two pieces a thread, and five, four at a time; the last is too large for ThreadSanitizer.
+TAGGED_LONG = "forward tf32 tagged 4x1 8+0 1 1 2 8 140 140 dense"
+TAGGED_LARGE = "forward bfloat16 tagged 4x1 8+1 1 1 2 8 1100 1100 dense"
 BACKWARD = "backward bfloat16 cluster 1x2 2+0 2 1 3 17 37 37 lengths"
 BACKWARD_PACKED = "backward bfloat16 cluster 1x2 2+0 2 1 3 17 37 37 packed"
 BACKWARD_48 = "backward bfloat16 cluster 3x1 3+0 1 1 3 3 90 90 lengths"
@@ -23,6 +30,7 @@ FORWARD_PARTS = "forward bfloat16 cluster 4x1 4+0 2 1 4 13 37 37 lengths+parts"
 BACKWARD_PARTS = "backward bfloat16 cluster 1x2 2+0 2 1 4 17 37 37 lengths+parts"
 CONTROL = [
     *(FORWARD, FORWARD_BOTH, FORWARD_PACKED, FORWARD_TWO, FORWARD_48, FORWARD_SHARED),
+    *(TAGGED, TAGGED_32, TAGGED_BOTH, TAGGED_LONG),
     *(
         BACKWARD,
         BACKWARD_BOTH,

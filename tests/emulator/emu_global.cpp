@@ -55,15 +55,26 @@ unsigned global_load_acquire(const unsigned* counter) {
   return value;
 }
 
-void global_wait(const unsigned* counter, unsigned target) {
+void global_poll() {
   const Grid* g = cur->b->grid;
-  while (int(__atomic_load_n(counter, __ATOMIC_ACQUIRE) - target) < 0) {
-    if (g->resident < g->blocks)
-      fail("waits for another block, but of %u blocks only %u run at a time", g->blocks,
-           g->resident);
-    spin();
-  }
+  if (g->resident < g->blocks)
+    fail("waits for another block, but of %u blocks only %u run at a time", g->blocks, g->resident);
+  spin();
+}
+
+void global_wait(const unsigned* counter, unsigned target) {
+  while (int(__atomic_load_n(counter, __ATOMIC_ACQUIRE) - target) < 0) global_poll();
   acquire_below(counter, target);
+}
+
+void global_store_word(unsigned* word, unsigned value) {
+  maybe_delay();  // threads' words come in any order
+  __atomic_store_n(word, value, __ATOMIC_RELAXED);
+  ++cur->b->grid->events;
+}
+
+void global_load_words(const unsigned* from, unsigned* to, int count) {
+  for (int i = 0; i < count; ++i) to[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
 }
 
 }  // namespace emu

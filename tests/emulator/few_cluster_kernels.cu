@@ -7,6 +7,7 @@
 namespace lstm_ext {
 
 constexpr Tile kForward16[] = {{4, 1, 4}, {8, 2, 8}, {12, 1, 6}};
+constexpr Tile kTagged[] = {{4, 1, 8}};
 constexpr Tile kBackward16[] = {{1, 2, 2}, {2, 1, 4}, {3, 1, 3}};
 constexpr Tile kForward32[] = {{4, 1, 4}};
 constexpr Tile kBackward32[] = {{2, 1, 2}};
@@ -14,7 +15,7 @@ constexpr Tile kBackward32[] = {{2, 1, 2}};
 template <int kArithmetic, class Arithmetic, const auto& kForward, const auto& kBackward>
 const ClusterKernelSet& few() {
   if constexpr (is_compiled<kArithmetic>())
-    return cluster_kernel_set<Arithmetic, kForward, kBackward>();
+    return cluster_kernel_set<Arithmetic, kForward, kBackward, kTagged>();
   else
     return not_compiled<ClusterKernelSet>();
 }

@@ -4,14 +4,14 @@
 //   lstm_driver PASS DTYPE FAMILY MxN HELD+SHARED GROUPS DIRECTIONS T B H P BATCH SEED...
 //
 // PASS: forward, backward. DTYPE: float64, float32, tf32, bfloat16, float16. FAMILY: step, grid,
-// cluster, vendor. MxN: the plan's tiles, of vendor 0x0. HELD+SHARED: chunks of weights (of a
-// cluster's backward m-tiles) that a warp keeps in registers and in shared memory; 0+0 streams them
-// all, 0+0a ahead. GROUPS: of sequences; each takes several tiles if it has more than 8 N, which a
-// cluster's may not. P: below H for a projection. BATCH: dense; lengths (padded, with resets);
-// packed (no padding, with resets); norm, norm+lengths, norm+packed: the same with a layer norm,
-// which has the families step and vendor only; +parts: a launch for the first step, one for the
-// last, one for those between, which only clusters can. SEED: of the emulator's scheduling; each is
-// a run.
+// cluster, tagged, vendor. MxN: the plan's tiles, of vendor 0x0. HELD+SHARED: chunks of weights (of
+// a cluster's backward m-tiles) that a warp keeps in registers and in shared memory; 0+0 streams
+// them all, 0+0a ahead. GROUPS: of sequences; each takes several tiles if it has more than 8 N,
+// which those of cluster and tagged may not. P: below H for a projection. BATCH: dense; lengths
+// (padded, with resets); packed (no padding, with resets); norm, norm+lengths, norm+packed: the
+// same with a layer norm, which has the families step and vendor only; +parts: a launch for the
+// first step, one for the last, one for those between, which only clusters can. SEED: of the
+// emulator's scheduling; each is a run.
 //
 // Exit code 0: all right, 1: a wrong result, 2: not run. Every buffer ends where malloc's block
 // does, so that AddressSanitizer sees an overrun (the engine cuts its scratch itself: there, what
@@ -191,9 +191,11 @@ std::vector<StepRange> ranges(const Request& r) {
   return {{0, 1}, {1, T - 1}, {T - 1, T}};
 }
 
-std::unique_ptr<void, void (*)(void*)> scratch(int64_t bytes) {
+// NaN; of the family tagged, what an earlier launch may have left: words of the first step.
+std::unique_ptr<void, void (*)(void*)> scratch(int64_t bytes, const CudaPlan& plan) {
+  const bool tagged = plan.family == CudaFamily::kTagged;
   void* p = std::aligned_alloc(256, size_t(bytes));
-  std::memset(p, 0xff, size_t(bytes));  // NaN
+  std::fill_n(static_cast<uint32_t*>(p), bytes / 4, tagged ? 0x00010001 : 0xffffffff);
   return {p, std::free};
 }
 
@@ -227,7 +229,7 @@ bool run_forward(const Request& r, const CudaLayer& layer, const std::vector<Dir
         .c_n = memory.empty<S>(B * H),
     });
   }
-  const auto workspace = scratch(cuda_forward_workspace(layer, p.projection));
+  const auto workspace = scratch(cuda_forward_workspace(layer, p.projection), r.plan);
   for (const StepRange& range : ranges(r))
     cuda_forward(layer, directions.data(), workspace.get(), range);
   bool ok = true;
@@ -282,7 +284,7 @@ bool run_backward(const Request& r, const CudaLayer& layer, const std::vector<Di
         .dc0 = memory.empty<S>(B * H),
     });
   }
-  const auto workspace = scratch(cuda_backward_workspace(layer, p.projection));
+  const auto workspace = scratch(cuda_backward_workspace(layer, p.projection), r.plan);
   for (const StepRange& range : ranges(r))
     cuda_backward(layer, directions.data(), workspace.get(), range);
   bool ok = true;
@@ -356,6 +358,7 @@ Request parse(char** word) {
   const double half = p.dtype == Dtype::kBFloat16 ? 2e-2 : 3e-3;
   r.tolerance = is(1, "float64") ? 1e-12 : is(1, "float32") ? 1e-5 : half;
   plan.family = is(2, "cluster")  ? CudaFamily::kCluster
+                : is(2, "tagged") ? CudaFamily::kTagged
                 : is(2, "vendor") ? CudaFamily::kVendor
                 : is(2, "grid")   ? CudaFamily::kGrid
                                   : CudaFamily::kStep;
@@ -379,12 +382,14 @@ Request parse(char** word) {
   const int units = vendor ? kThreads : units_of(plan.m_tiles, p.backward);
   plan.slices = ceil_div(p.H, units);
   plan.group_rows = ceil_div(p.B, groups);
-  if (plan.family != CudaFamily::kCluster && !vendor)
-    plan.group_rows = ceil_div(plan.group_rows, 8) * 8;
+  const bool cluster = plan.family == CudaFamily::kCluster;
+  const bool resident = cluster || plan.family == CudaFamily::kTagged;
+  if (!resident && !vendor) plan.group_rows = ceil_div(plan.group_rows, 8) * 8;
   plan.groups = ceil_div(p.B, plan.group_rows);
   int64_t of_a_tile = plan.m_tiles * kTileBytes;  // of what `shared` counts
-  if (plan.family == CudaFamily::kCluster) {
-    for (plan.cluster = 2; plan.cluster < plan.slices;) plan.cluster *= 2;
+  if (resident) {
+    if (cluster)
+      for (plan.cluster = 2; plan.cluster < plan.slices;) plan.cluster *= 2;
     const Tile tile = {plan.m_tiles, plan.n_tiles, plan.held};
     const int element = int(storage_bytes(p.dtype));
     plan.shared_bytes = p.backward

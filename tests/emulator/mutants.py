@@ -32,7 +32,9 @@ CONTROL = [
 # What a mutant has to remove or alter.
 SYNCHRONISATION = re.compile(
     r"__syncthreads\(|__syncwarp\(|\barrive_at\(|\bwait_until\(|barrier\.(?:wait|arrive)\("
-    r"|\bcluster_sync\(|\bmbarrier_\w+\(|\bmailboxes\.\w+\(|\bletter\.\w+\("
+    r"|\bcluster_sync\(|\bmbarrier_\w+\(|\bmailboxes_?\.\w+\(|\bletter_?\.\w+\("
+    r"|\bexchange\.(?:open|close|expect|receive|put|send)\("
+    r"|\bstore_word\(|\bload_words\(|\btake_words<"
     r"|\bcopies_see\(|\bcopy_async\(|\basync_(?:commit|wait)\b|\bahead\.(?:close|wait)\("
 )
 
@@ -95,6 +97,7 @@ MUTANTS = [
         "forward.cuh",
         "forward_prepare(",
         ("counters not zeroed", FORWARD, DEADLOCK, ("d.counters[at] = 0", "(void)at")),
+        ("words not zeroed", cluster_problems.TAGGED, WRONG, ("d.counters[at] = 0", "(void)at")),
         (
             "padding of the state not zeroed",
             FORWARD,

@@ -174,6 +174,10 @@ void global_arrive(unsigned* counter, unsigned n = 1);       // red.release.gpu.
 void global_store_release(unsigned* flag, unsigned value);   // st.release.gpu
 unsigned global_load_acquire(const unsigned* counter);       // ld.acquire.gpu; spin() between two
 void global_wait(const unsigned* counter, unsigned target);  // spins until it is at least that
+// Words that order nothing but themselves; the words of a load come one by one.
+void global_store_word(unsigned* word, unsigned value);                 // st.relaxed.gpu
+void global_load_words(const unsigned* from, unsigned* to, int count);  // ld.relaxed.gpu
+void global_poll();  // spins once; between two looks at what another block is to write
 
 // ---- clusters (emu_cluster.cpp)
 void cluster_arrive();
