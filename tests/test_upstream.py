@@ -186,8 +186,11 @@ def test_grad(kind, training):
 
 @pytest.mark.cpu_only(reason="thousands of tiny calls")
 def test_gradgrad(kind, training):
+    """Of every sample when training; of the first in eval mode, whose derivatives are the same."""
     assert KINDS[kind].supports_gradgrad
     for k, sample in enumerate(samples(kind, training, requires_grad=True)):
+        if k >= 4 and not training:
+            break
         options = {"fast_mode": True, "check_batched_grad": k < 4}
         for function, inputs in [*checks(sample)][: None if k < 2 else 1]:
             assert gradgradcheck(function, inputs, **options)

@@ -1,7 +1,9 @@
-// One pass of the CUDA engine over one problem, against the textbook's LSTM in double: for the
-// sanitizers and the mutants of test_emulated_races.py, without Python.
+// One pass of the CUDA engine over a problem, against the textbook's LSTM in double: for the
+// sanitizers and the mutants of test_emulated_races.py, without Python. Several problems share what
+// takes ThreadSanitizer longest, its view of the emulator's threads.
 //
-//   lstm_driver PASS DTYPE FAMILY MxN HELD+SHARED GROUPS DIRECTIONS T B H P BATCH SEED...
+//   lstm_driver PASS DTYPE FAMILY MxN HELD+SHARED GROUPS DIRECTIONS T B H P BATCH SEED... [/
+//   PASS...]
 //
 // PASS: forward, backward. DTYPE: float64, float32, tf32, bfloat16, float16. FAMILY: step, grid,
 // cluster, tagged, vendor. MxN: the plan's tiles, of vendor 0x0. HELD+SHARED: chunks of weights (of
@@ -426,10 +428,18 @@ bool run(const Request& r, const std::vector<uint64_t>& seeds) {
 }  // namespace lstm_ext
 
 int main(int count, char** words) try {
-  if (count < 14) throw std::invalid_argument("see the top of lstm_driver.cpp");
-  std::vector<uint64_t> seeds;
-  for (int i = 13; i < count; ++i) seeds.push_back(std::strtoull(words[i], nullptr, 10));
-  return !lstm_ext::run(lstm_ext::parse(words + 1), seeds);
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // what was said is there when a sanitizer ends it
+  bool ok = true;
+  for (char **next = words + 1, **const end = words + count; next < end; ++next) {
+    char** const first = next;
+    next = std::find_if(first, end, [](const char* word) { return !std::strcmp(word, "/"); });
+    if (next - first < 13) throw std::invalid_argument("see the top of lstm_driver.cpp");
+    std::vector<uint64_t> seeds;
+    for (char** seed = first + 12; seed < next; ++seed)
+      seeds.push_back(std::strtoull(*seed, nullptr, 10));
+    ok &= lstm_ext::run(lstm_ext::parse(first), seeds);
+  }
+  return !ok;
 } catch (const std::exception& error) {
   std::printf("not run: %s\n", error.what());
   return 2;
