@@ -2,8 +2,9 @@
 // sanitizers and the mutants of test_emulated_races.py, without Python. Several problems share what
 // takes ThreadSanitizer longest, its view of the emulator's threads.
 //
-//   lstm_driver PASS DTYPE FAMILY MxN HELD+SHARED GROUPS DIRECTIONS T B H P BATCH SEED... [/
-//   PASS...]
+//   lstm_driver PASS DTYPE FAMILY MxN HELD+SHARED GROUPS DIRECTIONS T B H P BATCH SEED...
+//
+// and more of them after a word "/".
 //
 // PASS: forward, backward. DTYPE: float64, float32, tf32, bfloat16, float16. FAMILY: step, grid,
 // cluster, tagged, vendor. MxN: the plan's tiles, of vendor 0x0. HELD+SHARED: chunks of weights (of
