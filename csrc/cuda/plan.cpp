@@ -101,11 +101,14 @@ CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile
                              double(std::max<int64_t>(chunks, 1)) / costs.shared_per_sm;
   const double math =
       tiles * 8 * tile.n * tile.m * 16 * double(product_length(p)) / macs_per_us(p, device, costs);
-  const double cell = p.backward ? costs.cell_backward : costs.cell;
-  const double others = state + std::max(from_shared, math) + tiles * cell;
+  const int rounds = int(ceil_div(tile.n, round_tiles(units_of(tile.m, p.backward), tile.n)));
+  const double cell = (p.backward ? costs.cell_backward : costs.cell) *
+                      (1 + costs.more_rounds * double(rounds - 1));
+  const double others = state + from_shared + math + tiles * cell;
   const double fixed = grid ? costs.barrier : costs.launch;
   const double busy = others + streamed;
-  plan.step_us = fixed + std::max(from_memory, grid ? busy : std::ceil(waves) * busy);
+  // What comes from memory waits for a part of the rest, and that for it.
+  plan.step_us = fixed + std::hypot(from_memory, grid ? busy : std::ceil(waves) * busy);
   // Through barrier and cell too: they cost what L2 or memory takes to give them.
   if (ahead) plan.step_us = std::max({fixed + others, state + streamed, from_memory});
   return plan;

@@ -71,10 +71,10 @@ CudaPlan try_resident_plan(const CudaProblem& p, const CudaProperties& device, c
                                 2.0 * kWarps / warps_of_rows(tile.m) * tile.n * tile.m * 512);
   const double macs = rows * 4 * units * double(p.H);
   const double waves = std::ceil(double(groups) / double(at_once));
-  plan.step_us = waves * ((p.backward ? costs.cluster_backward : costs.cluster) +
-                          costs.cluster_sequence * double(group_rows) +
-                          std::max(touched / costs.cluster_shared_per_sm,
-                                   macs / macs_per_us(p, device, costs)));
+  plan.step_us =
+      waves * ((p.backward ? costs.cluster_backward : costs.cluster) +
+               costs.cluster_sequence * double(group_rows) + touched / costs.cluster_shared_per_sm +
+               macs / macs_per_us(p, device, costs));
   if (tagged)  // a word an element
     plan.step_us += costs.tagged + 4 * double(group_rows * p.H) / costs.state_per_sm;
   return plan;

@@ -5,17 +5,17 @@
 namespace lstm_ext {
 namespace {
 
-// Rates in bytes or multiply-adds a microsecond and multiprocessor, overheads in microseconds. As
-// measured on an H100 SXM in bf16 and TF32 (bench/results/nvidia-h100-80gb-hbm3/NOTES.md), H 1536
-// to 4096; fma32 and fma64 are leads.
+// Rates in bytes or multiply-adds a microsecond and multiprocessor, overheads in microseconds.
+// Fitted to what an H100 SXM took in bf16 and TF32 (bench/results/nvidia-h100-80gb-hbm3/NOTES.md),
+// H 1024 to 4096; fma32 and fma64 are leads.
 struct VendorCosts {
-  double launch = 3;  // after another whose results it reads
-  double calls = 12;  // a step's two calls, by the thread that makes them: it takes no less
-  double tensor16 = 1.5e6, tensor32 = 0.75e6, fma32 = 0.15e6, fma64 = 0.15e6;
+  double launch = 3.25;  // after another whose results it reads
+  double calls = 12;     // a step's two calls, by the thread that makes them: it takes no less
+  double tensor16 = 1.76e6, tensor32 = 0.63e6, fma32 = 0.15e6, fma64 = 0.15e6;
   int64_t tile = 64;  // sequences that a product multiplies at once, whether they are there or not
-  double l2 = 31e3, memory = 20e3;  // that a product reads
-  double backward = 1.2;            // a product there against one in forward
-  double pointwise = 13e3;          // read and written by the cells
+  double l2 = 27.4e3, memory = 19.75e3;  // that a product reads
+  double backward = 1.4;  // a product there against one in forward, unless memory's rate bounds it
+  double cells = 14.9e3, cells_backward = 10e3;  // read and written by the cells
 };
 
 }  // namespace
@@ -43,19 +43,21 @@ CudaPlan make_vendor_plan(const CudaProblem& p, const CudaProperties& device) {
                       : !on_tensor_cores(p.dtype, p.tf32, device.major) ? costs.fma32
                       : p.dtype == Dtype::kFloat32                      ? costs.tensor32
                                                                         : costs.tensor16;
-  const double math = double(ceil_div(p.B, costs.tile) * costs.tile) * matrix / (rate * sms);
+  const double slower = p.backward ? costs.backward : 1;
+  const double math =
+      slower * double(ceil_div(p.B, costs.tile) * costs.tile) * matrix / (rate * sms);
   // Weights that do not fit L2 come from memory once a step.
   const double weights = matrix * element;
   const bool stay = weights * directions <= 0.8 * double(device.l2_bytes);
-  const double read = weights / ((stay ? costs.l2 : costs.memory) * sms);
+  const double read = weights / ((stay ? costs.l2 / slower : costs.memory) * sms);
   // Of a unit and sequence, as vendor_steps.cu counts them; a layer norm has a block a sequence.
   const double bytes = p.backward ? 9 * acc + 9 * element : 15 * acc + 2 * element;
   const double blocks = double(p.normed ? p.B : plan.slices * plan.groups) * directions;
-  const double rest = bytes * double(p.B) * double(p.H) * directions /
-                      (costs.pointwise * std::clamp(blocks, 1.0, sms));
-  const double product = std::max(math, read) * (p.backward ? costs.backward : 1);
-  plan.step_us =
-      std::max((1 + directions) * costs.launch + directions * product + rest, costs.calls);
+  const double rest =
+      bytes * double(p.B) * double(p.H) * directions /
+      ((p.backward ? costs.cells_backward : costs.cells) * std::clamp(blocks, 1.0, sms));
+  plan.step_us = std::max(
+      (1 + directions) * costs.launch + directions * std::max(math, read) + rest, costs.calls);
   return plan;
 }
 
