@@ -29,10 +29,10 @@ PLAN_COLUMNS = ("m_tiles", "n_tiles", "held", "shared", "groups", "group_rows")
 GPU_SUITES = ("deepbench-train", "deepbench-infer", "flashrnn", "classic", "edges")
 
 
-def properties(name, vendor=True, untimed=False):
+def properties(name, vendor=True, untimed=False, **others):
     names = ("major", "minor", "sm_count", "shared_bytes", "l2_bytes", "clusters")
     facts = dict(zip(names, DEVICES[name], strict=True), vendor=vendor, untimed=untimed)
-    return emulated.load().CudaProperties(**facts)
+    return emulated.load().CudaProperties(**facts | others)
 
 
 def facts_of(plan):
@@ -110,8 +110,7 @@ def test_the_plan_is_near_the_fastest_that_was_measured():
             key = row["family"], *(int(row[n]) for n in PLAN_COLUMNS)
             shape = row["dtype"], row["pass"], int(row["T"]), int(row["B"]), int(row["H"])
             measured[shape][key] = float(row["us"])
-    device = dict(zip(("major", "minor", "sm_count", "shared_bytes", "l2_bytes"), DEVICES["H100"]))
-    device |= {"clusters": (132, 66, 30, 15, 7), "vendor": True}  # measured, too
+    device = properties("H100", clusters=(132, 66, 30, 15, 7))  # measured, too
     slower = []
     for (dtype, direction, T, B, H), plans in measured.items():
         code, tf32 = DTYPES["tf32" if dtype == "float32" else dtype]
@@ -120,7 +119,7 @@ def test_the_plan_is_near_the_fastest_that_was_measured():
         core = emulated.load()
         found = [
             (plan.step_us, plans[key])
-            for plan in core.cuda_plans(problem, core.CudaProperties(**device))
+            for plan in core.cuda_plans(problem, device)
             if not plan.ahead
             and (key := (FAMILIES[plan.family], *(getattr(plan, n) for n in PLAN_COLUMNS))) in plans
         ]
