@@ -120,7 +120,7 @@ def order_of_sums(plan: Any, backward: bool) -> tuple[Any, ...]:
     if FAMILIES[plan.family] in ("step", "grid"):
         return ("step or grid",)
     if backward:
-        return "cluster", plan.m_tiles  # the units of a block
+        return FAMILIES[plan.family], plan.m_tiles  # the units of a block
     # Or tagged, which differs in how h travels.
     # How many warps have the same k (warps_of_rows of csrc/cuda/tiles.h), and whether each makes
     # its sums as two (kSplit of product.cuh).

@@ -129,7 +129,6 @@ def only(
     stream: bool = False,
 ) -> Pick:
     """A ``pick``: plans of a family, with these m- and n-tiles; of several, that of most groups.
-    Backward has clusters for "tagged".
 
     stream: nothing of the weights stays on the multiprocessor; not for clusters. A problem that has
     no such plan (a projection has no grid kernels) gets one of another kind, with our own products.
@@ -137,11 +136,10 @@ def only(
 
     def pick(plans: list[Any], problem: Any) -> Any:
         tile = backward if problem.backward else forward
-        chosen = "cluster" if family == "tagged" and problem.backward else family
         fitting = [
             p
             for p in plans
-            if FAMILIES[p.family] == chosen
+            if FAMILIES[p.family] == family
             and tile in (None, (p.m_tiles, p.n_tiles))
             and not p.ahead
         ]
@@ -158,9 +156,8 @@ def only(
 
 
 def families_of(engine: EmulatedEngine) -> set[str]:
-    """Of the plans that it has picked; the clusters that backward has for "tagged" are left out."""
-    found = {FAMILIES[plan.family] for plan in engine.picked}
-    return found - {"cluster"} if "tagged" in found else found
+    """Of the plans that it has picked."""
+    return {FAMILIES[plan.family] for plan in engine.picked}
 
 
 def problem(**facts: Any) -> Any:

@@ -1,4 +1,6 @@
-"""h that travels through L2 in words that carry their step, on a GPU. `pytest --device=cuda`."""
+"""What travels through L2 in words that carry their step, on a GPU. `pytest --device=cuda`."""
+
+import contextlib
 
 import device
 import pytest
@@ -17,34 +19,53 @@ pytestmark = pytest.mark.skipif(
 
 
 class OfFamily(CudaEngine):
-    """Forward on a family, with tiles and, if there is such a plan, groups of so many sequences;
-    backward as the engine has it."""
+    """Passes on families, with tiles and, if there is such a plan, groups of so many sequences: the
+    first that fits. families, tiles: of (forward, backward); None: as the engine has it, any."""
 
-    family, tile, rows, picked = "step", None, None, None
+    families, tiles, rows = ("step", None), (None, None), None
 
     def choose(self, problem, where):
-        if problem.backward:
+        family, tile = self.families[problem.backward], self.tiles[problem.backward]
+        if family is None:
             return super().choose(problem, where)
         plans = [
             plan
             for plan in self.core.cuda_plans(problem, self.properties(where))
-            if FAMILIES[plan.family] == self.family
-            and self.tile in (None, (plan.m_tiles, plan.n_tiles))
+            if FAMILIES[plan.family] == family
+            and tile in (None, (plan.m_tiles, plan.n_tiles))
             and self.rows in (None, plan.group_rows)
         ]
-        assert plans, f"no plan of {self.family}"
-        self.picked = plans[0]
-        return self.picked
+        assert plans, f"no plan of {family}"
+        self.picked.add((problem.backward, family))
+        return plans[0]
+
+
+@contextlib.contextmanager
+def running(monkeypatch, forward, backward=None, *, tiles=(None, None), rows=None):
+    engine = OfFamily(ops._engines["cuda"].core)
+    engine.families, engine.tiles, engine.rows = (forward, backward), tiles, rows
+    engine.picked = set()
+    with monkeypatch.context() as patch:
+        patch.setitem(ops._engines, "cuda", engine)
+        yield
+    assert engine.picked >= {(i > 0, f) for i, f in enumerate((forward, backward)) if f}
 
 
 def run(monkeypatch, module, inputs, family, tile=None, rows=None):
-    engine = OfFamily(ops._engines["cuda"].core)
-    engine.family, engine.tile, engine.rows = family, tile, rows
-    with monkeypatch.context() as patch:
-        patch.setitem(ops._engines, "cuda", engine)
+    with running(monkeypatch, family, tiles=(tile, None), rows=rows):
         y, states = module(*inputs)
-    assert engine.picked is not None
     return [y, *states]
+
+
+def train(monkeypatch, module, inputs, forward, backward, tiles=(None, None), rows=None):
+    """Outputs and gradients of all that has one."""
+    x, hx = inputs
+    leaves = [t.detach().requires_grad_() for t in (x, *hx)]
+    with running(monkeypatch, forward, backward, tiles=tiles, rows=rows):
+        y, states = module(leaves[0], (leaves[1], leaves[2]))
+        loss = sum(output.square().sum() for output in (y, *states))
+        grads = torch.autograd.grad(loss, [*leaves, *module.parameters()])
+    return [y.detach(), *(t.detach() for t in states), *grads]
 
 
 def problem(dtype, T, B, H, **options):
@@ -85,16 +106,39 @@ LARGER = [(1536, 4), (2048, 8)]  # not in TF32
     ids=str,
 )
 def test_layers_larger_than_a_cluster(monkeypatch, dtype, H, B):
-    """As good as a launch a step, and the same bits every time."""
+    """As good as a launch a step, and the same bits every time; training too."""
     module, inputs = problem(dtype, 60, B, H)
-    with torch.no_grad():
-        made = run(monkeypatch, module, inputs, "tagged", (4, 1))
-        assert all(map(torch.equal, made, run(monkeypatch, module, inputs, "tagged", (4, 1))))
-        peer = run(monkeypatch, module, inputs, "step")
-        x, hx = inputs
-        y, states = module.double()(x.double(), tuple(t.double() for t in hx))
-    for name, *tensors in zip(("y", "h_n", "c_n"), made, peer, [y, *states], strict=True):
-        assert_as_good(*tensors, name, TF32_EPS if dtype == torch.float32 else None)
+    tagged = ("tagged", "tagged", ((4, 1), (1, 1)))
+    made = train(monkeypatch, module, inputs, *tagged)
+    assert all(map(torch.equal, made, train(monkeypatch, module, inputs, *tagged)))
+    peer = train(monkeypatch, module, inputs, "step", "step")
+    x, hx = inputs
+    doubles = x.double(), tuple(t.double() for t in hx)
+    truth = train(monkeypatch, module.double(), doubles, None, None)
+    for i, tensors in enumerate(zip(made, peer, truth, strict=True)):
+        assert_as_good(*tensors, str(i), TF32_EPS if dtype == torch.float32 else None)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("tile, H", [((1, 1), 250), ((2, 1), 512), ((2, 1), 331)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_beside_a_clusters(monkeypatch, dtype, tile, H, rows, bidirectional):
+    """Over many steps, so that blocks run ahead of each other: as good, and always the same."""
+    if dtype == torch.float32 and tile != (1, 1):
+        pytest.skip("no such tile in TF32")
+    module, inputs = problem(dtype, 300, rows + 1, H, bidirectional=bidirectional)
+    tiles = (None, tile)
+    made = train(monkeypatch, module, inputs, "cluster", "tagged", tiles, rows)
+    for _ in range(3):
+        again = train(monkeypatch, module, inputs, "cluster", "tagged", tiles, rows)
+        assert all(map(torch.equal, made, again))
+    peer = train(monkeypatch, module, inputs, "cluster", "cluster", tiles)
+    x, hx = inputs
+    doubles = x.double(), tuple(t.double() for t in hx)
+    truth = train(monkeypatch, module.double(), doubles, None, None)
+    for i, tensors in enumerate(zip(made, peer, truth, strict=True)):
+        assert_as_good(*tensors, str(i), TF32_EPS if dtype == torch.float32 else None)
 
 
 @pytest.mark.parametrize("dtype, steps", [(torch.float32, 20000), (torch.bfloat16, 70000)], ids=str)
@@ -119,7 +163,10 @@ def test_lengths_resets_and_training(monkeypatch, dtype):
 
     results = []
     for family in ("cluster", "tagged"):
-        outputs = run(monkeypatch, called, (x, hx), family, (8, 1))
-        loss = sum(output.float().square().sum() for output in outputs)
-        results.append([*outputs, *torch.autograd.grad(loss, list(module.parameters()))])
+        with running(monkeypatch, family, "cluster", tiles=((8, 1), None)):
+            y, states = called(x, hx)
+            outputs = [y, *states]
+            loss = sum(output.float().square().sum() for output in outputs)
+            grads = torch.autograd.grad(loss, list(module.parameters()))
+        results.append([*outputs, *grads])
     assert all(map(torch.equal, *results))

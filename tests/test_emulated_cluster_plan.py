@@ -181,29 +181,32 @@ def test_description_of_a_cluster():
 
 @pytest.mark.parametrize("dtype", OF_CLUSTERS)
 @pytest.mark.parametrize("device", ["H100", "B200"])
-def test_tagged_plans(device, dtype):
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_tagged_plans(device, dtype, backward):
     """Each can run, all blocks at once, and has a place for all weights."""
     _, chunk = OF_CLUSTERS[dtype]
     code, tf32 = DTYPES[dtype]
     most = {"tf32": 1024, "bfloat16": 2048}[dtype]
     for H, B, directions in itertools.product((1, 33, 768, most, 2 * most), (1, 5, 16), (1, 2)):
         facts = {"dtype": code, "tf32": tf32, "H": H, "B": B, "directions": directions}
+        facts["backward"] = backward
         plans, problem = tagged_plans(device, **facts)
         assert plans or H > 33
         assert not plans or H < 2 * most
         if (B, directions) == (1, 1):
             assert bool(plans) == (most >= H)
         for plan in plans:
-            check(plan, problem, device, directions=directions, B=B, H=H, backward=False)
+            check(plan, problem, device, directions=directions, B=B, H=H, backward=backward)
             of_rows = 2 if plan.m_tiles < 8 else 4  # warps with the same k
-            assert (plan.held + plan.shared) * (8 // of_rows * chunk) >= H
+            of_a_warp = plan.held + plan.shared
+            assert of_a_warp * (8 * 16 if backward else 8 // of_rows * chunk) >= H
 
 
 @pytest.mark.parametrize(
     "device, facts",
     [
         *((device, {}) for device in ("T4", "A100", "RTX 4090")),
-        *(("H100", facts) for facts in ({"T": 1}, {"dtype": 0}, {"dtype": 1}, {"backward": True})),
+        *(("H100", facts) for facts in ({"T": 1}, {"dtype": 0}, {"dtype": 1})),
         ("H100", {"projection": True, "P": 32}),
         ("H100", {"variants": True}),
     ],
@@ -214,11 +217,12 @@ def test_where_there_are_no_tagged_plans(device, facts):
     assert not plans
 
 
-@pytest.mark.parametrize("H, B", [(768, 16), (1024, 16)])
-def test_what_nobody_has_timed_is_not_chosen_unasked(H, B):
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("H, B", [(768, 1), (1024, 16)])
+def test_what_nobody_has_timed_is_not_chosen_unasked(H, B, backward):
     """The family tagged; streaming ahead has its own rule without the switch."""
     core = emulated.load()
-    problem = emulated.problem(T=100, H=H, B=B)
+    problem = emulated.problem(T=100, H=H, B=B, backward=backward)
     chosen = core.cuda_plan(problem, properties("H100"))
     fastest = core.cuda_plan(problem, properties("H100", untimed=True))
     assert FAMILIES[chosen.family] != "tagged" and FAMILIES[fastest.family] == "tagged"
@@ -252,13 +256,20 @@ def test_what_is_refused_of_the_family_tagged(change, message):
     assert message in core.cuda_refuse_plan(plan, problem)
 
 
-def test_description_of_the_family_tagged():
-    plans, problem = tagged_plans(H=1040, B=8)
-    (plan,) = (p for p in plans if (p.m_tiles, p.group_rows) == (4, 8))
+@pytest.mark.parametrize(
+    "backward, m, kept",
+    [
+        (False, 4, "8 chunks in registers, 1 in shared memory;"),
+        (True, 1, "8 row tiles in registers, 1 in shared memory;"),
+    ],
+)
+def test_description_of_the_family_tagged(backward, m, kept):
+    plans, problem = tagged_plans(H=1040, B=8, backward=backward)
+    (plan,) = (p for p in plans if (p.m_tiles, p.group_rows) == (m, 8))
     text = emulated.load().cuda_describe_plan(plan, problem)
     for part in (
         "bfloat16 B 8 H 1040",
-        ": one cooperative launch, h tagged with its step, 65 blocks (65 slices of 16 units x",
-        "8 chunks in registers, 1 in shared memory;",
+        ": one cooperative launch, words tagged with their step, 65 blocks (65 slices of 16 units",
+        kept,
     ):
         assert part in text

@@ -109,10 +109,10 @@ class Layer:
 
 
 def check(layer, *, seed=0, family="cluster", **tiles):
-    """Runs it on clusters with these tiles, forward on a family."""
+    """Runs it on a family with these tiles."""
     with installed(only(family, **tiles), seed=seed, sm_count=66) as engine:
         ours = layer.run()
-    assert [FAMILIES[plan.family] for plan in engine.picked] == [family, "cluster"]
+    assert [FAMILIES[plan.family] for plan in engine.picked] == [family, family]
     for plan, name in zip(engine.picked, ("forward", "backward"), strict=True):
         assert tiles.get(name) in (None, (plan.m_tiles, plan.n_tiles))
     with installed(only("step")):
@@ -151,6 +151,14 @@ def test_backward_tiles(arithmetic, m, n):
     layer = Layer(arithmetic, T=3, B=8 * n + 3, H=32 * m + 3, ragged=True, both=True)
     _, backward = check(layer, seed=2, backward=(m, n))
     assert (backward.slices, backward.cluster) == (3, 4) and backward.groups >= 2
+
+
+@pytest.mark.parametrize("arithmetic, m, n", list(tiles("tagged", backward=True)))
+def test_tagged_backward_tiles(arithmetic, m, n):
+    """The last slice has one unit, and so of two m-tiles one."""
+    layer = Layer(arithmetic, T=4, B=8 * n + 3, H=32 * m + 1, ragged=True, both=True)
+    _, backward = check(layer, seed=2, family="tagged", backward=(m, n))
+    assert (backward.slices, backward.cluster) == (3, 0) and backward.groups >= 2
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -196,8 +204,7 @@ def test_groups_that_are_not_full(family, n, rows):
     """Odd rows: half of the last pair of columns is not there."""
 
     def one_group(plans, problem):
-        chosen = "cluster" if problem.backward else family
-        plan = next(p for p in plans if FAMILIES[p.family] == chosen and p.n_tiles == n)
+        plan = next(p for p in plans if FAMILIES[p.family] == family and p.n_tiles == n)
         plan.groups, plan.group_rows = 1, rows
         return plan
 
@@ -298,8 +305,8 @@ def each_plan(layer, backward):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_the_bits_depend_on_few_things(backward, arithmetic):
     """Forward: on how many warps share a part of k, and whether a warp's few sums are made as two;
-    backward: on the units of a block. Else not on the number of sequences at once, nor on their
-    grouping, nor on how h travels, nor on the schedule."""
+    backward: on the units of a block, and on how their parts travel. Else not on the number of
+    sequences at once, nor on their grouping, nor on how h travels, nor on the schedule."""
     seen, count, families = {}, 0, set()
     for engine, results in each_plan(Layer(arithmetic, T=3, B=17, H=70), backward):
         plan = engine.picked[backward]
@@ -311,11 +318,12 @@ def test_the_bits_depend_on_few_things(backward, arithmetic):
         count += 1
         families.add(FAMILIES[plan.family])
     assert count > 2 * len(seen) >= 4
-    assert families == ({"cluster"} if backward else {"cluster", "tagged"})
+    assert families == {"cluster", "tagged"}
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
-def test_a_sequence_does_not_depend_on_the_others(arithmetic):
+@pytest.mark.parametrize("family", RESIDENT)
+def test_a_sequence_does_not_depend_on_the_others(family, arithmetic):
     """Neither on which there are, nor on their lengths: the values and its own gradients."""
     dtype = ARITHMETIC[arithmetic][0]
     module = lstm_ext.LSTM(3, 37, bidirectional=True).to(dtype)
@@ -325,9 +333,10 @@ def test_a_sequence_does_not_depend_on_the_others(arithmetic):
     def run(which, lengths):
         inputs = [x[:, which], hx[0][:, which], hx[1][:, which]]
         inputs = [t.contiguous().requires_grad_() for t in inputs]
-        with installed(only("cluster")):
+        with installed(only(family, forward=(4, 1), backward=(1, 1)), sm_count=66) as engine:
             y, (h_n, c_n) = module(inputs[0], (inputs[1], inputs[2]), lengths=lengths[which])
             grads = torch.autograd.grad(y, inputs, dy[:, which])
+        assert emulated.families_of(engine) == {family}
         return [y, h_n, c_n, *grads]
 
     lengths = torch.full((13,), 4)

@@ -18,7 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from emulator.build import FLAGS, HERE, KERNELS, MODES, build, compiler, environment
 from emulator.cluster_mutants import SPARE
-from emulator.cluster_problems import TAGGED_LARGE
+from emulator.cluster_problems import (
+    BACKWARD_TAGGED_LARGE,
+    BACKWARD_TAGGED_SHARED,
+    TAGGED_LARGE,
+)
 from emulator.mutant import BEYOND, OVERRUN, RACE
 from emulator.mutants import CONTROL, MUTANTS, USUAL, uncovered
 
@@ -103,6 +107,13 @@ PROBLEMS = [
     "forward tf32 tagged 4x1 8+0 2 2 4 15 37 37 packed",
     "forward tf32 tagged 8x1 8+2 3 1 3 24 300 300 dense",
     "forward tf32 tagged 8x1 8+0 3 1 3 9 131 131 lengths",
+    "backward float16 tagged 1x1 8+0 3 2 4 17 37 37 lengths",
+    "backward bfloat16 tagged 1x1 8+0 5 1 3 5 300 300 packed",  # a sequence a group
+    "backward float16 tagged 2x1 4+0 2 2 4 11 75 75 lengths",
+    "backward bfloat16 tagged 2x1 4+1 1 1 3 7 600 600 dense",
+    BACKWARD_TAGGED_SHARED,
+    BACKWARD_TAGGED_LARGE,
+    "backward tf32 tagged 1x1 4+0 2 2 4 15 37 37 packed",
     # A part of the steps a launch; both directions.
     "forward bfloat16 cluster 4x1 4+0 3 2 5 23 150 150 packed+parts",
     "forward float16 cluster 8x1 8+0 2 2 4 11 75 75 lengths+parts",
@@ -148,6 +159,8 @@ PROBLEMS = [
     "forward bfloat16 tagged 4x1 8+0 1 1 2 1 1 1 dense",
     "forward tf32 tagged 4x1 8+0 1 1 1 1 1 1 lengths",
     "backward bfloat16 cluster 1x1 2+0 1 1 2 1 1 1 lengths",
+    "backward bfloat16 tagged 1x1 8+0 1 1 2 1 1 1 dense",
+    "backward tf32 tagged 1x1 4+0 1 1 1 1 1 1 lengths",
     "forward float32 step 2x1 0+0 1 1 1 1 1 1 norm",
     "backward bfloat16 step 1x1 0+0 1 1 2 1 1 1 norm",
 ]
@@ -169,6 +182,7 @@ SANITIZED = [
     "forward bfloat16 tagged 4x1 8+0 2 1 3 13 37 37 packed",
     "backward bfloat16 cluster 1x2 2+0 1 1 3 13 37 37 packed",
     "backward tf32 cluster 2x1 2+0 1 2 3 5 35 35 packed",
+    "backward bfloat16 tagged 1x1 8+0 2 1 3 13 37 37 packed",
     "forward bfloat16 cluster 4x1 4+0 2 1 4 13 37 37 packed+parts",
     "backward tf32 cluster 2x1 2+0 1 2 4 5 35 35 packed+parts",
     "forward bfloat16 vendor 0x0 0+0 3 2 3 7 37 37 packed",

@@ -192,7 +192,7 @@ struct ForwardArgs {
   };
   Steps steps;
   int H, P, K, hidden_K;
-  int64_t counter_words;  // of a direction's counters, or words of its states (family tagged)
+  int64_t counter_words;  // of a direction's counters, or (family tagged) of what blocks exchange
   BlockShape shape;
   Direction direction[kMaxDirections];
 };

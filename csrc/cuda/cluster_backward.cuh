@@ -1,39 +1,33 @@
-// Backward, one launch for all steps on a cluster of blocks for each group of sequences.
+// Backward, one launch for all steps on blocks that keep all of W_hh, several for each group of
+// sequences; see cluster_forward.cuh.
 //
 // Forward's exchange turned round: dgates stay in the block that makes them, and each block
 // multiplies its slice of them, as k, with all rows of W_hh transposed. Every block so has a part
-// of every unit's gradient of h; it copies each part, in fp32, to the block that has the unit,
-// which adds the parts up in an order of their own: one exchange a step, and the same bits every
-// time. While they are on their way, it does all of the cell that needs no gradient of h.
+// of every unit's gradient of h; it gives each part, in fp32, to the block that has the unit, which
+// adds the parts up in an order of its own: one exchange a step, and the same bits every time.
+// While they are on their way, it does all of the cell that needs no gradient of h.
 //
-// A launch may do a part of the steps: it goes on from the dgates that the launch before has
-// stored, and from its gradients of c and h that wait, which lie in cells and carry.
+// A cluster's launch may do a part of the steps: it goes on from the dgates that the launch before
+// has stored, and from its gradients of c and h that wait, which lie in cells and carry.
 #pragma once
 
 #include "cuda/backward_cells.cuh"
-#include "cuda/cluster_block.cuh"
+#include "cuda/backward_exchange.cuh"
 
 namespace lstm_ext {
 
-// log2(kCount) additions one after another, not kCount.
-template <int kCount, class Acc>
-LSTM_EXT_DEVICE Acc sum_of_halves(const Acc* terms) {
-  if constexpr (kCount == 1) {
-    return *terms;
-  } else {
-    return sum_of_halves<kCount / 2>(terms) + sum_of_halves<kCount / 2>(terms + kCount / 2);
-  }
-}
-
 // kMTiles: m-tiles of a block's own units. Of a warp's m-tiles of the product the first kHeld stay
-// in registers, the next `shared` in shared memory, as many as there are.
-template <class Arithmetic, int kMTiles, int kNTiles, int kHeld>
+// in registers, the next `shared` in shared memory, as many as there are. Exchange: of
+// backward_exchange.cuh.
+template <template <int, int> class ExchangeOf, class Arithmetic, int kMTiles, int kNTiles,
+          int kHeld>
 __global__ void __launch_bounds__(kThreads, 1)
-    backward_cluster(const __grid_constant__ BackwardArgs args) {
+    backward_resident(const __grid_constant__ BackwardArgs args) {
 #ifdef LSTM_EXT_CLUSTERS
   using T = typename Arithmetic::Element;
   using Acc = typename Arithmetic::Acc;
   using Cell = BackwardUnit<Arithmetic, false, false>;
+  using Exchange = ExchangeOf<kMTiles, kNTiles>;
   constexpr int kUnits = 16 * kMTiles, kRows = 8 * kNTiles, kVector = 16 / sizeof(T);
   constexpr int kChunks = 4 * kUnits * int(sizeof(T)) / kChunkBytes;  // of a block's k
   constexpr Tile kTile = {kMTiles, kNTiles, kHeld};
@@ -45,33 +39,25 @@ __global__ void __launch_bounds__(kThreads, 1)
   static_assert(sizeof(Acc) == 4 && kUnits % kVector == 0, "16-bit and TF32 only");
 
   DYNAMIC_SHARED(memory);
-  const ClusterPlace place(args.shape, int(args.steps.B));
-  Mailboxes mailboxes(memory);
-  if (place.slice >= place.slices) {  // no units left for it
-    mailboxes.open();
-    mailboxes.close();
-    return;
-  }
+  const typename Exchange::Place place(args.shape, int(args.steps.B));
+  if constexpr (Exchange::kSpareBlocks)
+    if (place.slice >= place.slices) return Exchange::stand_by(memory);  // no units left for it
   const BackwardArgs::Direction& d = args.direction[place.direction];
   const Walk walk(args.steps, d.reverse);
-  const int H = args.H, K = args.K, slices = place.slices, shared = args.shape.shared;
+  const int H = args.H, K = args.K, shared = args.shape.shared;
   const int start = args.shape.first, end = args.shape.last;
   const int first_product = max(start, 1);  // the step of the launch's first
   const int unit_first = place.slice * kUnits;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, pair = lane % 4;
 
-  // A part: [columns 2 pair and 2 pair + 1 of kNTiles * 4][kMTiles][rows g and g + 8 of 8] vectors
-  // of row g's two columns and row g + 8's, as the product's lanes have them. In another order of
-  // the g's for each pair, and of a vector's columns in odd m-tiles: then what the threads of a
-  // warp write or read together lies in different banks.
-  const int part_bytes = int(backward_part_bytes(kTile, args.shape.group_rows));
-  const int parts_bytes = slices * part_bytes;
-  // [2] a part from each block; [2] one for each block, until it has it.
-  unsigned char* const boxes = memory + kBarrierBytes;
-  unsigned char* const letters = boxes + 2 * parts_bytes;
+  // A thread's cells: thread by thread over the units, then over the sequences.
+  const int u = threadIdx.x % kUnits, unit = unit_first + u;
+  const auto row_of = [&](int j) { return int(threadIdx.x) / kUnits + j * (kStride / kUnits); };
+  Exchange exchange(memory, d, place, args.shape, H, u, row_of(0));
+
   // This block's dgates, gate by gate: [2][kRows][pitch]. Step j's lie in [j % 2].
   constexpr int kPitch = int(shared_row(4 * kUnits * int64_t(sizeof(T))));
-  unsigned char* const own = letters + 2 * parts_bytes;
+  unsigned char* const own = exchange.end();
   for (int v = threadIdx.x; v < 2 * kRows * kPitch / 16; v += kThreads)
     reinterpret_cast<uint4*>(own)[v] = make_uint4(0, 0, 0, 0);
 
@@ -122,10 +108,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   // A lane reads only what it wrote itself.
 
-  // ---- the cells: thread by thread over the units, then over the sequences
+  // ---- the cells
 
-  const int u = threadIdx.x % kUnits, unit = unit_first + u;
-  const auto row_of = [&](int j) { return int(threadIdx.x) / kUnits + j * (kStride / kUnits); };
   const auto sequence = [&](int j) { return place.row_first + row_of(j); };
   const auto here = [&](int j) {
     return (kStride == kThreads || threadIdx.x < kStride) && sequence(j) < place.row_end &&
@@ -158,53 +142,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
 
-  // Where rows g and g + 8 of m-tile m lie in a part.
-  const auto vector_of = [](int pair, int m, int g) {
-    return (pair * kMTiles + m) * 8 + (g ^ pair % 4 * 2);
-  };
-  // Where unit u's sum for the group's sequence b lies.
-  const auto sum_of = [&](int b) {
-    const int m = u / 16, word = u % 16 / 8 * 2 + (b % 2 ^ m % 2);
-    return vector_of(b / 2, m, u % 8) * 4 + word;
-  };
-  const int first_sum = pinned(sum_of(row_of(0)));
-  // Columns of sequences that the group does not have are not sent.
-  const int pairs = (place.rows() + 1) / 2;
-  const int bytes = pairs * kMTiles * 128;  // of a part
-  const Letter letter(mailboxes, slices, boxes + place.slice * part_bytes, parts_bytes);
-  // All m-tiles of a warp may be of one kind: then its product has the columns in the part's order
-  // from the start, and where a lane writes is known but for the peer.
-  constexpr bool kAlike = kWarps % kMTiles == 0;
-  const int column = pinned(kAlike ? g ^ warp % kMTiles % 2 : g);
-  const int first_written =
-      pinned(warp / kMTiles * part_bytes + vector_of(pair, warp % kMTiles, g) * 16);
-  const auto write = [&](int q, int n, unsigned char* parts, const Acc(&sum)[4]) {
-    if (n * 4 + pair >= pairs) return;
-    const uint32_t bits[4] = {__float_as_uint(sum[0]), __float_as_uint(sum[1]),
-                              __float_as_uint(sum[2]), __float_as_uint(sum[3])};
-    if constexpr (kAlike) {
-      unsigned char* const part = parts + first_written + q * (kWarps / kMTiles) * part_bytes;
-      reinterpret_cast<uint4*>(part)[n * 4 * kMTiles * 8] =
-          make_uint4(bits[0], bits[1], bits[2], bits[3]);
-    } else {
-      const int tile = warp + q * kWarps, m = tile % kMTiles;
-      reinterpret_cast<uint4*>(parts + tile / kMTiles * part_bytes)[vector_of(n * 4 + pair, m, g)] =
-          m % 2 ? make_uint4(bits[1], bits[0], bits[3], bits[2])
-                : make_uint4(bits[0], bits[1], bits[2], bits[3]);
-    }
-  };
-
   // m-tiles of a warp that are multiplied side by side: a product waits for the one before it in
   // its sum.
   constexpr int kTogether = kColumns > 1 ? 2 : kHeld;
   static_assert(kHeld % kTogether == 0, "held in whole groups");
 
   // The product with the dgates of step j - 1, and its parts to whom they belong.
-  const int first_read = pinned(column * kPitch + pair * 16);
+  const int first_read = pinned(exchange.column() * kPitch + pair * 16);
   const auto multiply = [&](int j) {
-    const int box = j & 1;
-    const unsigned char* gates = own + (box ^ 1) * (kRows * kPitch) + first_read;
-    unsigned char* const parts = letters + box * parts_bytes;
+    const unsigned char* gates = own + (j + 1) % 2 * (kRows * kPitch) + first_read;
 #pragma unroll 1
     for (int first = 0; first < kNTiles; first += kColumns) {
       uint4 b[kChunks][kColumns][1];
@@ -229,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < kTogether; ++i)
 #pragma unroll
           for (int n = 0; n < kColumns; ++n)
-            if (q + i < mine) write(q + i, first + n, parts, sums[i][n]);
+            if (q + i < mine) exchange.put(j, q + i, first + n, sums[i][n]);
       }
 #pragma unroll 1
       for (int q = kHeld; q < mine; ++q) {
@@ -242,12 +188,10 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int n = 0; n < kColumns; ++n) Arithmetic::multiply(sums[n], of_chunk, b[chunk][n]);
         }
 #pragma unroll
-        for (int n = 0; n < kColumns; ++n) write(q, first + n, parts, sums[n]);
+        for (int n = 0; n < kColumns; ++n) exchange.put(j, q, first + n, sums[n]);
       }
     }
-    copies_see();
-    __syncthreads();  // all warps have written
-    letter.send(box, parts, part_bytes, bytes);
+    exchange.send(j);
   };
 
   typename Cell::Result results[kCells] = {};
@@ -299,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   const int first_own = pinned(row_of(0) * kPitch + u * int(sizeof(T)));
   fetch(start);
-  mailboxes.open();
+  exchange.open();
   for (int j = start; j < end; ++j) {
     const int box = j & 1;
 #pragma unroll
@@ -308,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       dy[i] = next_dy[i];
     }
     if (j > 0) {
-      mailboxes.expect(box, slices * bytes);
+      exchange.expect(j);
       multiply(j);
     }
     // While the parts are on their way: what the next step needs, what the one before leaves.
@@ -319,23 +263,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int i = 0; i < kCells; ++i)
       if (here(i)) now[i] = cell.prepare(turn[i], operands(j, i));
-    if (j > 0) mailboxes.wait(box, (j - first_product) >> 1);
-    const unsigned char* const parts = boxes + box * parts_bytes;
+    if (j > 0) exchange.receive(j, j - first_product);
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
       before[i] = turn[i];
       if (!here(i)) continue;
       const int row = row_of(i);
-      const unsigned char* const sums = parts + (i ? sum_of(row) : first_sum) * sizeof(Acc);
-      Acc sum = 0;
-      if (j > 0) {
-        Acc part[kMostBlocksOfCluster];
-#pragma unroll
-        for (int source = 0; source < kMostBlocksOfCluster; ++source)
-          part[source] =
-              source < slices ? *reinterpret_cast<const Acc*>(sums + source * part_bytes) : Acc(0);
-        sum = sum_of_halves<kMostBlocksOfCluster>(part);
-      }
+      const Acc sum = j > 0 ? exchange.sum(j, i, row) : Acc(0);
       results[i] = cell.finish(j, turn[i], sum, now[i], dc[i], carry[i]);
       T* gates = reinterpret_cast<T*>(own + box * (kRows * kPitch) + first_own +
                                       (row - row_of(0)) * kPitch);
@@ -354,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       as<Acc>(d.cells)[at(sequence(j), H, unit)] = dc[j];
       as<Acc>(d.carry)[at(sequence(j), H, unit)] = carry[j];
     }
-  mailboxes.close();
+  exchange.close();
 #endif
 }
 

@@ -31,6 +31,12 @@ struct ClusterPlace : SlicePlace {
       : SlicePlace(shape, B, int(cluster_rank()), int(blockIdx.x / cluster_size())) {}
 };
 
+// Blocks of a grid: one group's slices, then the next one's.
+struct GridPlace : SlicePlace {
+  LSTM_EXT_DEVICE GridPlace(const BlockShape& shape, int B)
+      : SlicePlace(shape, B, int(blockIdx.x) % shape.slices, int(blockIdx.x) / shape.slices) {}
+};
+
 // Two mailboxes in turn, each with an mbarrier that counts the bytes as they come. A block sends
 // what belongs to step n + 1 only when it has received all of step n, and by then its peers have
 // read all of step n - 1: two mailboxes are enough, and nobody waits for anything else. What it has

@@ -16,22 +16,23 @@ struct ForwardResident {
     return forward_resident<Exchange<Arithmetic>, Arithmetic, m / kMWarps, kMWarps, n, held>;
   }
 };
-template <class Arithmetic>
-struct BackwardClusters {
+template <class Arithmetic, template <int, int> class Exchange>
+struct BackwardResident {
   using Kernel = BackwardKernel;
   template <int m, int n, int held>
   static Kernel of() {
-    return backward_cluster<Arithmetic, m, n, held>;
+    return backward_resident<Exchange, Arithmetic, m, n, held>;
   }
 };
 
 template <class Arithmetic, const auto& kForward, const auto& kBackward,
-          const auto& kTagged = kForwardTaggedTiles>
+          const auto& kTaggedBackward, const auto& kTaggedForward = kForwardTaggedTiles>
 const ClusterKernelSet& cluster_kernel_set() {
   static const ClusterKernelSet set = {
       find_tile<ForwardResident<Arithmetic, ThroughCluster>, kForward>,
-      find_tile<ForwardResident<Arithmetic, ThroughL2>, kTagged>,
-      find_tile<BackwardClusters<Arithmetic>, kBackward>};
+      find_tile<ForwardResident<Arithmetic, ThroughL2>, kTaggedForward>,
+      find_tile<BackwardResident<Arithmetic, PartsThroughCluster>, kBackward>,
+      find_tile<BackwardResident<Arithmetic, PartsThroughL2>, kTaggedBackward>};
   return set;
 }
 

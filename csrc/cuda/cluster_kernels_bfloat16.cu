@@ -4,7 +4,7 @@ namespace lstm_ext {
 
 const ClusterKernelSet& cluster_kernels_bfloat16() {
   return cluster_kernel_set<Tensor16<__nv_bfloat16>, kForwardClusterTiles16,
-                            kBackwardClusterTiles16>();
+                            kBackwardClusterTiles16, kBackwardTaggedTiles16>();
 }
 
 }  // namespace lstm_ext

@@ -26,7 +26,7 @@ struct Costs {
   // A cell, and an exchange through distributed shared memory; for each sequence of a group.
   double cluster = 0.69, cluster_backward = 1.35, cluster_sequence = 0.0325;
   double cluster_shared_per_sm = 238e3;
-  // What an exchange through L2 takes longer than one of a cluster; a lead.
+  // What an exchange through L2 takes longer than one of a cluster, besides its bytes; a lead.
   double tagged = 0.25;
   double vendor = 0.85;  // a large product of the vendor's library against those rates; a lead
   double part = 8;       // of a wavefront: two kernels begin and end, and an event between streams

@@ -12,7 +12,7 @@ std::string describe(const CudaPlan& plan, const CudaProblem& p) {
   const bool vendor = plan.family == CudaFamily::kVendor;
   const char* const how = cluster  ? "clusters"
                           : vendor ? "the vendor's product and a launch a step"
-                          : tagged ? "one cooperative launch, h tagged with its step"
+                          : tagged ? "one cooperative launch, words tagged with their step"
                           : plan.family == CudaFamily::kGrid ? "one cooperative launch"
                                                              : "a launch a step";
   const int64_t slices = cluster ? plan.cluster : plan.slices;

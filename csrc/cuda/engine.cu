@@ -1,6 +1,7 @@
 // From a layer's parameters to launches.
 #include <algorithm>
 #include <stdexcept>
+#include <type_traits>
 
 #include "cuda/engine.h"
 #include "cuda/kernels.h"
@@ -35,12 +36,16 @@ const ClusterKernelSet& cluster_kernels_of(const CudaLayer& layer) {
   }
 }
 
-// What the blocks of one launch meet by: counters, or words of their states (forward_exchange.cuh).
-int64_t counter_words(const CudaLayer& layer) {
+// What the blocks of one launch meet by: counters, or words of what they exchange
+// (forward_exchange.cuh, backward_exchange.cuh).
+int64_t counter_words(const CudaLayer& layer, bool backward) {
   const CudaPlan& plan = layer.plan;
   if (plan.family == CudaFamily::kGrid) return plan.groups * kCounterStride;
   if (plan.family != CudaFamily::kTagged) return 0;
   const Tile tile = {plan.m_tiles, plan.n_tiles, plan.held};
+  if (backward)
+    return plan.groups * 2 * plan.slices * plan.slices *
+           (backward_part_bytes(tile, plan.group_rows) / 4);
   const int element = int(storage_bytes(layer.dtype));
   const int64_t box =
       forward_box_bytes(tile, plan.slices, plan.group_rows, layer.K * element, element);
@@ -56,7 +61,7 @@ void cut(Cutter& cutter, const CudaLayer& l, bool projection, ForwardArgs::Direc
   const bool product = l.normed || by_vendor(l);
   d.product = product ? cutter.take(4 * B * l.H * acc_bytes(l.dtype)) : nullptr;
   d.hidden = projection ? cutter.take(B * padded(l.H, l.dtype) * storage) : nullptr;
-  d.counters = static_cast<unsigned*>(cutter.take(counter_words(l) * 4));
+  d.counters = static_cast<unsigned*>(cutter.take(counter_words(l, false) * 4));
 }
 void cut(Cutter& cutter, const CudaLayer& l, bool projection, BackwardArgs::Direction& d) {
   const int64_t storage = storage_bytes(l.dtype), B = l.steps.B;
@@ -66,7 +71,7 @@ void cut(Cutter& cutter, const CudaLayer& l, bool projection, BackwardArgs::Dire
   d.product = width ? cutter.take(B * width * acc_bytes(l.dtype)) : nullptr;
   d.carry = cutter.take(B * l.P * acc_bytes(l.dtype));
   d.hidden = projection ? cutter.take(B * l.K * storage) : nullptr;
-  d.counters = static_cast<unsigned*>(cutter.take(counter_words(l) * 4));
+  d.counters = static_cast<unsigned*>(cutter.take(counter_words(l, true) * 4));
 }
 
 // Of all directions; what the vendor's products need lies behind it.
@@ -87,7 +92,7 @@ Args make_args(const CudaLayer& layer, const Direction* directions, bool project
   args.steps = layer.steps;
   args.H = int(layer.H);
   args.P = int(layer.P);
-  args.counter_words = counter_words(layer);
+  args.counter_words = counter_words(layer, std::is_same_v<Args, BackwardArgs>);
   args.shape = {int(layer.plan.slices),
                 int(layer.plan.groups),
                 int(layer.plan.group_rows),
@@ -211,11 +216,11 @@ void step_by_step(const CudaLayer& layer, Args& args, int count, const StepKerne
   }
 }
 
-// The kernel of the cell, of the plan's family. tagged: backward has none.
+// The kernel of the cell, of the plan's family.
 template <class Kernel>
 Kernel find_cell(const CudaLayer& layer, Kernel (*plain)(int, int, int),
                  Kernel (*variants)(int, int, int), Kernel (*cluster)(int, int, int),
-                 Kernel (*tagged)(int, int, int) = nullptr) {
+                 Kernel (*tagged)(int, int, int)) {
   const CudaPlan& plan = layer.plan;
   const auto find = plan.family == CudaFamily::kCluster  ? cluster
                     : plan.family == CudaFamily::kTagged ? tagged
@@ -295,14 +300,16 @@ void cuda_backward(const CudaLayer& layer, const CudaBackwardDirection* directio
   const int count = T + final;
   // A cluster begins by itself.
   if (!clusters || (h_prev && range.first == 0))
-    prepare(kernels.backward_prepare, layer, args, 32 * std::max<int64_t>(T, 1) * layer.steps.B);
+    prepare(kernels.backward_prepare, layer, args,
+            std::max(32 * std::max<int64_t>(T, 1) * layer.steps.B, args.counter_words));
   if (by_vendor(layer)) {
     void* const scratch = static_cast<char*>(workspace) + pieces_bytes<BackwardArgs>(layer, false);
     return vendor_backward_steps(layer, args, count, kernels.backward_norm, norm_shape(layer),
                                  scratch);
   }
+  const ClusterKernelSet& resident = cluster_kernels_of(layer);
   const BackwardKernel cell = find_cell(layer, kernels.backward, kernels.backward_variants,
-                                        cluster_kernels_of(layer).backward);
+                                        resident.backward, resident.backward_tagged);
   if (plan.family != CudaFamily::kStep) {
     args.shape.first = int(range.first);
     args.shape.last = range.last == T ? count : int(range.last);

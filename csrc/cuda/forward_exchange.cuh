@@ -79,12 +79,6 @@ class ThroughCluster {
   int slices_;
 };
 
-// Blocks of a grid: one group's slices, then the next one's.
-struct GridPlace : SlicePlace {
-  LSTM_EXT_DEVICE GridPlace(const BlockShape& shape, int B)
-      : SlicePlace(shape, B, int(blockIdx.x) % shape.slices, int(blockIdx.x) / shape.slices) {}
-};
-
 // Through L2, an element as a word of 4 bytes that carries the number of its step (words.cuh): h
 // takes a store's and a load's time, where a barrier takes those twice.
 //
@@ -130,7 +124,7 @@ class ThroughL2 {
     uint4* const to = reinterpret_cast<uint4*>(states_ + (i & 1) * (elements_ * int(sizeof(T))));
     const uint32_t expected = tag(i);
     take_words<kLoads>(
-        from + threadIdx.x * kLoads, count_,
+        from + threadIdx.x * kLoads, kThreads * kLoads, 1, count_,
         [&](const uint4(&words)[kLoads]) {
           uint32_t different = 0;
           for (const uint4& w : words)

@@ -31,6 +31,7 @@ struct ClusterKernelSet {
   ForwardKernel (*forward)(int m_tiles, int n_tiles, int held);
   ForwardKernel (*forward_tagged)(int m_tiles, int n_tiles, int held);
   BackwardKernel (*backward)(int m_tiles, int n_tiles, int held);
+  BackwardKernel (*backward_tagged)(int m_tiles, int n_tiles, int held);
 };
 
 const KernelSet& kernels_float64();

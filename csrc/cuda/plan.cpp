@@ -51,11 +51,7 @@ bool can_stream_ahead(const CudaProblem& p, const CudaProperties& device, const 
 CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile& tile,
                   CudaFamily family, int64_t groups, bool ahead = false) {
   const Costs costs;
-  CudaPlan plan{};
-  plan.family = family;
-  plan.m_tiles = tile.m;
-  plan.n_tiles = tile.n;
-  plan.slices = ceil_div(p.H, units_of(tile.m, p.backward));
+  CudaPlan plan = begin_plan(p, tile, family);
   groups = std::max<int64_t>(groups, 1);  // there may be no sequence
   plan.group_rows = std::max<int64_t>(ceil_div(ceil_div(p.B, groups), 8) * 8, 8);
   plan.groups = std::max<int64_t>(ceil_div(p.B, plan.group_rows), 1);
@@ -250,8 +246,9 @@ std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
   const int64_t behind = ceil_div(chunks_of(p), kWarps) - plan.held - plan.shared;
   if (plan.in_l2 < 0 || plan.in_l2 > (plan.ahead ? behind : 0))
     return "L2 is to keep a part of what is streamed ahead";
+  if (plan.cluster && plan.family != CudaFamily::kCluster)
+    return "only the cluster family has clusters";
   if (resident) return refuse_resident_plan(plan, p, *tile);
-  if (plan.cluster) return "only the cluster family has clusters";
   if (plan.held != 0 && plan.held != tile->held) return "no kernel holds so many chunks";
   const bool grid = plan.family == CudaFamily::kGrid;
   if (!grid && (plan.held || plan.shared)) return "a step kernel keeps no weights";

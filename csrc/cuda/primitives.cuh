@@ -237,6 +237,11 @@ LSTM_EXT_DEVICE void store_word(unsigned* p, unsigned word) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(word) : "memory");
 }
 // Four of them, each on its own.
+LSTM_EXT_DEVICE void store_words(uint4* p, uint4 words) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(words.x),
+               "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+}
 LSTM_EXT_DEVICE uint4 load_words(const uint4* p) {
   uint4 v;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -330,6 +335,10 @@ LSTM_EXT_DEVICE void async_wait() {
 }
 
 LSTM_EXT_DEVICE void store_word(unsigned* p, unsigned word) { emu::global_store_word(p, word); }
+LSTM_EXT_DEVICE void store_words(uint4* p, uint4 words) {
+  const unsigned each[4] = {words.x, words.y, words.z, words.w};
+  for (int i = 0; i < 4; ++i) store_word(reinterpret_cast<unsigned*>(p) + i, each[i]);
+}
 LSTM_EXT_DEVICE uint4 load_words(const uint4* p) {
   uint4 v;
   emu::global_load_words(reinterpret_cast<const unsigned*>(p), &v.x, 4);

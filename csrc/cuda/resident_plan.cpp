@@ -19,10 +19,10 @@ ClusterWeights cluster_weights(const CudaProblem& p, const Tile& tile) {
   const int of_rows = warps_of_rows(tile.m);
   return {ceil_div(chunks_of(p), kWarps / of_rows), tile.m / of_rows * kTileBytes};
 }
-int64_t base_cluster_shared(const CudaProblem& p, const Tile& tile, int64_t slices,
+int64_t base_cluster_shared(const CudaProblem& p, const Tile& tile, bool tagged, int64_t slices,
                             int64_t group_rows) {
   const int element = int(storage_bytes(p.dtype));
-  return p.backward ? backward_cluster_bytes(tile, slices, group_rows, element)
+  return p.backward ? backward_resident_bytes(tile, slices, group_rows, element, tagged)
                     : forward_cluster_bytes(tile, slices, group_rows, product_length(p) * element,
                                             element);
 }
@@ -32,11 +32,7 @@ int64_t base_cluster_shared(const CudaProblem& p, const Tile& tile, int64_t slic
 CudaPlan try_resident_plan(const CudaProblem& p, const CudaProperties& device, const Tile& tile,
                            CudaFamily family, int64_t group_rows) {
   const Costs costs;
-  CudaPlan plan{};
-  plan.family = family;
-  plan.m_tiles = tile.m;
-  plan.n_tiles = tile.n;
-  plan.slices = ceil_div(p.H, units_of(tile.m, p.backward));
+  CudaPlan plan = begin_plan(p, tile, family);
   const bool tagged = family == CudaFamily::kTagged;
   int size = 1;  // st.async is undefined in a cluster of one block
   while (!tagged && plan.slices > 1 << size) ++size;
@@ -46,7 +42,7 @@ CudaPlan try_resident_plan(const CudaProblem& p, const CudaProperties& device, c
   plan.held = tile.held;
   const ClusterWeights weights = cluster_weights(p, tile);
   plan.shared = int(std::max<int64_t>(weights.count - plan.held, 0));
-  const int64_t base = base_cluster_shared(p, tile, plan.slices, group_rows);
+  const int64_t base = base_cluster_shared(p, tile, tagged, plan.slices, group_rows);
   const int64_t kept = plan.shared * kWarps * weights.bytes;
   plan.shared_bytes = base + kept;
   const int64_t groups = plan.groups * p.directions;
@@ -66,7 +62,7 @@ CudaPlan try_resident_plan(const CudaProblem& p, const CudaProperties& device, c
   // is sent or added up.
   const double touched =
       double(kept) + (p.backward
-                          ? kWarps * rows * 4 * units * element + 2 * sent
+                          ? kWarps * rows * 4 * units * element + (tagged ? 0 : 2 * sent)
                           : warps_of_rows(tile.m) * rows * double(p.H) * element +
                                 2.0 * kWarps / warps_of_rows(tile.m) * tile.n * tile.m * 512);
   const double macs = rows * 4 * units * double(p.H);
@@ -75,19 +71,22 @@ CudaPlan try_resident_plan(const CudaProblem& p, const CudaProperties& device, c
       waves * ((p.backward ? costs.cluster_backward : costs.cluster) +
                costs.cluster_sequence * double(group_rows) + touched / costs.cluster_shared_per_sm +
                macs / macs_per_us(p, device, costs));
-  if (tagged)  // a word an element
-    plan.step_us += costs.tagged + 4 * double(group_rows * p.H) / costs.state_per_sm;
+  if (tagged)  // a word an element; or what backward's parts have, put and taken
+    plan.step_us +=
+        costs.tagged + (p.backward ? 2 * sent : 4 * double(group_rows * p.H)) / costs.state_per_sm;
   return plan;
 }
 
 }  // namespace
 
 Tiles resident_tiles_of(const CudaProblem& p, CudaFamily family) {
-  if (family == CudaFamily::kTagged)
-    return p.backward ? Tiles{nullptr, nullptr} : all(kForwardTaggedTiles);
-  if (p.dtype == Dtype::kFloat32)
-    return p.backward ? all(kBackwardClusterTiles32) : all(kForwardClusterTiles32);
-  return p.backward ? all(kBackwardClusterTiles16) : all(kForwardClusterTiles16);
+  const bool tagged = family == CudaFamily::kTagged, tf32 = p.dtype == Dtype::kFloat32;
+  if (!p.backward)
+    return tagged ? all(kForwardTaggedTiles)
+           : tf32 ? all(kForwardClusterTiles32)
+                  : all(kForwardClusterTiles16);
+  if (tagged) return tf32 ? all(kBackwardTaggedTiles32) : all(kBackwardTaggedTiles16);
+  return tf32 ? all(kBackwardClusterTiles32) : all(kBackwardClusterTiles16);
 }
 
 std::vector<CudaPlan> resident_plans(const CudaProblem& p, const CudaProperties& device) {
@@ -115,7 +114,6 @@ std::string refuse_resident_plan(const CudaPlan& plan, const CudaProblem& p, con
   if (cluster && (plan.cluster < plan.slices || plan.cluster < 2 ||
                   plan.cluster > kMostBlocksOfCluster || (plan.cluster & (plan.cluster - 1))))
     return "a cluster has a block for each slice, and is a power of two from 2 to 16";
-  if (!cluster && plan.cluster) return "only the cluster family has clusters";
   if (plan.slices != ceil_div(p.H, units_of(plan.m_tiles, p.backward)))
     return "no slice is without units";
   if (plan.groups > 1 && (plan.groups - 1) * plan.group_rows >= p.B)
@@ -124,7 +122,7 @@ std::string refuse_resident_plan(const CudaPlan& plan, const CudaProblem& p, con
   if (plan.held != tile.held) return "no kernel holds so many chunks";
   const ClusterWeights weights = cluster_weights(p, tile);
   if (plan.held + plan.shared < weights.count) return "all of the weights are kept";
-  const int64_t base = base_cluster_shared(p, tile, plan.slices, plan.group_rows);
+  const int64_t base = base_cluster_shared(p, tile, !cluster, plan.slices, plan.group_rows);
   if (plan.shared < 0 || plan.shared_bytes < base + plan.shared * kWarps * weights.bytes)
     return "shared_bytes is not enough for its parts";
   return "";

@@ -69,10 +69,12 @@ LSTM_EXT_INLINE constexpr int64_t block_sums_bytes(int64_t acc_bytes) {
 constexpr int kMostBlocksOfCluster = 16;
 constexpr Tile kForwardClusterTiles16[] = {{4, 1, 4}, {8, 1, 8}, {8, 2, 8}, {12, 1, 6}};
 constexpr Tile kForwardClusterTiles32[] = {{4, 1, 4}, {8, 1, 8}};
-// The same of the family tagged, which can have more blocks of fewer units.
-constexpr Tile kForwardTaggedTiles[] = {{4, 1, 8}, {8, 1, 8}};
 constexpr Tile kBackwardClusterTiles16[] = {{1, 1, 2}, {1, 2, 2}, {2, 1, 4}, {3, 1, 3}};
 constexpr Tile kBackwardClusterTiles32[] = {{1, 1, 2}, {2, 1, 2}};
+// The same of the family tagged, which can have more blocks of fewer units.
+constexpr Tile kForwardTaggedTiles[] = {{4, 1, 8}, {8, 1, 8}};
+constexpr Tile kBackwardTaggedTiles16[] = {{1, 1, 8}, {2, 1, 4}};
+constexpr Tile kBackwardTaggedTiles32[] = {{1, 1, 4}};
 
 // Sequences of a group at most: where 48 units take the registers, one cell a thread.
 LSTM_EXT_INLINE constexpr int cluster_rows(const Tile& tile, bool backward) {
@@ -134,10 +136,14 @@ LSTM_EXT_INLINE constexpr int64_t forward_cluster_bytes(const Tile& tile, int64_
          ahead_bytes(kForwardWords, cluster_cells(4 * tile.m, cluster_rows(tile, false))) +
          int64_t(kWarps / warps_of_rows(tile.m)) * tile.n * tile.m * 128 * 4;
 }
-// Backward: two times a part from every block and for every block, and its own gates' gradients.
-LSTM_EXT_INLINE constexpr int64_t backward_cluster_bytes(const Tile& tile, int64_t slices,
-                                                         int64_t group_rows, int element) {
-  return kBarrierBytes + 4 * slices * backward_part_bytes(tile, group_rows) +
+// Backward: two times a part from every block and for every block, or (tagged) a sum of such parts
+// for each warp; and two times its own gates' gradients.
+LSTM_EXT_INLINE constexpr int64_t backward_resident_bytes(const Tile& tile, int64_t slices,
+                                                          int64_t group_rows, int element,
+                                                          bool tagged) {
+  return kBarrierBytes +
+         (tagged ? kWarps * backward_part_bytes(tile, 8)
+                 : 4 * slices * backward_part_bytes(tile, group_rows)) +
          ahead_bytes(kBackwardWords, cluster_cells(16 * tile.m, cluster_rows(tile, true))) +
          2 * 8 * tile.n * shared_row(64 * tile.m * element);
 }

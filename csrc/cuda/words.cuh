@@ -8,12 +8,13 @@
 
 namespace lstm_ext {
 
-// Waits for `count` pieces of kLoads * 16 bytes, which a thread finds at from, from + kThreads *
-// kLoads, ...: take(n, piece) is told of the n-th when it has come, which arrived(piece) knows. A
-// load from L2 takes hundreds of cycles: 8 are on their way at once, and only what was late is
-// asked for again.
+// Waits for `count` pieces of kLoads vectors, which a thread finds at from, from + stride, ..., a
+// piece's vectors `apart`: take(n, piece) is told of the n-th when it has come, which
+// arrived(piece) knows. A load from L2 takes hundreds of cycles: 8 are on their way at once, and
+// only what was late is asked for again.
 template <int kLoads, class Arrived, class Take>
-LSTM_EXT_DEVICE void take_words(const uint4* from, int count, Arrived arrived, Take take) {
+LSTM_EXT_DEVICE void take_words(const uint4* from, int stride, int apart, int count,
+                                Arrived arrived, Take take) {
   constexpr int kPieces = 8 / kLoads;
 #pragma unroll 1
   for (int n = 0; n < count; n += kPieces) {
@@ -26,7 +27,7 @@ LSTM_EXT_DEVICE void take_words(const uint4* from, int count, Arrived arrived, T
       for (int p = 0; p < kPieces; ++p)
 #pragma unroll
         for (int load = 0; load < kLoads; ++load)
-          if (late[p]) pieces[p][load] = load_words(from + p * (kThreads * kLoads) + load);
+          if (late[p]) pieces[p][load] = load_words(from + p * stride + load * apart);
       bool any = false;
 #pragma unroll
       for (int p = 0; p < kPieces; ++p) {
@@ -39,7 +40,7 @@ LSTM_EXT_DEVICE void take_words(const uint4* from, int count, Arrived arrived, T
 #pragma unroll
     for (int p = 0; p < kPieces; ++p)
       if (n + p < count) take(n + p, pieces[p]);
-    from += kPieces * kThreads * kLoads;
+    from += kPieces * stride;
   }
 }
 

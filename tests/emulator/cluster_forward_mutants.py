@@ -287,8 +287,8 @@ MUTANTS = [
             TAGGED,
             WRONG,
             (
-                "take_words<kLoads>( from + threadIdx.x * kLoads, count_,",
-                "take_words<kLoads>( from + threadIdx.x * kLoads, 0,",
+                "take_words<kLoads>( from + threadIdx.x * kLoads, kThreads * kLoads, 1, count_,",
+                "take_words<kLoads>( from + threadIdx.x * kLoads, kThreads * kLoads, 1, 0,",
             ),
         ),
         ("another step is waited for", TAGGED, DEADLOCK, ("= tag(i);", "= tag(i + 1);")),
@@ -339,7 +339,7 @@ MUTANTS = [
         ),
     ),
     *of(
-        "forward_exchange.cuh",
+        "cluster_block.cuh",
         "struct GridPlace",
         (
             "groups take turns",
@@ -357,13 +357,13 @@ MUTANTS = [
             "the first ones twice",
             TAGGED_LARGE,
             WRONG,
-            ("from += kPieces * kThreads * kLoads;", ""),
+            ("from += kPieces * stride;", ""),
         ),
         (
             "pieces side by side",
             TAGGED_LONG,
             f"{WRONG}|{DEADLOCK}",
-            ("load_words(from + p * (kThreads * kLoads) + load)", "load_words(from + p + load)"),
+            ("load_words(from + p * stride + load * apart)", "load_words(from + p + load)"),
         ),
         (
             "more than there are",

@@ -249,7 +249,6 @@ MUTANTS = [
 ]
 
 # Precautions that no run can miss, and there all the same: sign "".
-LEAVES_AT_ONCE = ("mailboxes.open(); mailboxes.close(); return;", "return;")
 SPARE = [
     # The emulator does not know what is written to shared memory by threads from what copies write.
     *of(
@@ -280,11 +279,15 @@ SPARE = [
         "class ThroughCluster {",
         ("leaves without units", FORWARD, "", ("mailboxes.open(); mailboxes.close();", "")),
     ),
+    *of(
+        "backward_exchange.cuh",
+        "class PartsThroughCluster {",
+        ("leaves without units", BACKWARD, "", ("mailboxes.open(); mailboxes.close();", "")),
+    ),
     # The block has met since the last product read what it is overwritten by.
     *of(
         "cluster_backward.cuh",
-        "backward_cluster(",
-        ("leaves without units", BACKWARD, "", LEAVES_AT_ONCE),
+        "backward_resident(",
         (
             "threads without a cell",
             BACKWARD_48,
@@ -295,7 +298,7 @@ SPARE = [
             "gradients of one step",
             BACKWARD_PARTS,
             "",
-            ("own + (box ^ 1) * (kRows * kPitch)", "own"),
+            ("own + (j + 1) % 2 * (kRows * kPitch)", "own"),
             ("own + (start + 1) % 2 * (kRows * kPitch)", "own"),
             ("own + box * (kRows * kPitch)", "own"),
         ),

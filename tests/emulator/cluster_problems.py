@@ -25,6 +25,15 @@ BACKWARD_ODD = "backward bfloat16 cluster 2x1 4+0 2 1 3 9 35 35 lengths"  # odd 
 BACKWARD_32 = "backward tf32 cluster 2x1 2+0 2 1 3 9 35 35 lengths"  # one m-tile of the last two
 BACKWARD_EIGHTS = "backward bfloat16 cluster 1x2 2+0 1 1 2 9 40 40 dense"  # whole 16-byte loads
 BACKWARD_SHARED = "backward tf32 cluster 2x1 2+1 1 1 2 3 275 275 dense"
+# Three slices, the last not full (2x1: with one m-tile); the last group has a sequence less.
+BACKWARD_TAGGED = "backward bfloat16 tagged 1x1 8+0 2 1 4 9 37 37 lengths"
+BACKWARD_TAGGED_2 = "backward bfloat16 tagged 2x1 4+0 2 1 4 9 75 75 lengths"
+BACKWARD_TAGGED_BOTH = "backward bfloat16 tagged 1x1 8+0 1 2 4 5 21 21 lengths"
+# Nine slices and more: a warp adds up the parts of several; weights in shared memory.
+BACKWARD_TAGGED_SHARED = "backward tf32 tagged 1x1 4+1 1 1 3 3 530 530 dense"
+# Nine pieces a thread, eight at a time; too large for ThreadSanitizer.
+BACKWARD_TAGGED_LARGE = "backward bfloat16 tagged 1x1 8+1 1 1 2 3 1100 1100 dense"
+BACKWARD_TAGGED_LONG = "backward bfloat16 tagged 1x1 8+0 1 1 3 3 137 137 dense"
 # Three launches.
 FORWARD_PARTS = "forward bfloat16 cluster 4x1 4+0 2 1 4 13 37 37 lengths+parts"
 BACKWARD_PARTS = "backward bfloat16 cluster 1x2 2+0 2 1 4 17 37 37 lengths+parts"
@@ -41,6 +50,7 @@ CONTROL = [
         BACKWARD_EIGHTS,
     ),
     *(BACKWARD_SHARED, FORWARD_PARTS, BACKWARD_PARTS),
+    *(BACKWARD_TAGGED, BACKWARD_TAGGED_2, BACKWARD_TAGGED_BOTH, BACKWARD_TAGGED_LONG),
 ]
 
 # A block that does not wait is a step ahead.
@@ -48,5 +58,3 @@ AHEAD = f"{RACE}|more arrivals than the phase expects"
 NOT_INITIALISED = "used before it is initialised"
 # A peer's block that has not begun, or that has: its mbarriers are not there yet, or half.
 TOO_EARLY = f"does not run|{NOT_INITIALISED}|data race"
-# What it has sent may not have been read yet.
-LEAVES = ("mailboxes.close(); #endif", "\n#endif")

@@ -395,10 +395,10 @@ Request parse(char** word) {
       for (plan.cluster = 2; plan.cluster < plan.slices;) plan.cluster *= 2;
     const Tile tile = {plan.m_tiles, plan.n_tiles, plan.held};
     const int element = int(storage_bytes(p.dtype));
-    plan.shared_bytes = p.backward
-                            ? backward_cluster_bytes(tile, plan.slices, plan.group_rows, element)
-                            : forward_cluster_bytes(tile, plan.slices, plan.group_rows,
-                                                    padded(p.P, p.dtype) * element, element);
+    plan.shared_bytes =
+        p.backward ? backward_resident_bytes(tile, plan.slices, plan.group_rows, element, !cluster)
+                   : forward_cluster_bytes(tile, plan.slices, plan.group_rows,
+                                           padded(p.P, p.dtype) * element, element);
     if (p.backward)
       of_a_tile *= element;
     else

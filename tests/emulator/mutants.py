@@ -34,7 +34,7 @@ SYNCHRONISATION = re.compile(
     r"__syncthreads\(|__syncwarp\(|\barrive_at\(|\bwait_until\(|barrier\.(?:wait|arrive)\("
     r"|\bcluster_sync\(|\bmbarrier_\w+\(|\bmailboxes_?\.\w+\(|\bletter_?\.\w+\("
     r"|\bexchange\.(?:open|close|expect|receive|put|send)\("
-    r"|\bstore_word\(|\bload_words\(|\btake_words<"
+    r"|\bstore_words?\(|\bload_words\(|\btake_words<"
     r"|\bcopies_see\(|\bcopy_async\(|\basync_(?:commit|wait)\b|\bahead\.(?:close|wait)\("
 )
 

@@ -84,5 +84,10 @@ inline unsigned __float_as_uint(float x) {
   memcpy(&bits, &x, 4);
   return bits;
 }
+inline float __uint_as_float(unsigned x) {
+  float value;
+  memcpy(&value, &x, 4);
+  return value;
+}
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
