@@ -286,7 +286,8 @@ def mutated(mutant, mode, folder, few_objects):
     (folder / "cuda" / mutant.file).write_text(mutant.apply())
     _, arithmetic, family, *_ = mutant.problem.split()
     # What prepares a launch is with the kernels of the other families.
-    source = FEW[family in ("cluster", "tagged") and mutant.file != "forward.cuh"]
+    prepares = mutant.file in ("forward.cuh", "backward.cuh")
+    source = FEW[family in ("cluster", "tagged") and not prepares]
     own = compiled(source, mode, folder, arithmetic)  # half the time of all
     program = link(mode, folder, (few_objects[mode] | {source: own}).values())
     own.unlink()  # pytest keeps the folder

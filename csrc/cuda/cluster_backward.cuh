@@ -40,12 +40,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   DYNAMIC_SHARED(memory);
   const typename Exchange::Place place(args.shape, int(args.steps.B));
-  if constexpr (Exchange::kSpareBlocks)
-    if (place.slice >= place.slices) return Exchange::stand_by(memory);  // no units left for it
+  if constexpr (Exchange::kCluster)
+    if (place.slice >= place.slices) return Mailboxes::stand_by(memory);  // no units left for it
   const BackwardArgs::Direction& d = args.direction[place.direction];
   const Walk walk(args.steps, d.reverse);
   const int H = args.H, K = args.K, shared = args.shape.shared;
-  const int start = args.shape.first, end = args.shape.last;
+  const int start = Exchange::kCluster ? args.shape.first : 0, end = args.shape.last;
   const int first_product = max(start, 1);  // the step of the launch's first
   const int unit_first = place.slice * kUnits;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, pair = lane % 4;
@@ -151,6 +151,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int first_read = pinned(exchange.column() * kPitch + pair * 16);
   const auto multiply = [&](int j) {
     const unsigned char* gates = own + (j + 1) % 2 * (kRows * kPitch) + first_read;
+    const auto target = exchange.target(j);
 #pragma unroll 1
     for (int first = 0; first < kNTiles; first += kColumns) {
       uint4 b[kChunks][kColumns][1];
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < kTogether; ++i)
 #pragma unroll
           for (int n = 0; n < kColumns; ++n)
-            if (q + i < mine) exchange.put(j, q + i, first + n, sums[i][n]);
+            if (q + i < mine) exchange.put(target, q + i, first + n, sums[i][n]);
       }
 #pragma unroll 1
       for (int q = kHeld; q < mine; ++q) {
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int n = 0; n < kColumns; ++n) Arithmetic::multiply(sums[n], of_chunk, b[chunk][n]);
         }
 #pragma unroll
-        for (int n = 0; n < kColumns; ++n) exchange.put(j, q, first + n, sums[n]);
+        for (int n = 0; n < kColumns; ++n) exchange.put(target, q, first + n, sums[n]);
       }
     }
     exchange.send(j);
@@ -281,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
   }
   store(end - 1, before);
-  if (end < walk.T())
+  if (Exchange::kCluster && end < walk.T())
 #pragma unroll
     for (int j = 0; j < kCells; ++j) {
       if (!here(j)) continue;

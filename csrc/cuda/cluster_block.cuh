@@ -61,6 +61,11 @@ class Mailboxes {
     copies_see();  // what was written here before; peers' copies may follow on it
     cluster_sync();
   }
+  // All that a block without units has to do.
+  static LSTM_EXT_DEVICE void stand_by(unsigned char* memory) {
+    Mailboxes(memory).open();
+    close();
+  }
   // Nobody leaves while a peer may still send to it, or has not got what it was sent.
   static LSTM_EXT_DEVICE void close() { cluster_sync(); }
 

@@ -31,12 +31,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   DYNAMIC_SHARED(memory);
   const typename Exchange::Place place(args.shape, int(args.steps.B));
-  if constexpr (Exchange::kSpareBlocks)
-    if (place.slice >= place.slices) return Exchange::stand_by(memory);  // no units left for it
+  if constexpr (Exchange::kCluster)
+    if (place.slice >= place.slices) return Mailboxes::stand_by(memory);  // no units left for it
   const ForwardArgs::Direction& d = args.direction[place.direction];
   const Walk walk(args.steps, d.reverse);
   const int H = args.H, K = args.K, slices = place.slices;
-  const int first = args.shape.first, last = args.shape.last;
+  const int first = Exchange::kCluster ? args.shape.first : 0;
+  const int last = Exchange::kCluster ? args.shape.last : walk.T();
   const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
 
   const int state_rows = lstm_ext::state_rows(args.shape.group_rows);
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int j = 0; j < kCells; ++j) {
       results[j] = {};
       if (!here(j)) {
-        if (Exchange::kFills && goes_on && Sum::has_cell(j) && sequence(j) < place.row_end)
+        if (!Exchange::kCluster && goes_on && Sum::has_cell(j) && sequence(j) < place.row_end)
           exchange.put(i + 1, cell_place(j), from_acc<T>(Acc(0)));
         continue;
       }

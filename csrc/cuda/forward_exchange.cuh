@@ -27,11 +27,11 @@ struct StateBoxes {
   LSTM_EXT_DEVICE unsigned char* end() const { return states + 2 * (bytes + slice_bytes); }
 };
 
-// An Exchange has: Place; with kSpareBlocks stand_by(), for blocks of a group without units; open()
-// and close(), by all of a group; and of the state that step i finds: put(), an element of this
-// block's part, then send(); expect(), before any block can have sent it; receive(i, n), the
-// launch's (n + 1)-th, after which all of the block may read it. put() counts elements from
-// first_element(). kFills: where a block has cells past the last unit, it puts zeros there.
+// An Exchange has: Place; kCluster, whether it is a cluster's, which has spare blocks and may do a
+// part of the steps, else a block puts zeros where it has cells past the last unit; open() and
+// close(), by all of a group; and of the state that step i finds: put(), an element of this block's
+// part, then send(); expect(), before any block can have sent it; receive(i, n), the launch's (n +
+// 1)-th, after which all of the block may read it. put() counts elements from first_element().
 
 // Through distributed shared memory, by bulk copies: `own` keeps this block's part until all peers
 // have it.
@@ -41,13 +41,8 @@ class ThroughCluster {
 
  public:
   using Place = ClusterPlace;
-  static constexpr bool kSpareBlocks = true, kFills = false;
+  static constexpr bool kCluster = true;
 
-  static LSTM_EXT_DEVICE void stand_by(unsigned char* memory) {
-    Mailboxes mailboxes(memory);
-    mailboxes.open();
-    mailboxes.close();
-  }
   LSTM_EXT_DEVICE ThroughCluster(unsigned char* memory, const ForwardArgs::Direction&,
                                  const Place& place, const StateBoxes& boxes, int)
       : mailboxes_(memory),
@@ -94,7 +89,7 @@ class ThroughL2 {
 
  public:
   using Place = GridPlace;
-  static constexpr bool kSpareBlocks = false, kFills = true;  // vectors are read as a whole
+  static constexpr bool kCluster = false;
 
   // A direction's words, which are zero before the launch, and the first state that is put has
   // number 1: [groups][2][as the elements of a state].

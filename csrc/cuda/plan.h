@@ -56,14 +56,14 @@ constexpr int kVendorBlocks = 4;
 
 struct CudaPlan {
   CudaFamily family;
-  int m_tiles;         // of weight rows a block; see GateRows and PlainRows; 0: no product (vendor)
-  int n_tiles;         // of 8 sequences, multiplied at once; as m_tiles
-  int held;            // chunks of weights a warp keeps in registers (grid, cluster, tagged)
-  int shared;          // the same in shared memory; a cluster's backward counts both in m-tiles
-  bool ahead;          // the others stream through shared memory, asked for ahead (grid)
-  int in_l2;           // chunks of a warp's stream that are to stay in L2
-  int64_t slices;      // blocks that share the units of a direction
-  int64_t groups;      // of sequences, each with blocks and (grid) a barrier of its own
+  int m_tiles;     // of weight rows a block; see GateRows and PlainRows; 0: no product (vendor)
+  int n_tiles;     // of 8 sequences, multiplied at once; as m_tiles
+  int held;        // chunks of weights a warp keeps in registers (grid, cluster, tagged)
+  int shared;      // the same in shared memory; cluster and tagged count both in m-tiles backward
+  bool ahead;      // the others stream through shared memory, asked for ahead (grid)
+  int in_l2;       // chunks of a warp's stream that are to stay in L2
+  int64_t slices;  // blocks that share the units of a direction
+  int64_t groups;  // of sequences, each with blocks and (grid) a barrier of its own
   int64_t group_rows;  // sequences of a group
   int cluster;         // blocks of a cluster: the slices, up to a power of two from 2; 0: none
   int64_t shared_bytes;
@@ -82,6 +82,16 @@ int64_t chunks_of(const CudaProblem&);
 
 // Units of a block: four weight rows each in forward, one in backward.
 int units_of(int m_tiles, bool backward);
+
+// A plan of any family that has tiles, as far as nothing else is known.
+inline CudaPlan begin_plan(const CudaProblem& p, const Tile& tile, CudaFamily family) {
+  CudaPlan plan{};
+  plan.family = family;
+  plan.m_tiles = tile.m;
+  plan.n_tiles = tile.n;
+  plan.slices = ceil_div(p.H, units_of(tile.m, p.backward));
+  return plan;
+}
 
 // Every plan that the kernels can run and that fits the device.
 std::vector<CudaPlan> all_cuda_plans(const CudaProblem&, const CudaProperties&);

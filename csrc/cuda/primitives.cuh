@@ -336,8 +336,7 @@ LSTM_EXT_DEVICE void async_wait() {
 
 LSTM_EXT_DEVICE void store_word(unsigned* p, unsigned word) { emu::global_store_word(p, word); }
 LSTM_EXT_DEVICE void store_words(uint4* p, uint4 words) {
-  const unsigned each[4] = {words.x, words.y, words.z, words.w};
-  for (int i = 0; i < 4; ++i) store_word(reinterpret_cast<unsigned*>(p) + i, each[i]);
+  emu::global_store_words(reinterpret_cast<unsigned*>(p), &words.x, 4);
 }
 LSTM_EXT_DEVICE uint4 load_words(const uint4* p) {
   uint4 v;

@@ -8,23 +8,23 @@
 namespace lstm_ext {
 namespace {
 
-// What a warp of a cluster keeps of the weights, and the bytes of one of it: chunks of k, or in
+// What a warp keeps of the weights, and the bytes of one of it: chunks of k, or in
 // backward m-tiles.
-struct ClusterWeights {
+struct ResidentWeights {
   int64_t count, bytes;
 };
-ClusterWeights cluster_weights(const CudaProblem& p, const Tile& tile) {
+ResidentWeights resident_weights(const CudaProblem& p, const Tile& tile) {
   if (p.backward)
     return {ceil_div(ceil_div(p.H, 16), kWarps), tile.m * storage_bytes(p.dtype) * kTileBytes};
   const int of_rows = warps_of_rows(tile.m);
   return {ceil_div(chunks_of(p), kWarps / of_rows), tile.m / of_rows * kTileBytes};
 }
-int64_t base_cluster_shared(const CudaProblem& p, const Tile& tile, bool tagged, int64_t slices,
-                            int64_t group_rows) {
+int64_t resident_shared(const CudaProblem& p, const Tile& tile, bool tagged, int64_t slices,
+                        int64_t group_rows) {
   const int element = int(storage_bytes(p.dtype));
   return p.backward ? backward_resident_bytes(tile, slices, group_rows, element, tagged)
-                    : forward_cluster_bytes(tile, slices, group_rows, product_length(p) * element,
-                                            element);
+                    : forward_resident_bytes(tile, slices, group_rows, product_length(p) * element,
+                                             element);
 }
 
 // What a step takes in the cost model, for groups of so many sequences, and what of the plan
@@ -40,9 +40,9 @@ CudaPlan try_resident_plan(const CudaProblem& p, const CudaProperties& device, c
   plan.group_rows = group_rows;
   plan.groups = std::max<int64_t>(ceil_div(p.B, group_rows), 1);
   plan.held = tile.held;
-  const ClusterWeights weights = cluster_weights(p, tile);
+  const ResidentWeights weights = resident_weights(p, tile);
   plan.shared = int(std::max<int64_t>(weights.count - plan.held, 0));
-  const int64_t base = base_cluster_shared(p, tile, tagged, plan.slices, group_rows);
+  const int64_t base = resident_shared(p, tile, tagged, plan.slices, group_rows);
   const int64_t kept = plan.shared * kWarps * weights.bytes;
   plan.shared_bytes = base + kept;
   const int64_t groups = plan.groups * p.directions;
@@ -120,9 +120,9 @@ std::string refuse_resident_plan(const CudaPlan& plan, const CudaProblem& p, con
     return "no group is without sequences";
   if (plan.group_rows > cluster_rows(tile, p.backward)) return "a group has one tile of sequences";
   if (plan.held != tile.held) return "no kernel holds so many chunks";
-  const ClusterWeights weights = cluster_weights(p, tile);
+  const ResidentWeights weights = resident_weights(p, tile);
   if (plan.held + plan.shared < weights.count) return "all of the weights are kept";
-  const int64_t base = base_cluster_shared(p, tile, !cluster, plan.slices, plan.group_rows);
+  const int64_t base = resident_shared(p, tile, !cluster, plan.slices, plan.group_rows);
   if (plan.shared < 0 || plan.shared_bytes < base + plan.shared * kWarps * weights.bytes)
     return "shared_bytes is not enough for its parts";
   return "";

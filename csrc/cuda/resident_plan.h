@@ -14,16 +14,6 @@ Tiles all(const Tile (&tiles)[N]) {
   return {tiles, tiles + N};
 }
 
-// A plan of any family that has tiles, as far as nothing else is known.
-inline CudaPlan begin_plan(const CudaProblem& p, const Tile& tile, CudaFamily family) {
-  CudaPlan plan{};
-  plan.family = family;
-  plan.m_tiles = tile.m;
-  plan.n_tiles = tile.n;
-  plan.slices = ceil_div(p.H, units_of(tile.m, p.backward));
-  return plan;
-}
-
 inline bool keeps_all(CudaFamily family) {
   return family == CudaFamily::kCluster || family == CudaFamily::kTagged;
 }

@@ -128,9 +128,9 @@ LSTM_EXT_INLINE constexpr int64_t backward_part_bytes(const Tile& tile, int64_t 
 
 // Bytes of shared memory of a block besides weights. Forward: two states of all units, two times
 // its own part, partial sums.
-LSTM_EXT_INLINE constexpr int64_t forward_cluster_bytes(const Tile& tile, int64_t slices,
-                                                        int64_t group_rows, int64_t state_row,
-                                                        int element) {
+LSTM_EXT_INLINE constexpr int64_t forward_resident_bytes(const Tile& tile, int64_t slices,
+                                                         int64_t group_rows, int64_t state_row,
+                                                         int element) {
   return kBarrierBytes + 2 * forward_box_bytes(tile, slices, group_rows, state_row, element) +
          2 * forward_slice_bytes(tile, group_rows, element) +
          ahead_bytes(kForwardWords, cluster_cells(4 * tile.m, cluster_rows(tile, false))) +

@@ -1,6 +1,6 @@
 // Words of global memory by which blocks of one launch exchange without a barrier and without a
-// fence: each carries the number of its step, so that whoever reads it knows whether it is the one
-// that he waits for. Nothing depends on the order of two of them.
+// fence: each tells its step, by a number or by one bit of it, so that whoever reads it knows
+// whether it is the one that he waits for. Nothing depends on the order of two of them.
 #pragma once
 
 #include "cuda/primitives.cuh"

@@ -29,6 +29,12 @@ MUTANTS = [
             ("overwritten. __syncthreads();", "overwritten."),
         ),
         (
+            "sums overwritten too early",
+            BACKWARD_TAGGED,
+            f"{RACE}|{WRONG}",
+            ("overwritten. __syncthreads();", "overwritten."),
+        ),
+        (
             "gradients past the end not zeroed",
             BACKWARD,
             WRONG,
@@ -96,13 +102,13 @@ MUTANTS = [
             "not put",
             BACKWARD,
             WRONG,
-            ("exchange.put(j, q + i, first + n, sums[i][n]);", ";"),
+            ("exchange.put(target, q + i, first + n, sums[i][n]);", ";"),
         ),
         (
             "not put from shared memory",
             BACKWARD_SHARED,
             WRONG,
-            ("exchange.put(j, q, first + n, sums[n]);", ";"),
+            ("exchange.put(target, q, first + n, sums[n]);", ";"),
         ),
         ("leaves when it is done", BACKWARD, RACE, ("exchange.close();", "")),
         ("first step's operands not fetched", BACKWARD, WRONG, ("fetch(start);", "")),
@@ -189,7 +195,7 @@ MUTANTS = [
     ),
     *of(
         "backward_exchange.cuh",
-        "class PartsThroughCluster {",
+        "class PartsThroughCluster :",
         (
             "nobody opens",
             BACKWARD,
@@ -202,13 +208,7 @@ MUTANTS = [
             "columns past the end are written",
             BACKWARD,
             f"{RACE}|{WRONG}",
-            ("if (n * 4 + lane_.pair >= pairs_) return;", ""),
-        ),
-        (
-            "columns not as they are read",
-            BACKWARD_ODD,
-            WRONG,
-            ("lane_.g ^ lane_.warp % kMTiles % 2 : lane_.g", "lane_.g : lane_.g"),
+            ("if (n * 4 + pair >= pairs_) return;", ""),
         ),
         (
             "written for another peer",
@@ -263,15 +263,15 @@ MUTANTS = [
             "not sent",
             BACKWARD,
             DEADLOCK,
-            ("letter_.send(j & 1, letters(j), part_bytes_, bytes());", ""),
+            ("letter_.send(j & 1, target(j), part_bytes_, bytes());", ""),
         ),
         (
             "less is sent",
             BACKWARD,
             DEADLOCK,
             (
-                "letter_.send(j & 1, letters(j), part_bytes_, bytes())",
-                "letter_.send(j & 1, letters(j), part_bytes_, bytes() - 16)",
+                "letter_.send(j & 1, target(j), part_bytes_, bytes())",
+                "letter_.send(j & 1, target(j), part_bytes_, bytes() - 16)",
             ),
         ),
         (
@@ -279,8 +279,8 @@ MUTANTS = [
             BACKWARD,
             f"{RACE}|{WRONG}",
             (
-                "letter_.send(j & 1, letters(j), part_bytes_, bytes())",
-                "letter_.send(j & 1, letters(j), bytes(), bytes())",
+                "letter_.send(j & 1, target(j), part_bytes_, bytes())",
+                "letter_.send(j & 1, target(j), bytes(), bytes())",
             ),
         ),
         (
@@ -317,7 +317,23 @@ MUTANTS = [
     ),
     *of(
         "backward_exchange.cuh",
-        "class PartsThroughL2 {",
+        "class PartsInShared {",
+        (
+            "columns not as they are read",
+            BACKWARD_ODD,
+            WRONG,
+            ("g ^ warp % kMTiles % 2 : g", "g : g"),
+        ),
+        (
+            "columns of odd m-tiles not as they are read",
+            BACKWARD_TAGGED_2,
+            WRONG,
+            ("(row % 2 ^ m % 2)", "row % 2"),
+        ),
+    ),
+    *of(
+        "backward_exchange.cuh",
+        "class PartsThroughL2 :",
         (
             "other warps' sums are not waited for",
             BACKWARD_TAGGED,
@@ -349,7 +365,7 @@ MUTANTS = [
             "words have no step",
             BACKWARD_TAGGED,
             DEADLOCK,
-            ("(__float_as_uint(x) & ~1u) | tag", "__float_as_uint(x)"),
+            ("(__float_as_uint(x) & ~1u) | target.tag", "__float_as_uint(x)"),
         ),
         (
             "any word will do",
@@ -357,17 +373,26 @@ MUTANTS = [
             WRONG,
             ("return !(different & 1);", "return true;"),
         ),
-        (
-            "any last word will do",
-            BACKWARD_TAGGED,
-            WRONG,
-            (" | (words[m].w ^ expected)", ""),
+        *(
+            (
+                f"any word {name} will do",
+                BACKWARD_TAGGED,
+                WRONG,
+                (f"(words[m].{name} ^ expected)", "0"),
+            )
+            for name in "xyzw"
         ),
         (
             "what has no units is waited for",
             BACKWARD_TAGGED_2,
             DEADLOCK,
             ("if (m < m_tiles_)", ""),
+        ),
+        (
+            "the first words are like none",
+            BACKWARD_TAGGED,
+            f"{DEADLOCK}|{WRONG}",
+            ("return ~((j - 1) >> 1) & 1;", "return ((j - 1) >> 1) & 1;"),
         ),
         (
             "steps have one bit for two",
@@ -379,7 +404,7 @@ MUTANTS = [
             "one buffer for all steps",
             BACKWARD_TAGGED_BOTH,
             f"{DEADLOCK}|{WRONG}",
-            ("store_words(to_ + (j & 1) * box_ +", "store_words(to_ +"),
+            ("{to_ + (j & 1) * box_, tag_of(j)}", "{to_, tag_of(j)}"),
             ("from_ + (j & 1) * box_,", "from_,"),
         ),
         (
@@ -395,11 +420,17 @@ MUTANTS = [
             ("kWarps / kMTiles * slices * part;", "slices * part;"),
         ),
         (
+            "for the same block",
+            BACKWARD_TAGGED_LONG,
+            f"{DEADLOCK}|{WRONG}",
+            ("store_words(target.to + q * put_stride_,", "store_words(target.to,"),
+        ),
+        (
             "columns past the end are waited for",
             BACKWARD_TAGGED,
             f"{DEADLOCK}|{WRONG}",
             ("if (here_) count_", "count_"),
-            ("if (!here_) return;", "if (lane_.pair > 3) return;"),
+            ("if (!here_) return;", ""),
         ),
         (
             "fewer parts than there are",
@@ -417,13 +448,7 @@ MUTANTS = [
             "sums of all warps in one place",
             BACKWARD_TAGGED,
             f"{RACE}|{WRONG}",
-            ("sums_ + lane_.warp * kWarpSums", "sums_"),
-        ),
-        (
-            "columns not as they are read",
-            BACKWARD_TAGGED_2,
-            WRONG,
-            ("m % 2 ? make_float4(sums[m][1]", "m > 9 ? make_float4(sums[m][1]"),
+            ("sums_ + warp * kWarpSums", "sums_"),
         ),
         (
             "gradients over sums",

@@ -300,11 +300,9 @@ MUTANTS = [
             ("return bits & ~kTagBits;", "return bits;"),
         ),
         ("any word will do", TAGGED, WRONG, ("return !(different & kTagBits);", "return true;")),
-        (
-            "any last word will do",
-            TAGGED,
-            WRONG,
-            (" | (w.w ^ expected)", ""),
+        *(
+            (f"any word {name} will do", TAGGED, WRONG, (f"(w.{name} ^ expected)", "0"))
+            for name in "xyzw"
         ),
         (
             "one buffer for all steps",

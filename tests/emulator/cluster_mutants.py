@@ -260,6 +260,7 @@ SPARE = [
             "",
             ("copies_see();  // what was written here before; peers' copies may follow on it", ""),
         ),
+        ("leaves without units", BACKWARD, "", ("Mailboxes(memory).open(); close();", "")),
     ),
     # To a block without units nobody sends anything; barriers of the cluster count only threads
     # that have not ended. Threads without a cell have rows past a group's: 48 units have groups of
@@ -273,16 +274,6 @@ SPARE = [
             "",
             ("return Sum::has_cell(j) && sequence(j)", "return sequence(j)"),
         ),
-    ),
-    *of(
-        "forward_exchange.cuh",
-        "class ThroughCluster {",
-        ("leaves without units", FORWARD, "", ("mailboxes.open(); mailboxes.close();", "")),
-    ),
-    *of(
-        "backward_exchange.cuh",
-        "class PartsThroughCluster {",
-        ("leaves without units", BACKWARD, "", ("mailboxes.open(); mailboxes.close();", "")),
     ),
     # The block has met since the last product read what it is overwritten by.
     *of(

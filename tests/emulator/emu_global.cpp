@@ -73,8 +73,25 @@ void global_store_word(unsigned* word, unsigned value) {
   ++cur->b->grid->events;
 }
 
+// Of a vector each word for itself, in any order.
+static int first_of(int count) {
+  Block* const b = cur->b;
+  return b->grid->seed > 1 ? int(b->rng() % unsigned(count)) : b->grid->seed == 1 ? count - 1 : 0;
+}
+void global_store_words(unsigned* to, const unsigned* from, int count) {
+  const int first = first_of(count);
+  for (int i = 0; i < count; ++i) {
+    const int word = (first + i) % count;
+    global_store_word(to + word, from[word]);
+  }
+}
 void global_load_words(const unsigned* from, unsigned* to, int count) {
-  for (int i = 0; i < count; ++i) to[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
+  const int first = first_of(count);
+  for (int i = 0; i < count; ++i) {
+    const int word = (first + i) % count;
+    if (i == count / 2) maybe_delay();
+    to[word] = __atomic_load_n(from + word, __ATOMIC_RELAXED);
+  }
 }
 
 }  // namespace emu

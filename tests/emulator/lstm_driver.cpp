@@ -7,12 +7,12 @@
 // and more of them after a word "/".
 //
 // PASS: forward, backward. DTYPE: float64, float32, tf32, bfloat16, float16. FAMILY: step, grid,
-// cluster, tagged, vendor. MxN: the plan's tiles, of vendor 0x0. HELD+SHARED: chunks of weights (of
-// a cluster's backward m-tiles) that a warp keeps in registers and in shared memory; 0+0 streams
-// them all, 0+0a ahead. GROUPS: of sequences; each takes several tiles if it has more than 8 N,
-// which those of cluster and tagged may not. P: below H for a projection. BATCH: dense; lengths
-// (padded, with resets); packed (no padding, with resets); norm, norm+lengths, norm+packed: the
-// same with a layer norm, which has the families step and vendor only; +parts: a launch for the
+// cluster, tagged, vendor. MxN: the plan's tiles, of vendor 0x0. HELD+SHARED: chunks of weights
+// (backward of cluster and tagged m-tiles) that a warp keeps in registers and in shared memory; 0+0
+// streams them all, 0+0a ahead. GROUPS: of sequences; each takes several tiles if it has more than
+// 8 N, which those of cluster and tagged may not. P: below H for a projection. BATCH: dense;
+// lengths (padded, with resets); packed (no padding, with resets); norm, norm+lengths, norm+packed:
+// the same with a layer norm, which has the families step and vendor only; +parts: a launch for the
 // first step, one for the last, one for those between, which only clusters can. SEED: of the
 // emulator's scheduling; each is a run.
 //
@@ -397,8 +397,8 @@ Request parse(char** word) {
     const int element = int(storage_bytes(p.dtype));
     plan.shared_bytes =
         p.backward ? backward_resident_bytes(tile, plan.slices, plan.group_rows, element, !cluster)
-                   : forward_cluster_bytes(tile, plan.slices, plan.group_rows,
-                                           padded(p.P, p.dtype) * element, element);
+                   : forward_resident_bytes(tile, plan.slices, plan.group_rows,
+                                            padded(p.P, p.dtype) * element, element);
     if (p.backward)
       of_a_tile *= element;
     else

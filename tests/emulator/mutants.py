@@ -153,6 +153,12 @@ MUTANTS = [
         "backward.cuh",
         "backward_prepare(",
         ("counters not zeroed", BACKWARD, DEADLOCK, ("d.counters[at] = 0", "(void)at")),
+        (
+            "words not zeroed",
+            cluster_problems.BACKWARD_TAGGED,
+            WRONG,
+            ("d.counters[at] = 0", "(void)at"),
+        ),
         ("padding of the state not zeroed", BACKWARD, WRONG, ("k < pad", "k < 0")),
         ("padding of one buffer not zeroed", BACKWARD, WRONG, ("b < 2 * B", "b < B")),
         (
