@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kBlock) by_words(const __grid_constant__ Args 
     for (int i = threadIdx.x; i < part; i += kBlock)
       store_word(reinterpret_cast<unsigned*>(now) + rank * part + i, unsigned(step) << 8 | i % 4);
     take_words<1>(
-        now + threadIdx.x, mine,
+        now + threadIdx.x, kBlock, 1, mine,
         [&](const uint4(&v)[1]) {
           return v[0].x >> 8 == unsigned(step) && v[0].y >> 8 == unsigned(step) &&
                  v[0].z >> 8 == unsigned(step) && v[0].w >> 8 == unsigned(step);

@@ -57,15 +57,27 @@ def run(monkeypatch, module, inputs, family, tile=None, rows=None):
     return [y, *states]
 
 
-def train(monkeypatch, module, inputs, forward, backward, tiles=(None, None), rows=None):
-    """Outputs and gradients of all that has one."""
+def train(
+    monkeypatch,
+    module,
+    inputs,
+    forward,
+    backward,
+    tiles=(None, None),
+    rows=None,
+    *,
+    states=True,
+    **options,
+):
+    """Outputs and gradients of all that has one. states: whether h0 and c0 are to get one."""
     x, hx = inputs
-    leaves = [t.detach().requires_grad_() for t in (x, *hx)]
+    leaves = [x.detach().requires_grad_(), *(t.detach().requires_grad_(states) for t in hx)]
     with running(monkeypatch, forward, backward, tiles=tiles, rows=rows):
-        y, states = module(leaves[0], (leaves[1], leaves[2]))
-        loss = sum(output.square().sum() for output in (y, *states))
-        grads = torch.autograd.grad(loss, [*leaves, *module.parameters()])
-    return [y.detach(), *(t.detach() for t in states), *grads]
+        y, (h_n, c_n) = module(leaves[0], (leaves[1], leaves[2]), **options)
+        loss = sum(output.square().sum() for output in (y, h_n, c_n))
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        grads = torch.autograd.grad(loss, [*wanted, *module.parameters()])
+    return [y.detach(), h_n.detach(), c_n.detach(), *grads]
 
 
 def problem(dtype, T, B, H, **options):
@@ -157,16 +169,30 @@ def test_lengths_resets_and_training(monkeypatch, dtype):
     module, (x, hx) = problem(dtype, 40, 11, 300, bidirectional=True)
     lengths = here(torch.randint(0, 41, (11,)))
     reset = here(torch.rand(40, 11) < 0.1)
-
-    def called(*inputs):
-        return module(*inputs, lengths=lengths, reset_mask=reset)
-
-    results = []
-    for family in ("cluster", "tagged"):
-        with running(monkeypatch, family, "cluster", tiles=((8, 1), None)):
-            y, states = called(x, hx)
-            outputs = [y, *states]
-            loss = sum(output.float().square().sum() for output in outputs)
-            grads = torch.autograd.grad(loss, list(module.parameters()))
-        results.append([*outputs, *grads])
+    options = {"lengths": lengths, "reset_mask": reset}
+    results = [
+        train(monkeypatch, module, (x, hx), family, "cluster", ((8, 1), None), **options)
+        for family in ("cluster", "tagged")
+    ]
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("steps", [2, 3, 41, 42, 43, 44])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_backward_of_all_kinds(monkeypatch, dtype, states, ragged, steps):
+    """Any last step, with and without a gradient of h0, which is a step more."""
+    module, (x, hx) = problem(dtype, steps, 11, 300, bidirectional=True)
+    options = {}
+    if ragged:
+        options["lengths"] = here(torch.randint(0, steps + 1, (11,)))
+        options["reset_mask"] = here(torch.rand(steps, 11) < 0.1)
+    options["states"] = states
+    tiles = (None, (1, 1))
+    made = train(monkeypatch, module, (x, hx), "cluster", "tagged", tiles, **options)
+    peer = train(monkeypatch, module, (x, hx), "cluster", "step", **options)
+    doubles = x.double(), tuple(t.double() for t in hx)
+    truth = train(monkeypatch, module.double(), doubles, None, None, **options)
+    for i, tensors in enumerate(zip(made, peer, truth, strict=True)):
+        assert_as_good(*tensors, str(i), TF32_EPS if dtype == torch.float32 else None)

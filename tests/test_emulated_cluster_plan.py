@@ -230,6 +230,7 @@ def test_what_nobody_has_timed_is_not_chosen_unasked(H, B, backward):
     assert fastest.step_us == min(plan.step_us for plan in every) < chosen.step_us
 
 
+@pytest.mark.parametrize("backward, m", [(False, 4), (True, 1)], ids=["forward", "backward"])
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -245,15 +246,26 @@ def test_what_nobody_has_timed_is_not_chosen_unasked(H, B, backward):
     ],
     ids=str,
 )
-def test_what_is_refused_of_the_family_tagged(change, message):
+def test_what_is_refused_of_the_family_tagged(change, message, backward, m):
     core = emulated.load()
-    plans, problem = tagged_plans(H=400, B=16)
-    (plan,) = (p for p in plans if (p.m_tiles, p.group_rows) == (4, 8))
+    plans, problem = tagged_plans(H=400, B=16, backward=backward)
+    (plan,) = (p for p in plans if (p.m_tiles, p.group_rows) == (m, 8))
     assert (plan.slices, plan.groups, plan.held, plan.shared) == (25, 2, 8, 0)
     assert core.cuda_refuse_plan(plan, problem) == ""
     for name, value in change.items():
         setattr(plan, name, value)
     assert message in core.cuda_refuse_plan(plan, problem)
+
+
+def test_shared_bytes_of_the_family_tagged():
+    """Counted by hand. Backward, mbarriers that it does not use; for each of 8 warps 2 m-tiles of 8
+    columns; six words ahead; two times 8 rows of 4 x 32 gradients; 4 of a warp's 8 m-tiles, each of
+    4 x 32 elements a row."""
+    plans, _ = tagged_plans(H=1024, B=8, backward=True)
+    (plan,) = (p for p in plans if (p.m_tiles, p.group_rows) == (2, 8))
+    sums, ahead, own = 8 * 2 * 128 * 4, 2 * 6 * 256 * 4, 2 * 8 * (256 + 64)
+    kept = 4 * 8 * 16 * 4 * 32 * 2
+    assert (plan.shared, plan.shared_bytes) == (4, 128 + sums + ahead + own + kept)
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,32 @@ def test_states_that_are_no_numbers(arithmetic, value):
     assert results[1][1:, 1].isnan().all() == math.isnan(value)
 
 
+@pytest.mark.parametrize("T", [2, 3, 4, 5])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_gradients_that_are_no_numbers(arithmetic, value, T):
+    """Infinity stays infinity, whatever its step's words are marked with: all that it is multiplied
+    with is positive here."""
+    dtype, _, _ = ARITHMETIC[arithmetic]
+    module = lstm_ext.LSTM(2, 37).to(dtype)
+    with torch.no_grad():
+        module.weight_hh_l0.abs_().clamp_(min=0.01)
+        for bias in (module.bias_ih_l0, module.bias_hh_l0):
+            bias.fill_(0.2)
+    x, states = torch.zeros(T, 3, 2).to(dtype), torch.full((1, 3, 37), 0.5).to(dtype)
+    dy = torch.zeros(T, 3, 37).to(dtype)
+    dy[-1, 1, ::2] = value
+    for family in ("step", "tagged"):
+        h0 = states.clone().requires_grad_()
+        with installed(only(family)) as engine:
+            (made,) = torch.autograd.grad(module(x, (h0, states))[0], h0, dy)
+        assert emulated.families_of(engine) == {family}
+        assert not made[0, ::2].any()
+        assert torch.equal(
+            made[0, 1].nan_to_num(1, 2, 3), torch.full_like(made[0, 1], value).nan_to_num(1, 2, 3)
+        )
+
+
 # ---- bits
 
 

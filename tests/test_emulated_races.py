@@ -267,6 +267,13 @@ def test_sanitized(few_kernels, first, mode):
     assert said.count("expected 0.0 us a step") == len(problems), "each has run"
 
 
+@pytest.mark.parametrize("problem", [TAGGED_LARGE, BACKWARD_TAGGED_SHARED])
+def test_no_overrun_with_weights_in_shared_memory(few_kernels, problem):
+    """Of the family tagged, whose layers are then too large for ThreadSanitizer."""
+    code, said = run(few_kernels["asan"], problem, "asan")
+    assert code == 0, said
+
+
 @pytest.mark.parametrize("problem", CONTROL)
 def test_control(few_kernels, problem):
     """What the mutants run passes when nothing is mutated."""

@@ -175,7 +175,7 @@ void global_store_release(unsigned* flag, unsigned value);   // st.release.gpu
 unsigned global_load_acquire(const unsigned* counter);       // ld.acquire.gpu; spin() between two
 void global_wait(const unsigned* counter, unsigned target);  // spins until it is at least that
 // Words that order nothing but themselves; the words of a load come one by one.
-void global_store_word(unsigned* word, unsigned value);                 // st.relaxed.gpu
+void global_store_word(unsigned* word, unsigned value);  // st.relaxed.gpu
 void global_store_words(unsigned* to, const unsigned* from, int count);
 void global_load_words(const unsigned* from, unsigned* to, int count);  // ld.relaxed.gpu
 void global_poll();  // spins once; between two looks at what another block is to write
