@@ -47,7 +47,12 @@ def test_parsing(resources, kernels):
         (
             "void lstm_ext::forward_resident<lstm_ext::ThroughL2<lstm_ext::Tensor16<__nv_bfloat16>"
             " >, lstm_ext::Tensor16<__nv_bfloat16>, 2, 4, 1, 8>(lstm_ext::ForwardArgs)",
-            "forward_resident<ThroughL2<Tensor16<__nv_bfloat16>>>",
+            "forward_resident<ThroughL2<Tensor16<__nv_bfloat16>>, Tensor16<__nv_bfloat16>>",
+        ),
+        (
+            "void lstm_ext::backward_resident<lstm_ext::PartsThroughL2, lstm_ext::Tf32, 1, 1, 4>"
+            "(lstm_ext::BackwardArgs)",
+            "backward_resident<PartsThroughL2, Tf32>",
         ),
         ("plain", "plain"),
     ],

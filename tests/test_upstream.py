@@ -6,6 +6,7 @@ from, derivatives and strided input of cuDNN, ours can. More of PyTorch's in tes
 """
 
 import io
+import itertools
 from unittest import mock
 
 import pytest
@@ -173,9 +174,11 @@ def checks(sample):
 
 @pytest.mark.cpu_only(reason="thousands of tiny calls")
 def test_grad(kind, training):
-    """Backward and forward mode, batched too, as PyTorch asks of its modules and more."""
+    """Backward and forward mode, batched too, as PyTorch asks of its modules and more. Of every
+    sample when training; of the first in eval mode, whose derivatives are the same."""
     entry = KINDS[kind]
-    for sample in samples(kind, training, requires_grad=True):
+    every = samples(kind, training, requires_grad=True)
+    for sample in itertools.islice(every, None if training else 4):
         for k, (function, inputs) in enumerate(checks(sample)):
             options = (
                 {"check_forward_ad": True, "check_batched_forward_grad": True} if not k else {}
@@ -186,11 +189,10 @@ def test_grad(kind, training):
 
 @pytest.mark.cpu_only(reason="thousands of tiny calls")
 def test_gradgrad(kind, training):
-    """Of every sample when training; of the first in eval mode, whose derivatives are the same."""
+    """As test_grad."""
     assert KINDS[kind].supports_gradgrad
-    for k, sample in enumerate(samples(kind, training, requires_grad=True)):
-        if k >= 4 and not training:
-            break
+    every = samples(kind, training, requires_grad=True)
+    for k, sample in enumerate(itertools.islice(every, None if training else 4)):
         options = {"fast_mode": True, "check_batched_grad": k < 4}
         for function, inputs in [*checks(sample)][: None if k < 2 else 1]:
             assert gradgradcheck(function, inputs, **options)

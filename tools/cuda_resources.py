@@ -15,6 +15,7 @@ kernels: the host launches them by name.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -97,13 +98,15 @@ def demangled(kernels: Sequence[Kernel]) -> list[Kernel]:
 
 
 def family(name: str) -> str:
-    """ "void lstm_ext::cell<lstm_ext::Tf32, 4>(lstm_ext::Args)" -> "cell<Tf32>"."""
+    """ "void lstm_ext::cell<lstm_ext::Tf32, 4>(lstm_ext::Args)" -> "cell<Tf32>", its types only."""
     plain = re.sub(r"\(anonymous namespace\)::|\w+::", "", name).replace("> >", ">>")
-    nested = r"<(?:[^<>]|<[^<>]*>)*>"
-    found = re.match(rf"(?:void )?(\w+)(?:<((?:[^<>,]|{nested})+)[^(]*>)?\(", plain)
+    found = re.match(r"(?:void )?(\w+)(?:<([^(]*)>)?\(", plain)
     if found is None:
         return name
-    return f"{found[1]}<{found[2].strip()}>" if found[2] else found[1]
+    nested = r"<(?:[^<>]|<[^<>]*>)*>"
+    arguments = re.findall(rf"((?:[^<>, ]|{nested})+)", found[2] or "")
+    types = list(itertools.takewhile(lambda a: not re.match(r"\d|true|false", a), arguments))
+    return f"{found[1]}<{', '.join(types)}>" if types else found[1]
 
 
 def worst(kernels: Sequence[Kernel]) -> dict[tuple[str, str], dict[str, Kernel]]:
