@@ -55,7 +55,7 @@ def test_as_nn_lstm(dtype, case, memory, short):
 def test_every_family(family, arithmetic):
     torch.backends.cudnn.allow_tf32 = True
     dtype = torch.float32 if arithmetic == "tf32" else torch.bfloat16
-    with installed(only(family)) as engine:
+    with installed(only(family), sm_count=8) as engine:
         engine.plain = Short(engine.plain)
         module = lstm(I, 64, dtype=dtype)
         x = leaf(draw(4, 9, I, dtype=dtype))

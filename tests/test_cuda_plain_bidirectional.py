@@ -98,7 +98,7 @@ def test_merged(merge_mode, layers, short):
 def test_every_family(family, arithmetic):
     torch.backends.cudnn.allow_tf32 = True
     dtype = torch.float32 if arithmetic == "tf32" else torch.bfloat16
-    with installed(only(family), sm_count=12, clusters=[12, 6, 3, 1, 1]) as engine:
+    with installed(only(family), sm_count=16, clusters=[16, 8, 4, 2, 1]) as engine:
         engine.plain = Short(engine.plain)
         module = bidirectional(I, 64, dtype=dtype)
         x = leaf(draw(4, 9, I, dtype=dtype))

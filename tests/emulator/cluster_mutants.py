@@ -1,6 +1,6 @@
 """Mutants of the cluster kernels; see mutants.py."""
 
-from emulator import cluster_backward_mutants, cluster_forward_mutants
+from emulator import cluster_backward_mutants, cluster_exchange_mutants, cluster_forward_mutants
 from emulator.cluster_problems import (
     AHEAD,
     BACKWARD,
@@ -204,6 +204,7 @@ MUTANTS = [
     ),
     *cluster_forward_mutants.MUTANTS,
     *cluster_backward_mutants.MUTANTS,
+    *cluster_exchange_mutants.MUTANTS,
     *of(
         "product.cuh",
         "class Weights",

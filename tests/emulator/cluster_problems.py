@@ -29,11 +29,12 @@ BACKWARD_SHARED = "backward tf32 cluster 2x1 2+1 1 1 2 3 275 275 dense"
 BACKWARD_TAGGED = "backward bfloat16 tagged 1x1 8+0 2 1 4 9 37 37 lengths"
 BACKWARD_TAGGED_2 = "backward bfloat16 tagged 2x1 4+0 2 1 4 9 75 75 lengths"
 BACKWARD_TAGGED_BOTH = "backward bfloat16 tagged 1x1 8+0 1 2 4 5 21 21 lengths"
+# Nine blocks: a warp adds up the parts of two.
+BACKWARD_TAGGED_LONG = "backward bfloat16 tagged 1x1 8+0 1 1 3 1 137 137 dense"
 # A warp adds up the parts of several blocks; weights in shared memory. Too large for TSan.
 BACKWARD_TAGGED_SHARED = "backward tf32 tagged 1x1 4+1 1 1 2 1 530 530 dense"
 # Nine pieces a thread, eight at a time; too large for ThreadSanitizer.
 BACKWARD_TAGGED_LARGE = "backward bfloat16 tagged 1x1 8+1 1 1 2 3 1100 1100 dense"
-BACKWARD_TAGGED_LONG = "backward bfloat16 tagged 1x1 8+0 1 1 3 3 137 137 dense"
 # Three launches.
 FORWARD_PARTS = "forward bfloat16 cluster 4x1 4+0 2 1 4 13 37 37 lengths+parts"
 BACKWARD_PARTS = "backward bfloat16 cluster 1x2 2+0 2 1 4 17 37 37 lengths+parts"
