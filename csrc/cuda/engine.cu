@@ -143,9 +143,10 @@ void require_range(const CudaLayer& layer, const StepRange& range) {
                                 " of " + std::to_string(layer.steps.T));
 }
 
-// Enough blocks to fill any device; work: threads that have something to do.
+// Enough blocks to fill any device; work: threads that have something to do besides counters.
 template <class Args>
 void prepare(void (*kernel)(Args), const CudaLayer& layer, const Args& args, int64_t work) {
+  work = std::max(work, args.counter_words);
   const int64_t blocks = std::clamp<int64_t>(ceil_div(work, kThreads), 1, 1024);
   launch(kernel, {dim3(unsigned(blocks), unsigned(layer.directions)), kThreads, 0, false},
          layer.stream, args, "starting the recurrence");
@@ -255,8 +256,7 @@ void cuda_forward(const CudaLayer& layer, const CudaForwardDirection* directions
   const bool clusters = plan.family == CudaFamily::kCluster;
   const int T = int(layer.steps.T);
   // A cluster begins by itself.
-  if (!clusters || !T)
-    prepare(kernels.forward_prepare, layer, args, std::max(32 * layer.steps.B, args.counter_words));
+  if (!clusters || !T) prepare(kernels.forward_prepare, layer, args, 32 * layer.steps.B);
   if (!T) return;
   if (by_vendor(layer)) {
     void* const scratch = static_cast<char*>(workspace) + pieces_bytes<ForwardArgs>(layer, false);
@@ -300,8 +300,7 @@ void cuda_backward(const CudaLayer& layer, const CudaBackwardDirection* directio
   const int count = T + final;
   // A cluster begins by itself.
   if (!clusters || (h_prev && range.first == 0))
-    prepare(kernels.backward_prepare, layer, args,
-            std::max(32 * std::max<int64_t>(T, 1) * layer.steps.B, args.counter_words));
+    prepare(kernels.backward_prepare, layer, args, 32 * std::max<int64_t>(T, 1) * layer.steps.B);
   if (by_vendor(layer)) {
     void* const scratch = static_cast<char*>(workspace) + pieces_bytes<BackwardArgs>(layer, false);
     return vendor_backward_steps(layer, args, count, kernels.backward_norm, norm_shape(layer),
