@@ -64,7 +64,8 @@ MISUSE = {
     "null-pointer": "block 0 thread 0: access to .*, which is no shared memory",
     "no-wait": "more arrivals than the phase expects",
     "no-free": "deadlock|tx-count|data race",
-    "no-init-sync": "does not run",
+    # The block that is written to early has not begun, or has, and has not got so far.
+    "no-init-sync": "does not run|used before it is initialised",
     "no-end-sync": "data race|does not run",
     "no-expect": "deadlock|data race",
     "send-at-end": "remote stores .* still on their way",
