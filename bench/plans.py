@@ -195,6 +195,7 @@ def time_plans(
                 "shared": plan.shared,
                 "ahead": plan.ahead,
                 "in_l2": plan.in_l2,
+                "fetches": plan.fetches,
                 "expected_us": plan.step_us,
                 "measured_us": took,
                 "chosen": plan.step_us == first.chosen.step_us,

@@ -2,7 +2,7 @@
 
 A problem that the design leaves without a number has it chosen here, beside the list it
 belongs to: the step count of GNMT and of the edges, and the lengths of packed batches. The suites
-host, scaling and gate are not of the design.
+host, one-step, scaling and gate are not of the design.
 """
 
 from __future__ import annotations
@@ -124,6 +124,11 @@ def _deepbench_infer() -> tuple[Problem, ...]:
     )
 
 
+def _one_step() -> tuple[Problem, ...]:
+    # A policy that acts, a decoder: one step a call, as LSTMCell's.
+    return tuple(square(1, b, h) for h in (64, 128, 256, 512, 1024) for b in (1, 8, 32, 128))
+
+
 def _flashrnn() -> tuple[Problem, ...]:
     # One base point, T 1024 and B 16, and a sweep of each by powers of two through it.
     return (
@@ -220,6 +225,7 @@ SCALING_BASE = (100, 16, 256)
 SUITES: dict[str, tuple[Problem, ...]] = {
     "host": _host(),
     "cpu": _cpu(),
+    "one-step": _one_step(),
     "deepbench-train": _deepbench_train(),
     "deepbench-infer": _deepbench_infer(),
     "flashrnn": _flashrnn(),

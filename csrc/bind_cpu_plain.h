@@ -9,19 +9,13 @@
 
 namespace lstm_ext {
 
-// What is asked of tensors, and forward's most rows of a single step, unless its input is packed or
-// products multiply bf16.
 struct CpuPlain : PlainTensors {
-  CpuPlain(pybind11::tuple types, pybind11::dict codes, Object half_acc, int64_t most_rows)
+  CpuPlain(pybind11::tuple types, pybind11::dict codes, Object half_acc)
       : PlainTensors(std::move(types), std::move(codes), std::move(half_acc),
-                     pybind11::str("is_cpu")),
-        most_rows(most_rows) {}
-
-  const int64_t most_rows;
+                     pybind11::str("is_cpu")) {}
 
   // Arguments as for PlainInputs::read. Returns what PlainOutputs::all has, saved if grad and any
-  // tensor requires grad; or None, for what PlainInputs::read refuses, for two directions and for a
-  // single step of more than most_rows.
+  // tensor requires grad; or None, for what PlainInputs::read refuses, and for two directions.
   Object forward(Handle x, Handle hx, const pybind11::list& weights, int64_t I, int64_t H,
                  int64_t T, bool batch_first, int threads, bool pack_input, bool grad,
                  const pybind11::function& workspace) const {
@@ -31,12 +25,9 @@ struct CpuPlain : PlainTensors {
     p.threads = threads;
     const auto accepts = [&] {
       if (in.directions != 1) return false;
-      if (in.code == Dtype::kBFloat16) {
-        p.bf16_products = cpu_kernels().bf16_products && I % 2 == 0 && openmp_grants(threads);
-        if (!p.bf16_products) return false;
-      }
-      const bool any_rows = in.steps.T > 1 || pack_input || p.bf16_products;
-      return in.steps.B <= most_rows || any_rows;
+      if (in.code != Dtype::kBFloat16) return true;
+      p.bf16_products = cpu_kernels().bf16_products && I % 2 == 0 && openmp_grants(threads);
+      return p.bf16_products;
     };
     const auto read = [&] {
       return in.read(x, hx, weights, I, H, T, batch_first, nullptr, true, accepts);
@@ -69,8 +60,7 @@ inline void bind_cpu_plain(pybind11::module_& m) {
   namespace py = pybind11;
   using namespace pybind11::literals;
   py::class_<CpuPlain>(m, "CpuPlain", py::module_local())
-      .def(py::init<py::tuple, py::dict, py::object, int64_t>(), "types"_a, "codes"_a, "half_acc"_a,
-           "most_rows"_a)
+      .def(py::init<py::tuple, py::dict, py::object>(), "types"_a, "codes"_a, "half_acc"_a)
       .def("cpu_forward", &CpuPlain::forward, "x"_a, "hx"_a, "weights"_a, "I"_a, "H"_a, "T"_a,
            "batch_first"_a, "threads"_a, "pack_input"_a, "grad"_a, "workspace"_a)
       .def(

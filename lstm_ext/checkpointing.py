@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lstm_ext.layer import lstm_layer
-from lstm_ext.ops import Direction, Masks
+from lstm_ext.ops import Direction, Masks, with_masks
 from lstm_ext.steps import Steps
 from lstm_ext.torch_engine import LayerOutputs
 
@@ -45,16 +45,16 @@ def _direction(
     starts = range(0, steps.T, every)
     for start in reversed(starts) if reverse else starts:
         part = steps.part(start, min(start + every, steps.T))
-        B = part.steps.B
+        B, w_part = part.steps.B, w
         if w.masks is not None:
             h_dropout, *keep = w.masks
             keep = [part.take(k) if isinstance(k, Tensor) else k for k in keep]
             h_dropout = None if h_dropout is None else h_dropout[:B]
-            direction = direction._replace(w=w._replace(masks=Masks(h_dropout, *keep)))
+            w_part = with_masks(w, Masks(h_dropout, *keep))
         y, (h_part,), (c_part,), part_cells = checkpoint(
             lstm_layer,
             part.take(x),
-            [direction._replace(h0=h[:B], c0=c[:B])],
+            [Direction(h[:B], c[:B], w_part, reverse)],
             part.steps,
             cells=cells,
             use_reentrant=False,

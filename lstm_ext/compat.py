@@ -140,14 +140,16 @@ class LSTMBase(Variants, nn.RNNBase):
     def _weights_have_changed(self) -> bool:
         return False
 
+    # Past nn.RNNBase's own, which keep a flat buffer, but not past what a user mixes in behind it.
+
     def __setattr__(self, name: str, value: Any) -> None:
-        nn.Module.__setattr__(self, name, value)
+        super(nn.RNNBase, self).__setattr__(name, value)
 
     def _replicate_for_data_parallel(self) -> LSTMBase:
-        return nn.Module._replicate_for_data_parallel(self)
+        return super(nn.RNNBase, self)._replicate_for_data_parallel()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = nn.Module.__getstate__(self)
+        state = super(nn.RNNBase, self).__getstate__()
         state.pop("_flat_weight_refs", None)
         return state
 
@@ -156,7 +158,7 @@ class LSTMBase(Variants, nn.RNNBase):
         state = {"proj_size": 0, **state}
         for name in ("all_weights", "_flat_weights", "_flat_weight_refs"):
             state.pop(name, None)
-        nn.Module.__setstate__(self, state)
+        super(nn.RNNBase, self).__setstate__(state)
         self._all_weights = self._named_weights()
         self._flat_weights_names = list(itertools.chain.from_iterable(self._all_weights))
 

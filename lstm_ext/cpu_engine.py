@@ -3,7 +3,7 @@
 The core makes the input product too, a few steps at a time between those of the recurrence: what it
 makes is still in the caches when it is used, 2-10 % of inference beside oneDNN's product over all
 steps (fp32, B 16-64, H 128-256, two Zen 5 cores). Products over all steps are a library's where a
-layer norm needs whole rows, for a single step, and in backward where csrc/cpu/choice.h says so.
+layer norm needs whole rows, and in backward where csrc/cpu/choice.h says so.
 Letters as in :mod:`ops`.
 """
 
@@ -59,11 +59,6 @@ if _isa := os.environ.get("LSTM_EXT_CPU_ISA"):
         select_cpu_isa(_isa)
     except ValueError as error:
         raise ValueError(f"LSTM_EXT_CPU_ISA: {error}") from None
-
-
-# Up to this many sequences a single step is like any other; of more, packing W_hh for one use
-# costs more than a product by torch.
-CORE_ONE_STEP_ROWS = 4
 
 
 def _bf16_products(dtype: torch.dtype, w: LayerWeights) -> bool:
@@ -135,7 +130,6 @@ def _forward(
     h0, c0, w, reverse = direction
     H, P, I, acc = c0.size(1), h0.size(1), x.size(1), acc_dtype(x.dtype)
     padding = steps.has_padding
-    w_hh: Tensor | None = w.w_hh
     w_ih: Tensor | None = None  # with core_input, if the core makes the input product itself
     core_input: Tensor | None = None
     gx: Tensor | None = None
@@ -145,39 +139,20 @@ def _forward(
     bf16_products = _bf16_products(x.dtype, w)
     # Then a step's sums do not depend on how many steps there are.
     deterministic = torch.are_deterministic_algorithms_enabled()
-    # One step of many sequences: h0 is known, so its product needs no packed weights either. But a
-    # library's sums are in another order than the core's, whose bits are the same for one step and
-    # for one of many.
-    one_step = (
-        steps.T == 1
-        and not deterministic
-        and steps.B > CORE_ONE_STEP_ROWS
-        and w.w_hr is None
-        and not normed
-        and not bf16_products
-    )
-    if not one_step and not normed:
+    if normed:
+        biases = [b.to(acc) for b in (w.b_ih, w.b_hh) if b is not None]
+        bias = sum(biases[1:], *biases[:1]) if biases else None
+        with without_autocast(x.device):
+            gx = linear(x.to(acc), w.w_ih.to(acc))
+            gx, more = norm_input(gx, w, bias, steps)
+        gates = gx if save else None  # the core reads a row's gx before it writes its gates
+    else:
         if bf16_products:
             core_input = _even_rows(x)
         else:
             core_input = (x if x.dtype == acc else x.to(acc)).contiguous()
         w_ih = w.w_ih
         gates = x.new_empty((steps.rows, 4 * H), dtype=acc) if save else None
-    else:
-        biases = [b.to(acc) for b in (w.b_ih, w.b_hh) if b is not None]
-        bias = sum(biases[1:], *biases[:1]) if biases else None
-        with without_autocast(x.device):
-            gx = linear(x.to(acc), w.w_ih.to(acc), None if normed else bias)
-            if normed:
-                gx, more = norm_input(gx, w, bias, steps)
-            if one_step:
-                start = h0 if steps.reset_mask is None else h0.masked_fill(steps.reset_mask.T, 0)
-                start = start.to(acc)
-                if w.masks is not None and w.masks.h_dropout is not None:
-                    start = start * w.masks.h_dropout
-                gx.addmm_(start, w.w_hh.to(acc).T)
-                w_hh = None
-        gates = gx if save else None  # the core reads a row's gx before it writes its gates
     h0, c0 = h0.contiguous(), c0.contiguous()
     h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
     c_seq = (
@@ -193,7 +168,7 @@ def _forward(
     code = DTYPE_CODE[x.dtype]
     # Tensors are kept by these names until the call is over.
     w_ih = None if w_ih is None else w_ih.contiguous()
-    w_hh = None if w_hh is None else w_hh.contiguous()
+    w_hh = w.w_hh.contiguous()
     b_ih = None if w.b_ih is None else w.b_ih.contiguous()
     b_hh = None if w.b_hh is None else w.b_hh.contiguous()
     w_hr = None if w.w_hr is None else w.w_hr.contiguous()

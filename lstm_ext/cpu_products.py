@@ -22,8 +22,8 @@ _onednn_linear = (
 _ONEDNN_MIN_MACS = 1_000_000  # below, its set-up (about 12 us) costs more than it gains
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (m, k) times the transpose of w (n, k), plus bias (n)."""
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """x (m, k) times the transpose of w (n, k)."""
     if (
         _onednn_linear
         and x.dtype == torch.float32
@@ -32,10 +32,8 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         # With fewer threads than it asked for, oneDNN leaves parts of its result unwritten.
         and _C.openmp_grants(torch.get_num_threads())
     ):
-        # It reads the bias as if it were contiguous.
-        bias = None if bias is None else bias.contiguous()
-        return _onednn_linear(x, w, bias, "none", [], "")
-    return torch.nn.functional.linear(x, w, bias)
+        return _onednn_linear(x, w, None, "none", [], "")
+    return torch.nn.functional.linear(x, w)
 
 
 def matmul(a: Tensor, w: Tensor) -> Tensor:

@@ -54,10 +54,24 @@ class LayerWeights(NamedTuple):
         """Whether the recurrence has anything beside nn.LSTM's."""
         return self.w_ch is not None or self.gamma_hh is not None or self.masks is not None
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All but the masks; of an LSTM as nn.LSTM has it, only the five that it has too."""
-        return self[: 5 if self.w_ch is None and self.gamma_ih is None else 10]
+
+# Not properties and _replace, which torch.compile does not trace in PyTorch 2.8, nor slices.
+
+
+def tensors_of(w: LayerWeights) -> tuple[Tensor | None, ...]:
+    """All but the masks; of an LSTM as nn.LSTM has it, only the five that it has too."""
+    usual = w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr
+    if w.w_ch is None and w.gamma_ih is None:
+        return usual
+    return *usual, w.w_ch, w.gamma_ih, w.gamma_hh, w.gamma_ch, w.beta_ch
+
+
+def with_masks(w: LayerWeights, masks: Masks | None) -> LayerWeights:
+    """w with these masks, or, for None, its own."""
+    if masks is None:
+        return w
+    *tensors, _ = w
+    return LayerWeights(*tensors, masks)
 
 
 class Direction(NamedTuple):
@@ -220,7 +234,9 @@ def autocast_is_on(device_type: str) -> bool:
     """Whether autocast is enabled for a device type; False for those that know no autocast."""
     if not torch._C._is_any_autocast_enabled():  # the usual case, and much the cheapest question
         return False
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # torch.compile does not trace the next question in PyTorch 2.8.
+    known = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    return known and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

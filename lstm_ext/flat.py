@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lstm_ext.engine import Direction, LayerWeights, Masks
+from lstm_ext.engine import Direction, LayerWeights, Masks, tensors_of, with_masks
 
 #: What a direction is besides its tensors: whether it is the reverse one, and its masks, which
 #: nobody else holds.
@@ -18,8 +18,8 @@ def flatten(directions: Sequence[Direction]) -> list[Tensor | None]:
     """The tensors of all directions, without the masks."""
     if len(directions) == 1:
         h0, c0, w, _ = directions[0]
-        return [h0, c0, *w.tensors]
-    return [tensor for d in directions for tensor in (d.h0, d.c0, *d.w.tensors)]
+        return [h0, c0, *tensors_of(w)]
+    return [tensor for d in directions for tensor in (d.h0, d.c0, *tensors_of(d.w))]
 
 
 def kinds_of(directions: Sequence[Direction]) -> tuple[Kind, ...]:
@@ -43,8 +43,7 @@ def unflatten(flat: Sequence[Any], kinds: Sequence[Kind]) -> list[Direction]:
 
 
 def _weights(tensors: Sequence[Tensor | None], masks: Masks | None) -> LayerWeights:
-    weights = LayerWeights(*tensors)
-    return weights if masks is None else weights._replace(masks=masks)
+    return with_masks(LayerWeights(*tensors), masks)
 
 
 def map_tensors(

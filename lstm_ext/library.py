@@ -51,9 +51,9 @@ def lstm_layer(
     """:func:`layer.lstm_layer` by the operator."""
     arguments = _encode(steps, kinds_of(directions), x, flatten(directions))
     y, *results = torch.ops.lstm_ext.lstm_layer(*arguments, cells, False)
-    all_cells = results.pop(0) if cells else None
-    D = len(directions)
-    return LayerOutputs(y, results[:D], results[D:], all_cells)
+    D, first = len(directions), int(cells)
+    h_n, c_n = list(results[first : first + D]), list(results[first + D :])
+    return LayerOutputs(y, h_n, c_n, results[0] if cells else None)
 
 
 def _encode(

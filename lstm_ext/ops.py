@@ -29,6 +29,8 @@ from lstm_ext.engine import (
     Masks,
     acc_dtype,
     autocast_is_on,
+    tensors_of,
+    with_masks,
     without_autocast,
 )
 from lstm_ext.native import _C
@@ -51,6 +53,8 @@ __all__ = [
     "layer_backward",
     "layer_forward",
     "select_cpu_isa",
+    "tensors_of",
+    "with_masks",
     "without_autocast",
 ]
 
@@ -147,7 +151,7 @@ def check_layer(x: Tensor, directions: list[Direction], steps: Steps) -> None:
     H, P = directions[0].c0.size(-1), directions[0].h0.size(-1)
     sizes = _sizes(steps.B, I, H, P)
     for direction in directions:
-        tensors = (direction.h0, direction.c0, *direction.w.tensors)
+        tensors = (direction.h0, direction.c0, *tensors_of(direction.w))
         for tensor, size in zip(tensors, sizes, strict=False):
             if tensor is None:
                 continue
@@ -234,7 +238,7 @@ def check_saved(
         for tensor, size in zip(tensors, sizes, strict=False):
             _check_result(tensor, size, acc, device)
     for direction in directions:
-        for tensor in (x, direction.h0, direction.c0, *direction.w.tensors):
+        for tensor in (x, direction.h0, direction.c0, *tensors_of(direction.w)):
             if tensor is not None and tensor.is_neg():  # forward has resolved its caller's
                 raise RuntimeError("Expected what was saved for backward, got it lazily negated")
     for gradient in gradients:  # of the sizes of the outputs, says autograd

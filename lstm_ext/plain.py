@@ -35,7 +35,6 @@ _plain = _C.CpuPlain(
     types=_TYPES,
     codes={t: DTYPE_CODE[t] for t in (torch.float64, torch.float32, torch.bfloat16)},
     half_acc=torch.float32,
-    most_rows=cpu_engine.CORE_ONE_STEP_ROWS,
 )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lstm_ext import reference
-from lstm_ext.engine import Direction, LayerWeights, Masks
+from lstm_ext.engine import Direction, LayerWeights, Masks, tensors_of
 from lstm_ext.steps import Steps
 
 
@@ -51,7 +51,7 @@ def reference_layer(
             time_major,
             d.h0,
             d.c0,
-            *d.w.tensors,
+            *tensors_of(d.w),
             **masks(d.w),
             lengths=to_device(steps.lengths),
             reset_mask=to_device(steps.reset_mask),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lstm_ext.ops import LayerWeights, Masks, acc_dtype
+from lstm_ext.ops import LayerWeights, Masks, acc_dtype, with_masks
 from lstm_ext.steps import Steps
 
 MERGE_MODES = ("concat", "sum", "mul", "ave", None)
@@ -171,8 +171,7 @@ class Variants(nn.Module):
         if self.peephole:
             w_ch, *rest = rest
         weights = LayerWeights(w_ih, w_hh, b_ih, b_hh, w_hr, w_ch, *rest)
-        masks = self._masks(steps, h0, c0)
-        return weights if masks is None else weights._replace(masks=masks)
+        return with_masks(weights, self._masks(steps, h0, c0))
 
 
 def _pair(zoneout: float | tuple[float, float]) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from torch.autograd import Function, forward_ad
 from lstm_ext import batching, cuda_wavefront, ops
 from lstm_ext.autograd import needs_grad
 from lstm_ext.cuda_wavefront import Saved, StackResult
-from lstm_ext.engine import is_recorded
+from lstm_ext.engine import is_recorded, tensors_of
 from lstm_ext.flat import grouped
 from lstm_ext.layer import lstm_layer
 from lstm_ext.ops import Direction, DirectionGrads, LayerWeights
@@ -83,7 +83,7 @@ def run(
         if k + 1 < module.num_layers:
             kept.append(_draw(dropout, like, steps.rows, w.w_hh.size(1)) if dropout else None)
     scale = 1 / (1 - dropout)
-    flat = [t for h, c, w, _ in layers for t in (h, c, *w.tensors[: _INPUTS - 2])]
+    flat = [t for h, c, w, _ in layers for t in (h, c, *tensors_of(w)[: _INPUTS - 2])]
     x, *flat = (None if t is None else _prepared(t, dtype) for t in (x, *flat))
     cells = module.return_cell_sequence
     with ops.without_autocast(x.device):

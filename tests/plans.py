@@ -30,3 +30,11 @@ def grid_plan(
     plan.shared_bytes += (shared - plan.shared) * 8 * plan.m_tiles * 1024 + 65536 * ahead
     plan.shared, plan.ahead, plan.in_l2 = shared, ahead, in_l2
     return plan
+
+
+def fetching(plan: Any, fetches: bool) -> Any:
+    """A forward plan of two rounds whose cells ask for their words a step ahead, or do not."""
+    tiles = -(-plan.group_rows // (8 * plan.n_tiles))
+    plan.shared_bytes += (fetches - plan.fetches) * tiles * 2 * 4 * 1024  # rounds, words
+    plan.fetches = fetches
+    return plan

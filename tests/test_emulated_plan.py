@@ -25,7 +25,8 @@ DEVICES = {
     "B200": (10, 0, 148, 227 << 10, 126 << 20, (148, 74, 36, 16, 8)),
 }
 DTYPES = {"float64": (0, False), "float32": (1, False), "tf32": (1, True), "bfloat16": (2, False)}
-PLAN_COLUMNS = ("m_tiles", "n_tiles", "held", "shared", "groups", "group_rows")
+# Not "shared": what cells fetch ahead takes the place of some weights now.
+PLAN_COLUMNS = ("m_tiles", "n_tiles", "held", "groups", "group_rows")
 GPU_SUITES = ("deepbench-train", "deepbench-infer", "flashrnn", "classic", "edges")
 
 

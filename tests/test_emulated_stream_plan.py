@@ -50,7 +50,8 @@ def test_where_more_is_streamed_than_would_be_on_its_way(device, backward):
             seen += 1
         for plan in others.values():  # those that have no such twin
             fits = of_a_warp - plan.held - plan.shared <= max(8 // plan.m_tiles, 1)
-            large = plan.shared_bytes + (64 << 10) > DEVICES[device][3] and plan.shared == 0
+            without_weights = plan.shared_bytes - plan.shared * 8 * plan.m_tiles * 1024
+            large = without_weights + (64 << 10) > DEVICES[device][3]
             assert fits or large or DEVICES[device][0] < 8
     assert (seen > 0) == (device != "T4")
 
@@ -133,12 +134,44 @@ def test_a_launch_a_step_does_not():
     assert core.cuda_refuse_plan(plan, problem) == "no kernel streams these weights ahead"
 
 
-@pytest.mark.parametrize("family", ["cluster", "vendor"])
-def test_families_that_keep_all_or_nothing_do_not(family):
+@pytest.mark.parametrize("name", ["ahead", "fetches"])
+@pytest.mark.parametrize("family", ["cluster", "tagged", "vendor"])
+def test_families_that_keep_all_or_nothing_do_not(family, name):
     core = emulated.load()
     problem = emulated.problem(T=100, B=16, H=256)
     plans = core.cuda_plans(problem, properties("H100"))
     plan = next(plan for plan in plans if FAMILIES[plan.family] == family)
     assert core.cuda_refuse_plan(plan, problem) == ""
-    plan.ahead = True
+    setattr(plan, name, True)
     assert core.cuda_refuse_plan(plan, problem)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("variants", [False, True])
+@pytest.mark.parametrize("dtype", [0, 1, 2])
+def test_whose_cells_fetch_ahead(dtype, variants, backward):
+    """Those of tiles that have more cells than the block threads, with fp32 sums."""
+    core, seen = emulated.load(), set()
+    facts = {"dtype": dtype, "tf32": dtype == 1, "variants": variants, "backward": backward}
+    for H, B in ((256, 64), (1024, 64), (2048, 64)):
+        problem, plans = plans_of("H100", **facts, H=H, B=B)
+        for plan in plans:
+            if FAMILIES[plan.family] not in ("step", "grid"):
+                continue
+            units = (16 if backward else 4) * plan.m_tiles
+            rounds = max(8 * plan.n_tiles * units // 256, 1)
+            tiles = -(-plan.group_rows // (8 * plan.n_tiles))
+            taken = tiles * rounds * (6 if backward else 4) * 1024
+            can = rounds > 1 and dtype != 0 and not variants
+            assert can or not plan.fetches
+            seen.add((can, plan.fetches))
+            if can and not plan.fetches:
+                assert not backward and rounds == 2 and plan.shared_bytes + taken > 227 << 10
+            if can:
+                plan.fetches ^= True
+                plan.shared_bytes += taken if plan.fetches else -taken
+                free = not backward and rounds == 2
+                assert (core.cuda_refuse_plan(plan, problem) == "") == free
+    assert ((True, True) in seen) == (dtype != 0 and not variants)
+    # Where weights need the memory: on tensor cores alone do they stay.
+    assert ((True, False) in seen) == (dtype != 0 and not variants and not backward)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lstm_ext
 from lstm_ext import modules, reference
-from lstm_ext.ops import Direction, Masks
+from lstm_ext.ops import Direction, Masks, tensors_of
 from lstm_ext.steps import Steps
 
 EVERYTHING = {
@@ -52,7 +52,7 @@ class Recorder:
         patch.setattr(modules, "lstm_layer", spy)
 
     def weights(self) -> list[Tensor]:
-        return [t for d in self.directions for t in d.w.tensors if t is not None]
+        return [t for d in self.directions for t in tensors_of(d.w) if t is not None]
 
     def masks(self, dtype: torch.dtype) -> list[Masks]:
         """As the reference takes them."""

@@ -19,9 +19,11 @@ __global__ void __launch_bounds__(kThreads,
   using Acc = typename Arithmetic::Acc;
   using Sum = Reduction<Arithmetic, PlainRows, kMTiles, kNTiles>;
   constexpr int kPartialBytes = partial_bytes(kMTiles, Sum::kUnits, kNTiles, sizeof(Acc));
+  constexpr bool kFetches = can_fetch<Acc>(Sum::kRounds, kVariants);
 
   DYNAMIC_SHARED(memory);
   Acc* partial = reinterpret_cast<Acc*>(memory);
+  unsigned char* const fetched = memory + kPartialBytes;
   const BlockPlace place(args.shape, args.steps.B);
   const BackwardArgs::Direction& d = args.direction[place.direction];
   const Walk walk(args.steps, d.reverse);
@@ -30,28 +32,60 @@ __global__ void __launch_bounds__(kThreads,
   const bool projected = d.hidden;
   const int product_K = projected ? args.hidden_K : K;
   const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
+  const auto here = [&](int b) { return Sum::has_cell() && b < place.row_end && unit < H; };
+
+  using Cell = BackwardUnit<Arithmetic, kVariants>;
+  const Cell cell(args, d, walk, unit);
+  // As in forward_cell.
+  FetchedWords<kBackwardWords> words(fetched, threadIdx.x);
+  const auto fetch = [&](int j) {
+    if constexpr (kFetches) {
+      for (int tile = place.row_first, slot = 0; tile < place.row_end; tile += 8 * kNTiles)
+#pragma unroll
+        for (int round = 0; round < Sum::kRounds; ++round, ++slot) {
+          const int b = tile + Sum::sequence(round);
+          if (!here(b)) continue;
+          const Turn turn = turn_back(walk, j, b);
+          if (turn.active) cell.fetch(words, slot, turn, turn.first ? 0 : walk.row_before(turn));
+        }
+      async_commit();
+    }
+  };
+  fetch(args.shape.first);
+
   constexpr bool kStreams =
       !kVariants && streams_ahead(kBackwardTensorTiles, kMTiles, kNTiles, kHeld);
   Weights<Arithmetic, PlainRows, kMTiles, kHeld, 1, kStreams> weights(
       as<T>(projected ? d.w_hr : d.w_hh), H, product_K, unit_first, args.shape.shared,
-      memory + kPartialBytes, args.shape.ahead, args.shape.in_l2);
+      fetched + (kFetches ? fetched_bytes(Sum::kUnits, kNTiles, args.shape.group_rows, true) : 0),
+      args.shape.ahead, args.shape.in_l2);
   GroupBarrier barrier(d.counters, args.shape, place);
 
-  using Cell = BackwardUnit<Arithmetic, kVariants>;
-  const Cell cell(args, d, walk, unit);
-
   // As in forward_cell.
-  constexpr bool kAhead = Sum::kRounds <= 4;
+  constexpr bool kAhead = !kFetches && Sum::kRounds <= 4;
   struct Operands : Cell::Operands {
     Turn turn;
     Acc dc;
   };
-  const auto here = [&](int b) { return Sum::has_cell() && b < place.row_end && unit < H; };
+  const auto dc_before = [&](int j, int b) {
+    return j == 0 ? cell.first_dc(b) : as<Acc>(d.cells)[at(b, H, unit)];
+  };
   const auto load = [&](int j, int b) {
     if (!here(b)) return Operands{};
     const Turn turn = turn_back(walk, j, b);
-    return Operands{cell.load(turn), turn,
-                    j == 0 ? cell.first_dc(b) : as<Acc>(d.cells)[at(b, H, unit)]};
+    return Operands{cell.load(turn), turn, dc_before(j, b)};
+  };
+  // With words that are fetched: dc, and dy, whose elements of 2 bytes cannot be fetched.
+  Acc kept[Sum::kRounds] = {};
+  T dy[Sum::kRounds] = {};
+  const auto load_kept = [&](int j, int tile) {
+#pragma unroll
+    for (int round = 0; round < Sum::kRounds; ++round) {
+      const int b = tile + Sum::sequence(round);
+      const Turn turn = here(b) ? turn_back(walk, j, b) : Turn{};
+      dy[round] = cell.dy_ahead(turn, turn.active);
+      if (here(b)) kept[round] = dc_before(j, b);
+    }
   };
   // As in forward_cell.
   constexpr bool kLate = kHeld > 0 && Sum::kRounds == 1;
@@ -91,13 +125,15 @@ __global__ void __launch_bounds__(kThreads,
     Operands in = {};
     Made made = {};
     if (kAhead) in = load(j, place.row_first + Sum::sequence(0));
+    if constexpr (kFetches) load_kept(j, place.row_first);
     if (j > args.shape.first) barrier.wait();
-    for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
+    for (int tile = place.row_first, slot = 0; tile < place.row_end; tile += 8 * kNTiles) {
+      if (kFetches && tile > place.row_first) load_kept(j, tile);
       Acc sums[kMTiles][kNTiles][4] = {};
       if (projected || j > 0)
         weights.template multiply<kNTiles>(StateInL2<T>{state}, tile, place.row_end - 1, sums);
 #pragma unroll
-      for (int round = 0; round < Sum::kRounds; ++round) {
+      for (int round = 0; round < Sum::kRounds; ++round, ++slot) {
         const int b = tile + Sum::sequence(round);
         // Every thread has taken the sums of the round before.
         if (round > 0 || tile > place.row_first) __syncthreads();
@@ -106,7 +142,8 @@ __global__ void __launch_bounds__(kThreads,
           keep(j, made);
           made.any = false;
         }
-        const Operands now = kAhead ? in : load(j, b);
+        Operands now = kAhead ? in : kFetches ? Operands{} : load(j, b);
+        if (kFetches && round == 0) weights.wait_for_others();
         __syncthreads();  // all warps' parts are there
         if (kAhead && round + 1 < Sum::kRounds)
           in = load(j, tile + Sum::sequence(round + 1));
@@ -115,6 +152,10 @@ __global__ void __launch_bounds__(kThreads,
         if (here(b)) {
           Acc sum[1];
           Sum::take(partial, sum);
+          if constexpr (kFetches) {
+            const Turn turn = turn_back(walk, j, b);
+            now = {cell.fetched(words, slot, turn, dy[round]), turn, kept[round]};
+          }
           if constexpr (kLate)
             made = make(j, b, sum[0], now, out);
           else
@@ -124,6 +165,7 @@ __global__ void __launch_bounds__(kThreads,
     }
     if (j + 1 < args.shape.last) {
       barrier.arrive();
+      fetch(j + 1);
       weights.arrived();
     }
     if (kLate) keep(j, made);

@@ -92,7 +92,11 @@ class BackwardUnit {
   }
   // With a projection, dy is in the gradient that comes from the step's other kernel.
   LSTM_EXT_DEVICE bool has_dy() const { return d_.dy && !projects(); }
-  LSTM_EXT_DEVICE const T* dy(const Turn& turn) const { return dy_ + at(turn.row, dy_stride_, 0); }
+  // As it is; read whether or not there is any (and wanted), for what is read in a branch is waited
+  // for at its end.
+  LSTM_EXT_DEVICE T dy_ahead(const Turn& turn, bool wanted) const {
+    return *(wanted && has_dy() ? dy(turn) : as<T>(d_.w_hh));
+  }
   LSTM_EXT_DEVICE Acc dcell(const Turn& turn) const {
     return d_.dcells ? to_acc(dcells_[at(turn.row, H_, 0)]) : 0;
   }
@@ -106,6 +110,27 @@ class BackwardUnit {
     in.c = *c_after(turn.row);
     if (!turn.reset) in.c_prev = turn.first ? first_c(turn) : *c_after(walk_.row_before(turn));
     if (has_dy()) in.dy = to_acc(*dy(turn));
+    in.dcell = dcell(turn);
+    return in;
+  }
+  // The gates and c of a turn that is active; row_before: that of the step before, if it has one.
+  template <class Words>
+  LSTM_EXT_DEVICE void fetch(Words& words, int slot, const Turn& turn, unsigned row_before) const {
+    const Acc* s = gates(turn);
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) words.fetch(slot, gate, s + gate * H_);
+    words.fetch(slot, 4, c_after(turn.row));
+    if (!turn.first) words.fetch(slot, 5, c_after(row_before));
+  }
+  // As load(), with what was fetched; dy: of dy_ahead().
+  template <class Words>
+  LSTM_EXT_DEVICE Operands fetched(const Words& words, int slot, const Turn& turn, T dy) const {
+    Operands in = {};
+    if (!turn.active) return in;
+    in.s = {words.get(slot, 0), words.get(slot, 1), words.get(slot, 2), words.get(slot, 3)};
+    in.c = words.get(slot, 4);
+    if (!turn.reset) in.c_prev = turn.first ? first_c(turn) : words.get(slot, 5);
+    if (has_dy()) in.dy = to_acc(dy);
     in.dcell = dcell(turn);
     return in;
   }
@@ -234,6 +259,7 @@ class BackwardUnit {
 
  private:
   LSTM_EXT_DEVICE bool projects() const { return kProjects && d_.hidden; }
+  LSTM_EXT_DEVICE const T* dy(const Turn& turn) const { return dy_ + at(turn.row, dy_stride_, 0); }
 
   const BackwardArgs::Direction& d_;
   const Walk& walk_;

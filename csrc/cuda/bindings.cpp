@@ -132,6 +132,7 @@ void bind_cuda(py::module_& m) {
       .def_readwrite("shared", &CudaPlan::shared)
       .def_readwrite("ahead", &CudaPlan::ahead)
       .def_readwrite("in_l2", &CudaPlan::in_l2)
+      .def_readwrite("fetches", &CudaPlan::fetches)
       .def_readwrite("slices", &CudaPlan::slices)
       .def_readwrite("groups", &CudaPlan::groups)
       .def_readwrite("group_rows", &CudaPlan::group_rows)

@@ -14,6 +14,7 @@ struct BlockShape {
   int shared;       // chunks of weights in shared memory
   bool ahead;       // whether a stream of the others goes through it
   int in_l2;        // chunks of a warp's stream that are to stay in L2
+  bool fetches;     // whether cells get what they need through FetchedWords
   int first, last;  // of the steps, in the order of taking them: what this launch does
 };
 
@@ -43,6 +44,12 @@ LSTM_EXT_DEVICE int64_t at(unsigned row, int stride, int column) {
   return int64_t(uint64_t(row) * unsigned(stride)) + column;
 }
 
+// Whether a kernel's cells can get what they need of a step through FetchedWords.
+template <class Acc>
+LSTM_EXT_INLINE constexpr bool can_fetch(int rounds, bool variants) {
+  return kLoadsAsync && fetches_cells(rounds, sizeof(Acc), variants);
+}
+
 // Counters lie a cache line apart.
 constexpr int kCounterStride = 32;
 
@@ -67,6 +74,28 @@ class GroupBarrier {
  private:
   unsigned* counter_;
   unsigned blocks_, target_ = 0;
+};
+
+// Words that a thread's cells need of a step from global memory, fetched before they are used:
+// [slots][kWords][kThreads] in shared memory, each thread's own. A slot may be fetched into again
+// once its words have been used.
+template <int kWords>
+class FetchedWords {
+ public:
+  // thread: threadIdx.x, pinned where a register can be had for it.
+  LSTM_EXT_DEVICE FetchedWords(unsigned char* memory, int thread)
+      : words_(reinterpret_cast<float*>(memory) + thread) {}
+
+  LSTM_EXT_DEVICE void fetch(int slot, int word, const float* from) {
+    async_load4(at(slot, word), from);
+  }
+  LSTM_EXT_DEVICE float get(int slot, int word) const { return *at(slot, word); }
+
+ private:
+  LSTM_EXT_DEVICE float* at(int slot, int word) const {
+    return words_ + (slot * kWords + word) * kThreads;
+  }
+  float* words_;
 };
 
 // A typed view of an address, with null kept.

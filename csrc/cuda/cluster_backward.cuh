@@ -198,10 +198,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   typename Cell::Result results[kCells] = {};
   // Of steps j, j - 1 and j + 1.
   Turn turn[kCells] = {}, before[kCells] = {}, following[kCells] = {};
-  // dy has elements of 2 bytes, which cannot be fetched ahead: it waits in registers, as it is, and
-  // is read whether or not there is any, for what is read in a branch is waited for at its end.
+  // dy has elements of 2 bytes, which cannot be fetched ahead: it waits in registers.
   T dy[kCells] = {}, next_dy[kCells] = {};
-  const T* const any = reinterpret_cast<const T*>(d.gates);
   Ahead<kBackwardWords, kCells> ahead(fetched, pinned(threadIdx.x));
   // First rows of step j, which fetch() is at, and a step ahead: a packed batch reads them.
   const auto place_of = [&](int j) { return walk.T() - 1 - j; };
@@ -217,25 +215,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       following[i] = course[i].turn(walk, place_of(j), rows);
       const Turn& of = following[i];
       const bool reads = of.active && j < args.shape.last;
-      next_dy[i] = *(reads && cell.has_dy() ? cell.dy(of) : any);
-      if (!reads) continue;
-      const Acc* s = cell.gates(of);
-#pragma unroll
-      for (int gate = 0; gate < 4; ++gate) ahead.fetch(j, gate, i, s + gate * H);
-      ahead.fetch(j, 4, i, cell.c_after(of.row));
-      if (!of.first) ahead.fetch(j, 5, i, cell.c_after(walk.row_from(next_rows, of.b)));
+      next_dy[i] = cell.dy_ahead(of, reads);
+      if (reads) cell.fetch(ahead, ahead.slot(j, i), of, walk.row_from(next_rows, of.b));
     }
     ahead.close();
-  };
-  const auto operands = [&](int j, int i) {
-    typename Cell::Operands in = {};
-    if (!turn[i].active) return in;
-    in.s = {ahead.get(j, 0, i), ahead.get(j, 1, i), ahead.get(j, 2, i), ahead.get(j, 3, i)};
-    in.c = ahead.get(j, 4, i);
-    if (!turn[i].reset) in.c_prev = turn[i].first ? cell.first_c(turn[i]) : ahead.get(j, 5, i);
-    if (cell.has_dy()) in.dy = to_acc(dy[i]);
-    in.dcell = cell.dcell(turn[i]);
-    return in;
   };
   const auto store = [&](int j, const Turn(&of)[kCells]) {
 #pragma unroll
@@ -263,7 +246,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     typename Cell::Prepared now[kCells];
 #pragma unroll
     for (int i = 0; i < kCells; ++i)
-      if (here(i)) now[i] = cell.prepare(turn[i], operands(j, i));
+      if (here(i))
+        now[i] = cell.prepare(turn[i], cell.fetched(ahead, ahead.slot(j, i), turn[i], dy[i]));
     if (j > 0) exchange.receive(j, j - first_product);
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {

@@ -111,29 +111,16 @@ class Letter {
   int box_bytes_;
 };
 
-// What a thread's cells need of a step from global memory, fetched a step before it is used:
-// [2][kWords][kCells][kThreads] words in shared memory, each thread's own.
+// What a thread's cells need of a step from global memory, fetched a step before it is used.
 template <int kWords, int kCells>
-class Ahead {
- public:
-  // thread: threadIdx.x, pinned where a register can be had for it.
-  LSTM_EXT_DEVICE Ahead(unsigned char* memory, int thread)
-      : words_(reinterpret_cast<float*>(memory) + thread) {}
+struct Ahead : FetchedWords<kWords> {
+  using FetchedWords<kWords>::FetchedWords;
 
-  LSTM_EXT_DEVICE void fetch(int step, int word, int cell, const float* from) {
-    async_load4(at(step, word, cell), from);
-  }
+  static LSTM_EXT_DEVICE int slot(int step, int cell) { return step % 2 * kCells + cell; }
   // Ends what is fetched for a step; called for each, whether or not there was anything.
   LSTM_EXT_DEVICE void close() { async_commit(); }
   // All but the step that was closed last is here.
   LSTM_EXT_DEVICE void wait() { async_wait<1>(); }
-  LSTM_EXT_DEVICE float get(int step, int word, int cell) const { return *at(step, word, cell); }
-
- private:
-  LSTM_EXT_DEVICE float* at(int step, int word, int cell) const {
-    return words_ + ((step % 2 * kWords + word) * kCells + cell) * kThreads;
-  }
-  float* words_;
 };
 
 }  // namespace lstm_ext

@@ -80,9 +80,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int j = 0; j < kCells; ++j) {
       // What comes after this launch may not be there yet.
       if (!here(j) || !of[j].active || i >= last) continue;
-      const Acc* gx = cell.gx(of[j]);
-#pragma unroll
-      for (int gate = 0; gate < 4; ++gate) ahead.fetch(i, gate, j, gx + gate * H);
+      cell.fetch(ahead, ahead.slot(i, j), of[j]);
     }
     ahead.close();
   };
@@ -149,8 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         continue;
       }
       typename Cell::Operands in;
-#pragma unroll
-      for (int gate = 0; gate < 4; ++gate) in.gx[gate] = ahead.get(i, gate, j);
+      cell.fetched(ahead, ahead.slot(i, j), in);
       in.c = turn[j].reset ? Acc(0) : c[j];
       in.reset_follows = following[j].reset;
       Acc sum[4];

@@ -99,6 +99,7 @@ Args make_args(const CudaLayer& layer, const Direction* directions, bool project
                 layer.plan.shared,
                 layer.plan.ahead,
                 layer.plan.in_l2,
+                layer.plan.fetches,
                 0,
                 0};
   Cutter cutter(workspace);
@@ -177,7 +178,7 @@ Projection plan_projection(const CudaLayer& layer) {
   return {tile.n,
           {dim3(unsigned(slices) * groups * layer.directions), kThreads,
            partial_bytes(tile.m, units, tile.n, int(acc_bytes(layer.dtype))), false},
-          {slices, groups, 8 * tile.n, 0, false, 0, 0, 0}};
+          {slices, groups, 8 * tile.n, 0, false, 0, false, 0, 0}};
 }
 
 LaunchShape norm_shape(const CudaLayer& layer) {

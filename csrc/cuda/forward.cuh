@@ -15,28 +15,50 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
   using Acc = typename Arithmetic::Acc;
   using Sum = Reduction<Arithmetic, GateRows, kMTiles, kNTiles>;
   constexpr int kPartialBytes = partial_bytes(kMTiles, Sum::kUnits, kNTiles, sizeof(Acc));
+  constexpr bool kFetches = can_fetch<Acc>(Sum::kRounds, kVariants);
 
   DYNAMIC_SHARED(memory);
   Acc* partial = reinterpret_cast<Acc*>(memory);
+  unsigned char* const fetched = memory + kPartialBytes;
   const BlockPlace place(args.shape, args.steps.B);
   const ForwardArgs::Direction& d = args.direction[place.direction];
   const Walk walk(args.steps, d.reverse);
   const int H = args.H, K = args.K, B = walk.B();
   const int unit_first = place.slice * Sum::kUnits, unit = unit_first + Sum::unit();
-  constexpr bool kStreams =
-      !kVariants && streams_ahead(kForwardTensorTiles, kMTiles, kNTiles, kHeld);
-  Weights<Arithmetic, GateRows, kMTiles, kHeld, 1, kStreams> weights(
-      as<T>(d.w_hh), H, K, unit_first, args.shape.shared, memory + kPartialBytes, args.shape.ahead,
-      args.shape.in_l2);
-  GroupBarrier barrier(d.counters, args.shape, place);
+  const auto here = [&](int b) { return Sum::has_cell() && b < place.row_end && unit < H; };
 
   using Cell = ForwardUnit<Arithmetic, kVariants>;
   const Cell cell(args, d, walk, unit);
+  FetchedWords<kForwardWords> words(fetched, threadIdx.x);
+  // Asks for step i's words of all cells, round by round and tile by tile.
+  const bool fetches =
+      kFetches && (always_fetches(Sum::kRounds, false) || args.shape.fetches);
+  const auto fetch = [&](int i) {
+    if constexpr (kFetches) {
+      if (!fetches) return;
+      const int t = walk.step_at(i);
+      for (int tile = place.row_first, slot = 0; tile < place.row_end; tile += 8 * kNTiles)
+#pragma unroll
+        for (int round = 0; round < Sum::kRounds; ++round, ++slot) {
+          const int b = tile + Sum::sequence(round);
+          if (here(b) && walk.active(t, b)) cell.fetch(words, slot, walk.turn(t, b));
+        }
+      async_commit();
+    }
+  };
+  fetch(args.shape.first);
 
-  // What a cell needs besides the product: on its way while the product runs, but where a large
-  // tile's sums take the registers.
+  constexpr bool kStreams =
+      !kVariants && streams_ahead(kForwardTensorTiles, kMTiles, kNTiles, kHeld);
+  Weights<Arithmetic, GateRows, kMTiles, kHeld, 1, kStreams> weights(
+      as<T>(d.w_hh), H, K, unit_first, args.shape.shared,
+      fetched + (fetches ? fetched_bytes(Sum::kUnits, kNTiles, args.shape.group_rows, false) : 0),
+      args.shape.ahead, args.shape.in_l2);
+  GroupBarrier barrier(d.counters, args.shape, place);
+
+  // What else a cell needs besides the product, and gx where it is not fetched, is on its way while
+  // that runs, but where a large tile's sums take the registers.
   constexpr bool kAhead = Sum::kRounds <= 2;
-  const auto here = [&](int b) { return Sum::has_cell() && b < place.row_end && unit < H; };
   struct Operands : Cell::Operands {
     Turn turn;
   };
@@ -46,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
     const Turn turn = walk.turn(walk.step_at(i), b, length);
     const bool reset_follows = i + 1 < walk.T() && walk.resets(walk.step_at(i + 1), b, length);
     const Acc c = i == 0 ? cell.first_c(b) : as<Acc>(d.cells)[at(b, H, unit)];
-    return Operands{cell.load(turn, c, reset_follows), turn};
+    return Operands{cell.load(turn, c, reset_follows, fetches), turn};
   };
   // What a round made for its cell. The other blocks wait for all that this one has written before
   // it arrives at the barrier: where there are registers, the last tile's is kept after that, and
@@ -85,11 +107,11 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
     Made made = {};
     if (kAhead) in = load(i, place.row_first + Sum::sequence(0));
     if (i > args.shape.first) barrier.wait();
-    for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
+    for (int tile = place.row_first, slot = 0; tile < place.row_end; tile += 8 * kNTiles) {
       Acc sums[kMTiles][kNTiles][4];
       weights.template multiply<kNTiles>(StateInL2<T>{state}, tile, place.row_end - 1, sums);
 #pragma unroll
-      for (int round = 0; round < Sum::kRounds; ++round) {
+      for (int round = 0; round < Sum::kRounds; ++round, ++slot) {
         const int b = tile + Sum::sequence(round);
         // Every thread has taken the sums of the round before.
         if (round > 0 || tile > place.row_first) __syncthreads();
@@ -98,7 +120,9 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
           keep(made);
           made.any = false;
         }
-        const Operands now = kAhead ? in : load(i, b);
+        Operands now = kAhead ? in : load(i, b);
+        if constexpr (kFetches)
+          if (fetches && round == 0) weights.wait_for_others();
         __syncthreads();  // all warps' parts are there
         if (kAhead && round + 1 < Sum::kRounds)
           in = load(i, tile + Sum::sequence(round + 1));
@@ -107,6 +131,8 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
         if (here(b)) {
           Acc sum[4];
           Sum::take(partial, sum);
+          if constexpr (kFetches)
+            if (fetches) cell.fetched(words, slot, now);
           if constexpr (kLate)
             made = make(i, b, sum, now, state, next);
           else
@@ -116,6 +142,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
     }
     if (i + 1 < args.shape.last) {
       barrier.arrive();
+      fetch(i + 1);  // not before: its fence may wait for what is on its way
       weights.arrived();
     }
     if (kLate) keep(made);

@@ -72,16 +72,31 @@ class ForwardUnit {
   LSTM_EXT_DEVICE const Acc* gx(const Turn& turn) const { return gx_ + at(turn.row, 4 * H_, 0); }
 
   // c: what the step before left. reset_follows: whether the state is zero before the next step.
-  LSTM_EXT_DEVICE Operands load(const Turn& turn, Acc c, bool reset_follows) const {
+  // fetches: gx comes from fetched().
+  LSTM_EXT_DEVICE Operands load(const Turn& turn, Acc c, bool reset_follows,
+                                bool fetches = false) const {
     Operands in = {};
     in.reset_follows = reset_follows;
     in.c = turn.reset ? Acc(0) : c;
-    if (turn.active) {
+    if (!fetches && turn.active) {
       const Acc* of_turn = gx(turn);
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) in.gx[gate] = of_turn[gate * H_];
     }
     return in;
+  }
+
+  // gx of a turn that is active, and what was fetched of it.
+  template <class Words>
+  LSTM_EXT_DEVICE void fetch(Words& words, int slot, const Turn& turn) const {
+    const Acc* of_turn = gx(turn);
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) words.fetch(slot, gate, of_turn + gate * H_);
+  }
+  template <class Words>
+  LSTM_EXT_DEVICE void fetched(const Words& words, int slot, Operands& in) const {
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) in.gx[gate] = words.get(slot, gate);
   }
 
   // A step from the product's sums. c becomes that after the step; before() is the h that this

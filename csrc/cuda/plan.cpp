@@ -30,8 +30,17 @@ const Tile* find(const Tiles& tiles, const CudaPlan& plan) {
   return tile == tiles.end ? nullptr : tile;
 }
 
-int64_t base_shared(const CudaProblem& p, const Tile& tile) {
+int rounds_of(const CudaProblem& p, const Tile& tile) {
+  return tile.n / round_tiles(units_of(tile.m, p.backward), tile.n);
+}
+
+int64_t partial_shared(const CudaProblem& p, const Tile& tile) {
   return partial_bytes(tile.m, units_of(tile.m, p.backward), tile.n, int(acc_bytes(p.dtype)));
+}
+// Of what cells fetch ahead; 0: their kernel does not.
+int64_t fetched_shared(const CudaProblem& p, const Tile& tile, int64_t group_rows) {
+  if (!fetches_cells(rounds_of(p, tile), int(acc_bytes(p.dtype)), p.variants)) return 0;
+  return fetched_bytes(units_of(tile.m, p.backward), tile.n, group_rows, p.backward);
 }
 
 // Chunks of a warp that has the fewest, that neither registers nor `shared` keep.
@@ -55,7 +64,9 @@ CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile
   groups = std::max<int64_t>(groups, 1);  // there may be no sequence
   plan.group_rows = std::max<int64_t>(ceil_div(ceil_div(p.B, groups), 8) * 8, 8);
   plan.groups = std::max<int64_t>(ceil_div(p.B, plan.group_rows), 1);
-  plan.shared_bytes = base_shared(p, tile);
+  const int64_t fetched = fetched_shared(p, tile, plan.group_rows);
+  plan.fetches = fetched && always_fetches(rounds_of(p, tile), p.backward);
+  plan.shared_bytes = partial_shared(p, tile) + (plan.fetches ? fetched : 0);
 
   const int64_t chunks = chunks_of(p), of_a_warp = ceil_div(chunks, kWarps);
   if (family == CudaFamily::kGrid) {
@@ -67,6 +78,10 @@ CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile
         (device.shared_bytes - plan.shared_bytes) / (int64_t(kWarps) * tile.m * kTileBytes);
     plan.shared = int(std::clamp<int64_t>(of_a_warp - plan.held, 0, std::max<int64_t>(room, 0)));
     plan.shared_bytes += int64_t(plan.shared) * kWarps * tile.m * kTileBytes;
+  }
+  if (!plan.fetches && fetched && plan.shared_bytes + fetched <= device.shared_bytes) {
+    plan.fetches = true;
+    plan.shared_bytes += fetched;
   }
 
   const double row_bytes = double(product_length(p)) * double(storage_bytes(p.dtype));
@@ -97,7 +112,7 @@ CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile
                              double(std::max<int64_t>(chunks, 1)) / costs.shared_per_sm;
   const double math =
       tiles * 8 * tile.n * tile.m * 16 * double(product_length(p)) / macs_per_us(p, device, costs);
-  const int rounds = int(ceil_div(tile.n, round_tiles(units_of(tile.m, p.backward), tile.n)));
+  const int rounds = rounds_of(p, tile);
   const double cell = (p.backward ? costs.cell_backward : costs.cell) *
                       (1 + costs.more_rounds * double(rounds - 1));
   const double others = state + from_shared + math + tiles * cell;
@@ -248,6 +263,7 @@ std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
     return "L2 is to keep a part of what is streamed ahead";
   if (plan.cluster && plan.family != CudaFamily::kCluster)
     return "only the cluster family has clusters";
+  if (plan.fetches && resident) return "what keeps all weights fetches by itself";
   if (resident) return refuse_resident_plan(plan, p, *tile);
   if (plan.held != 0 && plan.held != tile->held) return "no kernel holds so many chunks";
   const bool grid = plan.family == CudaFamily::kGrid;
@@ -255,7 +271,11 @@ std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
   if (grid && steps_apart(p)) return "a projection or a layer norm has no grid kernels";
   const int64_t stays = int64_t(plan.shared) * kWarps * tile->m * kTileBytes;
   const int64_t streams = plan.ahead ? kStreamBytes : 0;
-  if (plan.shared < 0 || plan.shared_bytes != base_shared(p, *tile) + stays + streams)
+  const int64_t fetched = fetched_shared(p, *tile, plan.group_rows);
+  if (plan.fetches ? !fetched : fetched && always_fetches(rounds_of(p, *tile), p.backward))
+    return "which kernels' cells fetch ahead is fixed, but forward with two rounds";
+  if (plan.shared < 0 || plan.shared_bytes != partial_shared(p, *tile) + stays + streams +
+                                                  (plan.fetches ? fetched : 0))
     return "shared_bytes is not what its parts add up to";
   return "";
 }

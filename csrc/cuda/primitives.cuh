@@ -208,6 +208,7 @@ LSTM_EXT_DEVICE void async_wait() {
 }
 #else  // Turing has none: no kernel asks there
 constexpr bool kLoadsAsync = false;
+LSTM_EXT_DEVICE void async_load4(void* to, const void* from);
 template <bool kPassing>
 LSTM_EXT_DEVICE void async_load16(void* to, const void* from);
 LSTM_EXT_DEVICE void async_commit();

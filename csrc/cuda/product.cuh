@@ -159,6 +159,12 @@ class Weights {
   LSTM_EXT_DEVICE void arrived() {
     if constexpr (kHasStream) stream_.begin(source());
   }
+  // What the thread had asked for by cp.async, before the weights or the last product, is here.
+  LSTM_EXT_DEVICE void wait_for_others() {
+    if constexpr (kHasStream)
+      if (stream_.on()) return stream_.wait_for_others();
+    async_wait<0>();
+  }
   // After the last product.
   LSTM_EXT_DEVICE void stop() {
     if constexpr (kHasStream) stream_.stop();

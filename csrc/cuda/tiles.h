@@ -25,6 +25,27 @@ LSTM_EXT_INLINE constexpr int64_t partial_bytes(int m_tiles, int units, int n_ti
   return int64_t(kWarps) * round_tiles(units, n_tiles) * m_tiles * 128 * acc_bytes;
 }
 
+// What a cell needs of a step from global memory in words of 4 bytes: forward its parts of the
+// input's product, backward its gates, and c after it and before.
+constexpr int kForwardWords = 4, kBackwardWords = 6;
+
+// The same of all cells of a block in the families step and grid, if its tile takes more than one
+// round: asked for a step ahead, through shared memory, for one round waits for memory after the
+// other otherwise. Where sums are fp32, and without variants.
+LSTM_EXT_INLINE constexpr bool fetches_cells(int rounds, int acc_bytes, bool variants) {
+  return rounds > 1 && acc_bytes == 4 && !variants;
+}
+// Whether such a kernel always does; else, forward with two rounds, where weights leave the memory.
+LSTM_EXT_INLINE constexpr bool always_fetches(int rounds, bool backward) {
+  return backward || rounds > 2;
+}
+LSTM_EXT_INLINE constexpr int64_t fetched_bytes(int units, int n_tiles, int64_t group_rows,
+                                                bool backward) {
+  const int rounds = n_tiles / round_tiles(units, n_tiles);
+  const int64_t passes = (group_rows + 8 * n_tiles - 1) / (8 * n_tiles);
+  return passes * rounds * (backward ? kBackwardWords : kForwardWords) * kThreads * 4;
+}
+
 // The tiles that are compiled: m-tiles of 16 weight rows by n-tiles of 8 sequences. `held`: the
 // chunks of weights a warp can keep in registers (64 registers a lane), on tensor cores.
 struct Tile {
@@ -112,8 +133,7 @@ LSTM_EXT_INLINE constexpr int64_t forward_box_bytes(const Tile& tile, int64_t sl
   const int64_t rows = state_rows(group_rows) * state_row;
   return parts < rows ? rows : parts;
 }
-// What a block's cells need of a step is on its way two steps long: words a thread and cell.
-constexpr int kForwardWords = 4, kBackwardWords = 6;
+// What a block's cells need of a step is on its way two steps long.
 LSTM_EXT_INLINE constexpr int64_t ahead_bytes(int words, int cells) {
   return int64_t(2) * words * cells * kThreads * 4;
 }

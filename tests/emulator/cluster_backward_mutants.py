@@ -112,19 +112,13 @@ MUTANTS = [
             "operands of the step before",
             BACKWARD,
             WRONG,
-            ("in.c = ahead.get(j, 4, i)", "in.c = ahead.get(j + 1, 4, i)"),
+            ("fetched(ahead, ahead.slot(j, i)", "fetched(ahead, ahead.slot(j + 1, i)"),
         ),
         (
             "gradients of the next step's outputs",
             BACKWARD,
             WRONG,
-            ("in.dy = to_acc(dy[i])", "in.dy = to_acc(next_dy[i])"),
-        ),
-        (
-            "c before the first step from a step",
-            BACKWARD,
-            WRONG,
-            ("turn[i].first ? cell.first_c(turn[i]) : ahead", "ahead"),
+            ("turn[i], dy[i]))", "turn[i], next_dy[i]))"),
         ),
         (
             "rows of the step before",

@@ -103,7 +103,7 @@ MUTANTS = [
             "operands of the step before",
             FORWARD,
             WRONG,
-            ("ahead.get(i, gate, j)", "ahead.get(i + 1, gate, j)"),
+            ("fetched(ahead, ahead.slot(i, j)", "fetched(ahead, ahead.slot(i + 1, j)"),
         ),
         (
             "rows of the step before",

@@ -165,7 +165,7 @@ MUTANTS = [
     ),
     *of(
         "cluster_block.cuh",
-        "class Ahead",
+        "struct Ahead",
         ("nobody waits", FORWARD, WRONG, ("async_wait<1>();", "")),
         ("waits for the step before", FORWARD, WRONG, ("async_wait<1>()", "async_wait<2>()")),
         ("steps do not end", FORWARD, WRONG, ("async_commit();", "")),
@@ -173,14 +173,18 @@ MUTANTS = [
             "one place for all steps",
             FORWARD,
             WRONG,
-            ("(step % 2 * kWords + word)", "word"),
+            ("step % 2 * kCells + cell", "cell"),
         ),
         (
             "one place for all cells",
             FORWARD_TWO,
             WRONG,
-            ("* kCells + cell) * kThreads", "* kCells) * kThreads"),
+            ("step % 2 * kCells + cell", "step % 2 * kCells"),
         ),
+    ),
+    *of(
+        "block.cuh",
+        "class FetchedWords",
         (
             "one place for all threads",
             FORWARD,
@@ -190,6 +194,8 @@ MUTANTS = [
                 "reinterpret_cast<float*>(memory)",
             ),
         ),
+        ("one place for all slots", FORWARD, WRONG, ("slot * kWords + word", "word")),
+        ("one place for all words", FORWARD, WRONG, ("slot * kWords + word", "slot")),
     ),
     *of(
         "cluster_block.cuh",

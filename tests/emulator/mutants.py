@@ -22,10 +22,11 @@ STREAM = "forward bfloat16 grid 8x2 0+0a 1 1 2 17 300 300 dense"
 STREAM_TURNS = "backward bfloat16 grid 2x8 0+0a 1 1 2 3 280 280 dense"
 BACKWARD = "backward float32 grid 1x1 0+1 1 1 3 9 17 17 lengths"
 BACKWARD_ROUNDS = "backward float32 grid 2x4 0+1 1 1 3 9 33 33 lengths"  # four rounds a tile
+BACKWARD_DENSE = "backward float32 grid 2x4 0+1 1 1 3 9 33 33 dense"
 BACKWARD_PROJECTED = "backward float32 step 1x1 0+0 1 2 3 9 21 18 lengths"
 CONTROL = [
     *(FORWARD, FORWARD_BOTH, FORWARD_GROUPS, FORWARD_ROUNDS, FORWARD_OVERLAP, FORWARD_PROJECTED),
-    *(BACKWARD, BACKWARD_ROUNDS, BACKWARD_PROJECTED, STREAM, STREAM_TURNS),
+    *(BACKWARD, BACKWARD_ROUNDS, BACKWARD_DENSE, BACKWARD_PROJECTED, STREAM, STREAM_TURNS),
     *cluster_problems.CONTROL,
     *norm_mutants.CONTROL,
 ]
@@ -62,6 +63,21 @@ MUTANTS = [
             RACE,
             ("tile, place.row_end - 1, sums", "tile, B - 1, sums"),
         ),
+        (
+            "words not waited for",
+            FORWARD_ROUNDS,
+            WRONG,
+            ("if (fetches && round == 0) weights.wait_for_others();", ";"),
+        ),
+        ("words of the first step", FORWARD_ROUNDS, WRONG, ("fetch(i + 1);", "")),
+        ("no words of the first step", FORWARD_ROUNDS, WRONG, ("fetch(args.shape.first);", "")),
+        ("words do not end", FORWARD_ROUNDS, WRONG, ("async_commit();", "")),
+        (
+            "words where the weights are",
+            FORWARD_ROUNDS,
+            f"{RACE}|{WRONG}",
+            ("fetched + (fetches ?", "fetched + (false ?"),
+        ),
         ("one buffer for the state", FORWARD, RACE, *ONE_BUFFER),
         ("no wait", FORWARD, RACE, ("if (i > args.shape.first) barrier.wait();", "")),
         ("no arrival", FORWARD, DEADLOCK, ("barrier.arrive();", "")),
@@ -97,7 +113,12 @@ MUTANTS = [
         "forward.cuh",
         "forward_prepare(",
         ("counters not zeroed", FORWARD, DEADLOCK, ("d.counters[at] = 0", "(void)at")),
-        ("words not zeroed", cluster_problems.TAGGED, WRONG, ("d.counters[at] = 0", "(void)at")),
+        (
+            "words not zeroed",
+            cluster_problems.TAGGED,
+            f"{WRONG}|{DEADLOCK}",
+            ("d.counters[at] = 0", "(void)at"),
+        ),
         (
             "padding of the state not zeroed",
             FORWARD,
@@ -126,6 +147,27 @@ MUTANTS = [
         ("sums overwritten too early", BACKWARD, RACE, (GUARD, "")),
         ("no barrier between rounds", BACKWARD_ROUNDS, RACE, ("round > 0 || ", "")),
         ("no barrier between tiles", BACKWARD, RACE, (" || tile > place.row_first", "")),
+        (
+            "words not waited for",
+            BACKWARD_ROUNDS,
+            WRONG,
+            ("if (kFetches && round == 0) weights.wait_for_others();", ""),
+        ),
+        ("words of the first step", BACKWARD_ROUNDS, WRONG, ("fetch(j + 1);", "")),
+        ("words do not end", BACKWARD_ROUNDS, WRONG, ("async_commit();", "")),
+        (
+            "words where the weights are",
+            BACKWARD_ROUNDS,
+            f"{RACE}|{WRONG}",
+            ("fetched + (kFetches ?", "fetched + (false ?"),
+        ),
+        ("dy of the first round", BACKWARD_DENSE, WRONG, ("turn, dy[round])", "turn, dy[0])")),
+        (
+            "dc of the first round",
+            BACKWARD_ROUNDS,
+            WRONG,
+            ("turn, kept[round]}", "turn, kept[0]}"),
+        ),
         (
             "one buffer for the state",
             BACKWARD,
@@ -156,7 +198,7 @@ MUTANTS = [
         (
             "words not zeroed",
             cluster_problems.BACKWARD_TAGGED,
-            WRONG,
+            f"{WRONG}|{DEADLOCK}",
             ("d.counters[at] = 0", "(void)at"),
         ),
         ("padding of the state not zeroed", BACKWARD, WRONG, ("k < pad", "k < 0")),
@@ -203,7 +245,28 @@ MUTANTS = [
             WRONG,
             ("turn.reset ? from_acc<T>(Acc(0)) : ", ""),
         ),
-        ("reset of the cell before ignored", BACKWARD, WRONG, ("if (!turn.reset) in", "in")),
+        (
+            "reset of the cell before ignored",
+            BACKWARD,
+            WRONG,
+            ("if (!turn.reset) in.c_prev = turn.first ? first_c(turn) : *", "in.c_prev = *"),
+        ),
+        (
+            "reset of the cell before ignored, fetched",
+            BACKWARD_ROUNDS,
+            WRONG,
+            (
+                "if (!turn.reset) in.c_prev = turn.first ? first_c(turn) : words",
+                "in.c_prev = words",
+            ),
+        ),
+        (
+            "c before the first step from a step",
+            BACKWARD_ROUNDS,
+            WRONG,
+            ("turn.first ? first_c(turn) : words", "words"),
+        ),
+        ("words of other gates", BACKWARD_ROUNDS, WRONG, ("s + gate * H_", "s")),
     ),
     *of(
         "backward_cells.cuh",
@@ -285,6 +348,7 @@ MUTANTS = [
         "product.cuh",
         "class Weights",
         ("lanes read too early", FORWARD, RACE, ("__syncwarp();", "")),
+        ("others are not waited for", FORWARD_ROUNDS, WRONG, ("async_wait<0>();", "")),
         ("lanes write the same", FORWARD, RACE, ("kParts == 1 || lane % 4 == 0", "true")),
         (
             "warps write the same",
@@ -309,6 +373,13 @@ MUTANTS = [
         ("all come twice", STREAM, TWICE, ("due_ = false;", "")),
         ("nothing comes after the barrier", STREAM, WRONG, ("due_ = arrives();", "")),
         ("ends with loads on their way", STREAM, UNFINISHED, ("async_wait<0>();", "")),
+        (
+            "others are not waited for",
+            STREAM_TURNS,
+            WRONG,
+            ("async_wait<int(kSlots) * kMTiles>();", ";"),
+        ),
+        ("waits for one too few others", STREAM_TURNS, WRONG, ("* kMTiles>()", "* kMTiles + 1>()")),
         (
             "a place beside is filled",
             STREAM_TURNS,
