@@ -1,8 +1,8 @@
 """``python -m bench publish``: the CPU's records, and the report made from them.
 
 About five minutes on two cores. The suite cpu in float32 and bfloat16, single steps, how time grows
-(scaling), the gate's records, all beside nn.LSTM; then README.md and plots, and the speed section of the
-project's README.md. A step whose record is there, of the same commit and machine, is not run
+(scaling), the gate's records, all beside nn.LSTM; then README.md and plots, and the speed section
+of the project's README.md. A step whose record is there, of the same commit and machine, is not run
 again: an interrupted call goes on.
 With --peers the suite cpu beside all peers instead, about as long. With --limited the suite cpu on
 one thread, and, in a folder of its own, with AVX2 as the most that lstm_ext, torch and oneDNN use;

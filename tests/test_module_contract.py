@@ -374,3 +374,21 @@ def test_meta_tensors_give_shapes(kwargs):
         y, (h_n, c_n) = cls(3, 4, device="meta", **kwargs)(X.to("meta"))
         shapes.append([(t.shape, t.dtype, t.device) for t in (y, h_n, c_n)])
     assert shapes[1] == shapes[0]
+
+
+def test_a_class_mixed_in_behind_sees_attributes():
+    """As pyro's PyroModule, which takes what nn.Module refuses as a parameter."""
+
+    class Mixin(nn.Module):
+        def __setattr__(self, name, value):
+            super().__setattr__(*(("drawn", (name, value)) if callable(value) else (name, value)))
+
+        def __getstate__(self):
+            return {**super().__getstate__(), "seen": True}
+
+    for cls in (nn.LSTM, lstm_ext.LSTM):
+        module = here(type("Mixed", (cls, Mixin), {})(3, 4))
+        module.weight_ih_l0 = abs
+        assert module.drawn == ("weight_ih_l0", abs)
+        assert module.__getstate__()["seen"]
+        assert module(here(X.float()))[0].shape == (*X.shape[:2], 4)
