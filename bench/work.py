@@ -147,7 +147,8 @@ def outcome(module: nn.Module, x: Input, mode: str, cotangent: Tensor) -> dict[s
 
 
 def error_of(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
-    """The largest difference, relative to a tensor's largest element; of the names in both.
+    """The largest difference, relative to a tensor's largest element; of the names in both. Of a
+    tensor of zeros, such as W_hh's gradient after one step from h_0 = 0, the difference itself.
 
     Raises:
         ValueError: a tensor of another shape.
@@ -161,7 +162,7 @@ def error_of(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
                 f"expected {tuple(true.shape)}"
             )
         one = one.to(true.device, torch.float64)
-        error = float((one - true).abs().max() / true.abs().max())
+        error = float((one - true).abs().max()) / (float(true.abs().max()) or 1)
         largest = math.inf if math.isnan(error) else max(largest, error)
     return largest
 

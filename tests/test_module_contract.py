@@ -381,14 +381,13 @@ def test_a_class_mixed_in_behind_sees_attributes():
 
     class Mixin(nn.Module):
         def __setattr__(self, name, value):
-            super().__setattr__(*(("drawn", (name, value)) if callable(value) else (name, value)))
-
-        def __getstate__(self):
-            return {**super().__getstate__(), "seen": True}
+            if callable(value) and not isinstance(value, nn.Parameter):
+                name, value = "drawn", (name, value)
+            super().__setattr__(name, value)
 
     for cls in (nn.LSTM, lstm_ext.LSTM):
         module = here(type("Mixed", (cls, Mixin), {})(3, 4))
         module.weight_ih_l0 = abs
         assert module.drawn == ("weight_ih_l0", abs)
-        assert module.__getstate__()["seen"]
-        assert module(here(X.float()))[0].shape == (*X.shape[:2], 4)
+    assert isinstance(module.weight_ih_l0, nn.Parameter)
+    assert module(here(torch.randn(5, 2, 3)))[0].shape == (5, 2, 4)

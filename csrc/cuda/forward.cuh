@@ -31,8 +31,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
   const Cell cell(args, d, walk, unit);
   FetchedWords<kForwardWords> words(fetched, threadIdx.x);
   // Asks for step i's words of all cells, round by round and tile by tile.
-  const bool fetches =
-      kFetches && (always_fetches(Sum::kRounds, false) || args.shape.fetches);
+  const bool fetches = kFetches && (always_fetches(Sum::kRounds, false) || args.shape.fetches);
   const auto fetch = [&](int i) {
     if constexpr (kFetches) {
       if (!fetches) return;

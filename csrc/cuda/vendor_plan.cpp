@@ -63,8 +63,8 @@ CudaPlan make_vendor_plan(const CudaProblem& p, const CudaProperties& device) {
 
 std::string refuse_vendor_plan(const CudaPlan& plan, const CudaProblem& p) {
   if (p.projection) return "the vendor family has no projection";
-  if (plan.m_tiles || plan.n_tiles || plan.held || plan.shared || plan.ahead || plan.in_l2 || plan.fetches ||
-      plan.cluster || plan.shared_bytes)
+  if (plan.m_tiles || plan.n_tiles || plan.held || plan.shared || plan.ahead || plan.in_l2 ||
+      plan.fetches || plan.cluster || plan.shared_bytes)
     return "the vendor family has no tiles, no clusters and keeps no weights";
   if (plan.slices != ceil_div(p.H, kThreads)) return "the slices do not cover the hidden units";
   if (plan.groups < 1 || plan.group_rows < 1 || plan.groups * plan.group_rows < p.B)
