@@ -91,7 +91,7 @@ struct LstmForward {
   const void* w_ih;  // storage [4H, I]; read if x is not null
   const void* b_ih;  // storage [4H], or null; read if x is not null
   const void* b_hh;  // as b_ih
-  const void* w_hh;  // storage [4H, P]
+  const void* w_hh;  // storage [4H, P]; null: no recurrent product (the caller added it to gx)
   const void* w_hr;  // storage [P, H]; null: no projection, then P = H
   const void* h0;    // storage [B, P]
   const void* c0;    // storage [B, H]

@@ -34,7 +34,6 @@ def grid_plan(
 
 def fetching(plan: Any, fetches: bool) -> Any:
     """A forward plan of two rounds whose cells ask for their words a step ahead, or do not."""
-    tiles = -(-plan.group_rows // (8 * plan.n_tiles))
-    plan.shared_bytes += (fetches - plan.fetches) * tiles * 2 * 4 * 1024  # rounds, words
+    plan.shared_bytes += (fetches - plan.fetches) * 2 * 4 * 1024  # rounds, words
     plan.fetches = fetches
     return plan

@@ -41,17 +41,18 @@ class Forward {
         B_(p.steps.B),
         H_(p.H),
         P_(p.P),
-        dots_(B_ <= kDotsMaxRows<A> && dots_suit<E>(P_)),
+        K_(p.w_hh ? p.P : 0),
+        dots_(B_ <= kDotsMaxRows<A> && dots_suit<E>(K_)),
         copied_(dots_ && B_ == 1 && p.steps.T >= kCopyMinSteps &&
-                4 * H_ * P_ * int64_t(sizeof(S)) <= kCopyMaxBytes),
+                4 * H_ * K_ * int64_t(sizeof(S)) <= kCopyMaxBytes),
         input_dots_(p.x && !p.pack_input && dots_suit<E>(p.I) && p.steps.rows <= kChunkRows),
         steps_at_once_(std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, B_))),
         normed_(p.variants.gamma_hh),
         cells_(p, arena, B_ * steps_at_once_) {
     members_ = arena.take<Member<E>>(p.threads);
     barriers_ = arena.take<Barrier>(p.threads + 1);
-    packed_hh_ = arena.take<E>(dots_ ? 0 : 4 * blocks_of<A>(H_) * depth_of<E>(P_) * L);
-    copied_hh_ = arena.take<S>(copied_ ? 4 * blocks_of<A>(H_) * L * P_ : 0);
+    packed_hh_ = arena.take<E>(dots_ ? 0 : 4 * blocks_of<A>(H_) * depth_of<E>(K_) * L);
+    copied_hh_ = arena.take<S>(copied_ ? 4 * blocks_of<A>(H_) * L * K_ : 0);
     packed_ih_ =
         arena.take<E>(p.x && !input_dots_ ? 4 * blocks_of<A>(H_) * depth_of<E>(p.I) * L : 0);
     packed_hr_ = arena.take<E>(p.w_hr ? blocks_of<A>(P_) * depth_of<E>(H_) * L : 0);
@@ -68,7 +69,7 @@ class Forward {
   };
 
   Plan plan(int threads) const {
-    const int64_t macs = B_ * 4 * H_ * P_;
+    const int64_t macs = B_ * 4 * H_ * std::max<int64_t>(K_, 1);
     // Dots of fewer sequences add up in another order: not split, they do not depend on threads.
     return make_plan(threads, dots_ ? 1 : B_, blocks_of<A>(H_), macs);
   }
@@ -76,8 +77,8 @@ class Forward {
   void work(const Plan& plan, int thread) {
     Member<E>& m = members_[thread];
     m.place(plan, thread, B_, H_, P_);
-    if (!dots_) {
-      pack_gates(static_cast<const S*>(p_.w_hh), H_, P_, m, m.group, plan.groups, packed_hh_);
+    if (K_ && !dots_) {
+      pack_gates(static_cast<const S*>(p_.w_hh), H_, K_, m, m.group, plan.groups, packed_hh_);
     }
     if (copied_) copy_w_hh(m);
     if (p_.w_hr) {
@@ -105,11 +106,11 @@ class Forward {
       }
       auto waiting = cells_.waiting(m, count);
       if (dots_) {
-        each_dots(m, count, w_hh, P_, i & 1, [&](int64_t j, A* sums) {
+        each_dots(m, count, w_hh, K_, i & 1, [&](int64_t j, A* sums) {
           cells_.take(m.rows, Range{0, count}, j, sums, waiting, i);
         });
       } else {
-        for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, depth_of<E>(P_), packed_hh_,
+        for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, depth_of<E>(K_), packed_hh_,
                    i & 1, [&](int64_t block, int, Range part, A* sums) {
                      cells_.take(m.rows, part, block / 4 * L, sums, waiting, i);
                    });
@@ -172,9 +173,9 @@ class Forward {
   void copy_w_hh(const Member<E>& m) {
     for (int64_t j = m.units.begin * L; j < m.units.end * L; j += L) {
       for (int gate = 0; gate < 4; ++gate) {
-        std::memcpy(copied_hh_ + (j * 4 + gate * L) * P_,
-                    static_cast<const S*>(p_.w_hh) + (gate * H_ + j) * P_,
-                    std::min<int64_t>(L, H_ - j) * P_ * sizeof(S));
+        std::memcpy(copied_hh_ + (j * 4 + gate * L) * K_,
+                    static_cast<const S*>(p_.w_hh) + (gate * H_ + j) * K_,
+                    std::min<int64_t>(L, H_ - j) * K_ * sizeof(S));
       }
     }
   }
@@ -212,6 +213,7 @@ class Forward {
 
   const LstmForward& p_;
   const int64_t B_, H_, P_;
+  const int64_t K_;              // length of the recurrent product: P, or 0 without one
   const bool dots_;              // few sequences: W_hh is read as it lies, not packed
   const bool copied_;            // W_hh is read from a copy
   const bool input_dots_;        // the same as dots_ of W_ih

@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kThreads,
   using Acc = typename Arithmetic::Acc;
   using Sum = Reduction<Arithmetic, PlainRows, kMTiles, kNTiles>;
   constexpr int kPartialBytes = partial_bytes(kMTiles, Sum::kUnits, kNTiles, sizeof(Acc));
-  constexpr bool kFetches = can_fetch<Acc>(Sum::kRounds, kVariants);
+  constexpr bool kFetches =
+      kLoadsAsync && can_fetch(kMTiles, Sum::kRounds, sizeof(Acc), kVariants, true);
 
   DYNAMIC_SHARED(memory);
   Acc* partial = reinterpret_cast<Acc*>(memory);
@@ -38,27 +39,26 @@ __global__ void __launch_bounds__(kThreads,
   const Cell cell(args, d, walk, unit);
   // As in forward_cell.
   FetchedWords<kBackwardWords> words(fetched, threadIdx.x);
-  const auto fetch = [&](int j) {
+  const auto fetch = [&](int j, int tile) {
     if constexpr (kFetches) {
-      for (int tile = place.row_first, slot = 0; tile < place.row_end; tile += 8 * kNTiles)
 #pragma unroll
-        for (int round = 0; round < Sum::kRounds; ++round, ++slot) {
-          const int b = tile + Sum::sequence(round);
-          if (!here(b)) continue;
-          const Turn turn = turn_back(walk, j, b);
-          if (turn.active) cell.fetch(words, slot, turn, turn.first ? 0 : walk.row_before(turn));
-        }
+      for (int round = 0; round < Sum::kRounds; ++round) {
+        const int b = tile + Sum::sequence(round);
+        if (!here(b)) continue;
+        const Turn turn = turn_back(walk, j, b);
+        if (turn.active) cell.fetch(words, round, turn, turn.first ? 0 : walk.row_before(turn));
+      }
       async_commit();
     }
   };
-  fetch(args.shape.first);
+  fetch(args.shape.first, place.row_first);
 
   constexpr bool kStreams =
       !kVariants && streams_ahead(kBackwardTensorTiles, kMTiles, kNTiles, kHeld);
   Weights<Arithmetic, PlainRows, kMTiles, kHeld, 1, kStreams> weights(
       as<T>(projected ? d.w_hr : d.w_hh), H, product_K, unit_first, args.shape.shared,
-      fetched + (kFetches ? fetched_bytes(Sum::kUnits, kNTiles, args.shape.group_rows, true) : 0),
-      args.shape.ahead, args.shape.in_l2);
+      fetched + (kFetches ? fetched_bytes(Sum::kRounds, true) : 0), args.shape.ahead,
+      args.shape.in_l2);
   GroupBarrier barrier(d.counters, args.shape, place);
 
   // As in forward_cell.
@@ -75,16 +75,14 @@ __global__ void __launch_bounds__(kThreads,
     const Turn turn = turn_back(walk, j, b);
     return Operands{cell.load(turn), turn, dc_before(j, b)};
   };
-  // With words that are fetched: dc, and dy, whose elements of 2 bytes cannot be fetched.
-  Acc kept[Sum::kRounds] = {};
+  // dy of a tile has elements of 2 bytes, which cannot be fetched so.
   T dy[Sum::kRounds] = {};
-  const auto load_kept = [&](int j, int tile) {
+  const auto load_dy = [&](int j, int tile) {
 #pragma unroll
     for (int round = 0; round < Sum::kRounds; ++round) {
       const int b = tile + Sum::sequence(round);
       const Turn turn = here(b) ? turn_back(walk, j, b) : Turn{};
       dy[round] = cell.dy_ahead(turn, turn.active);
-      if (here(b)) kept[round] = dc_before(j, b);
     }
   };
   // As in forward_cell.
@@ -125,15 +123,16 @@ __global__ void __launch_bounds__(kThreads,
     Operands in = {};
     Made made = {};
     if (kAhead) in = load(j, place.row_first + Sum::sequence(0));
-    if constexpr (kFetches) load_kept(j, place.row_first);
+
     if (j > args.shape.first) barrier.wait();
-    for (int tile = place.row_first, slot = 0; tile < place.row_end; tile += 8 * kNTiles) {
-      if (kFetches && tile > place.row_first) load_kept(j, tile);
+    for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
+      if (tile > place.row_first) fetch(j, tile);
+      if (kFetches) load_dy(j, tile);
       Acc sums[kMTiles][kNTiles][4] = {};
       if (projected || j > 0)
         weights.template multiply<kNTiles>(StateInL2<T>{state}, tile, place.row_end - 1, sums);
 #pragma unroll
-      for (int round = 0; round < Sum::kRounds; ++round, ++slot) {
+      for (int round = 0; round < Sum::kRounds; ++round) {
         const int b = tile + Sum::sequence(round);
         // Every thread has taken the sums of the round before.
         if (round > 0 || tile > place.row_first) __syncthreads();
@@ -142,7 +141,12 @@ __global__ void __launch_bounds__(kThreads,
           keep(j, made);
           made.any = false;
         }
-        Operands now = kAhead ? in : kFetches ? Operands{} : load(j, b);
+        Operands now = {};
+        if (kAhead)
+          now = in;
+        else if (!kFetches)
+          now = load(j, b);
+        if (kFetches && here(b)) now.dc = dc_before(j, b);
         if (kFetches && round == 0) weights.wait_for_others();
         __syncthreads();  // all warps' parts are there
         if (kAhead && round + 1 < Sum::kRounds)
@@ -154,7 +158,7 @@ __global__ void __launch_bounds__(kThreads,
           Sum::take(partial, sum);
           if constexpr (kFetches) {
             const Turn turn = turn_back(walk, j, b);
-            now = {cell.fetched(words, slot, turn, dy[round]), turn, kept[round]};
+            now = {cell.fetched(words, round, turn, dy[round]), turn, now.dc};
           }
           if constexpr (kLate)
             made = make(j, b, sum[0], now, out);
@@ -165,7 +169,7 @@ __global__ void __launch_bounds__(kThreads,
     }
     if (j + 1 < args.shape.last) {
       barrier.arrive();
-      fetch(j + 1);
+      fetch(j + 1, place.row_first);
       weights.arrived();
     }
     if (kLate) keep(j, made);

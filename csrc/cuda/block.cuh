@@ -44,12 +44,6 @@ LSTM_EXT_DEVICE int64_t at(unsigned row, int stride, int column) {
   return int64_t(uint64_t(row) * unsigned(stride)) + column;
 }
 
-// Whether a kernel's cells can get what they need of a step through FetchedWords.
-template <class Acc>
-LSTM_EXT_INLINE constexpr bool can_fetch(int rounds, bool variants) {
-  return kLoadsAsync && fetches_cells(rounds, sizeof(Acc), variants);
-}
-
 // Counters lie a cache line apart.
 constexpr int kCounterStride = 32;
 

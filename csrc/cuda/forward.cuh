@@ -15,7 +15,8 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
   using Acc = typename Arithmetic::Acc;
   using Sum = Reduction<Arithmetic, GateRows, kMTiles, kNTiles>;
   constexpr int kPartialBytes = partial_bytes(kMTiles, Sum::kUnits, kNTiles, sizeof(Acc));
-  constexpr bool kFetches = can_fetch<Acc>(Sum::kRounds, kVariants);
+  constexpr bool kFetches =
+      kLoadsAsync && can_fetch(kMTiles, Sum::kRounds, sizeof(Acc), kVariants, false);
 
   DYNAMIC_SHARED(memory);
   Acc* partial = reinterpret_cast<Acc*>(memory);
@@ -30,29 +31,28 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
   using Cell = ForwardUnit<Arithmetic, kVariants>;
   const Cell cell(args, d, walk, unit);
   FetchedWords<kForwardWords> words(fetched, threadIdx.x);
-  // Asks for step i's words of all cells, round by round and tile by tile.
-  const bool fetches = kFetches && (always_fetches(Sum::kRounds, false) || args.shape.fetches);
-  const auto fetch = [&](int i) {
+  // Asks for the words of a tile's cells, a slot a round.
+  const bool fetches = kFetches && args.shape.fetches;
+  const auto fetch = [&](int i, int tile) {
     if constexpr (kFetches) {
       if (!fetches) return;
       const int t = walk.step_at(i);
-      for (int tile = place.row_first, slot = 0; tile < place.row_end; tile += 8 * kNTiles)
 #pragma unroll
-        for (int round = 0; round < Sum::kRounds; ++round, ++slot) {
-          const int b = tile + Sum::sequence(round);
-          if (here(b) && walk.active(t, b)) cell.fetch(words, slot, walk.turn(t, b));
-        }
+      for (int round = 0; round < Sum::kRounds; ++round) {
+        const int b = tile + Sum::sequence(round);
+        if (here(b) && walk.active(t, b)) cell.fetch(words, round, walk.turn(t, b));
+      }
       async_commit();
     }
   };
-  fetch(args.shape.first);
+  fetch(args.shape.first, place.row_first);
 
   constexpr bool kStreams =
       !kVariants && streams_ahead(kForwardTensorTiles, kMTiles, kNTiles, kHeld);
   Weights<Arithmetic, GateRows, kMTiles, kHeld, 1, kStreams> weights(
       as<T>(d.w_hh), H, K, unit_first, args.shape.shared,
-      fetched + (fetches ? fetched_bytes(Sum::kUnits, kNTiles, args.shape.group_rows, false) : 0),
-      args.shape.ahead, args.shape.in_l2);
+      fetched + (fetches ? fetched_bytes(Sum::kRounds, false) : 0), args.shape.ahead,
+      args.shape.in_l2);
   GroupBarrier barrier(d.counters, args.shape, place);
 
   // What else a cell needs besides the product, and gx where it is not fetched, is on its way while
@@ -106,11 +106,12 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
     Made made = {};
     if (kAhead) in = load(i, place.row_first + Sum::sequence(0));
     if (i > args.shape.first) barrier.wait();
-    for (int tile = place.row_first, slot = 0; tile < place.row_end; tile += 8 * kNTiles) {
+    for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
+      if (tile > place.row_first) fetch(i, tile);
       Acc sums[kMTiles][kNTiles][4];
       weights.template multiply<kNTiles>(StateInL2<T>{state}, tile, place.row_end - 1, sums);
 #pragma unroll
-      for (int round = 0; round < Sum::kRounds; ++round, ++slot) {
+      for (int round = 0; round < Sum::kRounds; ++round) {
         const int b = tile + Sum::sequence(round);
         // Every thread has taken the sums of the round before.
         if (round > 0 || tile > place.row_first) __syncthreads();
@@ -120,8 +121,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
           made.any = false;
         }
         Operands now = kAhead ? in : load(i, b);
-        if constexpr (kFetches)
-          if (fetches && round == 0) weights.wait_for_others();
+        if (kFetches && round == 0 && fetches) weights.wait_for_others();
         __syncthreads();  // all warps' parts are there
         if (kAhead && round + 1 < Sum::kRounds)
           in = load(i, tile + Sum::sequence(round + 1));
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
           Acc sum[4];
           Sum::take(partial, sum);
           if constexpr (kFetches)
-            if (fetches) cell.fetched(words, slot, now);
+            if (fetches) cell.fetched(words, round, now);
           if constexpr (kLate)
             made = make(i, b, sum, now, state, next);
           else
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kMTiles* kNTiles <= 2
     }
     if (i + 1 < args.shape.last) {
       barrier.arrive();
-      fetch(i + 1);  // not before: its fence may wait for what is on its way
+      fetch(i + 1, place.row_first);  // not before: its fence may wait for what is on its way
       weights.arrived();
     }
     if (kLate) keep(made);

@@ -37,10 +37,11 @@ int rounds_of(const CudaProblem& p, const Tile& tile) {
 int64_t partial_shared(const CudaProblem& p, const Tile& tile) {
   return partial_bytes(tile.m, units_of(tile.m, p.backward), tile.n, int(acc_bytes(p.dtype)));
 }
-// Of what cells fetch ahead; 0: their kernel does not.
-int64_t fetched_shared(const CudaProblem& p, const Tile& tile, int64_t group_rows) {
-  if (!fetches_cells(rounds_of(p, tile), int(acc_bytes(p.dtype)), p.variants)) return 0;
-  return fetched_bytes(units_of(tile.m, p.backward), tile.n, group_rows, p.backward);
+// Of what a tile's cells fetch; 0: there is no kernel that does.
+int64_t fetched_shared(const CudaProblem& p, const Tile& tile) {
+  const int rounds = rounds_of(p, tile);
+  if (!can_fetch(tile.m, rounds, int(acc_bytes(p.dtype)), p.variants, p.backward)) return 0;
+  return fetched_bytes(rounds, p.backward);
 }
 
 // Chunks of a warp that has the fewest, that neither registers nor `shared` keep.
@@ -64,8 +65,10 @@ CudaPlan try_plan(const CudaProblem& p, const CudaProperties& device, const Tile
   groups = std::max<int64_t>(groups, 1);  // there may be no sequence
   plan.group_rows = std::max<int64_t>(ceil_div(ceil_div(p.B, groups), 8) * 8, 8);
   plan.groups = std::max<int64_t>(ceil_div(p.B, plan.group_rows), 1);
-  const int64_t fetched = fetched_shared(p, tile, plan.group_rows);
-  plan.fetches = fetched && always_fetches(rounds_of(p, tile), p.backward);
+  // Backward, what cells fetch comes before weights; forward a chunk of weights that is read from
+  // L2 instead costs as much as they gain.
+  const int64_t fetched = fetched_shared(p, tile);
+  plan.fetches = p.backward && fetched;
   plan.shared_bytes = partial_shared(p, tile) + (plan.fetches ? fetched : 0);
 
   const int64_t chunks = chunks_of(p), of_a_warp = ceil_div(chunks, kWarps);
@@ -271,9 +274,9 @@ std::string refuse(const CudaPlan& plan, const CudaProblem& p) {
   if (grid && steps_apart(p)) return "a projection or a layer norm has no grid kernels";
   const int64_t stays = int64_t(plan.shared) * kWarps * tile->m * kTileBytes;
   const int64_t streams = plan.ahead ? kStreamBytes : 0;
-  const int64_t fetched = fetched_shared(p, *tile, plan.group_rows);
-  if (plan.fetches ? !fetched : fetched && always_fetches(rounds_of(p, *tile), p.backward))
-    return "which kernels' cells fetch ahead is fixed, but forward with two rounds";
+  const int64_t fetched = fetched_shared(p, *tile);
+  if (plan.fetches ? !fetched : p.backward && fetched)
+    return "this tile's cells fetch ahead always, or never";
   if (plan.shared < 0 || plan.shared_bytes != partial_shared(p, *tile) + stays + streams +
                                                   (plan.fetches ? fetched : 0))
     return "shared_bytes is not what its parts add up to";

@@ -62,7 +62,8 @@ struct CudaPlan {
   int shared;      // the same in shared memory; cluster and tagged count both in m-tiles backward
   bool ahead;      // the others stream through shared memory, asked for ahead (grid)
   int in_l2;       // chunks of a warp's stream that are to stay in L2
-  bool fetches;    // what cells need of a step is asked for a step ahead (step, grid)
+  bool fetches;    // what a tile's cells need is asked for before its product (step, grid); there
+                   // is memory for it before Ampere, too, whose kernels do not
   int64_t slices;  // blocks that share the units of a direction
   int64_t groups;  // of sequences, each with blocks and (grid) a barrier of its own
   int64_t group_rows;  // sequences of a group

@@ -29,21 +29,17 @@ LSTM_EXT_INLINE constexpr int64_t partial_bytes(int m_tiles, int units, int n_ti
 // input's product, backward its gates, and c after it and before.
 constexpr int kForwardWords = 4, kBackwardWords = 6;
 
-// The same of all cells of a block in the families step and grid, if its tile takes more than one
-// round: asked for a step ahead, through shared memory, for one round waits for memory after the
-// other otherwise. Where sums are fp32, and without variants.
-LSTM_EXT_INLINE constexpr bool fetches_cells(int rounds, int acc_bytes, bool variants) {
-  return rounds > 1 && acc_bytes == 4 && !variants;
+// The same of all cells of a tile, if it takes more than one round (step, grid): asked for
+// together, through shared memory, before the product or, of a step's first tile, before the
+// barrier; else one round waits for memory after the other. Where sums are fp32, and without
+// variants: backward always, but not with one m-tile; forward where weights leave the memory, but
+// not with more than two rounds. There the kernel's registers are all taken.
+LSTM_EXT_INLINE constexpr bool can_fetch(int m_tiles, int rounds, int acc_bytes, bool variants,
+                                         bool backward) {
+  return rounds > 1 && (backward ? m_tiles > 1 : rounds == 2) && acc_bytes == 4 && !variants;
 }
-// Whether such a kernel always does; else, forward with two rounds, where weights leave the memory.
-LSTM_EXT_INLINE constexpr bool always_fetches(int rounds, bool backward) {
-  return backward || rounds > 2;
-}
-LSTM_EXT_INLINE constexpr int64_t fetched_bytes(int units, int n_tiles, int64_t group_rows,
-                                                bool backward) {
-  const int rounds = n_tiles / round_tiles(units, n_tiles);
-  const int64_t passes = (group_rows + 8 * n_tiles - 1) / (8 * n_tiles);
-  return passes * rounds * (backward ? kBackwardWords : kForwardWords) * kThreads * 4;
+LSTM_EXT_INLINE constexpr int64_t fetched_bytes(int rounds, bool backward) {
+  return int64_t(rounds) * (backward ? kBackwardWords : kForwardWords) * kThreads * 4;
 }
 
 // The tiles that are compiled: m-tiles of 16 weight rows by n-tiles of 8 sequences. `held`: the

@@ -406,9 +406,9 @@ Request parse(char** word) {
   } else if (!vendor) {
     const int acc = int(acc_bytes(p.dtype));
     plan.shared_bytes = partial_bytes(plan.m_tiles, units, plan.n_tiles, acc);
-    plan.fetches = fetches_cells(plan.n_tiles / round_tiles(units, plan.n_tiles), acc, p.variants);
-    if (plan.fetches)
-      plan.shared_bytes += fetched_bytes(units, plan.n_tiles, plan.group_rows, p.backward);
+    const int rounds = plan.n_tiles / round_tiles(units, plan.n_tiles);
+    plan.fetches = can_fetch(plan.m_tiles, rounds, acc, p.variants, p.backward);
+    if (plan.fetches) plan.shared_bytes += fetched_bytes(rounds, p.backward);
     if (plan.ahead) plan.shared_bytes += kStreamBytes;
   }
   plan.shared_bytes += int64_t(plan.shared) * kWarps * of_a_tile;

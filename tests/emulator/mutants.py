@@ -67,10 +67,21 @@ MUTANTS = [
             "words not waited for",
             FORWARD_ROUNDS,
             WRONG,
-            ("if (fetches && round == 0) weights.wait_for_others();", ";"),
+            ("if (kFetches && round == 0 && fetches) weights.wait_for_others();", ""),
         ),
-        ("words of the first step", FORWARD_ROUNDS, WRONG, ("fetch(i + 1);", "")),
-        ("no words of the first step", FORWARD_ROUNDS, WRONG, ("fetch(args.shape.first);", "")),
+        ("words of the first step", FORWARD_ROUNDS, WRONG, ("fetch(i + 1, place.row_first);", "")),
+        (
+            "no words of the first step",
+            FORWARD_ROUNDS,
+            WRONG,
+            ("fetch(args.shape.first, place.row_first);", ""),
+        ),
+        (
+            "words of the next tile",
+            "forward bfloat16 grid 8x2 0+1 1 1 3 17 33 33 dense",
+            WRONG,
+            ("if (tile > place.row_first) fetch(i, tile);", ""),
+        ),
         ("words do not end", FORWARD_ROUNDS, WRONG, ("async_commit();", "")),
         (
             "words where the weights are",
@@ -153,7 +164,7 @@ MUTANTS = [
             WRONG,
             ("if (kFetches && round == 0) weights.wait_for_others();", ""),
         ),
-        ("words of the first step", BACKWARD_ROUNDS, WRONG, ("fetch(j + 1);", "")),
+        ("words of the first step", BACKWARD_ROUNDS, WRONG, ("fetch(j + 1, place.row_first);", "")),
         ("words do not end", BACKWARD_ROUNDS, WRONG, ("async_commit();", "")),
         (
             "words where the weights are",
@@ -163,10 +174,16 @@ MUTANTS = [
         ),
         ("dy of the first round", BACKWARD_DENSE, WRONG, ("turn, dy[round])", "turn, dy[0])")),
         (
-            "dc of the first round",
+            "words of the next tile",
+            "backward float32 grid 2x4 0+1 1 1 3 33 33 33 dense",
+            WRONG,
+            ("if (tile > place.row_first) fetch(j, tile);", ""),
+        ),
+        (
+            "no words of the first step",
             BACKWARD_ROUNDS,
             WRONG,
-            ("turn, kept[round]}", "turn, kept[0]}"),
+            ("fetch(args.shape.first, place.row_first);", ""),
         ),
         (
             "one buffer for the state",
