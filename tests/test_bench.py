@@ -111,6 +111,13 @@ def test_an_output_of_another_shape_is_an_error_of_the_row():
     assert row.ratio() is None
 
 
+def test_errors_are_relative_but_of_zeros():
+    zeros, fours = torch.zeros(2), torch.full((2,), 4.0)
+    assert work.error_of({"a": fours + 1, "b": zeros}, {"a": fours, "b": zeros}) == 0.25
+    assert work.error_of({"b": fours}, {"b": zeros}) == 4
+    assert work.error_of({"b": zeros / 0}, {"b": zeros}) == float("inf")
+
+
 class Off(nn.LSTM):
     """Its output is off; only the gradient of one weight is; or there is no number at all."""
 
