@@ -107,14 +107,25 @@ def compare(
     return changes
 
 
+def caches(record: Mapping[str, Any]) -> Any:
+    """The processor's, in bytes; None where the record does not tell."""
+    found = record["environment"].get("cache_bytes")
+    return found or record.get("limits", {}).get("cache_bytes")  # where it was until its fact
+
+
 def unlike(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """In what two records are not of the same thing on the same kind of machine."""
-    return [
-        f"{name}: {a} and {b}"
+    """In what two records are not of the same thing on the same kind of machine.
+
+    Caches are compared where both tell, since one name of a processor can be that of several.
+    """
+    pairs = [
+        (name, old[part].get(name), new[part].get(name))
         for part, names in (("settings", SAME_SETTINGS), ("environment", SAME_ENVIRONMENT))
         for name in names
-        if (a := old[part].get(name)) != (b := new[part].get(name))
     ]
+    if caches(old) and caches(new):
+        pairs.append(("cache_bytes", caches(old), caches(new)))
+    return [f"{name}: {a} and {b}" for name, a, b in pairs if a != b]
 
 
 def table(changes: Sequence[Change], what: str = "speed-up") -> list[str]:

@@ -25,14 +25,26 @@ def _output_of(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def cpu_model() -> str:
-    """The processor's name as the system gives it, ``unknown-cpu`` if it gives none."""
+def _cpuinfo(field: str) -> str | None:
+    """What the system says of the first processor; None where it says nothing."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
-        info = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or "unknown-cpu"
+        return None
+    found = re.search(rf"^{field}\s*:\s*(.+)$", info, re.MULTILINE)
+    return found[1].strip() if found else None
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it, ``unknown-cpu`` if it gives none."""
+    return _cpuinfo("model name") or platform.processor() or "unknown-cpu"
+
+
+def cpu_family() -> str | None:
+    """``25.17``: family and model, which tell a Zen 4 from a Zen 5 where a virtual machine calls
+    both ``AMD EPYC``; None if unknown."""
+    family, model = _cpuinfo("cpu family"), _cpuinfo("model")
+    return f"{family}.{model}" if family and model else None
 
 
 def cores() -> int:
@@ -49,9 +61,11 @@ def slug(text: str) -> str:
 
 
 def machine(device: torch.device) -> str:
-    """Folder name for a machine's results, from the model of its GPU, or that of its CPU and the
-    vectors it has: ``amd-epyc-2c-avx512``; ``amd-epyc-2c-avx512-as-avx2`` where torch is held to
-    fewer."""
+    """Folder name for a machine's results: its GPU's model, or its CPU's and the vectors it has.
+
+    ``amd-epyc-7b13-2c-avx512``; with ``-as-avx2`` where torch is held to fewer. ``AMD EPYC``
+    alone is the name of several generations: ``amd-epyc-family-25-2c-avx512``.
+    """
     if device.type == "cuda":
         return slug(torch.cuda.get_device_name(device))
     from lstm_ext.cpu_engine import cpu_isas
@@ -59,7 +73,10 @@ def machine(device: torch.device) -> str:
     vectors = cpu_isas()[0].split("_")[0]
     used = slug(torch.backends.cpu.get_cpu_capability())
     held = "" if used == vectors or vectors == "portable" else f"-as-{used}"
-    return f"{slug(cpu_model())}-{cores()}c-{vectors}{held}"
+    model, family = slug(cpu_model()), cpu_family()
+    if family and not re.search(r"\d", model):
+        model += f"-family-{family.split('.')[0]}"
+    return f"{model}-{cores()}c-{vectors}{held}"
 
 
 def results_folder(device: torch.device) -> Path:
@@ -111,6 +128,8 @@ def environment(device: torch.device) -> dict[str, object]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),
+        "cpu_family": cpu_family(),
+        "cache_bytes": cache_bytes(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -38,6 +38,7 @@ at its height, in steps of some hundred KB."""
 FACTS = {
     "gpu": "GPU",
     "cpu": "processor",
+    "cpu_family": "its family and model",
     "cores": "cores",
     "threads": "threads",
     "lstm_ext_cpu_isa": "lstm_ext's vectors",
@@ -224,9 +225,10 @@ def speed_table(folder: Path, base: Path) -> str:
     head = ["problem", *(f"{r['settings']['dtype']}, {words[mode]}" for r, mode in columns)]
     facts, settings = found[0]["environment"], found[0]["settings"]
     where = os.path.relpath(folder, base)
+    family = f" of family {facts['cpu_family']}" if facts.get("cpu_family") else ""
     text = (
         f"nn.LSTM's time divided by lstm_ext's, in turn in one run, medians of "
-        f"{settings['repeats']} samples; {facts['cpu']} ({facts['lstm_ext_cpu_isa']}), "
+        f"{settings['repeats']} samples; {facts['cpu']}{family} ({facts['lstm_ext_cpu_isa']}), "
         f"{settings['threads']} threads, PyTorch {facts['torch']}; steps T, batch B, input = "
         f"hidden H. Everything else, and how near it comes to what the processor can do: "
         f"[{where}]({where}/README.md)."

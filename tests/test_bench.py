@@ -277,17 +277,19 @@ def test_machine_names(model, folder):
 
 
 @pytest.mark.parametrize(
-    "isas, used, folder",
+    "model, isas, used, folder",
     [
-        (["avx512_bf16", "avx512", "avx2", "portable"], "AVX512", "amd-epyc-2c-avx512"),
-        (["avx512", "avx2", "portable"], "AVX2", "amd-epyc-2c-avx512-as-avx2"),
-        (["avx2", "portable"], "AVX2", "amd-epyc-2c-avx2"),
-        (["portable"], "DEFAULT", "amd-epyc-2c-portable"),
+        ("AMD EPYC", ["avx512_bf16", "avx2"], "AVX512", "amd-epyc-family-26-2c-avx512"),
+        ("AMD EPYC", ["avx512", "avx2"], "AVX2", "amd-epyc-family-26-2c-avx512-as-avx2"),
+        ("AMD EPYC 7B13", ["avx2", "portable"], "AVX2", "amd-epyc-7b13-2c-avx2"),
+        ("AMD EPYC 7B13", ["portable"], "DEFAULT", "amd-epyc-7b13-2c-portable"),
     ],
 )
-def test_folders_of_processors(monkeypatch, isas, used, folder):
-    """What torch is held to does not pass for what another processor has."""
-    monkeypatch.setattr(machine, "cpu_model", lambda: "AMD EPYC")
+def test_folders_of_processors(monkeypatch, model, isas, used, folder):
+    """What torch is held to does not pass for what another processor has; nor does a generation
+    for another that has the same name."""
+    monkeypatch.setattr(machine, "cpu_model", lambda: model)
+    monkeypatch.setattr(machine, "cpu_family", lambda: "26.2")
     monkeypatch.setattr(machine, "cores", lambda: 2)
     monkeypatch.setattr(cpu_engine, "cpu_isas", lambda: isas)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
