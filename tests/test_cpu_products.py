@@ -215,11 +215,21 @@ for name in truth:
 @pytest.mark.parametrize("dtypes", ["64 64", "32 32", "32 bf16", "bf16 bf16"])
 @pytest.mark.parametrize(
     "size",
-    [(1, 20, 7, 3), (37, 76, 19, 5), (801, 52, 13, 200), (913, 268, 41, 64), (600, 520, 300, 0)],
+    [
+        (1, 20, 7, 3),
+        (37, 76, 19, 5),
+        (70, 5, 13, 0),
+        (801, 52, 13, 200),
+        (913, 268, 41, 64),
+        (600, 520, 300, 0),
+        (1301, 52, 730, 400),
+        (650, 1180, 730, 400),
+    ],
     ids=lambda size: "{}x{}x{}+{}".format(*size),
 )
 def test_products_of_all_weights_at_once(isa, size, dtypes, threads, monkeypatch):
-    """Both products and the sums: several slices and groups of rows; rows or columns shared."""
+    """Both products and the sums: several slices, pieces of columns and groups of rows; rows or
+    columns shared, also among more threads than there are."""
     monkeypatch.setattr(cpu_products, "_is_for_torch", lambda *args, **kwargs: False)
     torch.set_num_threads(threads)
     rows, M, N, more_N = size
@@ -251,6 +261,36 @@ def test_products_of_all_weights_at_once(isa, size, dtypes, threads, monkeypatch
     assert torch.equal(out, again[0])
     assert more_w is None or torch.equal(more_out, again[1])
     assert torch.equal(sums, again[2])
+
+
+@pytest.mark.parametrize("dtypes", ["64 64", "32 32", "32 bf16", "bf16 bf16"])
+@pytest.mark.parametrize("size", [(1, 9, 3), (53, 700, 1100), (700, 1301, 600)], ids=str)
+def test_products_with_weights(isa, size, dtypes, monkeypatch):
+    """As they lie: several slices, pieces of columns and groups of rows."""
+    monkeypatch.setattr(cpu_products, "_is_for_torch", lambda *args, **kwargs: False)
+    dtype_a, dtype_w = (
+        {"64": torch.double, "32": torch.float, "bf16": BF16}[d] for d in dtypes.split()
+    )
+    if dtype_a == BF16 and not _C.cpu_bf16_products():
+        pytest.skip("these kernels do not multiply bf16")
+    M, K, N = size
+    K += K % 2 if dtype_a == BF16 else 0  # pairs
+    g = torch.Generator().manual_seed(5)
+    a, w = torch.randn(M, K, generator=g).to(dtype_a), torch.randn(K, N, generator=g).to(dtype_w)
+    true = a.double() @ w.double()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(cpu_products.matmul(a, w))
+    limits = tol(torch.promote_types(dtype_a, torch.float32))
+    rounding = torch.finfo(BF16).eps / 2 if dtype_a == BF16 else 0
+    torch.testing.assert_close(
+        results[0].double(),
+        true,
+        rtol=limits["rtol"] + rounding,
+        atol=limits["atol"] * true.abs().max().item(),
+    )
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, BF16, torch.float16], ids=str)

@@ -2,9 +2,10 @@
 // recurrence.
 //
 // The longer side of out is shared among the threads, which need nothing of each other. K is cut
-// into slices, so that a slice of packed w and of a chunk of rows stays in L2; slices are added in
-// order. An out that is to be rounded is written with the last slice; the sums of those before are
-// scratch.
+// into slices, which are added in order, and the columns of w into pieces, packed one after the
+// other. A group of rows of a is packed too, if it is transposed, and stays in L2 while each panel
+// of the piece meets all of it, so that w, which comes from further away, is read once a group. An
+// out that is to be rounded is written with the last slice; the sums of those before are scratch.
 #pragma once
 
 #include <type_traits>
@@ -21,15 +22,17 @@ class MatmulOf {
   using O = Stored<E>;
   static constexpr int L = Lanes<A>::kCount;
   static constexpr int kDepth = Operand<E>::kDepth;
-  static constexpr int64_t kPackRows = 8;     // elements of K packed at once
-  static constexpr int64_t kMostSlice = 384;  // elements
-  static constexpr int64_t kLeastSlice = 128;
-  static constexpr int64_t kPackedBytes = 512 * 1024;  // of a slice of w, one thread's
+  static constexpr int64_t kPackRows = 8;  // elements of K packed at once
+  // Elements of K in a slice, at most. Every slice reads and writes all of out: with 128, at H 512
+  // and 1024, W's gradient ran at 82 GFLOP/s, with 384 at 96, with 640 at 101, of 117 (Zen 4, fp32,
+  // one thread).
+  static constexpr int64_t kMostSlice = 640;
+  static constexpr int64_t kPackedBytes = 640 * 1024;  // of a piece of w, one thread's
   // Rows of a^T packed at once: what lies side by side in a is read together.
   static constexpr int64_t kGroupRows = 5 * kChunkRows;
 
   struct Scratch {
-    E* w;    // [blocks of N and more_N][slice_][lanes]
+    E* w;    // [blocks_at_once_][slice_][lanes]
     E* a;    // [kGroupRows / kChunkRows][slice_][kChunkRows], if a is transposed
     A* acc;  // [kChunkRows][kPanelVectors][lanes]
     A* out;  // [M][N], [M][more_N], of all threads: the sums of slices, if out is rounded
@@ -89,35 +92,30 @@ class MatmulOf {
     // Of a that is not split, every thread could make the sums.
     A* sums = by_rows_ || thread == 0 ? static_cast<A*>(p_.sums) : nullptr;
     const int64_t depth = depth_of<E>(p_.K);
+    const int64_t blocks = sides[0].columns.size() + sides[1].columns.size();
     for (int64_t k0 = 0; k0 < depth; k0 += slice_) {
       const int64_t length = std::min(slice_, depth - k0);
-      E* to = s.w;
-      for (Side& side : sides) {
-        side.packed = to;
-        pack_side(side, k0, length);
-        to += side.columns.size() * length * L;
-      }
-      for (int64_t group = m0; group < m1; group += kGroupRows) {
-        const Range all{group, std::min(m1, group + kGroupRows)};
-        if (p_.a_transposed) pack_group(all, k0, length, s.a, sums);
-        for (int64_t m = all.begin; m < all.end; m += kChunkRows) {
-          const Range part{m, std::min(all.end, m + kChunkRows)};
-          const E* a[kChunkRows];
-          for (int64_t r = 0; r < part.size(); ++r) {
-            a[r] = p_.a_transposed
-                       ? s.a + (m - group) * length + r
-                       : as_elements<E>(static_cast<const O*>(p_.a) + (m + r) * p_.K) + k0;
-          }
-          const bool last = k0 + length == depth;
-          for (const Side& side : sides) {
-            if (rounded_ && last) {
-              multiply(side, static_cast<S*>(side.out), part, a, k0, length, s.acc);
-            } else {
-              multiply(side, side.slices, part, a, k0, length, s.acc);
-            }
-          }
+      int64_t block = 0;
+      do {  // at least once, for the sums
+        Side pieces[2] = {sides[0], sides[1]};
+        int64_t skip = block, room = blocks_at_once_;
+        E* to = s.w;
+        for (Side& piece : pieces) {
+          const Range all = piece.columns;
+          piece.columns.begin = std::min(all.end, all.begin + skip);
+          piece.columns.end = std::min(all.end, piece.columns.begin + room);
+          skip = std::max<int64_t>(0, skip - all.size());
+          room -= piece.columns.size();
+          piece.packed = to;
+          pack_side(piece, k0, length);
+          to += piece.columns.size() * length * L;
         }
-      }
+        for (int64_t group = m0; group < m1; group += kGroupRows) {
+          const Range rows{group, std::min(m1, group + kGroupRows)};
+          multiply_group(pieces, rows, k0, length, s, block == 0 ? sums : nullptr);
+        }
+        block += blocks_at_once_;
+      } while (block < blocks);
     }
   }
 
@@ -128,7 +126,7 @@ class MatmulOf {
     A* const out = arena.take<A>(kept ? p_.M * (p_.N + p_.more_N) : 0);
     for (int i = 0; i < p_.threads; ++i) {
       Scratch s{};
-      s.w = arena.take<E>(blocks_ * L * slice_);
+      s.w = arena.take<E>(blocks_at_once_ * L * slice_);
       s.a = arena.take<E>(p_.a_transposed ? slice_ * kGroupRows : 0);
       s.acc = arena.take<A>(kChunkRows * kPanelVectors * L);
       s.out = out;
@@ -138,11 +136,15 @@ class MatmulOf {
 
   // Of the problem alone, not of the number of threads: sums are cut where it ends. As even as it
   // goes.
-  static int64_t slice_of(int64_t depth, int64_t bytes) {
-    const int64_t fits = kPackedBytes / std::max<int64_t>(1, bytes);
-    const int64_t most = std::max(kLeastSlice, std::min(kMostSlice, fits));
-    const int64_t slices = (depth + most - 1) / most;
+  static int64_t slice_of(int64_t depth) {
+    const int64_t slices = (depth + kMostSlice - 1) / kMostSlice;
     return slices ? (depth + slices - 1) / slices : 0;
+  }
+
+  // Whole panels.
+  static int64_t blocks_at_once(int64_t blocks, int64_t slice) {
+    const int64_t panel = std::max<int64_t>(1, slice) * kPanelVectors * L * int64_t(sizeof(E));
+    return std::min(blocks, std::max<int64_t>(1, kPackedBytes / panel) * kPanelVectors);
   }
 
   Side side(const void* w, void* out, A* slices, int64_t N, int thread, int threads) const {
@@ -214,21 +216,51 @@ class MatmulOf {
     }
   }
 
+  void multiply_group(const Side (&pieces)[2], Range rows, int64_t k0, int64_t length,
+                      const Scratch& s, A* sums) const {
+    if (p_.a_transposed) pack_group(rows, k0, length, s.a, sums);
+    const E* a[kGroupRows];
+    for (int64_t r = 0; r < rows.size(); ++r) {
+      a[r] = p_.a_transposed
+                 ? s.a + r / kChunkRows * kChunkRows * length + r % kChunkRows
+                 : as_elements<E>(static_cast<const O*>(p_.a) + (rows.begin + r) * p_.K) + k0;
+    }
+    const bool last = k0 + length == depth_of<E>(p_.K);
+    for (const Side& piece : pieces) {
+      if (rounded_ && last) {
+        multiply(piece, static_cast<S*>(piece.out), rows, a, k0, length, s.acc);
+      } else {
+        multiply(piece, piece.slices, rows, a, k0, length, s.acc);
+      }
+    }
+  }
+
   template <class Out>
-  void multiply(const Side& side, Out* out, Range part, const E* const* a, int64_t k0,
+  void multiply(const Side& piece, Out* out, Range rows, const E* const* a, int64_t k0,
                 int64_t length, A* acc) const {
-    each_panel(side.columns, [&](int64_t block, int vectors, int64_t) {
-      product<E>(a, int(part.size()), length,
-                 side.packed + (block - side.columns.begin) * length * L, vectors, 1, 0, acc, 0,
-                 p_.a_transposed ? kChunkRows : 1);
-      const A* sums = acc;
-      for (int64_t m = part.begin; m < part.end; ++m) {
-        for (int v = 0; v < vectors; ++v, sums += L) {
-          const int64_t j = (block + v) * L;
-          const int64_t at = m * side.N + j;
-          Vec<A> sum = load_full<A>(sums);
-          if (k0 || add_) sum += load<A>(side.slices + at, side.N - j);
-          store<A>(out + at, sum, side.N - j);
+    const bool more = k0 || add_;
+    each_panel(piece.columns, [&](int64_t block, int vectors, int64_t) {
+      const E* panel = piece.packed + (block - piece.columns.begin) * length * L;
+      for (int64_t begin = rows.begin; begin < rows.end; begin += kChunkRows) {
+        const int64_t end = std::min(rows.end, begin + kChunkRows);
+        // What is added to is asked for before the product: it lies in short pieces, which the
+        // processor does not see coming.
+        for (int64_t m = begin; more && m < end; ++m) {
+          for (int v = 0; v < vectors; ++v) {
+            __builtin_prefetch(piece.slices + m * piece.N + (block + v) * L, 1, 2);
+          }
+        }
+        product<E>(a + (begin - rows.begin), int(end - begin), length, panel, vectors, 1, 0, acc, 0,
+                   p_.a_transposed ? kChunkRows : 1);
+        const A* sums = acc;
+        for (int64_t m = begin; m < end; ++m) {
+          for (int v = 0; v < vectors; ++v, sums += L) {
+            const int64_t j = (block + v) * L;
+            const int64_t at = m * piece.N + j;
+            Vec<A> sum = load_full<A>(sums);
+            if (more) sum += load<A>(piece.slices + at, piece.N - j);
+            store<A>(out + at, sum, piece.N - j);
+          }
         }
       }
     });
@@ -238,8 +270,9 @@ class MatmulOf {
   bool rounded_ = p_.rounded && !std::is_same_v<A, S>;
   bool add_ = false;  // to what out, more_out and sums hold
   int64_t blocks_ = blocks_of<A>(p_.N) + blocks_of<A>(p_.more_N);  // of columns, both sides
-  bool by_rows_ = p_.M >= p_.N + p_.more_N;  // threads share the rows of out, else its columns
-  int64_t slice_ = slice_of(depth_of<E>(p_.K), blocks_ * L * int64_t(sizeof(E)));  // of K at once
+  bool by_rows_ = p_.M >= p_.N + p_.more_N;      // threads share the rows of out, else its columns
+  int64_t slice_ = slice_of(depth_of<E>(p_.K));  // of K at once
+  int64_t blocks_at_once_ = blocks_at_once(blocks_, slice_);  // of columns, in a piece
   Scratch* scratch_ = nullptr;
   int64_t workspace_ = 0;
 };

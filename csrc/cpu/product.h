@@ -24,10 +24,13 @@ constexpr int kTileRows = kManyRegisters ? 6 : 3;
 // cycle and unit needs 8 sums at least, and 2 rows have just those. GFLOP/s of 101, in one run (Zen
 // 3, fp32, W in L2): 3 rows 97, 4 rows 92 (2 + 2: 73), 5 rows 93 (3 + 2: 88).
 constexpr int kLastTileRows = kManyRegisters ? kTileRows : 5;
-// A chunk of rows keeps its accumulators in L1 (48 x 4 x 64 B = 12 KB) while a slice of K keeps
-// the panel there (96 x 4 x 64 B = 24 KB) for all tiles of the chunk.
+// A chunk of rows keeps its accumulators in L1 (48 x 4 x 64 B = 12 KB) while tiles of it take one
+// slice of K after the other.
 constexpr int kChunkRows = 48;
-constexpr int64_t kSliceK = 96;  // 128, 256 and no slices at all: within 4 % (Zen 5, fp32 and bf16)
+// Wide vectors take a panel from L2 as fast as they use it (80 KB a slice: 2 % more than 96 and
+// 192, as much as no slices, on Zen 4; on Zen 5 within 4 %). Vectors of 32 bytes keep it in L1 (12
+// KB): with 320 W's gradient took 6 % more (AVX2 on Zen 4).
+constexpr int64_t kSliceK = LSTM_EXT_VECTOR_BYTES == 64 ? 320 : 96;
 
 // acc[p][r][v] (+)= sum over k in [k0, k1) of a[r][k * a_step] * w[p][k][v], for NP panels at once,
 // NV vectors of each, which has kWidth.
