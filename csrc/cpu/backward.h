@@ -57,7 +57,8 @@ class Backward {
   }
 
   Plan plan(int threads) const {
-    return make_plan(threads, B_, blocks_of<A>(H_), B_ * std::max<int64_t>(K_, 4 * H_) * P_);
+    return make_plan(threads, p_.steps.T, B_, blocks_of<A>(H_),
+                     B_ * std::max<int64_t>(K_, 4 * H_) * P_);
   }
 
   void work(const Plan& plan, int thread) {

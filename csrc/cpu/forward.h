@@ -71,7 +71,7 @@ class Forward {
   Plan plan(int threads) const {
     const int64_t macs = B_ * 4 * H_ * std::max<int64_t>(K_, 1);
     // Dots of fewer sequences add up in another order: not split, they do not depend on threads.
-    return make_plan(threads, dots_ ? 1 : B_, blocks_of<A>(H_), macs);
+    return make_plan(threads, p_.steps.T, dots_ ? 1 : B_, blocks_of<A>(H_), macs);
   }
 
   void work(const Plan& plan, int thread) {
