@@ -110,21 +110,26 @@ def compare(
 def caches(record: Mapping[str, Any]) -> Any:
     """The processor's, in bytes; None where the record does not tell."""
     found = record["environment"].get("cache_bytes")
-    return found or record.get("limits", {}).get("cache_bytes")  # where it was until its fact
+    return found or record.get("limits", {}).get("cache_bytes")  # older records: there only
 
 
 def unlike(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """In what two records are not of the same thing on the same kind of machine.
 
-    Caches are compared where both tell, since one name of a processor can be that of several.
+    Family and caches are compared where both tell: one name of a processor can be that of several.
     """
     pairs = [
         (name, old[part].get(name), new[part].get(name))
         for part, names in (("settings", SAME_SETTINGS), ("environment", SAME_ENVIRONMENT))
         for name in names
     ]
-    if caches(old) and caches(new):
-        pairs.append(("cache_bytes", caches(old), caches(new)))
+    families = [record["environment"].get("cpu_family") for record in (old, new)]
+    sizes = [caches(record) for record in (old, new)]
+    pairs += [
+        (name, *both)
+        for name, both in (("cpu_family", families), ("cache_bytes", sizes))
+        if all(both)
+    ]
     return [f"{name}: {a} and {b}" for name, a, b in pairs if a != b]
 
 

@@ -4,7 +4,7 @@ Runs the suite "gate" in each dtype and fails where lstm_ext became clearly slow
 after the other. Clearly: its speed-up over nn.LSTM, measured within a run, fell by more than a
 factor and by more than several times the spread; and its own time rose by that factor too, since
 nn.LSTM may as well have become faster. A time alone never fails. Without a record of a machine of
-this kind (processor, cores, torch) there is nothing to hold against, and it says so.
+this kind (processor, caches, cores, torch) there is nothing to hold against, and it says so.
 
 The records are those of `python -m bench --suite gate`, which `python -m bench publish` renews.
 """

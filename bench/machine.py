@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+CPUINFO = Path("/proc/cpuinfo")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -28,7 +29,7 @@ def _output_of(*command: str) -> str | None:
 def _cpuinfo(field: str) -> str | None:
     """What the system says of the first processor; None where it says nothing."""
     try:
-        info = Path("/proc/cpuinfo").read_text()
+        info = CPUINFO.read_text()
     except OSError:
         return None
     found = re.search(rf"^{field}\s*:\s*(.+)$", info, re.MULTILINE)
@@ -41,8 +42,8 @@ def cpu_model() -> str:
 
 
 def cpu_family() -> str | None:
-    """``25.17``: family and model, which tell a Zen 4 from a Zen 5 where a virtual machine calls
-    both ``AMD EPYC``; None if unknown."""
+    """``25.17``: family and model, which tell a Zen 4 from a Zen 3 and a Zen 5 where a virtual
+    machine calls all of them ``AMD EPYC``; None if unknown."""
     family, model = _cpuinfo("cpu family"), _cpuinfo("model")
     return f"{family}.{model}" if family and model else None
 
@@ -75,7 +76,9 @@ def machine(device: torch.device) -> str:
     held = "" if used == vectors or vectors == "portable" else f"-as-{used}"
     model, family = slug(cpu_model()), cpu_family()
     if family and not re.search(r"\d", model):
-        model += f"-family-{family.split('.')[0]}"
+        # AMD's family and the vectors are a generation; Intel's family is always 6.
+        number, its_model = family.split(".")
+        model += f"-family-{number}" + (f"-model-{its_model}" if number == "6" else "")
     return f"{model}-{cores()}c-{vectors}{held}"
 
 

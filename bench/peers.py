@@ -42,6 +42,7 @@ def plain(problem: Problem, what: str, *, layers: bool = False) -> None:
         "packed input": problem.lengths is not None,
         "projections": problem.proj_size > 0,
         "a stack of two modules": problem.first_bidirectional,
+        "cell": problem.cell,
         "more than one layer": not layers and problem.num_layers > 1,
         "two directions": not layers and problem.bidirectional,
     }

@@ -2,7 +2,7 @@
 
 A problem that the design leaves without a number has it chosen here, beside the list it
 belongs to: the step count of GNMT and of the edges, and the lengths of packed batches. The suites
-host, one-step, scaling and gate are not of the design.
+host, one-step, cell, scaling and gate are not of the design.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Problem:
     ``lengths`` holds one length a sequence and makes the batch a PackedSequence; without it
     every sequence has ``steps`` steps and the batch is a padded (T, B, I) tensor.
     ``first_bidirectional`` makes only the first layer bidirectional (GNMT's encoder), which
-    takes two modules to say.
+    takes two modules to say. ``cell`` is a loop over an nn.LSTMCell, or its counterpart.
     """
 
     steps: int
@@ -32,6 +32,7 @@ class Problem:
     proj_size: int = 0
     lengths: tuple[int, ...] | None = None
     first_bidirectional: bool = False
+    cell: bool = False
     label: str = ""
 
     def __post_init__(self) -> None:
@@ -56,6 +57,8 @@ class Problem:
             parts.append("bi")
         if self.first_bidirectional:
             parts.append("bi-first")
+        if self.cell:
+            parts.append("cell")
         if self.lengths is not None:
             parts.append(f"packed{min(self.lengths)}-{max(self.lengths)}")
         return " ".join(part for part in parts if part)
@@ -127,6 +130,11 @@ def _deepbench_infer() -> tuple[Problem, ...]:
 def _one_step() -> tuple[Problem, ...]:
     # A policy that acts, a decoder: one step a call, as LSTMCell's.
     return tuple(square(1, b, h) for h in (64, 128, 256, 512, 1024) for b in (1, 8, 32, 128))
+
+
+def _cell() -> tuple[Problem, ...]:
+    # A decoder that is fed what it gives, or a policy: a call for each step.
+    return tuple(square(8, b, h, cell=True) for h in (16, 64, 256, 1024) for b in (1, 5, 16, 64))
 
 
 def _flashrnn() -> tuple[Problem, ...]:
@@ -226,6 +234,7 @@ SUITES: dict[str, tuple[Problem, ...]] = {
     "host": _host(),
     "cpu": _cpu(),
     "one-step": _one_step(),
+    "cell": _cell(),
     "deepbench-train": _deepbench_train(),
     "deepbench-infer": _deepbench_infer(),
     "flashrnn": _flashrnn(),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+import lstm_ext
 from bench.suites import Problem
 
 LSTMClass = Callable[..., nn.Module]
@@ -42,8 +43,37 @@ class Chain(nn.Module):
         return x, state
 
 
+class CellLoop(nn.Module):
+    """A loop over a cell, as a decoder makes it: one call a step, from a zero state."""
+
+    def __init__(self, cell: nn.Module):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        state, outputs = None, []
+        for step in x.unbind(0):
+            state = self.cell(step, state)
+            outputs.append(state[0])
+        return torch.stack(outputs), state
+
+
+CELLS: Mapping[LSTMClass, LSTMClass] = {
+    nn.LSTM: nn.LSTMCell,
+    lstm_ext.LSTM: lstm_ext.LSTMCell,
+}
+
+
 def build(lstm: LSTMClass, problem: Problem) -> nn.Module:
-    """The problem's module, made of ``lstm`` (nn.LSTM or a drop-in for it)."""
+    """The problem's module, made of ``lstm`` (nn.LSTM or a drop-in for it).
+
+    Raises:
+        ValueError: the problem is a cell's, and ``lstm`` has none.
+    """
+    if problem.cell:
+        if lstm not in CELLS:
+            raise ValueError(f"{problem.name}: no cell belongs to {lstm}")
+        return CellLoop(CELLS[lstm](problem.input_size, problem.hidden_size))
     if not problem.first_bidirectional:
         return lstm(
             problem.input_size,

@@ -77,9 +77,9 @@ def _bf16_products(dtype: torch.dtype, w: LayerWeights) -> bool:
 # Beside the recurrence the core makes the gradients of x and of the weights from dgates that are
 # still in the caches, if there are enough rows to be worth packing W_ih for them, and it stays in a
 # cache as well. Backward took 5-8 % less time at H 128, level at H 256, 8 % more at H 512 (float32,
-# B 16 to 64, two Zen 5 cores; with the products of today, on Zen 4, 5 and 2 % less, 1 % more);
-# dgates of all steps need no memory. Of padded sequences, whose rows would have to be gathered
-# first, training takes 4-19 % less at any size (H 64 to 1024).
+# B 16 to 64, two Zen 5 cores; two Zen 4 cores, products in longer slices: 5 % less at H 128, 2 %
+# less at H 256, 1 % more at H 512); dgates of all steps need no memory. Of padded sequences, whose
+# rows would have to be gathered first, training takes 4-19 % less at any size (H 64 to 1024).
 FUSED_ROWS = 512
 _FUSED_WEIGHT_BYTES = 1 << 20  # as products read them
 

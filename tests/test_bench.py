@@ -277,19 +277,40 @@ def test_machine_names(model, folder):
 
 
 @pytest.mark.parametrize(
-    "model, isas, used, folder",
+    "text, name, family",
     [
-        ("AMD EPYC", ["avx512_bf16", "avx2"], "AVX512", "amd-epyc-family-26-2c-avx512"),
-        ("AMD EPYC", ["avx512", "avx2"], "AVX2", "amd-epyc-family-26-2c-avx512-as-avx2"),
-        ("AMD EPYC 7B13", ["avx2", "portable"], "AVX2", "amd-epyc-7b13-2c-avx2"),
-        ("AMD EPYC 7B13", ["portable"], "DEFAULT", "amd-epyc-7b13-2c-portable"),
+        ("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n", "AMD EPYC", "25.17"),
+        ("model name : A\nmodel : 1\ncpu family : 6\nmodel : 2\n", "A", "6.1"),
+        ("CPU implementer\t: 0x41\n", None, None),
+        (None, None, None),
+    ],
+    ids=["x86", "another order", "arm", "no file"],
+)
+def test_what_the_system_says_of_the_processor(monkeypatch, tmp_path, text, name, family):
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine.platform, "processor", lambda: "")
+    if text is not None:
+        machine.CPUINFO.write_text(text)
+    assert machine.cpu_model() == (name or "unknown-cpu")
+    assert machine.cpu_family() == family
+
+
+@pytest.mark.parametrize(
+    "model, family, isas, used, folder",
+    [
+        ("AMD EPYC", "26.2", ["avx512_bf16", "avx2"], "AVX512", "amd-epyc-family-26-2c-avx512"),
+        ("AMD EPYC", "26.2", ["avx512", "avx2"], "AVX2", "amd-epyc-family-26-2c-avx512-as-avx2"),
+        ("Intel Xeon", "6.85", ["avx2"], "AVX2", "intel-xeon-family-6-model-85-2c-avx2"),
+        ("AMD EPYC 7B13", "25.1", ["avx2", "portable"], "AVX2", "amd-epyc-7b13-2c-avx2"),
+        ("AMD EPYC 7B13", "25.1", ["portable"], "DEFAULT", "amd-epyc-7b13-2c-portable"),
+        ("unknown-cpu", None, ["portable"], "DEFAULT", "unknown-2c-portable"),
     ],
 )
-def test_folders_of_processors(monkeypatch, model, isas, used, folder):
+def test_folders_of_processors(monkeypatch, model, family, isas, used, folder):
     """What torch is held to does not pass for what another processor has; nor does a generation
     for another that has the same name."""
     monkeypatch.setattr(machine, "cpu_model", lambda: model)
-    monkeypatch.setattr(machine, "cpu_family", lambda: "26.2")
+    monkeypatch.setattr(machine, "cpu_family", lambda: family)
     monkeypatch.setattr(machine, "cores", lambda: 2)
     monkeypatch.setattr(cpu_engine, "cpu_isas", lambda: isas)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)

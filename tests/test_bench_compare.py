@@ -192,12 +192,15 @@ def test_gate_without_a_record_of_this_machine_says_so(folder, monkeypatch, caps
     assert "bfloat16: skipped, the record's machine differs in torch: 1 and 2" in printed
 
 
-def test_a_processor_of_the_same_name_is_told_by_its_caches():
+def test_a_processor_of_the_same_name_is_told_by_its_family_and_caches():
     old, new = record(cache_bytes={"L1": 48}), record(cache_bytes={"L1": 32})
     assert compare.unlike(old, new) == ["cache_bytes: {'L1': 48} and {'L1': 32}"]
-    before = record() | {"limits": {"cache_bytes": {"L1": 48}}}  # where they were noted once
+    before = record() | {"limits": {"cache_bytes": {"L1": 48}}}  # as older records do
     assert compare.unlike(before, new) and not compare.unlike(before, old)
     assert not compare.unlike(record(), new)
+    other = record(cpu_family="26.2")
+    assert compare.unlike(record(cpu_family="25.1"), other) == ["cpu_family: 25.1 and 26.2"]
+    assert not compare.unlike(record(), other) and not compare.unlike(other, other)
 
 
 def test_gate_where_the_benchmark_does_not_run(folder, monkeypatch, capsys):

@@ -69,6 +69,7 @@ def test_suite_holds_the_plain_problems_of_the_design(suite):
         ("cpu", 13),
         ("host", 4),
         ("one-step", 20),
+        ("cell", 16),
         ("scaling", 16),
         ("gate", 6),
     ],
@@ -79,7 +80,7 @@ def test_suite_is_complete(suite, count):
 
 
 def test_suites_are_those_of_the_design():
-    assert set(SUITES) == {*PLAIN, "host", "one-step", "scaling", "gate"}
+    assert set(SUITES) == {*PLAIN, "host", "one-step", "cell", "scaling", "gate"}
     assert not others("deepbench-train") + others("deepbench-infer") + others("flashrnn")
 
 

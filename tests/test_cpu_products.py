@@ -51,6 +51,19 @@ def test_single_sequence(isa, H, P, dtype):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("size", [(16, 1, 64), (15, 1, 64), (20, 5, 32)], ids=str)
+def test_steps_for_two_threads(isa, size):
+    """Too small for three; on any number the same bits."""
+    T, B, H = size
+    case, results = Case(T=T, B=B, I=7, H=H), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(case.run(lstm_ext.LSTM.from_torch(case.module())))
+        _judge(case, torch.float32)
+    for name in results[0]:
+        assert all(torch.equal(results[0][name], other[name]) for other in results[1:]), name
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize(
@@ -212,29 +225,31 @@ for name in truth:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dtypes", ["64 64", "32 32", "32 bf16", "bf16 bf16"])
+@pytest.mark.parametrize("dtypes", ["64 64", "32 32", "32 bf16", "32 16", "bf16 bf16"])
 @pytest.mark.parametrize(
     "size",
     [
         (1, 20, 7, 3),
         (37, 76, 19, 5),
-        (70, 5, 13, 0),
+        (9000, 5, 13, 0),
         (801, 52, 13, 200),
         (913, 268, 41, 64),
         (600, 520, 300, 0),
         (1301, 52, 730, 400),
         (650, 1180, 730, 400),
+        (640, 40, 257, 0),
     ],
     ids=lambda size: "{}x{}x{}+{}".format(*size),
 )
 def test_products_of_all_weights_at_once(isa, size, dtypes, threads, monkeypatch):
-    """Both products and the sums: several slices, pieces of columns and groups of rows; rows or
-    columns shared, also among more threads than there are."""
+    """Both products and the sums: several slices, pieces of columns (the last of one block, too)
+    and groups of rows; rows or columns shared, by more threads than there are blocks, too."""
     monkeypatch.setattr(cpu_products, "_is_for_torch", lambda *args, **kwargs: False)
     torch.set_num_threads(threads)
     rows, M, N, more_N = size
     dtype_a, dtype_w = (
-        {"64": torch.double, "32": torch.float, "bf16": BF16}[d] for d in dtypes.split()
+        {"64": torch.double, "32": torch.float, "16": torch.half, "bf16": BF16}[d]
+        for d in dtypes.split()
     )
     if dtype_a == BF16 and not _C.cpu_bf16_products():
         pytest.skip("these kernels do not multiply bf16")
@@ -248,7 +263,7 @@ def test_products_of_all_weights_at_once(isa, size, dtypes, threads, monkeypatch
     limits = tol(sums.dtype)
     scale = true.abs().max().item()
     assert found.dtype == dtype_w
-    rounding = torch.finfo(BF16).eps / 2 if dtype_w == BF16 else 0
+    rounding = torch.finfo(dtype_w).eps / 2 if dtype_w.itemsize == 2 else 0
     torch.testing.assert_close(
         found.double(), true, rtol=limits["rtol"] + rounding, atol=limits["atol"] * scale
     )
@@ -300,6 +315,7 @@ def test_products_with_weights(isa, size, dtypes, monkeypatch):
         ((23, 37, 19, 21), {"bidirectional": True}),
         ((61, 16, 70, 33), {"proj": 18}),
         ((3, 400, 5, 16), {"bias": False}),
+        ((2, 1300, 5, 16), {}),  # more rows at a step than a slice of the products has
         ((90, 9, 144, 40), {"memory": "strided"}),
         ((60, 17, 23, 33), {"batch_first": True, "bidirectional": True}),
         ((400, 3, 70, 20), {"batch_first": True, "memory": "strided"}),

@@ -3,9 +3,10 @@
 //
 // The longer side of out is shared among the threads, which need nothing of each other. K is cut
 // into slices, which are added in order, and the columns of w into pieces, packed one after the
-// other. A group of rows of a is packed too, if it is transposed, and stays in L2 while each panel
-// of the piece meets all of it, so that w, which comes from further away, is read once a group. An
-// out that is to be rounded is written with the last slice; the sums of those before are scratch.
+// other. A group of rows of a, packed too if it is transposed, meets each panel of the piece as a
+// whole, so that a panel, which may come from L3, is read once a group: the group's slice (614 KB
+// of floats) has L2 to itself, or nearly. An out that is to be rounded is written with the last
+// slice; the sums of those before are scratch.
 #pragma once
 
 #include <type_traits>
@@ -23,12 +24,13 @@ class MatmulOf {
   static constexpr int L = Lanes<A>::kCount;
   static constexpr int kDepth = Operand<E>::kDepth;
   static constexpr int64_t kPackRows = 8;  // elements of K packed at once
-  // Elements of K in a slice, at most. Every slice reads and writes all of out: with 128, at H 512
-  // and 1024, W's gradient ran at 82 GFLOP/s, with 384 at 96, with 640 at 101, of 117 (Zen 4, fp32,
-  // one thread).
+  // Elements of K in a slice, at most. Every slice but the first reads and writes all of out: with
+  // 128, at H 512 and 1024, W's gradient ran at 82 GFLOP/s, with 384 at 96, with 640 at 101, of 117
+  // (Zen 4, fp32, one thread).
   static constexpr int64_t kMostSlice = 640;
   static constexpr int64_t kPackedBytes = 640 * 1024;  // of a piece of w, one thread's
-  // Rows of a^T packed at once: what lies side by side in a is read together.
+  // Rows of a that meet a panel at once, and are packed together: what lies side by side in a^T is
+  // read together.
   static constexpr int64_t kGroupRows = 5 * kChunkRows;
 
   struct Scratch {
@@ -82,8 +84,8 @@ class MatmulOf {
   // One thread's share.
   void work(int thread, int threads) const {
     const int64_t row_blocks = blocks_of<A>(p_.M);
-    const Range rows = by_rows_ ? share(row_blocks, threads, thread) : Range{0, row_blocks};
-    const int64_t m0 = rows.begin * L, m1 = std::min(p_.M, rows.end * L);
+    const Range own = by_rows_ ? share(row_blocks, threads, thread) : Range{0, row_blocks};
+    const int64_t m0 = own.begin * L, m1 = std::min(p_.M, own.end * L);
     if (m0 >= m1) return;
     const Scratch& s = scratch_[thread];
     Side sides[2] = {side(p_.w, p_.out, s.out, p_.N, thread, threads),
@@ -141,10 +143,11 @@ class MatmulOf {
     return slices ? (depth + slices - 1) / slices : 0;
   }
 
-  // Whole panels.
+  // As many as whole panels have.
   static int64_t blocks_at_once(int64_t blocks, int64_t slice) {
     const int64_t panel = std::max<int64_t>(1, slice) * kPanelVectors * L * int64_t(sizeof(E));
-    return std::min(blocks, std::max<int64_t>(1, kPackedBytes / panel) * kPanelVectors);
+    static_assert(kPackedBytes >= kMostSlice * kPanelVectors * L * int64_t(sizeof(E)));
+    return std::min(blocks, kPackedBytes / panel * kPanelVectors);
   }
 
   Side side(const void* w, void* out, A* slices, int64_t N, int thread, int threads) const {

@@ -27,9 +27,9 @@ constexpr int kLastTileRows = kManyRegisters ? kTileRows : 5;
 // A chunk of rows keeps its accumulators in L1 (48 x 4 x 64 B = 12 KB) while tiles of it take one
 // slice of K after the other.
 constexpr int kChunkRows = 48;
-// Wide vectors take a panel from L2 as fast as they use it (80 KB a slice: 2 % more than 96 and
-// 192, as much as no slices, on Zen 4; on Zen 5 within 4 %). Vectors of 32 bytes keep it in L1 (12
-// KB): with 320 W's gradient took 6 % more (AVX2 on Zen 4).
+// Wide vectors take a panel from L2 as fast as they use it (80 KB a slice): 2 % faster than with
+// 96, as fast as without slices (Zen 4; on Zen 5 within 4 %). Vectors of 32 bytes keep it in L1:
+// W's gradient was 6 % slower with 320 (AVX2 on Zen 4).
 constexpr int64_t kSliceK = LSTM_EXT_VECTOR_BYTES == 64 ? 320 : 96;
 
 // acc[p][r][v] (+)= sum over k in [k0, k1) of a[r][k * a_step] * w[p][k][v], for NP panels at once,

@@ -36,15 +36,15 @@ int64_t blocks_of(int64_t columns) {
   return (columns + Lanes<A>::kCount - 1) / Lanes<A>::kCount;
 }
 
-// Below this many multiply-adds a step and thread, meeting at the barrier costs more than another
-// thread saves (about 500 cycles of work on 16 lanes).
+// Below this many multiply-adds a step and thread, meeting at the barrier costs more than a third
+// thread, or a fourth, saves (about 500 cycles of work on 16 lanes).
 constexpr int64_t kMacsPerThread = 16384;
-// Two threads meet sooner than more do, once they have been started: B 1, H 64 takes 33 % less time
-// on two than on one, and no more where the second slept before (T 50, Zen 4). With 4096, B 3, H 32
-// takes 20 % less and B 2 nothing less in backward, but two threads are slower than one where
-// another process takes one's core away: not worth that.
+// Two threads meet sooner than more do: B 1, H 64 takes 33 % less time on two than on one, and
+// where the second sleeps between calls, as long as on one (T 50, Zen 4). Below, B 3, H 32 would
+// take 20 % less and B 2 as long, but two threads are slower than one where another process takes
+// one's core.
 constexpr int64_t kMacsPerThreadOfTwo = 8192;
-constexpr int64_t kStepsOfTwo = 16;
+constexpr int64_t kStepsOfTwo = 16;  // fewer do not save what starting a second thread costs
 
 // A pure function of the problem and the number of threads: the same call gives the same plan.
 // Slicing the units comes first, since every thread then keeps only its part of the weights in
