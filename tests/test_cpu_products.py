@@ -51,6 +51,32 @@ def test_single_sequence(isa, H, P, dtype):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("size", "more"),
+    [
+        ((1, 5, 256), {}),
+        ((3, 16, 300), {"bidirectional": True}),
+        ((4, 12, 256), {"lengths": [4, 1, 3, 4, 2, 2, 4, 1, 3, 3, 4, 2]}),
+        ((2, 24, 256), {"proj": 130}),
+        ((1, 48, 256), {}),
+        ((1, 49, 256), {}),
+        ((5, 9, 256), {}),
+    ],
+    ids=lambda value: "T{}-B{}-H{}".format(*value) if isinstance(value, tuple) else "",
+)
+def test_few_rows(isa, size, more, dtype):
+    """Up to 48 in 4 steps: W_hh is not packed; on any number of threads the same bits."""
+    T, B, H = size
+    case, results = Case(T=T, B=B, I=140, H=H, dtype=dtype, **more), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(case.run(lstm_ext.LSTM.from_torch(case.module())))
+    _judge(case, dtype)
+    for name in results[0]:
+        assert all(torch.equal(results[0][name], other[name]) for other in results[1:]), name
+
+
 @pytest.mark.parametrize("size", [(16, 1, 64), (15, 1, 64), (20, 5, 32)], ids=str)
 def test_steps_for_two_threads(isa, size):
     """Too small for three; on any number the same bits."""
