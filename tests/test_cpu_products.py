@@ -250,6 +250,15 @@ for name in truth:
     assert done.returncode == 0, done.stderr
 
 
+def _operands(names):
+    """The dtypes of a product's two sides."""
+    dtypes = {"64": torch.double, "32": torch.float, "16": torch.half, "bf16": BF16}
+    left, right = (dtypes[name] for name in names.split())
+    if left == BF16 and not _C.cpu_bf16_products():
+        pytest.skip("these kernels do not multiply bf16")
+    return left, right
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtypes", ["64 64", "32 32", "32 bf16", "32 16", "bf16 bf16"])
 @pytest.mark.parametrize(
@@ -273,12 +282,7 @@ def test_products_of_all_weights_at_once(isa, size, dtypes, threads, monkeypatch
     monkeypatch.setattr(cpu_products, "_is_for_torch", lambda *args, **kwargs: False)
     torch.set_num_threads(threads)
     rows, M, N, more_N = size
-    dtype_a, dtype_w = (
-        {"64": torch.double, "32": torch.float, "16": torch.half, "bf16": BF16}[d]
-        for d in dtypes.split()
-    )
-    if dtype_a == BF16 and not _C.cpu_bf16_products():
-        pytest.skip("these kernels do not multiply bf16")
+    dtype_a, dtype_w = _operands(dtypes)
     g = torch.Generator().manual_seed(5)
     a = torch.randn(rows, M, generator=g).to(dtype_a)
     w = torch.randn(rows, N, generator=g).to(dtype_w)
@@ -309,11 +313,7 @@ def test_products_of_all_weights_at_once(isa, size, dtypes, threads, monkeypatch
 def test_products_with_weights(isa, size, dtypes, monkeypatch):
     """As they lie: several slices, pieces of columns and groups of rows."""
     monkeypatch.setattr(cpu_products, "_is_for_torch", lambda *args, **kwargs: False)
-    dtype_a, dtype_w = (
-        {"64": torch.double, "32": torch.float, "bf16": BF16}[d] for d in dtypes.split()
-    )
-    if dtype_a == BF16 and not _C.cpu_bf16_products():
-        pytest.skip("these kernels do not multiply bf16")
+    dtype_a, dtype_w = _operands(dtypes)
     M, K, N = size
     K += K % 2 if dtype_a == BF16 else 0  # pairs
     g = torch.Generator().manual_seed(5)
