@@ -124,12 +124,8 @@ def unlike(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for name in names
     ]
     families = [record["environment"].get("cpu_family") for record in (old, new)]
-    sizes = [caches(record) for record in (old, new)]
-    pairs += [
-        (name, *both)
-        for name, both in (("cpu_family", families), ("cache_bytes", sizes))
-        if all(both)
-    ]
+    told = [("cpu_family", *families), ("cache_bytes", caches(old), caches(new))]
+    pairs += [(name, a, b) for name, a, b in told if a and b]
     return [f"{name}: {a} and {b}" for name, a, b in pairs if a != b]
 
 

@@ -23,6 +23,7 @@ import lstm_ext
 from bench.records import OURS, PEER
 from bench.suites import Problem
 from bench.timing import Builder, drop_in
+from bench.work import each_step
 
 
 class Unsupported(Exception):
@@ -103,13 +104,7 @@ class CellLoop(Loop):
                 self.cells[suffix] = cell
 
     def direction(self, x: Tensor, suffix: str) -> Tensor:
-        cell = self.cells[suffix]
-        h = c = x.new_zeros(x.size(1), self.hidden_size)
-        outputs = []
-        for step in x:
-            h, c = cell(step, (h, c))
-            outputs.append(h)
-        return torch.stack(outputs)
+        return each_step(self.cells[suffix], x)[0]
 
 
 def _step(gates: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor]:

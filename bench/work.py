@@ -43,19 +43,24 @@ class Chain(nn.Module):
         return x, state
 
 
-class CellLoop(nn.Module):
-    """A loop over a cell, as a decoder makes it: one call a step, from a zero state."""
+def each_step(cell: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A loop over a cell, as one writes it: one call a step, from a zero state."""
+    state, outputs = None, []
+    for step in x:
+        state = cell(step, state)
+        outputs.append(state[0])
+    return torch.stack(outputs), state
+
+
+class Stepwise(nn.Module):
+    """A cell, called like a layer."""
 
     def __init__(self, cell: nn.Module):
         super().__init__()
         self.cell = cell
 
     def forward(self, x):
-        state, outputs = None, []
-        for step in x.unbind(0):
-            state = self.cell(step, state)
-            outputs.append(state[0])
-        return torch.stack(outputs), state
+        return each_step(self.cell, x)
 
 
 CELLS: Mapping[LSTMClass, LSTMClass] = {
@@ -73,7 +78,7 @@ def build(lstm: LSTMClass, problem: Problem) -> nn.Module:
     if problem.cell:
         if lstm not in CELLS:
             raise ValueError(f"{problem.name}: no cell belongs to {lstm}")
-        return CellLoop(CELLS[lstm](problem.input_size, problem.hidden_size))
+        return Stepwise(CELLS[lstm](problem.input_size, problem.hidden_size))
     if not problem.first_bidirectional:
         return lstm(
             problem.input_size,

@@ -80,7 +80,7 @@ struct LstmForward {
   // of x and dr, if their length is odd, have a zero more.
   bool bf16_products;
   int threads;      // at most this many; the plan may use fewer
-  bool pack_input;  // even for few rows: the sums of x W_ih^T do not depend on how many there are
+  bool pack_input;  // and W_hh, even for few rows: sums do not depend on how many there are
   Steps steps;
   int64_t H;
   int64_t P;

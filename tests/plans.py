@@ -33,7 +33,7 @@ def grid_plan(
 
 
 def fetching(plan: Any, fetches: bool) -> Any:
-    """A forward plan of two rounds whose cells ask for their words a step ahead, or do not."""
+    """A forward plan of two rounds whose cells fetch their words a tile at a time, or do not."""
     plan.shared_bytes += (fetches - plan.fetches) * 2 * 4 * 1024  # rounds, words
     plan.fetches = fetches
     return plan

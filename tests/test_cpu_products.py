@@ -37,6 +37,17 @@ def _judge(case, dtype):
             )
 
 
+def _on_any_threads(run):
+    """The tensors by name that run() returns, with the same bits on one, two and three threads."""
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run())
+    for name in results[0]:
+        assert all(torch.equal(results[0][name], other[name]) for other in results[1:]), name
+    return results[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize(("H", "P"), [(256, 0), (300, 256), (512, 0), (320, 0)])
 def test_single_sequence(isa, H, P, dtype):
@@ -68,26 +79,22 @@ def test_single_sequence(isa, H, P, dtype):
 def test_few_rows(isa, size, more, dtype):
     """Up to 48 in 4 steps: W_hh is not packed; on any number of threads the same bits."""
     T, B, H = size
-    case, results = Case(T=T, B=B, I=140, H=H, dtype=dtype, **more), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(case.run(lstm_ext.LSTM.from_torch(case.module())))
+    case = Case(T=T, B=B, I=140, H=H, dtype=dtype, **more)
+    _on_any_threads(lambda: case.run(lstm_ext.LSTM.from_torch(case.module())))
     _judge(case, dtype)
-    for name in results[0]:
-        assert all(torch.equal(results[0][name], other[name]) for other in results[1:]), name
 
 
 @pytest.mark.parametrize("size", [(16, 1, 64), (15, 1, 64), (20, 5, 32)], ids=str)
 def test_steps_for_two_threads(isa, size):
     """Too small for three; on any number the same bits."""
     T, B, H = size
-    case, results = Case(T=T, B=B, I=7, H=H), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(case.run(lstm_ext.LSTM.from_torch(case.module())))
+    case = Case(T=T, B=B, I=7, H=H)
+
+    def run():
         _judge(case, torch.float32)
-    for name in results[0]:
-        assert all(torch.equal(results[0][name], other[name]) for other in results[1:]), name
+        return case.run(lstm_ext.LSTM.from_torch(case.module()))
+
+    _on_any_threads(run)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -319,19 +326,15 @@ def test_products_with_weights(isa, size, dtypes, monkeypatch):
     g = torch.Generator().manual_seed(5)
     a, w = torch.randn(M, K, generator=g).to(dtype_a), torch.randn(K, N, generator=g).to(dtype_w)
     true = a.double() @ w.double()
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(cpu_products.matmul(a, w))
+    out = _on_any_threads(lambda: {"out": cpu_products.matmul(a, w)})["out"]
     limits = tol(torch.promote_types(dtype_a, torch.float32))
     rounding = torch.finfo(BF16).eps / 2 if dtype_a == BF16 else 0
     torch.testing.assert_close(
-        results[0].double(),
+        out.double(),
         true,
         rtol=limits["rtol"] + rounding,
         atol=limits["atol"] * true.abs().max().item(),
     )
-    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, BF16, torch.float16], ids=str)
@@ -363,12 +366,7 @@ def test_gradients_beside_the_recurrence(isa, size, more, dtype, monkeypatch):
     if case.proj:  # W_hr's gradient is one still
         monkeypatch.setattr(cpu_engine, "transposed_matmul", cpu_products.transposed_matmul)
     module = lstm_ext.LSTM.from_torch(case.module())
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(case.run(module))
-    for name in results[0]:
-        assert all(torch.equal(results[0][name], other[name]) for other in results[1:]), name
+    _on_any_threads(lambda: case.run(module))
     if dtype != torch.float16:  # nn.LSTM has no gradients of it here
         _judge(case, dtype)
 

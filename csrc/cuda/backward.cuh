@@ -123,7 +123,6 @@ __global__ void __launch_bounds__(kThreads,
     Operands in = {};
     Made made = {};
     if (kAhead) in = load(j, place.row_first + Sum::sequence(0));
-
     if (j > args.shape.first) barrier.wait();
     for (int tile = place.row_first; tile < place.row_end; tile += 8 * kNTiles) {
       if (tile > place.row_first) fetch(j, tile);
