@@ -46,6 +46,7 @@ def compiled() -> ctypes.CDLL:
         draft.replace(library)
     core = ctypes.CDLL(str(library))
     count, seconds, size = ctypes.c_int, ctypes.c_double, ctypes.c_size_t
+    core.round_trip.argtypes, core.round_trip.restype = (ctypes.c_int64,), seconds
     core.peak_float32.argtypes = core.peak_bfloat16.argtypes = (count, seconds)
     core.read_bandwidth.argtypes = (count, seconds, size)
     for function in (core.peak_float32, core.peak_bfloat16, core.read_bandwidth):
@@ -103,6 +104,17 @@ def measure(threads: int, seconds: float = 0.05, repeats: int = 3) -> dict[str, 
         "gflops": gflops,
         "gb_per_s": reads,
     }
+
+
+def round_trip() -> float:
+    """Nanoseconds that a cache line takes from one thread to another and back, wherever the system
+    puts them. In a virtual machine it can change within seconds: cores that share an L3 and cores
+    that do not differ several times.
+
+    Raises:
+        OSError: as ``compiled``.
+    """
+    return round(1e9 * float(compiled().round_trip(20000)), 1)
 
 
 def table(limits: dict[str, Any]) -> list[str]:

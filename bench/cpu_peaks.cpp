@@ -1,6 +1,6 @@
 // What the processor can do at most, each part alone: multiply-adds in registers, products of
-// bfloat16 pairs, and reading what lies in a cache. bench/cpu_limits.py compiles it with
-// -march=native and calls it through ctypes.
+// bfloat16 pairs, reading what lies in a cache, and a line from core to core and back.
+// bench/cpu_limits.py compiles it with -march=native and calls it through ctypes.
 
 #include <algorithm>
 #include <atomic>
@@ -111,7 +111,36 @@ double rate(int threads, double seconds, Prepare prepare) {
   return sum;
 }
 
+// A number that two threads count up in turn.
+struct alignas(64) Count {
+  std::atomic<int64_t> turns{0};
+
+  // Every second turn, from the first on if `first`, until there were so many.
+  void take_turns(bool first, int64_t until) {
+    for (int64_t turn = first ? 0 : 1; turn < until; turn += 2) {
+      while (turns.load(std::memory_order_acquire) != turn) {
+      }
+      turns.store(turn + 1, std::memory_order_release);
+    }
+  }
+};
+
 }  // namespace
+
+// Seconds for a cache line from one thread to another, and back.
+extern "C" double round_trip(int64_t times) {
+  Count warm, timed;
+  std::thread other([&] {
+    warm.take_turns(false, 2000);
+    timed.take_turns(false, 2 * times);
+  });
+  warm.take_turns(true, 2000);
+  const double begin = now();
+  timed.take_turns(true, 2 * times);
+  const double seconds = now() - begin;
+  other.join();
+  return seconds / double(times);
+}
 
 // Each returns operations or bytes a second of all threads together.
 

@@ -35,7 +35,10 @@ Rows that say *cell* are loops over nn.LSTMCell and LSTMCell instead, a call a s
 *Of the limit*: what the call cannot do without (its arithmetic at the measured peak; in each step
 of the recurrence at least reading W_hh from the nearest caches that hold it) over what it took.
 *Weights* is how fast W_hh was read, were the whole call spent on it. *Memory* is what a call adds
-at its height, in steps of some hundred KB."""
+at its height, in steps of some hundred KB. *Round trip*: of a cache line between two threads,
+before the row and after it; where it is several times as long as in other rows, the cores did not
+share an L3."""
+TRIPS = "round_trip_ns"
 FACTS = {
     "gpu": "GPU",
     "cpu": "processor",
@@ -61,7 +64,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
-def row_cells(row: Mapping[str, Any], others: Sequence[str]) -> list[str]:
+def row_cells(row: Mapping[str, Any], others: Sequence[str], with_trips: bool) -> list[str]:
     ours, peer = row["modules"][OURS], row["modules"][PEER]
     speed = ours["weights_gb_per_s"]
     memory = " / ".join(number(module["peak_mb"], 1) for module in (peer, ours))
@@ -79,6 +82,8 @@ def row_cells(row: Mapping[str, Any], others: Sequence[str]) -> list[str]:
         percent(records.share_of_bound(row)),
         memory,
     ]
+    if with_trips:
+        cells.append(" / ".join(number(trip, 0) for trip in row.get(TRIPS) or ()) or "-")
     for name in others:
         module = row["modules"].get(name)
         shown = module is not None and module["ratio"] is not None
@@ -121,12 +126,15 @@ def section(record: Record, name: str, folder: Path) -> list[str]:
         lines += ["**A quick run: not for publication.**", ""]
     for kind, path in plots.draw(record, folder / name).items():
         lines += [f"![{kind}]({path.name})", ""]
+    with_trips = any(row.get(TRIPS) for row in record["rows"])
     head = [
         *("problem", "mode", "nn.LSTM ms", "lstm_ext ms", "ratio", "range", "µs a step"),
         *("GFLOP/s", "weights GB/s", "nn.LSTM of the limit", "of the limit"),
-        *("memory MB, nn.LSTM / lstm_ext", *(f"ratio to {peer}" for peer in others)),
+        "memory MB, nn.LSTM / lstm_ext",
+        *(["round trip ns"] * with_trips),
+        *(f"ratio to {peer}" for peer in others),
     ]
-    lines += table(head, [row_cells(row, others) for row in record["rows"]])
+    lines += table(head, [row_cells(row, others, with_trips) for row in record["rows"]])
     for peer in (PEER, *others):
         if means := records.geometric_means(record, peer):
             parts = ", ".join(f"{mode} {mean:.2f}" for mode, mean in means.items())

@@ -37,6 +37,11 @@ def test_what_is_measured():
     assert "multiply-adds in float32" in printed and "reads from memory" in printed
 
 
+def test_a_round_trip():
+    """Longer than two reads of the first-level cache, shorter than a time slice."""
+    assert 1 < cpu_limits.round_trip() < 1e6
+
+
 def test_the_same_library_is_not_compiled_twice(monkeypatch):
     cpu_limits.compiled()
     monkeypatch.setattr(cpu_limits.subprocess, "run", None)

@@ -92,6 +92,15 @@ def test_report(folder, capsys):
         assert ET.parse(folder / name).getroot().tag.endswith("svg")
 
 
+def test_round_trips(folder):
+    assert "| round trip ns |" not in markdown.report(folder)
+    told = {**row(P, "training", 4.0, 2.0), "round_trip_ns": [57.8, 334.0]}
+    write(folder / "one-step-float32-cpu.jsonl", told, row(Q, "training", 4.0, 2.0))
+    text = markdown.report(folder)
+    assert text.count("| round trip ns |") == 1
+    assert " | 1.5 / 1.5 | 58 / 334 |\n" in text and " | 1.5 / 1.5 | - |\n" in text
+
+
 def test_the_same_records_give_the_same_bytes(folder):
     assert main(("report", str(folder))) == 0
     first = {path.name: path.read_bytes() for path in folder.iterdir()}

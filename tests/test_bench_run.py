@@ -50,7 +50,7 @@ def test_cuda_without_a_gpu_exits_with_2(monkeypatch, capsys):
 KEYS = {"schema", "complete", "settings", "environment", "limits", "rows", "seconds"}
 ROW_KEYS = {
     *("name", "mode", "problem", "flop", "modules", "seconds"),
-    *("bound_ms", "floor_us_per_step", "of_floor"),
+    *("bound_ms", "floor_us_per_step", "of_floor", "round_trip_ns"),
 }
 MODULE_KEYS = {
     *("ms", "us_per_step", "gflops", "weights_gb_per_s", "peak_mb", "host_us"),
@@ -60,9 +60,10 @@ MODULE_KEYS = {
 TINY = ("--suite", "cpu", "--rows", "^T50 B1 H64$", "--quick", "--repeats", "2")
 
 
-def test_command_writes_the_documented_record(tmp_path):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_command_writes_the_documented_record(tmp_path, threads):
     out = tmp_path / "new folder" / "r.jsonl"
-    command = [sys.executable, "-m", "bench", *TINY, "--threads", "1", "--out", str(out)]
+    command = [sys.executable, "-m", "bench", *TINY, "--threads", str(threads), "--out", str(out)]
     done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "T50 B1 H64" in done.stdout and "geometric mean of the ratios" in done.stdout
@@ -72,14 +73,16 @@ def test_command_writes_the_documented_record(tmp_path):
     assert written["complete"] is True and written["seconds"] > 0
     settings = written["settings"]
     assert (settings["suite"], settings["dtype"], settings["device"]) == ("cpu", "float32", "cpu")
-    assert (settings["threads"], settings["repeats"], settings["quick"]) == (1, 2, True)
+    assert (settings["threads"], settings["repeats"], settings["quick"]) == (threads, 2, True)
     facts = written["environment"]
     assert facts["torch"] == torch.__version__ and facts["lstm_ext"] and facts["cpu"]
-    assert facts["lstm_ext_cpu_isa"] and facts["threads"] == 1
+    assert facts["lstm_ext_cpu_isa"] and facts["threads"] == threads
     assert str(tmp_path) not in out.read_text() and str(machine.ROOT) not in out.read_text()
     assert [row["mode"] for row in written["rows"]] == list(MODES)
     for row in written["rows"]:
         assert set(row) == ROW_KEYS
+        trips = row["round_trip_ns"]
+        assert (len(trips) == 2 and min(trips) > 1) if threads == 2 else trips is None
         assert set(row["modules"]) == {"nn.LSTM", "lstm_ext"}
         for module in row["modules"].values():
             assert set(module) == MODULE_KEYS

@@ -31,21 +31,35 @@ def _judge(case, dtype):
         if dtype == BF16:
             assert_as_good(ours[name], plain[name], truth[name], name)
         else:
-            limits, scale = tol(dtype), max(1.0, truth[name].abs().max().item())
-            torch.testing.assert_close(
-                ours[name].double(), truth[name], rtol=limits["rtol"], atol=limits["atol"] * scale
-            )
+            _assert_near(ours[name].double(), truth[name], dtype)
 
 
 def _on_any_threads(run):
-    """The tensors by name that run() returns, with the same bits on one, two and three threads."""
+    """The tensors by name that run() returns, on one thread; on two and three with the same bits.
+
+    The gradients of weights and biases are near: groups of sequences are summed up on their own.
+    """
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         results.append(run())
-    for name in results[0]:
-        assert all(torch.equal(results[0][name], other[name]) for other in results[1:]), name
+    for name, first in results[0].items():
+        for other in (result[name] for result in results[1:]):
+            if name.startswith(("dweight", "dbias")):
+                _assert_near(other, first)
+            else:
+                assert torch.equal(first, other), name
     return results[0]
+
+
+def _assert_near(found, expected, dtype=None):
+    """dtype: of the numbers as they were computed; the expected ones' own, if None."""
+    dtype = dtype or expected.dtype
+    limits, scale = tol(torch.promote_types(dtype, torch.float32)), expected.abs().max().item()
+    step = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0  # rounded the other way
+    torch.testing.assert_close(
+        found, expected, rtol=limits["rtol"] + step, atol=limits["atol"] * max(1.0, scale)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
@@ -73,13 +87,14 @@ def test_single_sequence(isa, H, P, dtype):
         ((1, 48, 256), {}),
         ((1, 49, 256), {}),
         ((5, 9, 256), {}),
+        ((1, 46, 16), {"I": 256}),
     ],
     ids=lambda value: "T{}-B{}-H{}".format(*value) if isinstance(value, tuple) else "",
 )
 def test_few_rows(isa, size, more, dtype):
     """Up to 48 in 4 steps: W_hh is not packed; on any number of threads the same bits."""
     T, B, H = size
-    case = Case(T=T, B=B, I=140, H=H, dtype=dtype, **more)
+    case = Case(T=T, B=B, H=H, dtype=dtype, **{"I": 140, **more})
     _on_any_threads(lambda: case.run(lstm_ext.LSTM.from_torch(case.module())))
     _judge(case, dtype)
 
@@ -374,13 +389,22 @@ def test_gradients_beside_the_recurrence(isa, size, more, dtype, monkeypatch):
 @pytest.mark.parametrize("batch_first", [False, True], ids=["time first", "batch first"])
 @pytest.mark.parametrize(
     "lengths",
-    [[60, 0, 200, 133, 5, 199], [90, 12, 17, 0, 33, 61], [1, 0, 0, 0, 0, 0], [0] * 6],
-    ids=["all steps", "the first 90", "one step", "none"],
+    [
+        [60, 0, 200, 133, 5, 199],
+        [90, 12, 17, 0, 33, 61],
+        [1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 9, 0, 0],
+        [0] * 6,
+    ],
+    ids=["all steps", "the first 90", "one step", "one sequence", "none"],
 )
 def test_gradients_beside_the_recurrence_of_lengths(batch_first, lengths, monkeypatch):
-    """As the products over all steps have them; what lies in the padding is NaN."""
+    """As the products over all steps have them; what lies in the padding is NaN.
+
+    On three threads there are three groups of sequences, of which some have no steps.
+    """
     torch.manual_seed(0)
-    T, B, I, H = 200, 6, 37, 24
+    T, B, I, H = 200, 6, 37, 48
     module = lstm_ext.LSTM(I, H, bidirectional=True, batch_first=batch_first)
     x, lengths = torch.randn(T, B, I), torch.tensor(lengths)
     padding = torch.arange(T)[:, None] >= lengths
@@ -400,9 +424,10 @@ def test_gradients_beside_the_recurrence_of_lengths(batch_first, lengths, monkey
     monkeypatch.setattr(cpu_engine, "FUSED_ROWS", 10**9)
     after = gradients(2)
     assert not beside[0][padding.T if batch_first else padding].any()
-    for found, expected, *again in zip(beside, after, *others, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        assert all(torch.equal(found, other) for other in again)
+    for i, (expected, *found) in enumerate(zip(after, beside, *others, strict=True)):
+        for one in found:
+            torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+            assert i or torch.equal(one, found[0])  # the gradient of x
 
 
 def test_gradients_beside_the_recurrence_of_variants(monkeypatch):

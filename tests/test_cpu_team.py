@@ -17,7 +17,9 @@ pytestmark = pytest.mark.cpu_only(reason="OpenMP threads")
 
 LIMIT = 120  # seconds; each takes a few
 
-# A layer big enough for eight threads, its outputs and gradients; and what they are on one thread.
+# Layers big enough for eight threads, their outputs and gradients; and what they are on one thread.
+# The threads share the units of one, except in backward, where there are two groups of sequences of
+# four threads each; of the other there are more groups.
 LAYER = """
 import os, sys, threading
 import torch
@@ -25,12 +27,16 @@ import lstm_ext
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-module = lstm_ext.LSTM(40, 256)
+modules = lstm_ext.LSTM(40, 256), lstm_ext.LSTM(40, 64)
 x = torch.randn(20, 8, 40)
 
 def run():
-    y, (_, c_n) = module(x)
-    return [y, c_n, *torch.autograd.grad(y.sum() + c_n.sum(), list(module.parameters()))]
+    results = []
+    for module in modules:
+        y, (_, c_n) = module(x)
+        gradients = torch.autograd.grad(y.sum() + c_n.sum(), list(module.parameters()))
+        results += [y, c_n, *gradients]
+    return results
 
 def check(results, expected):
     for ours, theirs in zip(results, expected, strict=True):

@@ -1,4 +1,4 @@
-// Backward of a whole sequence through time, one direction of one layer, by one team of threads.
+// Backward of a whole sequence through time, one direction of one layer, of one group (groups.h).
 //
 // Steps are walked against the order forward took them. Each thread owns a slice of the hidden
 // units: it turns dh_t, dc_t into its columns of dgates_t, waits for the others' columns, and
@@ -25,71 +25,61 @@ class Backward {
   static constexpr int L = Lanes<A>::kCount;
 
  public:
-  explicit Backward(const LstmBackward& p) : Backward(p, Arena(p.workspace)) {}
-
-  int64_t workspace() const { return workspace_; }
-
-  void run() {
-    run_planned(
-        p_.threads, barriers_, [this](int threads) { return plan(threads); },
-        [this](const Plan& plan, int thread) { work(plan, thread); });
+  static Plan plan(const LstmBackward& p) {
+    return make_plan(p.threads, p.steps.T, p.steps.B, blocks_of<A>(p.H), p.steps.B * 4 * p.H * p.P,
+                     (p.dw_hh ? p.I : 0) + p.P, p.P * 4 * p.H * int64_t(sizeof(O)));
   }
 
- private:
-  Backward(const LstmBackward& p, Arena&& arena)
+  Backward(const LstmBackward& p, Range batch, int slices, Arena& arena)
       : p_(p),
-        B_(p.steps.B),
+        batch_(batch),
         H_(p.H),
         P_(p.P),
         K_(p.w_hh ? 4 * p.H : 0),
         normed_(p.variants.gamma_hh),
         varied_(p.variants.peephole || p.variants.zoneout_h() || p.variants.zoneout_c()),
-        gradients_(p, arena),
+        gradients_(p, batch, slices, arena),
         dgates_(p.dw_hh ? gradients_.dgates() : static_cast<O*>(p.dgates)),
         h_prev_(p.dw_hh ? gradients_.h_prev() : static_cast<S*>(p.h_prev)),
-        cells_(p, arena, dgates_) {
-    members_ = arena.take<Member<E>>(p.threads);
-    barriers_ = arena.take<Barrier>(p.threads + 1);
+        cells_(p, batch, slices, arena, dgates_) {
+    meet_ = take_barrier(arena, slices);
     packed_hh_ = arena.take<E>(blocks_of<A>(P_) * depth_of<E>(K_) * L);
     packed_hr_ = arena.take<E>(p.w_hr ? blocks_of<A>(H_) * depth_of<E>(P_) * L : 0);
-    Member<E>::take(arena, p.threads, B_, members_);
-    workspace_ = arena.used();
+    members_ = Member<E>::take(arena, slices, batch.size());
   }
 
-  Plan plan(int threads) const {
-    return make_plan(threads, p_.steps.T, B_, blocks_of<A>(H_),
-                     B_ * std::max<int64_t>(K_, 4 * H_) * P_);
+  static void combine(Backward* parts, int groups, Barrier& everyone, int threads, int thread) {
+    if (!parts[0].p_.dw_hh) return;
+    everyone.wait(thread, threads);
+    const auto other = [&](int i) -> const Gradients<E, S>& { return parts[i + 1].gradients_; };
+    parts[0].gradients_.add(groups - 1, other, threads, thread);
   }
 
-  void work(const Plan& plan, int thread) {
-    Member<E>& m = members_[thread];
-    m.place(plan, thread, B_, H_, P_);
+  void work(int slices, int slice) {
+    Member<E>& m = members_[slice];
+    m.place(slice, slices, H_, P_);
     if (K_) {
-      pack_matrix(static_cast<const S*>(p_.w_hh), P_, K_, false, m.proj, m, plan.groups,
-                  packed_hh_);
+      pack_matrix(static_cast<const S*>(p_.w_hh), P_, K_, false, m.proj, packed_hh_);
     }
     if (p_.w_hr) {
-      pack_matrix(static_cast<const S*>(p_.w_hr), H_, P_, false, m.units, m, plan.groups,
-                  packed_hr_);
+      pack_matrix(static_cast<const S*>(p_.w_hr), H_, P_, false, m.units, packed_hr_);
     }
-    if (p_.dx) gradients_.pack(m, plan, thread);
+    if (p_.dx) gradients_.pack(slices, slice);
     cells_.start(m);
-    Barrier& everyone = barriers_[plan.groups];
-    everyone.wait(plan.threads());
-    Barrier& meet = barriers_[m.group];
+    const auto meet = [&] { meet_->wait(slice, slices); };
+    meet();
     StepsAtHand at_hand{p_.steps.T, p_.steps.T, 0, 0};
     int64_t filled = 0;  // rows at hand of the steps walked already
     for (int64_t i = p_.steps.T - 1; i >= 0; --i) {
       const int64_t t = p_.steps.step_at(i);
-      const int64_t count = collect(p_.steps, t, m.batch, m.rows);
+      const int64_t count = collect(p_.steps, t, batch_, m.rows);
       if (p_.dw_hh) {
         if (i < at_hand.begin) {
           at_hand = gradients_.steps_before(at_hand.begin);
           filled = 0;
         }
-        const int64_t before = filled + p_.steps.count(t, 0, m.batch.begin);
-        gradients_.put_x(at_hand, m.rows, count, before, m.slice, plan.slices);
-        filled += p_.steps.count(t, 0, B_);
+        gradients_.put_x(at_hand, m.rows, count, filled, slices, slice);
+        filled += count;
       } else {
         for (int64_t r = 0; r < count; ++r) m.rows[r].slot = m.rows[r].row;
       }
@@ -97,15 +87,15 @@ class Backward {
         for (int64_t r = 0; r < count; ++r) put_h_prev(m.rows[r], m.proj);
       }
       if (p_.w_hr) {
-        through_projection(m, count, meet, plan);
+        through_projection(m, count, meet);
       } else if (!normed_) {
         varied_ ? cells_.varied_cells(m, count) : cells_.plain_cells(m, count);
       }
-      meet.wait(plan.slices);
+      meet();
       if (normed_) {
-        const Range own = share(count, plan.slices, m.slice);
-        for (int64_t r = own.begin; r < own.end; ++r) cells_.normed_cell(m.rows[r], thread);
-        meet.wait(plan.slices);
+        const Range own = share(count, slices, slice);
+        for (int64_t r = own.begin; r < own.end; ++r) cells_.normed_cell(m.rows[r], slice);
+        meet();
       }
       const O* da = normed_ ? static_cast<const O*>(p_.dproduct) : dgates_;
       for (int64_t r = 0; r < count; ++r) m.a[r] = as_elements<E>(da + m.rows[r].slot * 4 * H_);
@@ -118,16 +108,16 @@ class Backward {
                    }
                  });
       if (p_.dw_hh && i == at_hand.begin) {
-        if (plan.groups > 1) everyone.wait(plan.threads());
-        gradients_.make(at_hand, m, plan, thread);
-        everyone.wait(plan.threads());
+        gradients_.make(at_hand, m, slices, slice);
+        meet();
       }
     }
     cells_.finish(m);
   }
 
   // dr_t, then its product with W_hr gives the gradient of o * tanh(c).
-  void through_projection(const Member<E>& m, int64_t count, Barrier& meet, const Plan& plan) {
+  template <class Meet>
+  void through_projection(const Member<E>& m, int64_t count, const Meet& meet) {
     O* dr = static_cast<O*>(p_.dr);
     const int64_t stride = depth_of<E>(P_) * Operand<E>::kDepth;
     for (int64_t r = 0; r < count; ++r) {
@@ -137,7 +127,7 @@ class Backward {
       }
       m.a[r] = as_elements<E>(dr + row.row * stride);
     }
-    meet.wait(plan.slices);
+    meet();
     for_panels(m.units, m, count, depth_of<E>(P_), packed_hr_, false,
                [&](int64_t block, int vectors, Range part, const A* sums) {
                  for (int64_t r = part.begin; r < part.end; ++r) {
@@ -171,7 +161,8 @@ class Backward {
   }
 
   const LstmBackward& p_;
-  const int64_t B_, H_, P_;
+  const Range batch_;
+  const int64_t H_, P_;
   const int64_t K_;                  // length of the recurrent product: 4H, or 0 without one
   const bool normed_;                // layer norm
   const bool varied_;                // variants of the cell beside it
@@ -179,11 +170,10 @@ class Backward {
   O* const dgates_;  // [.., 4H]: rows by Row::slot, of all steps or of those at hand
   S* const h_prev_;  // [.., P], or null
   BackwardCells<E, S> cells_;
+  Barrier* meet_;
   Member<E>* members_;
-  Barrier* barriers_;  // one a group, then one for the whole team
-  E* packed_hh_;       // [blocks of P][depth of 4H][lanes]
-  E* packed_hr_;       // [blocks of H][depth of P][lanes]
-  int64_t workspace_;
+  E* packed_hh_;  // [blocks of P][depth of 4H][lanes]
+  E* packed_hr_;  // [blocks of H][depth of P][lanes]
 };
 
 }  // namespace LSTM_EXT_ISA

@@ -19,43 +19,37 @@ class BackwardCells {
   static constexpr int kNormRows = 3;
 
  public:
-  BackwardCells(const LstmBackward& p, Arena& arena, O* dgates)
+  // For the sequences of `batch` and so many threads.
+  BackwardCells(const LstmBackward& p, Range batch, int threads, Arena& arena, O* dgates)
       : p_(p),
+        batch_(batch),
         H_(p.H),
         P_(p.P),
         h_stride_(blocks_of<A>(p.P) * L),
         c_stride_(blocks_of<A>(p.H) * L),
         dgates_(dgates) {
-    const int64_t B = p.steps.B;
+    const int64_t B = batch.size();
     const bool normed = p.variants.gamma_hh;
     dh_ = arena.take<A>(B * h_stride_);
     dc_ = arena.take<A>(B * c_stride_);
     dout_ = arena.take<A>(normed && p.w_hr ? B * c_stride_ : 0);
-    norm_rows_ = arena.take<A>(normed ? p.threads * kNormRows * c_stride_ : 0);
+    norm_rows_ = arena.take<A>(normed ? threads * kNormRows * c_stride_ : 0);
   }
 
   void start(const Member<E>& m) {
-    fill(m.batch, m.proj, static_cast<const S*>(p_.dh_n), P_, dh_, h_stride_);
-    fill(m.batch, m.units, static_cast<const S*>(p_.dc_n), H_, dc_, c_stride_);
-  }
-
-  void fill(Range batch, Range blocks, const S* from, int64_t columns, A* to, int64_t stride) {
-    for (int64_t b = batch.begin; b < batch.end; ++b) {
-      for (int64_t j = blocks.begin * L; j < blocks.end * L; j += L) {
-        store_full<A>(to + b * stride + j,
-                      from ? load<A>(from + b * columns + j, columns - j) : broadcast<A>(A(0)));
-      }
-    }
+    fill(m.proj, static_cast<const S*>(p_.dh_n), P_, dh_, h_stride_);
+    fill(m.units, static_cast<const S*>(p_.dc_n), H_, dc_, c_stride_);
   }
 
   void finish(const Member<E>& m) {
-    for (int64_t b = m.batch.begin; b < m.batch.end; ++b) {
+    for (int64_t b = batch_.begin; b < batch_.end; ++b) {
+      const int64_t local = b - batch_.begin;
       for (int64_t j = m.proj.begin * L; j < m.proj.end * L; j += L) {
-        store<A>(static_cast<S*>(p_.dh0) + b * P_ + j, load_full<A>(dh_ + b * h_stride_ + j),
+        store<A>(static_cast<S*>(p_.dh0) + b * P_ + j, load_full<A>(dh_ + local * h_stride_ + j),
                  P_ - j);
       }
       for (int64_t j = m.units.begin * L; j < m.units.end * L; j += L) {
-        store<A>(static_cast<S*>(p_.dc0) + b * H_ + j, load_full<A>(dc_ + b * c_stride_ + j),
+        store<A>(static_cast<S*>(p_.dc0) + b * H_ + j, load_full<A>(dc_ + local * c_stride_ + j),
                  H_ - j);
       }
     }
@@ -64,7 +58,7 @@ class BackwardCells {
   // Gradient of h_t in columns j .. j+L, what later steps sent back and what the output received,
   // as it reaches what was made at this step; what reaches h_{t-1} through zoneout waits in dh_.
   V dh_fresh(const Row& row, int64_t j) {
-    A* sent = dh_ + row.b * h_stride_ + j;
+    A* sent = dh_ + row.local * h_stride_ + j;
     V dh = load_full<A>(sent);
     if (p_.dy) dh += load<A>(static_cast<const S*>(p_.dy) + row.row * p_.dy_stride + j, P_ - j);
     if (!p_.variants.zoneout_h()) return dh;
@@ -76,7 +70,7 @@ class BackwardCells {
   // product: the gradient of what W_hh was multiplied with.
   void put_dh(const Row& row, int64_t j, V product) {
     const Variants& v = p_.variants;
-    A* dh = dh_ + row.b * h_stride_ + j;
+    A* dh = dh_ + row.local * h_stride_ + j;
     if (v.h_dropout) {
       product *= load<A>(static_cast<const A*>(v.h_dropout) + row.b * P_ + j, P_ - j);
     }
@@ -103,7 +97,7 @@ class BackwardCells {
       O* da_o = dgates_ + (row.slot * 4 + 3) * H_;
       for (int64_t j = begin; j < end; j += L) {
         const int64_t n = H_ - j;
-        V dh = load_full<A>(dh_ + row.b * h_stride_ + j);
+        V dh = load_full<A>(dh_ + row.local * h_stride_ + j);
         if (p_.dy) dh += load<A>(static_cast<const S*>(p_.dy) + row.row * p_.dy_stride + j, n);
         typename LstmCell::Gates s, da;
         s.o = load<A>(o + j, n);
@@ -111,7 +105,7 @@ class BackwardCells {
                                          da);
         dc += sent_to_c(row, j);
         store<A>(da_o + j, da.o, n);
-        store_full<A>(dc_ + row.b * c_stride_ + j, dc);
+        store_full<A>(dc_ + row.local * c_stride_ + j, dc);
       }
     }
     for (int64_t r = 0; r < count; ++r) {
@@ -120,7 +114,7 @@ class BackwardCells {
       O* dgates = dgates_ + row.slot * 4 * H_;
       for (int64_t j = begin; j < end; j += L) {
         const int64_t n = H_ - j;
-        A* dc_state = dc_ + row.b * c_stride_ + j;
+        A* dc_state = dc_ + row.local * c_stride_ + j;
         V dc = load_full<A>(dc_state);
         typename LstmCell::Gates s, da;
         s.i = load<A>(gates + j, n);
@@ -148,7 +142,7 @@ class BackwardCells {
 
   // The gradient of o * tanh(norm(c)) that normed_cell is to find, through the projection.
   void put_dout(const Row& row, int64_t j, V dout) {
-    store_full<A>(dout_ + row.b * c_stride_ + j, dout);
+    store_full<A>(dout_ + row.local * c_stride_ + j, dout);
   }
 
   // One sequence's units, all of them, with h = o * tanh(gamma * c_hat + beta), then the norm of
@@ -174,7 +168,7 @@ class BackwardCells {
       const Step step = load_step(row, j);
       const V c_hat = of_c.normalize(step.c), gamma = load<A>(gamma_ch + j, n);
       const V tanh_c = Math<A>::tanh(c_hat * gamma + load<A>(beta_ch + j, n));
-      const V dout = p_.w_hr ? load_full<A>(dout_ + row.b * c_stride_ + j) : dh_fresh(row, j);
+      const V dout = p_.w_hr ? load_full<A>(dout_ + row.local * c_stride_ + j) : dh_fresh(row, j);
       typename LstmCell::Gates da;
       const V dnormed = LstmCell::backward_output(step.s, tanh_c, dout, da);
       put_cell_out(row, j, step.s.o * tanh_c);
@@ -212,6 +206,16 @@ class BackwardCells {
   }
 
  private:
+  // The gradients of the last state, as the caller has them: zero, unless given.
+  void fill(Range blocks, const S* from, int64_t columns, A* to, int64_t stride) {
+    for (int64_t b = batch_.begin; b < batch_.end; ++b, to += stride) {
+      for (int64_t j = blocks.begin * L; j < blocks.end * L; j += L) {
+        store_full<A>(to + j,
+                      from ? load<A>(from + b * columns + j, columns - j) : broadcast<A>(A(0)));
+      }
+    }
+  }
+
   // What forward had at units j .. j+L.
   struct Step {
     typename LstmCell::Gates s;
@@ -258,7 +262,7 @@ class BackwardCells {
 
   // Gradient of c from later steps and from outside.
   LSTM_EXT_INLINE V sent_to_c(const Row& row, int64_t j) const {
-    const V sent = load_full<A>(dc_ + row.b * c_stride_ + j);
+    const V sent = load_full<A>(dc_ + row.local * c_stride_ + j);
     if (!p_.dcells) return sent;
     return sent + load<A>(static_cast<const S*>(p_.dcells) + row.row * H_ + j, H_ - j);
   }
@@ -271,7 +275,7 @@ class BackwardCells {
   void state(const Row& row, int64_t j, const Step& step, V dc, typename LstmCell::Gates& da) {
     const int64_t n = H_ - j;
     const Variants& v = p_.variants;
-    A* dc_state = dc_ + row.b * c_stride_ + j;
+    A* dc_state = dc_ + row.local * c_stride_ + j;
     V sent = sent_to_c(row, j);
     V kept = broadcast<A>(A(0));
     if (v.zoneout_c()) {
@@ -304,6 +308,7 @@ class BackwardCells {
   static void add_to(A* sums, V v, int64_t n) { store<A>(sums, load<A>(sums, n) + v, n); }
 
   const LstmBackward& p_;
+  const Range batch_;
   const int64_t H_, P_;
   const int64_t h_stride_, c_stride_;
   O* const dgates_;

@@ -1,4 +1,4 @@
-// Forward of a whole sequence, one direction of one layer, by one team of threads.
+// Forward of a whole sequence, one direction of one layer, of one group (groups.h).
 //
 // Each thread owns a slice of the hidden units: it multiplies its rows of W_hh (packed, unless the
 // sequences or the steps are few: dots.h) with every sequence's h, applies the cell while the sums
@@ -20,6 +20,7 @@ namespace LSTM_EXT_ISA {
 template <class E, class S>
 class Forward {
   using A = Acc<E>;
+  using O = Stored<E>;
   using V = Vec<A>;
   static constexpr int L = Lanes<A>::kCount;
   // Of few rows: packing W_hh costs more than dots do. LSTMCell beside nn.LSTMCell at H 1024, B 5
@@ -28,83 +29,66 @@ class Forward {
   static constexpr int64_t kFewSteps = 4;
 
  public:
-  explicit Forward(const LstmForward& p) : Forward(p, Arena(p.workspace)) {}
-
-  int64_t workspace() const { return workspace_; }
-
-  void run() {
-    cells_.prepare();
-    run_planned(
-        p_.threads, barriers_, [this](int threads) { return plan(threads); },
-        [this](const Plan& plan, int thread) { work(plan, thread); });
+  static Plan plan(const LstmForward& p) {
+    const int64_t K = length(p), macs = p.steps.B * 4 * p.H * std::max<int64_t>(K, 1);
+    // Dots of fewer sequences add up in another order: not split, they do not depend on threads.
+    const int64_t B = dots(p) || input_dots(p) ? 1 : p.steps.B;
+    const int64_t columns = (p.x ? p.I : 0) + K;
+    return make_plan(p.threads, p.steps.T, B, blocks_of<A>(p.H), macs, columns,
+                     columns * 4 * p.H * int64_t(sizeof(O)));
   }
 
- private:
-  Forward(const LstmForward& p, Arena&& arena)
+  Forward(const LstmForward& p, Range batch, int slices, Arena& arena)
       : p_(p),
-        B_(p.steps.B),
+        batch_(batch),
         H_(p.H),
         P_(p.P),
-        K_(p.w_hh ? p.P : 0),
-        few_rows_(!p.pack_input && p.steps.rows <= kChunkRows),
-        dots_((B_ <= kDotsMaxRows<A> || (few_rows_ && p.steps.T <= kFewSteps)) && dots_suit<E>(K_)),
-        copied_(dots_ && B_ == 1 && p.steps.T >= kCopyMinSteps &&
+        K_(length(p)),
+        dots_(dots(p)),
+        copied_(dots_ && p.steps.B == 1 && p.steps.T >= kCopyMinSteps &&
                 4 * H_ * K_ * int64_t(sizeof(S)) <= kCopyMaxBytes),
-        input_dots_(p.x && few_rows_ && dots_suit<E>(p.I)),
-        steps_at_once_(std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, B_))),
+        input_dots_(input_dots(p)),
+        steps_at_once_(std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, batch.size()))),
         normed_(p.variants.gamma_hh),
-        cells_(p, arena, B_ * steps_at_once_) {
-    members_ = arena.take<Member<E>>(p.threads);
-    barriers_ = arena.take<Barrier>(p.threads + 1);
+        cells_(p, batch, slices, steps_at_once_, arena) {
+    meet_ = take_barrier(arena, slices);
     packed_hh_ = arena.take<E>(dots_ ? 0 : 4 * blocks_of<A>(H_) * depth_of<E>(K_) * L);
     copied_hh_ = arena.take<S>(copied_ ? 4 * blocks_of<A>(H_) * L * K_ : 0);
     packed_ih_ =
         arena.take<E>(p.x && !input_dots_ ? 4 * blocks_of<A>(H_) * depth_of<E>(p.I) * L : 0);
     packed_hr_ = arena.take<E>(p.w_hr ? blocks_of<A>(P_) * depth_of<E>(H_) * L : 0);
     bias_ = arena.take<A>(p.x ? blocks_of<A>(H_) * L * 4 : 0);
-    Member<E>::take(arena, p.threads, B_, members_);
-    workspace_ = arena.used();
+    members_ = Member<E>::take(arena, slices, batch.size());
   }
 
-  // Where rows of weights for dots lie: those of a block of units and of its next gate begin so
-  // many rows after the ones before.
-  struct Weights {
-    const S* first;
-    int64_t block, gate;
-  };
+  static void combine(Forward*, int, Barrier&, int, int) {}
 
-  Plan plan(int threads) const {
-    const int64_t macs = B_ * 4 * H_ * std::max<int64_t>(K_, 1);
-    // Dots of fewer sequences add up in another order: not split, they do not depend on threads.
-    return make_plan(threads, p_.steps.T, dots_ ? 1 : B_, blocks_of<A>(H_), macs);
-  }
-
-  void work(const Plan& plan, int thread) {
-    Member<E>& m = members_[thread];
-    m.place(plan, thread, B_, H_, P_);
+  void work(int slices, int slice) {
+    Member<E>& m = members_[slice];
+    m.place(slice, slices, H_, P_);
     if (K_ && !dots_) {
-      pack_gates(static_cast<const S*>(p_.w_hh), H_, K_, m, m.group, plan.groups, packed_hh_);
+      pack_gates(static_cast<const S*>(p_.w_hh), H_, K_, m.units, packed_hh_);
     }
     if (copied_) copy_w_hh(m);
     if (p_.w_hr) {
-      pack_matrix(static_cast<const S*>(p_.w_hr), P_, H_, true, m.proj, m, plan.groups, packed_hr_);
+      pack_matrix(static_cast<const S*>(p_.w_hr), P_, H_, true, m.proj, packed_hr_);
     }
     if (p_.x && !input_dots_) {
-      pack_gates(static_cast<const S*>(p_.w_ih), H_, p_.I, m, m.group, plan.groups, packed_ih_);
+      pack_gates(static_cast<const S*>(p_.w_ih), H_, p_.I, m.units, packed_ih_);
     }
-    if (p_.x && m.group == 0) add_biases(m);
+    if (p_.x) add_biases(m);
     cells_.start(m);
-    barriers_[plan.groups].wait(plan.threads());
-    Barrier& meet = barriers_[m.group];
+    const auto meet = [&] { meet_->wait(slice, slices); };
+    meet();
     const Weights w_hh =
         copied_ ? Weights{copied_hh_, 4 * L, L} : Weights{static_cast<const S*>(p_.w_hh), L, H_};
     int64_t made = 0;  // row of gx where the rows of the step begin
     for (int64_t i = 0; i < p_.steps.T; ++i) {
       if (p_.x && i % steps_at_once_ == 0) {
         input_product(m, i);
-        made = m.batch.begin * steps_at_once_;
+        made = 0;
       }
-      const int64_t count = collect(p_.steps, p_.steps.step_at(i), m.batch, m.rows);
+      const int64_t count = collect(p_.steps, p_.steps.step_at(i), batch_, m.rows);
       for (int64_t r = 0; r < count; ++r) {
         m.rows[r].slot = made++;
         m.a[r] = as_elements<E>(cells_.h_before(m.rows[r], i));
@@ -121,11 +105,11 @@ class Forward {
                    });
       }
       cells_.flush(m.rows, count, waiting, i);
-      meet.wait(plan.slices);
+      meet();
       if (normed_) {
-        const Range own = share(count, plan.slices, m.slice);
-        for (int64_t r = own.begin; r < own.end; ++r) cells_.normed_cell(m.rows[r], thread, i);
-        meet.wait(plan.slices);
+        const Range own = share(count, slices, slice);
+        for (int64_t r = own.begin; r < own.end; ++r) cells_.normed_cell(m.rows[r], slice, i);
+        meet();
       }
       if (!p_.w_hr) continue;
       for (int64_t r = 0; r < count; ++r) m.a[r] = as_elements<E>(cells_.cell_out(m.rows[r]));
@@ -137,29 +121,52 @@ class Forward {
                      }
                    }
                  });
-      meet.wait(plan.slices);
+      meet();
     }
   }
+
+ private:
+  // Where rows of weights for dots lie: those of a block of units and of its next gate begin so
+  // many rows after the ones before.
+  struct Weights {
+    const S* first;
+    int64_t block, gate;
+  };
+
+  // Of the recurrent product: P, or 0 without one.
+  static int64_t length(const LstmForward& p) { return p.w_hh ? p.P : 0; }
+
+  // Of all steps: not worth packing weights for.
+  static bool few_rows(const LstmForward& p) { return !p.pack_input && p.steps.rows <= kChunkRows; }
+
+  // Few sequences, or steps: W_hh is read as it lies, not packed.
+  static bool dots(const LstmForward& p) {
+    return (p.steps.B <= kDotsMaxRows<A> || (few_rows(p) && p.steps.T <= kFewSteps)) &&
+           dots_suit<E>(length(p));
+  }
+
+  // Of W_ih.
+  static bool input_dots(const LstmForward& p) { return p.x && few_rows(p) && dots_suit<E>(p.I); }
 
   // gx = x W_ih^T + b_ih + b_hh for the columns of one thread and the steps from the i-th on, as
   // many as are made at once.
   void input_product(const Member<E>& m, int64_t i) {
     const S* w_ih = static_cast<const S*>(p_.w_ih);
-    const int64_t depth = depth_of<E>(p_.I), first = m.batch.begin * steps_at_once_;
+    const int64_t depth = depth_of<E>(p_.I);
     int64_t count = 0;
     for (int64_t end = std::min(p_.steps.T, i + steps_at_once_); i < end; ++i) {
-      const int64_t active = collect(p_.steps, p_.steps.step_at(i), m.batch, m.rows);
+      const int64_t active = collect(p_.steps, p_.steps.step_at(i), batch_, m.rows);
       for (int64_t r = 0; r < active; ++r) {
         m.a[count++] = static_cast<const E*>(p_.x) + m.rows[r].row * depth;
       }
     }
     if (input_dots_) {
       each_dots(m, count, {w_ih, L, H_}, p_.I, false,
-                [&](int64_t j, const A* sums) { put_gx(Range{first, first + count}, j, sums); });
+                [&](int64_t j, const A* sums) { put_gx(Range{0, count}, j, sums); });
     } else {
       for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, depth, packed_ih_, false,
                  [&](int64_t block, int, Range part, const A* sums) {
-                   put_gx(Range{first + part.begin, first + part.end}, block / 4 * L, sums);
+                   put_gx(part, block / 4 * L, sums);
                  });
     }
   }
@@ -217,23 +224,21 @@ class Forward {
   }
 
   const LstmForward& p_;
-  const int64_t B_, H_, P_;
-  const int64_t K_;              // length of the recurrent product: P, or 0 without one
-  const bool few_rows_;          // of all steps: not worth packing weights for
-  const bool dots_;              // few sequences, or steps: W_hh is read as it lies, not packed
-  const bool copied_;            // W_hh is read from a copy
-  const bool input_dots_;        // the same as dots_ of W_ih
+  const Range batch_;
+  const int64_t H_, P_, K_;
+  const bool dots_;
+  const bool copied_;  // W_hh is read from a copy
+  const bool input_dots_;
   const int64_t steps_at_once_;  // of the input product: enough rows to use each weight often
   const bool normed_;            // layer norm
   ForwardCells<E, S> cells_;
+  Barrier* meet_;
   Member<E>* members_;
-  Barrier* barriers_;  // one a group, then one for the whole team
-  E* packed_hh_;       // [4 * blocks of H][depth of K][lanes]
-  S* copied_hh_;       // [blocks of H][4][lanes][K]
-  E* packed_ih_;       // [4 * blocks of H][depth of I][lanes]
-  E* packed_hr_;       // [blocks of P][depth of H][lanes]
-  A* bias_;            // [blocks of H][4][lanes]: b_ih + b_hh, if x is given
-  int64_t workspace_;
+  E* packed_hh_;  // [4 * blocks of H][depth of K][lanes]
+  S* copied_hh_;  // [blocks of H][4][lanes][K]
+  E* packed_ih_;  // [4 * blocks of H][depth of I][lanes]
+  E* packed_hr_;  // [blocks of P][depth of H][lanes]
+  A* bias_;       // [blocks of H][4][lanes]: b_ih + b_hh, if x is given
 };
 
 }  // namespace LSTM_EXT_ISA

@@ -3,6 +3,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "groups.h"
 #include "kernels.h"
 #include "matmul.h"
 
@@ -14,6 +15,12 @@ constexpr bool kPairs = true;
 #else
 constexpr bool kPairs = false;
 #endif
+
+template <class E, class S>
+using ForwardGroups = Groups<Forward<E, S>, LstmForward>;
+
+template <class E, class S>
+using BackwardGroups = Groups<Backward<E, S>, LstmBackward>;
 
 template <template <class, class> class Direction, class Params>
 int64_t workspace(const Params& params) {
@@ -54,14 +61,15 @@ void run(const Params& params) {
 }  // namespace LSTM_EXT_ISA
 }  // namespace lstm_ext
 
-#define LSTM_EXT_DEFINE_KERNELS(variable, name)                                               \
-  namespace lstm_ext {                                                                        \
-  const CpuKernels variable = {name,                                                          \
-                               LSTM_EXT_ISA::kPairs,                                          \
-                               LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::Forward, LstmForward>,   \
-                               LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::Backward, LstmBackward>, \
-                               LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::MatmulOf, Matmul>,       \
-                               LSTM_EXT_ISA::run<LSTM_EXT_ISA::Forward, LstmForward>,         \
-                               LSTM_EXT_ISA::run<LSTM_EXT_ISA::Backward, LstmBackward>,       \
-                               LSTM_EXT_ISA::run<LSTM_EXT_ISA::MatmulOf, Matmul>};            \
+#define LSTM_EXT_DEFINE_KERNELS(variable, name)                            \
+  namespace lstm_ext {                                                     \
+  const CpuKernels variable = {                                            \
+      name,                                                                \
+      LSTM_EXT_ISA::kPairs,                                                \
+      LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::ForwardGroups, LstmForward>,   \
+      LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::BackwardGroups, LstmBackward>, \
+      LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::MatmulOf, Matmul>,             \
+      LSTM_EXT_ISA::run<LSTM_EXT_ISA::ForwardGroups, LstmForward>,         \
+      LSTM_EXT_ISA::run<LSTM_EXT_ISA::BackwardGroups, LstmBackward>,       \
+      LSTM_EXT_ISA::run<LSTM_EXT_ISA::MatmulOf, Matmul>};                  \
   }

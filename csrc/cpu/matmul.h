@@ -162,7 +162,7 @@ class MatmulOf {
 
   void pack_side(const Side& side, int64_t k0, int64_t length) const {
     for (int64_t k = 0; k < length; k += kPackRows) {
-      each_panel(side.columns, [&](int64_t block, int vectors, int64_t) {
+      each_panel(side.columns, [&](int64_t block, int vectors) {
         E* panel = side.packed + (block - side.columns.begin) * length * L;
         pack(side.w + block * L, side.N, side.N - block * L, k0 + k,
              std::min(kPackRows, length - k), panel + k * vectors * L, vectors);
@@ -242,7 +242,7 @@ class MatmulOf {
   void multiply(const Side& piece, Out* out, Range rows, const E* const* a, int64_t k0,
                 int64_t length, A* acc) const {
     const bool more = k0 || add_;
-    each_panel(piece.columns, [&](int64_t block, int vectors, int64_t) {
+    each_panel(piece.columns, [&](int64_t block, int vectors) {
       const E* panel = piece.packed + (block - piece.columns.begin) * length * L;
       for (int64_t begin = rows.begin; begin < rows.end; begin += kChunkRows) {
         const int64_t end = std::min(rows.end, begin + kChunkRows);

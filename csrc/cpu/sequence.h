@@ -3,7 +3,7 @@
 #pragma once
 
 #include <algorithm>
-#include <new>
+#include <memory>
 
 #include "../params.h"
 #include "product.h"
@@ -16,6 +16,8 @@ namespace LSTM_EXT_ISA {
 // size asked for and the pieces taken come from the same code.
 class Arena {
  public:
+  static constexpr int64_t kPage = 4096;
+
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
 
   template <class T>
@@ -24,12 +26,21 @@ class Arena {
     used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
     return piece;
   }
+  // Leaves a page free: what one thread writes next to another's would be fetched by the other's
+  // prefetcher, which stops at the end of a page, and have to be fetched back.
+  void next_page() { used_ += kPage; }
   int64_t used() const { return used_; }
 
  private:
   char* base_;
   int64_t used_ = 0;
 };
+
+inline Barrier* take_barrier(Arena& arena, int members) {
+  Barrier* barrier = arena.take<Barrier>(members);
+  if (barrier) std::uninitialized_default_construct_n(barrier, members);
+  return barrier;
+}
 
 template <class A>
 int64_t blocks_of(int64_t columns) {
@@ -45,28 +56,49 @@ constexpr int64_t kMacsPerThread = 16384;
 // one's core.
 constexpr int64_t kMacsPerThreadOfTwo = 8192;
 constexpr int64_t kStepsOfTwo = 16;  // fewer do not save what starting a second thread costs
+// Groups (groups.h) read all weights for few rows. A group wants 4 sequences at least, or one, of
+// so few weights that L2 gives them fast enough; so many rows of all steps to a column of weights
+// that its copies, and those of their gradients, weigh little; and weights of a step that stay in
+// its L2: with 2 MB, threads that share the units are as fast or faster where they share an L3 (Zen
+// 4, L2 of 1 MB).
+constexpr int64_t kSequencesOfGroup = 4;
+constexpr int64_t kFewWeights = 256 << 10;  // bytes
+constexpr int64_t kMostWeights = 1 << 20;
+constexpr int64_t kColumnsPerRow = 4;
 
 // A pure function of the problem and the number of threads: the same call gives the same plan.
-// Slicing the units comes first, since every thread then keeps only its part of the weights in
-// its caches; sequences are split when there are more threads than blocks of units.
-static inline Plan make_plan(int threads, int64_t T, int64_t B, int64_t unit_blocks,
-                             int64_t macs_per_step) {
-  const bool two = T >= kStepsOfTwo && macs_per_step >= 2 * kMacsPerThreadOfTwo;
-  const int64_t useful = std::max<int64_t>(two ? 2 : 1, macs_per_step / kMacsPerThread);
+// macs: multiply-adds of a step; columns: of W_ih and W_hh together, as far as they are used here;
+// step_weights: bytes of them that a step reads.
+static inline Plan make_plan(int threads, int64_t T, int64_t B, int64_t unit_blocks, int64_t macs,
+                             int64_t columns, int64_t step_weights) {
+  const bool two = T >= kStepsOfTwo && macs >= 2 * kMacsPerThreadOfTwo;
+  const int64_t useful = std::max<int64_t>(two ? 2 : 1, macs / kMacsPerThread);
   const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(threads, useful));
-  const int slices = int(std::min(wanted, std::max<int64_t>(1, unit_blocks)));
-  const int groups = int(std::max<int64_t>(1, std::min<int64_t>(wanted / slices, B)));
-  return {groups, slices};
+  const int64_t most_slices = std::max<int64_t>(1, unit_blocks);
+  const int64_t sequences = step_weights > kFewWeights ? kSequencesOfGroup : 1;
+  int64_t most_groups =
+      std::min(B / sequences, kColumnsPerRow * T * B / std::max<int64_t>(1, columns));
+  if (step_weights > kMostWeights) most_groups = 1;
+  Plan best{1, int(std::min(wanted, most_slices))};
+  for (int64_t groups = 2; groups <= std::min(wanted, most_groups); ++groups) {
+    const Plan plan{int(groups), int(std::min(wanted / groups, most_slices))};
+    if (plan.threads() >= best.threads()) best = plan;
+  }
+  // More threads than blocks of units: sequences are split, few as they may be.
+  const int64_t slices = std::min(wanted, most_slices);
+  const Plan all{int(std::max<int64_t>(1, std::min(wanted / slices, B))), int(slices)};
+  return all.threads() > best.threads() ? all : best;
 }
 
 struct Row {
-  int64_t b;     // sequence
-  int64_t row;   // where this step lies
-  int64_t slot;  // where its row lies in a buffer of the steps at hand, if the caller has one
-  int64_t prev;  // where the step taken before it lies; meaningless if first
-  bool first;    // no step of this sequence was taken before
-  bool last;     // none will be taken after
-  bool reset;    // starts from a zero state
+  int64_t b;      // sequence
+  int64_t local;  // the same, counted from the first of its group
+  int64_t row;    // where this step lies
+  int64_t slot;   // where its row lies in a buffer of the steps at hand, if the caller has one
+  int64_t prev;   // where the step taken before it lies; meaningless if first
+  bool first;     // no step of this sequence was taken before
+  bool last;      // none will be taken after
+  bool reset;     // starts from a zero state
 };
 
 // Lists the sequences of `batch` that take step t.
@@ -76,6 +108,7 @@ static inline int64_t collect(const Steps& s, int64_t t, Range batch, Row* rows)
     if (!s.active(t, b)) continue;
     const bool first = t == s.first_step(b);
     rows[count++] = {b,
+                     b - batch.begin,
                      s.row(t, b),
                      0,
                      first ? -1 : s.row(s.reverse ? t + 1 : t - 1, b),
@@ -106,13 +139,12 @@ LSTM_EXT_INLINE Vec<A> keep_c(const Variants& v, int64_t H, int64_t row, int64_t
   return broadcast<A>(A(v.keep_c_all));
 }
 
-// What one thread owns and its scratch.
+// What one thread owns of a group's work, and its scratch.
 template <class E>
 struct Member {
   using A = Acc<E>;
 
-  int group, slice;
-  Range batch;  // sequences of its group
+  int slice;
   Range units;  // blocks of hidden units (columns of H)
   Range proj;   // blocks of columns of P
   Row* rows;    // [B]
@@ -121,55 +153,42 @@ struct Member {
 
   static constexpr int64_t kAcc = int64_t(kChunkRows) * kPanelVectors * Lanes<A>::kCount;
 
-  // Scratch of `threads` members, taken from the arena thread by thread.
-  static void take(Arena& arena, int threads, int64_t B, Member* members) {
+  // Scratch of `threads` members, for B sequences, taken from the arena thread by thread.
+  static Member* take(Arena& arena, int threads, int64_t B) {
+    Member* members = arena.take<Member>(threads);
     for (int i = 0; i < threads; ++i) {
+      if (i) arena.next_page();
       Member m{};
       m.rows = arena.take<Row>(B);
       m.a = arena.take<const E*>(std::max<int64_t>(B, kChunkRows));
       m.acc = arena.take<A>(2 * kAcc);
       if (members) members[i] = m;
     }
+    return members;
   }
 
-  void place(const Plan& plan, int thread, int64_t B, int64_t H, int64_t P) {
-    group = thread / plan.slices;
-    slice = thread % plan.slices;
-    batch = share(B, plan.groups, group);
-    units = share(blocks_of<A>(H), plan.slices, slice);
-    proj = share(blocks_of<A>(P), plan.slices, slice);
+  void place(int own, int slices, int64_t H, int64_t P) {
+    slice = own;
+    units = share(blocks_of<A>(H), slices, slice);
+    proj = share(blocks_of<A>(P), slices, slice);
   }
 };
-
-// Runs work(plan, thread) on as many threads as the plan wants and OpenMP grants; make(threads) is
-// the plan for that many. barriers: one a group, then one for the whole team.
-template <class MakePlan, class Work>
-void run_planned(int threads, Barrier* barriers, const MakePlan& make, const Work& work) {
-  for (int i = 0; i <= threads; ++i) new (barriers + i) Barrier;
-  run_team(make(threads).threads(), [&](int thread, int granted) {
-    const Plan plan = make(granted);
-    if (thread < plan.threads()) work(plan, thread);
-  });
-}
 
 // Visits the panels of a range of column blocks: up to four blocks each.
 template <class Visit>
 void each_panel(Range blocks, Visit&& visit) {
-  int64_t index = 0;
-  for (int64_t b = blocks.begin; b < blocks.end; b += kPanelVectors, ++index) {
-    visit(b, int(std::min<int64_t>(kPanelVectors, blocks.end - b)), index);
+  for (int64_t b = blocks.begin; b < blocks.end; b += kPanelVectors) {
+    visit(b, int(std::min<int64_t>(kPanelVectors, blocks.end - b)));
   }
 }
 
 // Packs weights [4H, K], rows i, f, g, o: unit block u becomes column blocks 4u .. 4u+3, its
-// gates, so that one panel holds what a cell needs. `groups` share the work.
+// gates, so that one panel holds what a cell needs.
 template <class E, class S>
-void pack_gates(const S* w, int64_t H, int64_t K, const Member<E>& m, int group, int groups,
-                E* packed) {
+void pack_gates(const S* w, int64_t H, int64_t K, Range units, E* packed) {
   constexpr int L = Lanes<Acc<E>>::kCount;
   const int64_t depth = depth_of<E>(K);
-  for (int64_t u = m.units.begin; u < m.units.end; ++u) {
-    if ((u - m.units.begin) % groups != group) continue;
+  for (int64_t u = units.begin; u < units.end; ++u) {
     const int count = int(std::min<int64_t>(L, H - u * L));
     for (int gate = 0; gate < 4; ++gate) {
       pack_rows<E>(w + (gate * H + u * L) * K, K, count, K, packed + (4 * u * depth + gate) * L,
@@ -181,11 +200,9 @@ void pack_gates(const S* w, int64_t H, int64_t K, const Member<E>& m, int group,
 // Packs a [N, K] matrix for products that sum over its K columns (transposed = false: over its
 // rows, the matrix then being [K, N]).
 template <class E, class S>
-void pack_matrix(const S* w, int64_t N, int64_t K, bool transposed, Range blocks,
-                 const Member<E>& m, int groups, E* packed) {
+void pack_matrix(const S* w, int64_t N, int64_t K, bool transposed, Range blocks, E* packed) {
   constexpr int L = Lanes<Acc<E>>::kCount;
-  each_panel(blocks, [&](int64_t block, int vectors, int64_t index) {
-    if (index % groups != m.group) return;
+  each_panel(blocks, [&](int64_t block, int vectors) {
     for (int v = 0; v < vectors; ++v) {
       const int64_t column = (block + v) * L;
       const int count = int(std::min<int64_t>(L, N - column));

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <ctime>
 #include <limits>
 #include <thread>
 
@@ -29,60 +30,69 @@ static inline void spin_pause() {
 #endif
 }
 
-// Counts arrivals; the last one opens the next phase. Spins, because a step lasts microseconds,
-// then yields, so that more threads than cores still make progress. Where a yield costs a time
-// slice, because a process that never waits has the core, it would at every step: from then on
-// members sleep, and the scheduler runs them as soon as they are woken.
+// Where the members of a team meet at every step. Each has a flag in a line of its own, which it
+// alone writes and the others read: a meeting takes as long as one line from core to core, where a
+// count of arrivals and a flag for all would take three, one after the other. A member spins,
+// because a step lasts microseconds, then yields, so that more threads than cores still make
+// progress. Where a yield costs a time slice, because a process that never waits has the core, it
+// would at every step: from then on members sleep, and the scheduler runs them as soon as they are
+// woken.
 class Barrier {
  public:
-  void wait(int members) {
+  // One object a member, side by side.
+  void wait(int member, int members) {
     if (members == 1) return;
-    const int phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == members - 1) {
-      arrived_.store(0, std::memory_order_relaxed);
-      // In one order with a sleeper's two: it sees the new phase, or is seen here.
-      phase_.store(phase + 1, std::memory_order_seq_cst);
-      if (sleepers_.load(std::memory_order_seq_cst)) wake();
-      return;
-    }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins < kSpins) {
-        spin_pause();
-      } else if (crowded_.load(std::memory_order_relaxed)) {
-        wait_asleep(phase);
-      } else {
-        const auto start = std::chrono::steady_clock::now();
-        std::this_thread::yield();
-        const auto lost = std::chrono::steady_clock::now() - start;
-        if (lost > kTimeSlice) crowded_.store(true, std::memory_order_relaxed);
-      }
+    Barrier& own = this[member];
+    const uint32_t meeting = own.meetings_.load(std::memory_order_relaxed) + 1;
+    own.meetings_.store(meeting, std::memory_order_release);
+    if (crowded_.load(std::memory_order_relaxed)) own.wake();
+    for (int other = 0; other < members; ++other) {
+      if (other != member) this[other].await(meeting, crowded_);
     }
   }
 
  private:
-  void wait_asleep(int phase) {
-    sleepers_.fetch_add(1, std::memory_order_seq_cst);
-    while (phase_.load(std::memory_order_seq_cst) == phase) sleep(phase);
-    sleepers_.fetch_sub(1, std::memory_order_relaxed);
+  // A member that has been at this meeting may be at the next already.
+  bool arrived(uint32_t meeting) const {
+    return int32_t(meetings_.load(std::memory_order_acquire) - meeting) >= 0;
+  }
+
+  void await(uint32_t meeting, std::atomic<bool>& crowded) {
+    for (int spins = 0; !arrived(meeting); ++spins) {
+      if (spins < kSpins) {
+        spin_pause();
+      } else if (crowded.load(std::memory_order_relaxed)) {
+        sleep(meeting - 1);
+      } else {
+        const auto start = std::chrono::steady_clock::now();
+        std::this_thread::yield();
+        const auto lost = std::chrono::steady_clock::now() - start;
+        if (lost > kTimeSlice) crowded.store(true, std::memory_order_relaxed);
+      }
+    }
   }
 
 #if defined(__linux__)
-  // Returns when woken, at once if the phase is another one already, or for no reason.
-  void sleep(int phase) { syscall(SYS_futex, &phase_, FUTEX_WAIT_PRIVATE, phase, nullptr); }
-  void wake() { syscall(SYS_futex, &phase_, FUTEX_WAKE_PRIVATE, std::numeric_limits<int>::max()); }
-  static_assert(sizeof(std::atomic<int>) == 4 && std::atomic<int>::is_always_lock_free,
-                "the kernel reads the phase");
+  // Returns when woken, at once if the member has come, or for no reason. Or after a while: a
+  // member that had not heard yet that others sleep has woken nobody.
+  void sleep(uint32_t meetings) {
+    const timespec most{0, 1000000};  // 1 ms
+    syscall(SYS_futex, &meetings_, FUTEX_WAIT_PRIVATE, meetings, &most);
+  }
+  void wake() {
+    syscall(SYS_futex, &meetings_, FUTEX_WAKE_PRIVATE, std::numeric_limits<int>::max());
+  }
+  static_assert(sizeof(std::atomic<uint32_t>) == 4 && std::atomic<uint32_t>::is_always_lock_free,
+                "the kernel reads it");
 #else
-  void sleep(int) { std::this_thread::yield(); }
+  void sleep(uint32_t) { std::this_thread::yield(); }
   void wake() {}
 #endif
 
   static constexpr int kSpins = 4096;  // tens of microseconds
   static constexpr std::chrono::milliseconds kTimeSlice{1};
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> phase_{0};
-  std::atomic<int> sleepers_{0};
-  std::atomic<bool> crowded_{false};
+  alignas(64) std::atomic<uint32_t> meetings_{0};
+  alignas(64) std::atomic<bool> crowded_{false};  // the first member's is for all
 };
 
 struct Range {
@@ -94,8 +104,8 @@ static inline Range share(int64_t count, int64_t parts, int64_t part) {
   return {count * part / parts, count * (part + 1) / parts};
 }
 
-// threads = groups x slices: a group owns a range of sequences and needs no other group; within
-// it each thread owns a slice of the hidden units (and of the columns of the products).
+// threads = groups x slices: a group owns a range of sequences and needs no other (groups.h);
+// within it each thread owns a slice of the hidden units (and of the columns of the products).
 struct Plan {
   int groups;
   int slices;
