@@ -401,12 +401,12 @@ def test_gradients_beside_the_recurrence(isa, size, more, dtype, monkeypatch):
 def test_gradients_beside_the_recurrence_of_lengths(batch_first, lengths, monkeypatch):
     """As the products over all steps have them; what lies in the padding is NaN.
 
-    On three threads there are three groups of sequences, of which some have no steps.
+    So few units that three threads have groups of sequences (16 lanes): some have no steps.
     """
     torch.manual_seed(0)
-    T, B, I, H = 200, 6, 37, 48
+    T, B, I, H = 200, 48, 37, 16
     module = lstm_ext.LSTM(I, H, bidirectional=True, batch_first=batch_first)
-    x, lengths = torch.randn(T, B, I), torch.tensor(lengths)
+    x, lengths = torch.randn(T, B, I), torch.tensor(lengths).repeat_interleave(B // 6)
     padding = torch.arange(T)[:, None] >= lengths
     x[padding] = math.nan
     cotangent = torch.randn(T, B, 2 * H)
@@ -426,7 +426,8 @@ def test_gradients_beside_the_recurrence_of_lengths(batch_first, lengths, monkey
     assert not beside[0][padding.T if batch_first else padding].any()
     for i, (expected, *found) in enumerate(zip(after, beside, *others, strict=True)):
         for one in found:
-            torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+            scale = max(1.0, expected.abs().max().item())
+            torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5 * scale)
             assert i or torch.equal(one, found[0])  # the gradient of x
 
 

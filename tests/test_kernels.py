@@ -30,6 +30,7 @@ SHAPES = {
     "dots_odd_units": (3, 4, 272, 272 + 16),
     "dots_three_rows": (2, 3, 256, 256),
     "one_step": (1, 9, 6, 33),
+    "groups": (20, 9, 6, 33),
     "torch_input": (9, 50, 6, 20),
     "chunks_of_rows": (2, 101, 3, 20),
     "slices_of_k": (3, 13, 3, 400),
@@ -173,7 +174,7 @@ def test_workspace_bounds(monkeypatch, isa, shape, threads):
 @pytest.mark.cpu_only(reason="OpenMP threads")
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize(
-    "shape", [(5, 100, 8, 16), (5, 100, 8, 33), (6, 3, 8, 150), (4, 40, 8, 70)]
+    "shape", [(20, 100, 8, 16), (5, 100, 8, 33), (6, 3, 8, 150), (4, 40, 8, 70)]
 )
 def test_threads(isa, shape, threads):
     """Any number of threads, more than cores or blocks of units; the same bits again."""

@@ -26,7 +26,7 @@ class Backward {
 
  public:
   static Plan plan(const LstmBackward& p) {
-    return make_plan(p.threads, p.steps.T, p.steps.B, blocks_of<A>(p.H), p.steps.B * 4 * p.H * p.P,
+    return make_plan(p.threads, p.steps, p.steps.B, blocks_of<A>(p.H), p.steps.B * 4 * p.H * p.P,
                      (p.dw_hh ? p.I : 0) + p.P, p.P * 4 * p.H * int64_t(sizeof(O)));
   }
 

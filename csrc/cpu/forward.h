@@ -34,7 +34,7 @@ class Forward {
     // Dots of fewer sequences add up in another order: not split, they do not depend on threads.
     const int64_t B = dots(p) || input_dots(p) ? 1 : p.steps.B;
     const int64_t columns = (p.x ? p.I : 0) + K;
-    return make_plan(p.threads, p.steps.T, B, blocks_of<A>(p.H), macs, columns,
+    return make_plan(p.threads, p.steps, B, blocks_of<A>(p.H), macs, columns,
                      columns * 4 * p.H * int64_t(sizeof(O)));
   }
 

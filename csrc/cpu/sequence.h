@@ -55,7 +55,12 @@ constexpr int64_t kMacsPerThread = 16384;
 // take 20 % less and B 2 as long, but two threads are slower than one where another process takes
 // one's core.
 constexpr int64_t kMacsPerThreadOfTwo = 8192;
-constexpr int64_t kStepsOfTwo = 16;  // fewer do not save what starting a second thread costs
+constexpr int64_t kStepsOfTwo = 16;
+// Fewer steps do not save what starting more threads costs, unless the multiply-adds of all steps
+// are so many a thread. LSTMCell on two threads, microseconds a step, then on one: B 5, H 64 20 and
+// 20, 36 and 20 where the threads do not share an L3; B 16, H 64 24 and 28, 44 and 28; B 64, H 64
+// 43 and 66, 46 and 66 (Zen 4).
+constexpr int64_t kMacsOfFewSteps = 1 << 18;
 // Groups (groups.h) read all weights for few rows. A group wants 4 sequences at least, or one, of
 // so few weights that L2 gives them fast enough; so many rows of all steps to a column of weights
 // that its copies, and those of their gradients, weigh little; and weights of a step that stay in
@@ -67,18 +72,21 @@ constexpr int64_t kMostWeights = 1 << 20;
 constexpr int64_t kColumnsPerRow = 4;
 
 // A pure function of the problem and the number of threads: the same call gives the same plan.
+// Sequences of different lengths make no groups: they would not have the same work.
 // macs: multiply-adds of a step; columns: of W_ih and W_hh together, as far as they are used here;
 // step_weights: bytes of them that a step reads.
-static inline Plan make_plan(int threads, int64_t T, int64_t B, int64_t unit_blocks, int64_t macs,
-                             int64_t columns, int64_t step_weights) {
-  const bool two = T >= kStepsOfTwo && macs >= 2 * kMacsPerThreadOfTwo;
-  const int64_t useful = std::max<int64_t>(two ? 2 : 1, macs / kMacsPerThread);
+static inline Plan make_plan(int threads, const Steps& steps, int64_t B, int64_t unit_blocks,
+                             int64_t macs, int64_t columns, int64_t step_weights) {
+  const int64_t T = steps.T;
+  int64_t useful =
+      std::max<int64_t>(macs >= 2 * kMacsPerThreadOfTwo ? 2 : 1, macs / kMacsPerThread);
+  if (T < kStepsOfTwo) useful = std::min(macs / kMacsPerThread, T * macs / kMacsOfFewSteps);
   const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(threads, useful));
   const int64_t most_slices = std::max<int64_t>(1, unit_blocks);
   const int64_t sequences = step_weights > kFewWeights ? kSequencesOfGroup : 1;
   int64_t most_groups =
       std::min(B / sequences, kColumnsPerRow * T * B / std::max<int64_t>(1, columns));
-  if (step_weights > kMostWeights) most_groups = 1;
+  if (steps.lengths || step_weights > kMostWeights) most_groups = 1;
   Plan best{1, int(std::min(wanted, most_slices))};
   for (int64_t groups = 2; groups <= std::min(wanted, most_groups); ++groups) {
     const Plan plan{int(groups), int(std::min(wanted / groups, most_slices))};
