@@ -1,11 +1,10 @@
 // Groups of sequences, each with memory and threads of its own.
 //
-// Groups need nothing of each other until their sums of weights' gradients are added up. On
-// processors whose cores do not share one L3, what a thread reads of another's comes slowly, and a
-// line to be written that another has read is slower still. T 50, B 64, H 128 on two threads of
-// one such processor (Zen 4), forward and backward, GFLOP/s of 198 and 196 that two processes reach
-// together: threads that share units 144 and 131, two groups 179 and 189; where both cores share an
-// L3, 190 and 178 before, 194 and 192 with groups.
+// Groups need nothing of each other until their sums of weights' gradients are added up. Where two
+// cores do not share an L3, a line takes six times as long from one to the other, and a line to be
+// written that the other has read is slower still. T 50, B 64, H 128 on two threads, GFLOP/s in one
+// run (Zen 4): threads that share the units 161 forward and 130 backward, two groups 191 and 188;
+// while the cores shared an L3, 192 and 176, 196 and 189.
 #pragma once
 
 #include <new>
