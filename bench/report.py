@@ -72,6 +72,7 @@ def row_json(row: Row, dtype: str, seconds: float = 0) -> dict[str, object]:
         "bound_ms": None if row.bound is None else row.bound * 1e3,
         "floor_us_per_step": row.floor_us,
         "of_floor": of_floor(row),
+        "round_trip_ns": row.round_trips,
         "modules": {name: _module_json(name, row, dtype) for name in row.timings},
         "seconds": round(seconds, 2),
     }

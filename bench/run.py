@@ -156,8 +156,8 @@ def run(
     elif with_limits:
         limits = gpu_limits.measure(DTYPES[dtype], device)
         print("\n".join(gpu_limits.table(limits)), flush=True)
-    measured = device.type == "cpu" and bool(limits) and "error" not in limits
-    measure_trips = measured and settings["threads"] > 1
+    known = device.type == "cpu" and bool(limits) and "error" not in limits
+    with_trips = known and settings["threads"] > 1
     head = {"settings": settings, "environment": machine.environment(device), "limits": limits}
     record = records.Writer(out, head, fresh)
     rows = list(record.done)
@@ -174,7 +174,7 @@ def run(
                 continue
             start(f"{problem.name} {mode}")
             begin = time.perf_counter()
-            trips = [cpu_limits.round_trip()] if measure_trips else []
+            before = cpu_limits.round_trip() if with_trips else None
             row = run_row(
                 problem,
                 mode,
@@ -189,10 +189,9 @@ def run(
                 row.floor_us = floor.us_per_step(problem, mode, DTYPES[dtype].itemsize)
             if limits:
                 row.bound = roofline.bound(problem, mode, dtype, limits)
-            if measure_trips:
-                trips.append(cpu_limits.round_trip())
-            entry = report.row_json(row, dtype, time.perf_counter() - begin)
-            rows.append({**entry, "round_trip_ns": trips or None})
+            if before is not None:
+                row.round_trips = [before, cpu_limits.round_trip()]
+            rows.append(report.row_json(row, dtype, time.perf_counter() - begin))
             record.add(rows[-1])
             finish(report.table_row(rows[-1]))
         record.finish()

@@ -72,6 +72,7 @@ class Row:
 
     floor_us: microseconds that a step cannot do without (``bench.limits``), if measured.
     bound: seconds that a call cannot do without (``bench.roofline``), if measured.
+    round_trips: nanoseconds of ``cpu_limits.round_trip`` before and after, if measured.
     """
 
     problem: Problem
@@ -79,6 +80,7 @@ class Row:
     timings: dict[str, Timing]
     floor_us: float | None = None
     bound: float | None = None
+    round_trips: list[float] | None = None
 
     @property
     def ours(self) -> Timing:

@@ -83,17 +83,17 @@ static inline Plan make_plan(int threads, const Steps& steps, int64_t B, int64_t
   if (T < kStepsOfTwo) useful = std::min(macs / kMacsPerThread, T * macs / kMacsOfFewSteps);
   const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(threads, useful));
   const int64_t most_slices = std::max<int64_t>(1, unit_blocks);
+  const int64_t slices = std::min(wanted, most_slices);
   const int64_t sequences = step_weights > kFewWeights ? kSequencesOfGroup : 1;
   int64_t most_groups =
       std::min(B / sequences, kColumnsPerRow * T * B / std::max<int64_t>(1, columns));
   if (steps.lengths || step_weights > kMostWeights) most_groups = 1;
-  Plan best{1, int(std::min(wanted, most_slices))};
+  Plan best{1, int(slices)};
   for (int64_t groups = 2; groups <= std::min(wanted, most_groups); ++groups) {
     const Plan plan{int(groups), int(std::min(wanted / groups, most_slices))};
     if (plan.threads() >= best.threads()) best = plan;
   }
   // More threads than blocks of units: sequences are split, few as they may be.
-  const int64_t slices = std::min(wanted, most_slices);
   const Plan all{int(std::max<int64_t>(1, std::min(wanted / slices, B))), int(slices)};
   return all.threads() > best.threads() ? all : best;
 }
