@@ -365,12 +365,12 @@ void run_block(Block& b, char* stacks, const std::vector<void*>& contexts) {
     if (f.tsan_copier) __tsan_destroy_fiber(f.tsan_copier);
 #endif
   b.lock.lock();
-  b.running = false;
+  close_shared_memory(b);
+  b.running = false;  // from here on a peer's access faults
   if (!b.in_flight.empty())
     fail("block %u has ended with %zu remote stores (st.async) still on their way to it", b.id.x,
          b.in_flight.size());
   b.lock.unlock();
-  close_shared_memory(b);
   b.f = {};
   b.w = {};
   hb_release(&g->hb_end);
