@@ -139,6 +139,13 @@ def test_lengths_with_few_rows_left(isa):
             _check(*_both(5, 4, 8, H, torch.float32, reverse=reverse, **options), torch.float32)
 
 
+@pytest.mark.cpu_only(reason="the core's dots on the CPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_single_step_of_more_rows_than_a_chunk(isa, dtype):
+    """Dots of 26 rows and of 27: weights that are many are not packed for one step."""
+    _check(*_both(1, 53, 352, 352, dtype), dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_poisoned_memory(poisoned, isa, shape, dtype):

@@ -1,4 +1,4 @@
-// Products of one to four rows straight from the weights as the user stores them.
+// Products of few rows, one to four at a time, straight from the weights as the user stores them.
 //
 // With so few rows the weights are used once or a few times a step, and packing them would cost
 // as much as several steps. Here a vector runs along k, so that each row of weights is one stream;
@@ -63,14 +63,20 @@ constexpr int kDotSums = kManyRegisters ? 16 : 8;
 // Few streams are read side by side: rows of weights often lie a power of two apart, and more of
 // them than L1 has ways would evict each other. Registers left over split each sum along k, so
 // the order of the sum depends on R, though not on the number of threads.
+//
+// fetch: asks for the rows of weights to come while those before are multiplied. LSTMCell, H 1024,
+// bf16, B 4 to 16 takes 14 to 22 % less time, fp32 3 to 10 %. Rows that were read a step, or some
+// rows of a, before are in caches that need no asking: T 25, B 2 and 4 took 4 to 12 % longer in
+// fp32, LSTMCell's B 64 15 % (Zen 4).
 template <class E, class S, int R>
 __attribute__((noinline)) void dots(const E* const* a, const S* w, int64_t last, int64_t K,
-                                    Acc<E>* out, int64_t out_stride) {
+                                    bool fetch, Acc<E>* out, int64_t out_stride) {
   using A = Acc<E>;
   constexpr int L = Lanes<A>::kCount;
   constexpr int rows = L / (R == 3 ? 4 : R);  // of weights whose sums are added up together
   constexpr int streams = rows < 4 ? rows : 4;
   constexpr int parts = kDotSums / (streams * R) < 1 ? 1 : kDotSums / (streams * R);
+  const int64_t ahead = fetch ? streams * K : 0;
   for (int first = 0; first < L; first += rows) {
     Vec<A> total[L];
 #pragma GCC unroll 4
@@ -91,6 +97,7 @@ __attribute__((noinline)) void dots(const E* const* a, const S* w, int64_t last,
           for (int r = 0; r < R; ++r) x[r] = in_register(load_elements<E>(a[r] + k + p * L));
 #pragma GCC unroll 4
           for (int i = 0; i < streams; ++i) {
+            __builtin_prefetch(weight[i] + (k + p * L + ahead) * Operand<E>::kDepth);
             const Vec<A> y = in_register(load_weights<E>(weight[i], k + p * L));
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
@@ -174,8 +181,8 @@ __attribute__((noinline)) void dots_of_one(const E* a, const S* w, int64_t last,
 }
 
 template <class E, class S>
-void dots_of_rows(int rows, const E* const* a, const S* w, int64_t last, int64_t K, Acc<E>* out,
-                  int64_t out_stride) {
+void dots_of_rows(int rows, const E* const* a, const S* w, int64_t last, int64_t K, bool fetch,
+                  Acc<E>* out, int64_t out_stride) {
   constexpr int most = kDotsMaxRows<Acc<E>>;
   switch (rows) {
     case 0:
@@ -186,14 +193,14 @@ void dots_of_rows(int rows, const E* const* a, const S* w, int64_t last, int64_t
         if (K == 8 * Lanes<Acc<E>>::kCount) return dots_of_one<E, S, 8>(*a, w, last, K, out);
         return dots_of_one<E, S, 0>(*a, w, last, K, out);
       } else {  // a is read from memory anyway: once for four rows of weights
-        return dots<E, S, 1>(a, w, last, K, out, out_stride);
+        return dots<E, S, 1>(a, w, last, K, fetch, out, out_stride);
       }
     case 2:
-      return dots<E, S, 2>(a, w, last, K, out, out_stride);
+      return dots<E, S, 2>(a, w, last, K, fetch, out, out_stride);
     case 3:
-      return dots < E, S, most<4 ? 2 : 3>(a, w, last, K, out, out_stride);
+      return dots<E, S, (most < 4 ? 2 : 3)>(a, w, last, K, fetch, out, out_stride);
     default:
-      return dots < E, S, most<4 ? 2 : 4>(a, w, last, K, out, out_stride);
+      return dots<E, S, (most < 4 ? 2 : 4)>(a, w, last, K, fetch, out, out_stride);
   }
 }
 

@@ -27,6 +27,12 @@ class Forward {
   // and 16: bf16 0.67 and 0.73, now 1.81 and 1.66; fp32 1.74 and 1.43, now 3.90 and 2.41. 8 steps
   // of B 5 would take 10 % more (Zen 4).
   static constexpr int64_t kFewSteps = 4;
+  // A single step uses its weights once: it does not pack them for more rows either, in proportion
+  // to what a copy costs. LSTMCell, less time unpacked: bf16 H 512, B 64 and 128 7 and 3 %, H 1024,
+  // B 64 to 256 31 to 6 %, H 2048, B 192 to 768 40 to 16 %; fp32 H 1024, B 64 to 384 24 to 6 %.
+  // More time: bf16 H 256, B 128 10 %, H 1024, B 768 2 %; fp32 H 512, B 384 4 % (Zen 4, two
+  // threads).
+  static constexpr int64_t kBytesPerFewRows = 768 << 10;  // of weights, to kChunkRows rows
 
  public:
   static Plan plan(const LstmForward& p) {
@@ -95,8 +101,8 @@ class Forward {
       }
       auto waiting = cells_.waiting(m, count);
       if (dots_) {
-        each_dots(m, count, w_hh, K_, i & 1, [&](int64_t j, A* sums) {
-          cells_.take(m.rows, Range{0, count}, j, sums, waiting, i);
+        each_dots(m, count, w_hh, K_, i & 1, [&](int64_t j, Range part, A* sums) {
+          cells_.take(m.rows, part, j, sums, waiting, i);
         });
       } else {
         for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, depth_of<E>(K_), packed_hh_,
@@ -136,17 +142,25 @@ class Forward {
   // Of the recurrent product: P, or 0 without one.
   static int64_t length(const LstmForward& p) { return p.w_hh ? p.P : 0; }
 
-  // Of all steps: not worth packing weights for.
-  static bool few_rows(const LstmForward& p) { return !p.pack_input && p.steps.rows <= kChunkRows; }
+  // Of all steps: not worth packing weights of K columns for.
+  static bool few_rows(const LstmForward& p, int64_t K) {
+    const int64_t bytes = 4 * p.H * K * int64_t(sizeof(S));
+    const int64_t most = p.steps.T == 1
+                             ? std::max(int64_t{kChunkRows}, kChunkRows * bytes / kBytesPerFewRows)
+                             : kChunkRows;
+    return !p.pack_input && p.steps.rows <= most;
+  }
 
   // Few sequences, or steps: W_hh is read as it lies, not packed.
   static bool dots(const LstmForward& p) {
-    return (p.steps.B <= kDotsMaxRows<A> || (few_rows(p) && p.steps.T <= kFewSteps)) &&
+    return (p.steps.B <= kDotsMaxRows<A> || (few_rows(p, length(p)) && p.steps.T <= kFewSteps)) &&
            dots_suit<E>(length(p));
   }
 
   // Of W_ih.
-  static bool input_dots(const LstmForward& p) { return p.x && few_rows(p) && dots_suit<E>(p.I); }
+  static bool input_dots(const LstmForward& p) {
+    return p.x && few_rows(p, p.I) && dots_suit<E>(p.I);
+  }
 
   // gx = x W_ih^T + b_ih + b_hh for the columns of one thread and the steps from the i-th on, as
   // many as are made at once.
@@ -162,7 +176,7 @@ class Forward {
     }
     if (input_dots_) {
       each_dots(m, count, {w_ih, L, H_}, p_.I, false,
-                [&](int64_t j, const A* sums) { put_gx(Range{0, count}, j, sums); });
+                [&](int64_t j, Range part, const A* sums) { put_gx(part, j, sums); });
     } else {
       for_panels(Range{4 * m.units.begin, 4 * m.units.end}, m, count, depth, packed_ih_, false,
                  [&](int64_t block, int, Range part, const A* sums) {
@@ -204,22 +218,28 @@ class Forward {
     }
   }
 
-  // done(j, sums): units j .. j+L of all rows, at most kChunkRows, sums [rows][4 gates][lanes]. The
+  // done(j, part, sums): units j .. j+L of rows `part`, sums [rows of part][4 gates][lanes]. The
   // weights lie unpacked. backwards: see for_panels.
   template <class Done>
   void each_dots(const Member<E>& m, int64_t count, const Weights& weights, int64_t K,
                  bool backwards, Done&& done) {
     constexpr int64_t most = kDotsMaxRows<A>;
+    const int64_t chunks = (count + kChunkRows - 1) / kChunkRows;
+    const bool few_steps = p_.steps.T <= kFewSteps;
     for (int64_t i = 0; i < m.units.size(); ++i) {
       const int64_t j = (backwards ? m.units.end - 1 - i : m.units.begin + i) * L;
-      for (int gate = 0; gate < 4; ++gate) {
-        const S* rows = weights.first + (j / L * weights.block + gate * weights.gate) * K;
-        for (int64_t r = 0; r < count; r += most) {
-          dots_of_rows<E, S>(int(std::min(most, count - r)), m.a + r, rows, H_ - j - 1,
-                             depth_of<E>(K), m.acc + (r * 4 + gate) * L, 4 * L);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const Range part = share(count, chunks, chunk);
+        for (int gate = 0; gate < 4; ++gate) {
+          const S* rows = weights.first + (j / L * weights.block + gate * weights.gate) * K;
+          for (int64_t r = 0; r < part.size(); r += most) {
+            dots_of_rows<E, S>(int(std::min(most, part.size() - r)), m.a + part.begin + r, rows,
+                               H_ - j - 1, depth_of<E>(K), few_steps && !chunk && !r,
+                               m.acc + (r * 4 + gate) * L, 4 * L);
+          }
         }
+        done(j, part, m.acc);
       }
-      done(j, m.acc);
     }
   }
 
