@@ -36,11 +36,11 @@ class Forward {
 
  public:
   static Plan plan(const LstmForward& p) {
-    const int64_t K = length(p), macs = p.steps.B * 4 * p.H * std::max<int64_t>(K, 1);
+    const int64_t columns = (p.x ? p.I : 0) + length(p);
     // Dots of fewer sequences add up in another order: not split, they do not depend on threads.
     const int64_t B = dots(p) || input_dots(p) ? 1 : p.steps.B;
-    const int64_t columns = (p.x ? p.I : 0) + K;
-    return make_plan(p.threads, p.steps, B, blocks_of<A>(p.H), macs, columns,
+    return make_plan(p.threads, p.steps, B, blocks_of<A>(p.H),
+                     work_of_step<A>(p.steps.B, p.H, columns), columns,
                      columns * 4 * p.H * int64_t(sizeof(O)));
   }
 

@@ -284,7 +284,11 @@ class ForwardCells {
     O* state = h_new + row.local * h_stride_ + j;
     if constexpr (kPaired<E>) {
       store_full<A>(state, h);
-      std::memcpy(y, state, std::min<int64_t>(n, L) * sizeof(S));
+      if (n >= L) {
+        std::memcpy(y, state, L * sizeof(S));
+      } else {
+        store_first(y, n, state);
+      }
     } else {
       store<A>(y, h, n);
       store_full<A>(state, dropped<kVaried>(rounded_to<A, S>(h), row.b, j));

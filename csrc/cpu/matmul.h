@@ -62,9 +62,9 @@ class MatmulOf {
   int64_t workspace() const { return workspace_; }
 
   void run() {
-    // A team is started for this product alone, which costs more than meeting once.
+    // A team is started for this product alone, as for a single step.
     const int64_t macs = p_.M * (p_.N + p_.more_N) * p_.K;
-    const int64_t useful = std::max<int64_t>(1, macs / (4 * kMacsPerThread));
+    const int64_t useful = std::max<int64_t>(1, macs / kWorkOfFewSteps);
     run_team(int(std::min<int64_t>(p_.threads, useful)),
              [this](int thread, int threads) { work(thread, threads); });
   }

