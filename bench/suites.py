@@ -2,11 +2,13 @@
 
 A problem that the design leaves without a number has it chosen here, beside the list it
 belongs to: the step count of GNMT and of the edges, and the lengths of packed batches. The suites
-host, one-step, cell, scaling and gate are not of the design.
+host, one-step, cell, random, scaling and gate are not of the design.
 """
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -137,6 +139,34 @@ def _cell() -> tuple[Problem, ...]:
     return tuple(square(8, b, h, cell=True) for h in (16, 64, 256, 1024) for b in (1, 5, 16, 64))
 
 
+def _random() -> tuple[Problem, ...]:
+    # Of any kind, chosen by nobody: sizes whose logarithms are evenly spread, half of the hidden
+    # sizes a power of two, from what takes microseconds to what takes some ten milliseconds.
+    draw = random.Random(0)
+
+    def size(least: int, most: int) -> int:
+        return round(math.exp(draw.uniform(math.log(least), math.log(most))))
+
+    problems: list[Problem] = []
+    while len(problems) < 60:
+        steps, batch, hidden = size(1, 300), size(1, 256), size(8, 1024)
+        if draw.random() < 0.5:
+            hidden = 2 ** draw.randint(3, 10)
+        problem = Problem(
+            steps,
+            batch,
+            hidden if draw.random() < 0.4 else size(1, 1024),
+            hidden,
+            num_layers=draw.choice((1, 1, 1, 2, 3)),
+            bidirectional=draw.random() < 0.3,
+            proj_size=draw.choice((0, 0, 0, 0, 0, hidden // 2)),
+            lengths=spread(1, steps, batch) if batch > 1 and draw.random() < 0.15 else None,
+        )
+        if 1e5 < problem.flop("inference") < 3e9:
+            problems.append(problem)
+    return tuple(sorted(problems, key=lambda problem: problem.flop("inference")))
+
+
 def _flashrnn() -> tuple[Problem, ...]:
     # One base point, T 1024 and B 16, and a sweep of each by powers of two through it.
     return (
@@ -235,6 +265,7 @@ SUITES: dict[str, tuple[Problem, ...]] = {
     "cpu": _cpu(),
     "one-step": _one_step(),
     "cell": _cell(),
+    "random": _random(),
     "deepbench-train": _deepbench_train(),
     "deepbench-infer": _deepbench_infer(),
     "flashrnn": _flashrnn(),

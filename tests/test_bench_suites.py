@@ -70,6 +70,7 @@ def test_suite_holds_the_plain_problems_of_the_design(suite):
         ("host", 4),
         ("one-step", 20),
         ("cell", 16),
+        ("random", 60),
         ("scaling", 16),
         ("gate", 6),
     ],
@@ -80,7 +81,7 @@ def test_suite_is_complete(suite, count):
 
 
 def test_suites_are_those_of_the_design():
-    assert set(SUITES) == {*PLAIN, "host", "one-step", "cell", "scaling", "gate"}
+    assert set(SUITES) == {*(*PLAIN, "host", "one-step", "cell", "random", "scaling", "gate")}
     assert not others("deepbench-train") + others("deepbench-infer") + others("flashrnn")
 
 
@@ -119,6 +120,16 @@ def test_cpu_problems():
     assert (min(packed.lengths), max(packed.lengths)) == (5, 100)
     assert projected == square(100, 32, 256, proj_size=128)
     assert deep == square(100, 32, 128, num_layers=2, bidirectional=True)
+
+
+def test_random_problems_are_of_every_kind():
+    """Drawn from a seed: the same on every machine, so that records can be compared."""
+    problems = SUITES["random"]
+    for kind in ("bidirectional", "proj_size", "lengths"):
+        assert 5 < sum(bool(getattr(p, kind)) for p in problems) < 30
+    assert {p.num_layers for p in problems} == {1, 2, 3}
+    assert problems[0].name == "T1 B8 H22 proj11 bi"
+    assert problems[-1].name == "T33 B50 H256 I1 L3 proj128"
 
 
 def test_scaling_changes_one_size_at_a_time():
