@@ -15,7 +15,7 @@ struct CpuPlain : PlainTensors {
                      pybind11::str("is_cpu")) {}
 
   // Arguments as for PlainInputs::read. Returns what PlainOutputs::all has, saved if grad and any
-  // tensor requires grad; or None, for what PlainInputs::read refuses, and for two directions.
+  // tensor requires grad; or None, for what PlainInputs::read refuses.
   Object forward(Handle x, Handle hx, const pybind11::list& weights, int64_t I, int64_t H,
                  int64_t T, bool batch_first, int threads, bool pack_input, bool grad,
                  const pybind11::function& workspace) const {
@@ -24,7 +24,6 @@ struct CpuPlain : PlainTensors {
     p.pack_input = pack_input;
     p.threads = threads;
     const auto accepts = [&] {
-      if (in.directions != 1) return false;
       if (in.code != Dtype::kBFloat16) return true;
       p.bf16_products = cpu_kernels().bf16_products && I % 2 == 0 && openmp_grants(threads);
       return p.bf16_products;
@@ -36,23 +35,62 @@ struct CpuPlain : PlainTensors {
     const PlainOutputs out(in, x, grad && in.requires_grad);
     p.dtype = in.code;
     p.steps = in.steps;
-    p.H = p.P = p.y_stride = H;
+    p.H = p.P = H;
+    p.y_stride = in.directions * H;
     p.I = I;
     p.x = in.memory[PlainCall::kX];
-    p.h0 = in.memory[PlainCall::kH0];
-    p.c0 = in.memory[PlainCall::kC0];
-    p.w_ih = in.memory[PlainCall::kWih];
-    p.w_hh = in.memory[PlainCall::kWhh];
-    p.b_ih = in.memory[PlainCall::kBih];
-    p.b_hh = in.memory[PlainCall::kBhh];
-    p.gates = memory_of(out.gates);
-    p.c_seq = memory_of(out.c_seq);
-    p.y = memory_of(out.y);
-    p.h_n = memory_of(out.h_n[0]);
-    p.c_n = memory_of(out.c_n[0]);
     const CpuKernels& kernels = cpu_kernels();
-    run_core(kernels.forward, kernels.forward_workspace, p, workspace);
+    LstmForward one = direction(p, in, out, 0);
+    if (in.directions == 1) {
+      run_core(kernels.forward, kernels.forward_workspace, one, workspace);
+      return out.all();
+    }
+    LstmForward other = direction(p, in, out, 1);
+    if (kernels.side_by_side(one)) {
+      const LstmForwardOfTwo both{one, other};
+      run_core(kernels.forward_of_two, kernels.forward_of_two_workspace, both, workspace);
+    } else {
+      for (const LstmForward& each : {one, other})
+        run_core(kernels.forward, kernels.forward_workspace, each, workspace);
+    }
     return out.all();
+  }
+
+ private:
+  // p with what is a direction's own.
+  static LstmForward direction(LstmForward p, const PlainInputs& in, const PlainOutputs& out,
+                               int d) {
+    const auto input = [&](int k) { return in.memory[PlainCall::at(k, d)]; };
+    // Of a tensor of all directions, each of so many numbers.
+    const auto part = [&](const Object& tensor, int64_t numbers, int64_t bytes) -> char* {
+      char* const memory = static_cast<char*>(memory_of(tensor));
+      return memory ? memory + d * numbers * bytes : nullptr;
+    };
+    const int64_t B = p.steps.B, rows = p.steps.rows, H = p.H;
+    const int64_t bytes = storage_bytes(p.dtype), acc = acc_bytes(p.dtype);
+    p.steps.reverse = d == 1;
+    p.w_ih = input(PlainCall::kWih);
+    p.w_hh = input(PlainCall::kWhh);
+    p.b_ih = input(PlainCall::kBih);
+    p.b_hh = input(PlainCall::kBhh);
+    p.gates = part(out.gates, rows * 4 * H, acc);
+    p.c_seq = part(out.c_seq, rows * H, acc);
+    p.y = part(out.y, H, bytes);
+    if (in.states() == 1) {  // of all directions
+      const auto state = [&](int k) {
+        return static_cast<const char*>(in.memory[k]) + d * B * H * bytes;
+      };
+      p.h0 = state(PlainCall::kH0);
+      p.c0 = state(PlainCall::kC0);
+      p.h_n = part(out.h_n[0], B * H, bytes);
+      p.c_n = part(out.c_n[0], B * H, bytes);
+    } else {
+      p.h0 = input(PlainCall::kH0);
+      p.c0 = input(PlainCall::kC0);
+      p.h_n = memory_of(out.h_n[size_t(d)]);
+      p.c_n = memory_of(out.c_n[size_t(d)]);
+    }
+    return p;
   }
 };
 

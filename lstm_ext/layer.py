@@ -44,8 +44,7 @@ def lstm_layer(
         TypeError, ValueError, RuntimeError: see :func:`ops.check_layer` and
             :func:`ops.has_native_kernels`.
     """
-    plain = (steps.is_whole and len(directions) == 1) or takes_more(x)
-    if plain and not (cells or is_surrounded()):
+    if (steps.is_whole or takes_more(x)) and not (cells or is_surrounded()):
         made = _plain(x, directions, steps)
         if made is not None:
             return made

@@ -3,7 +3,7 @@
 For few sequences and steps the questions that :mod:`layer` and :mod:`ops` ask take longer than the
 steps, and so do, on a GPU, allocations and products one by one. Here the core does all that, and a
 call of any other kind goes the layer's way, which has its errors. On the CPU the bits are the same,
-and it is for one direction and sequences of one length only.
+it is for sequences of one length only, and of two directions for forward only.
 """
 
 from __future__ import annotations
@@ -89,8 +89,7 @@ def plain_module(module: LSTM, x: Any, hx: Any) -> Any:
     way."""
     directions = 2 if module.bidirectional else 1
     if (
-        (directions == 2 and not takes_more(x))
-        or is_surrounded()
+        is_surrounded()
         or (module.num_layers > 1 and getattr(_engine_of(x), "wavefront", False))
         or module.proj_size
         or module.merge_mode != "concat"
@@ -175,8 +174,8 @@ def plain_stack(
 
 
 def takes_more(x: Any) -> bool:
-    """Whether the short way for x takes two directions and sequences that differ: asked before all
-    else, for on the CPU, where it does not, they would pay for the questions."""
+    """Whether the short way for x takes sequences that differ: asked before all else, for on the CPU,
+    where it does not, they would pay for the questions."""
     # What traces this reads no further.
     return not torch.compiler.is_compiling() and _engine_of(x) not in (None, cpu_engine)
 

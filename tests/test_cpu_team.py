@@ -19,7 +19,8 @@ LIMIT = 120  # seconds; each takes a few
 
 # Layers big enough for eight threads, their outputs and gradients; and what they are on one thread.
 # The threads share the units of one, except in backward, where there are two groups of sequences of
-# four threads each; of the other there are more groups.
+# four threads each; of the second there are more groups, of the third each direction has half of
+# the threads.
 LAYER = """
 import os, sys, threading
 import torch
@@ -27,7 +28,8 @@ import lstm_ext
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-modules = lstm_ext.LSTM(40, 256), lstm_ext.LSTM(40, 64)
+two = lstm_ext.LSTM(40, 64, bidirectional=True)
+modules = lstm_ext.LSTM(40, 256), lstm_ext.LSTM(40, 64), two
 x = torch.randn(20, 8, 40)
 
 def run():

@@ -23,7 +23,7 @@ from short_way import (
 )
 from tolerances import tol
 
-from lstm_ext import cpu_products, cuda_engine, plain
+from lstm_ext import cuda_engine
 
 pytestmark = pytest.mark.usefixtures("exact_float32")
 
@@ -264,17 +264,3 @@ def test_no_more_is_saved_than_by_the_layer(given, short):
     _, theirs = saved_bytes()
     assert short.forwards[0] and not any(short.forwards[1:])
     assert ours <= theirs
-
-
-@pytest.mark.cpu_only(reason="the CPU engine's own core")
-def test_the_cpu_engine_refuses_two():
-    module, x = bidirectional(I, H), draw(2, 3, I)
-    weights, workspace = list(module.parameters()), cpu_products.workspace
-    call = (x, None, weights, I, H, 2)
-    assert plain.plain_layer(*call) is None
-    assert plain._plain.cpu_forward(*call, False, 1, False, True, workspace) is None
-    state, y = torch.zeros(2, 3, H), draw(2, 3, 2 * H)
-    results = (draw(12, 4 * H), draw(12, H), y)
-    saved = (x, state, state, *weights[:4], None, None, *weights[4:], *results)
-    call = ((y, None, None), saved, (True,) * 13, 2, False)
-    assert plain._plain.cpu_backward(*call, 1, 100, workspace) is None

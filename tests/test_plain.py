@@ -85,7 +85,7 @@ LAYERS = {
     "peephole": {"peephole": True},
     "cells": {"return_cell_sequence": True},
 }
-CALLS = {"plain": 1, "layers": 2, "batch_first": 1}
+CALLS = {"plain": 1, "layers": 2, "batch_first": 1, "two directions": 1}
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -119,6 +119,26 @@ def test_the_bits_of_a_layer(name, steps, batch, given, taken, monkeypatch):
     theirs = by_the_layer(monkeypatch, run)
     assert len(taken) == expected
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch, width", [(1, 40), (3, 64), (9, 40), (6, 150)])
+def test_two_directions_on_any_number_of_threads(batch, width, dtype, taken, monkeypatch, isa):
+    """Side by side, each on half of them, or one after the other: the bits are the same."""
+    module = lstm_ext.LSTM(6, width, bidirectional=True, dtype=dtype)
+    x = torch.randn(90, batch, 6, dtype=dtype)
+
+    def run():
+        with torch.no_grad():
+            y, last = module(x)
+        return [y, *last]
+
+    torch.set_num_threads(1)
+    expected = by_the_layer(monkeypatch, run)
+    for threads in (1, 2, 3, 4, 6):
+        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+    assert len(taken) == 5 or dtype == torch.bfloat16
 
 
 def test_a_layer_s_second_derivatives(taken, monkeypatch):

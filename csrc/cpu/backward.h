@@ -29,7 +29,7 @@ class Backward {
     const int64_t columns = (p.dw_hh ? p.I : 0) + p.P;
     const int64_t gradients = (p.dw_hh ? columns : 0) + (p.dx ? p.I : 0);
     return make_plan(p.threads, p.steps, p.steps.B, blocks_of<A>(p.H),
-                     work_of_step<A>(p.steps.B, p.H, p.P + gradients), columns,
+                     work_of<A>(p.steps.B, p.H, p.P + gradients), columns,
                      p.P * 4 * p.H * int64_t(sizeof(O)));
   }
 

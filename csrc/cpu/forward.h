@@ -36,12 +36,16 @@ class Forward {
 
  public:
   static Plan plan(const LstmForward& p) {
-    const int64_t columns = (p.x ? p.I : 0) + length(p);
     // Dots of fewer sequences add up in another order: not split, they do not depend on threads.
     const int64_t B = dots(p) || input_dots(p) ? 1 : p.steps.B;
-    return make_plan(p.threads, p.steps, B, blocks_of<A>(p.H),
-                     work_of_step<A>(p.steps.B, p.H, columns), columns,
-                     columns * 4 * p.H * int64_t(sizeof(O)));
+    return make_plan(p.threads, p.steps, B, blocks_of<A>(p.H), work_of_step(p), columns(p),
+                     step_weights(p));
+  }
+
+  // Whether both directions of a layer at once, each on half of the threads, take less time than
+  // one after the other on all.
+  static bool side_by_side(const LstmForward& p) {
+    return make_sides(p.threads, p.steps, work_of_step(p), step_weights(p));
   }
 
   Forward(const LstmForward& p, Range batch, int slices, Arena& arena)
@@ -138,6 +142,15 @@ class Forward {
     const S* first;
     int64_t block, gate;
   };
+
+  // Of the weights that are used here.
+  static int64_t columns(const LstmForward& p) { return (p.x ? p.I : 0) + length(p); }
+  static int64_t step_weights(const LstmForward& p) {
+    return columns(p) * 4 * p.H * int64_t(sizeof(O));
+  }
+  static int64_t work_of_step(const LstmForward& p) {
+    return work_of<A>(p.steps.B, p.H, columns(p));
+  }
 
   // Of the recurrent product: P, or 0 without one.
   static int64_t length(const LstmForward& p) { return p.w_hh ? p.P : 0; }

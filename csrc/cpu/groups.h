@@ -23,8 +23,7 @@ namespace LSTM_EXT_ISA {
 template <class Part, class P>
 class Groups {
  public:
-  explicit Groups(const P& p) : plan_(Part::plan(p)) {
-    Arena arena(p.workspace);
+  Groups(const P& p, Arena& arena) : plan_(Part::plan(p)) {
     everyone_ = take_barrier(arena, plan_.threads());
     parts_ = arena.take<Part>(plan_.groups);
     for (int group = 0; group < plan_.groups; ++group) {
@@ -32,31 +31,87 @@ class Groups {
       const Part part(p, share(p.steps.B, plan_.groups, group), plan_.slices, arena);
       if (parts_) new (parts_ + group) Part(part);
     }
-    workspace_ = arena.used();
   }
 
-  int64_t workspace() const { return workspace_; }
+  int threads() const { return plan_.threads(); }
 
-  // OpenMP may grant fewer threads than the plan has: then teams take groups in turn.
-  void run() {
-    run_team(plan_.threads(), [this](int thread, int granted) {
-      const int slices = std::min(plan_.slices, std::max(1, granted / plan_.groups));
-      const int teams = std::min(plan_.groups, granted / slices);
-      if (thread >= teams * slices) return;
-      for (int group = thread / slices; group < plan_.groups; group += teams) {
-        parts_[group].work(slices, thread % slices);
-      }
-      if (plan_.groups > 1) {
-        Part::combine(parts_, plan_.groups, *everyone_, teams * slices, thread);
-      }
-    });
+  // One thread's work of `granted`, which may be fewer than the plan has: then teams take groups in
+  // turn.
+  void work(int thread, int granted) const {
+    const int slices = std::min(plan_.slices, std::max(1, granted / plan_.groups));
+    const int teams = std::min(plan_.groups, granted / slices);
+    if (thread >= teams * slices) return;
+    for (int group = thread / slices; group < plan_.groups; group += teams) {
+      parts_[group].work(slices, thread % slices);
+    }
+    if (plan_.groups > 1) {
+      Part::combine(parts_, plan_.groups, *everyone_, teams * slices, thread);
+    }
   }
 
  private:
   Plan plan_;
   Barrier* everyone_;
   Part* parts_;
-  int64_t workspace_;
+};
+
+// One direction of a layer, with all threads.
+template <class Part, class P>
+class OneDirection {
+ public:
+  explicit OneDirection(const P& p) : arena_(p.workspace), groups_(p, arena_) {}
+
+  int64_t workspace() const { return arena_.used(); }
+
+  void run() const {
+    run_team(groups_.threads(), [this](int thread, int threads) { groups_.work(thread, threads); });
+  }
+
+ private:
+  Arena arena_;
+  const Groups<Part, P> groups_;
+};
+
+// Both directions of a layer at once, each with half of the threads: they need nothing of each
+// other. For parameters of which Part::side_by_side() says so.
+template <class Part, class One, class Two>
+class SideBySide {
+ public:
+  explicit SideBySide(const Two& p)
+      : p_{half(p), half(p.second)},
+        arena_(p.workspace),
+        first_(p_[0], arena_),
+        second_(p_[1], next_page(arena_)) {}
+
+  int64_t workspace() const { return arena_.used(); }
+
+  void run() const {
+    const int own = first_.threads(), others = second_.threads();
+    run_team(own + others, [&](int thread, int granted) {
+      if (granted < own + others) {  // one after the other
+        first_.work(thread, granted);
+        second_.work(thread, granted);
+      } else if (thread < own) {
+        first_.work(thread, own);
+      } else {
+        second_.work(thread - own, others);
+      }
+    });
+  }
+
+ private:
+  static One half(One p) {
+    p.threads /= 2;
+    return p;
+  }
+  static Arena& next_page(Arena& arena) {
+    arena.next_page();
+    return arena;
+  }
+
+  const One p_[2];
+  Arena arena_;
+  const Groups<Part, One> first_, second_;
 };
 
 }  // namespace LSTM_EXT_ISA

@@ -9,9 +9,12 @@ struct CpuKernels {
   const char* name;
   bool bf16_products;                                // whether that flag of params.h may be set
   int64_t (*forward_workspace)(const LstmForward&);  // bytes; of pointers, whether null counts
+  int64_t (*forward_of_two_workspace)(const LstmForwardOfTwo&);
   int64_t (*backward_workspace)(const LstmBackward&);
   int64_t (*matmul_workspace)(const Matmul&);
   void (*forward)(const LstmForward&);
+  void (*forward_of_two)(const LstmForwardOfTwo&);
+  bool (*side_by_side)(const LstmForward&);  // whether forward_of_two is the faster way
   void (*backward)(const LstmBackward&);
   void (*matmul)(const Matmul&);
 };

@@ -14,12 +14,6 @@ namespace lstm_ext {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Bytes of an element as it is stored, and as sums, gates and cell states are kept.
-inline int64_t storage_bytes(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
-inline int64_t acc_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
-
 struct CudaProperties {
   int major, minor;  // compute capability
   int sm_count;
