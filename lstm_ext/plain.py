@@ -174,8 +174,8 @@ def plain_stack(
 
 
 def takes_more(x: Any) -> bool:
-    """Whether the short way for x takes sequences that differ: asked before all else, for on the CPU,
-    where it does not, they would pay for the questions."""
+    """Whether the short way for x takes sequences that differ: asked before all else, for on the
+    CPU, where it does not, they would pay for the questions."""
     # What traces this reads no further.
     return not torch.compiler.is_compiling() and _engine_of(x) not in (None, cpu_engine)
 
