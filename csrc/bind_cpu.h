@@ -30,4 +30,16 @@ void run_core(void (*kernel)(const Params&), int64_t (*bytes)(const Params&), Pa
   kernel(params);
 }
 
+// One direction of a layer, or two, at once where that takes less time.
+template <class P>
+void run_directions(const LayerKernels<P>& kernels, const P& first, const P* second,
+                    const pybind11::function& workspace) {
+  if (second && kernels.side_by_side(first)) {
+    const OfTwo<P> both{first, *second};
+    return run_core(kernels.run_of_two, kernels.workspace_of_two, both, workspace);
+  }
+  run_core(kernels.run, kernels.workspace, first, workspace);
+  if (second) run_core(kernels.run, kernels.workspace, *second, workspace);
+}
+
 }  // namespace lstm_ext

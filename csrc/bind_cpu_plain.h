@@ -39,20 +39,9 @@ struct CpuPlain : PlainTensors {
     p.y_stride = in.directions * H;
     p.I = I;
     p.x = in.memory[PlainCall::kX];
-    const CpuKernels& kernels = cpu_kernels();
-    LstmForward one = direction(p, in, out, 0);
-    if (in.directions == 1) {
-      run_core(kernels.forward, kernels.forward_workspace, one, workspace);
-      return out.all();
-    }
-    LstmForward other = direction(p, in, out, 1);
-    if (kernels.side_by_side(one)) {
-      const LstmForwardOfTwo both{one, other};
-      run_core(kernels.forward_of_two, kernels.forward_of_two_workspace, both, workspace);
-    } else {
-      for (const LstmForward& each : {one, other})
-        run_core(kernels.forward, kernels.forward_workspace, each, workspace);
-    }
+    const LstmForward first = direction(p, in, out, 0);
+    const LstmForward second = in.directions == 2 ? direction(p, in, out, 1) : LstmForward{};
+    run_directions(cpu_kernels().forward, first, in.directions == 2 ? &second : nullptr, workspace);
     return out.all();
   }
 

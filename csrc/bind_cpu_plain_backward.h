@@ -74,8 +74,8 @@ class CpuPlainBackward {
     p_.h_prev = h_prev ? memory_of(h_prev) : nullptr;
     p_.dh0 = memory_of(made_[kH0]);
     p_.dc0 = memory_of(made_[kC0]);
-    const CpuKernels& kernels = cpu_kernels();
-    run_core(kernels.backward, kernels.backward_workspace, p_, workspace);
+    const LayerKernels<LstmBackward>& kernels = cpu_kernels().backward;
+    run_core(kernels.run, kernels.workspace, p_, workspace);
     const auto by_weights = [&](int k, int weight, int64_t width) {
       if (wanted(k)) made_[k] = times_weights(dgates, k, weight, width, workspace);
     };

@@ -51,97 +51,97 @@ py::list cpu_isas() {
 }
 
 using lstm_ext::checked_cpu_kernels;
+using lstm_ext::LstmBackward;
+using lstm_ext::LstmForward;
 using lstm_ext::Memory;
 using lstm_ext::run_core;
+using lstm_ext::run_directions;
 
-void cpu_forward(int dtype, bool bf16_products, int threads, bool pack_input,
-                 const lstm_ext::Steps& steps, int64_t H, int64_t P, int64_t I, Memory gx, Memory x,
-                 Memory w_ih, Memory b_ih, Memory b_hh, Memory w_hh, Memory w_hr, Memory h0,
-                 Memory c0, const lstm_ext::Variants& variants, Memory gates, Memory c_seq,
-                 Memory norm, Memory norm_r, Memory y, int64_t y_stride, Memory h_n, Memory c_n,
-                 const py::function& workspace) {
-  const lstm_ext::CpuKernels& kernels = checked_cpu_kernels(bf16_products);
-  run_core(kernels.forward, kernels.forward_workspace,
-           {static_cast<lstm_ext::Dtype>(dtype),
-            bf16_products,
-            threads,
-            pack_input,
-            steps,
-            H,
-            P,
-            I,
-            gx.address,
-            x.address,
-            w_ih.address,
-            b_ih.address,
-            b_hh.address,
-            w_hh.address,
-            w_hr.address,
-            h0.address,
-            c0.address,
-            variants,
-            gates.address,
-            c_seq.address,
-            norm.address,
-            norm_r.address,
-            y.address,
-            y_stride,
-            h_n.address,
-            c_n.address,
-            nullptr},
-           workspace);
+LstmForward cpu_forward_call(int dtype, bool bf16_products, int threads, bool pack_input,
+                             const lstm_ext::Steps& steps, int64_t H, int64_t P, int64_t I,
+                             Memory gx, Memory x, Memory w_ih, Memory b_ih, Memory b_hh,
+                             Memory w_hh, Memory w_hr, Memory h0, Memory c0,
+                             const lstm_ext::Variants& variants, Memory gates, Memory c_seq,
+                             Memory norm, Memory norm_r, Memory y, int64_t y_stride, Memory h_n,
+                             Memory c_n) {
+  return {static_cast<lstm_ext::Dtype>(dtype),
+          bf16_products,
+          threads,
+          pack_input,
+          steps,
+          H,
+          P,
+          I,
+          gx.address,
+          x.address,
+          w_ih.address,
+          b_ih.address,
+          b_hh.address,
+          w_hh.address,
+          w_hr.address,
+          h0.address,
+          c0.address,
+          variants,
+          gates.address,
+          c_seq.address,
+          norm.address,
+          norm_r.address,
+          y.address,
+          y_stride,
+          h_n.address,
+          c_n.address,
+          nullptr};
 }
 
-void cpu_backward(int dtype, bool bf16_products, int threads, const lstm_ext::Steps& steps,
-                  int64_t H, int64_t P, const lstm_ext::Variants& variants, Memory w_hh,
-                  Memory w_hr, Memory h0, Memory c0, Memory y, int64_t y_stride, Memory gates,
-                  Memory c_seq, Memory norm, Memory norm_r, Memory dy, int64_t dy_stride,
-                  Memory dh_n, Memory dc_n, Memory dcells, Memory dgates, Memory dproduct,
-                  Memory h_prev, Memory dr, Memory cell_out, Memory dpeephole, Memory dnorm,
-                  Memory dh0, Memory dc0, const py::function& workspace, Memory x, Memory w_ih,
-                  int64_t I, Memory dx, Memory dw_ih, Memory dw_hh, Memory db) {
-  const lstm_ext::CpuKernels& kernels = checked_cpu_kernels(bf16_products);
-  run_core(kernels.backward, kernels.backward_workspace,
-           {static_cast<lstm_ext::Dtype>(dtype),
-            bf16_products,
-            threads,
-            steps,
-            H,
-            P,
-            variants,
-            w_hh.address,
-            w_hr.address,
-            h0.address,
-            c0.address,
-            y.address,
-            y_stride,
-            gates.address,
-            c_seq.address,
-            norm.address,
-            norm_r.address,
-            dy.address,
-            dy_stride,
-            dh_n.address,
-            dc_n.address,
-            dcells.address,
-            x.address,
-            w_ih.address,
-            I,
-            dgates.address,
-            dproduct.address,
-            h_prev.address,
-            dr.address,
-            cell_out.address,
-            dpeephole.address,
-            dnorm.address,
-            dh0.address,
-            dc0.address,
-            dx.address,
-            dw_ih.address,
-            dw_hh.address,
-            db.address,
-            nullptr},
-           workspace);
+LstmBackward cpu_backward_call(int dtype, bool bf16_products, int threads,
+                               const lstm_ext::Steps& steps, int64_t H, int64_t P,
+                               const lstm_ext::Variants& variants, Memory w_hh, Memory w_hr,
+                               Memory h0, Memory c0, Memory y, int64_t y_stride, Memory gates,
+                               Memory c_seq, Memory norm, Memory norm_r, Memory dy,
+                               int64_t dy_stride, Memory dh_n, Memory dc_n, Memory dcells,
+                               Memory dgates, Memory dproduct, Memory h_prev, Memory dr,
+                               Memory cell_out, Memory dpeephole, Memory dnorm, Memory dh0,
+                               Memory dc0, Memory x, Memory w_ih, int64_t I, Memory dx,
+                               Memory dw_ih, Memory dw_hh, Memory db) {
+  return {static_cast<lstm_ext::Dtype>(dtype),
+          bf16_products,
+          threads,
+          steps,
+          H,
+          P,
+          variants,
+          w_hh.address,
+          w_hr.address,
+          h0.address,
+          c0.address,
+          y.address,
+          y_stride,
+          gates.address,
+          c_seq.address,
+          norm.address,
+          norm_r.address,
+          dy.address,
+          dy_stride,
+          dh_n.address,
+          dc_n.address,
+          dcells.address,
+          x.address,
+          w_ih.address,
+          I,
+          dgates.address,
+          dproduct.address,
+          h_prev.address,
+          dr.address,
+          cell_out.address,
+          dpeephole.address,
+          dnorm.address,
+          dh0.address,
+          dc0.address,
+          dx.address,
+          dw_ih.address,
+          dw_hh.address,
+          db.address,
+          nullptr};
 }
 
 void cpu_matmul(int dtype, bool bf16_products, int threads, int64_t M, int64_t N, int64_t more_N,
@@ -226,16 +226,36 @@ PYBIND11_MODULE(_C, m) {
         "a_transposed"_a, "Whether cpu_matmul is to be used, or torch's product.");
   // dtype codes: enum Dtype in params.h, where every argument is described. Positional as a rule:
   // thirty keywords take 2 us. workspace(bytes) returns a tensor to work in.
-  m.def("cpu_forward", &cpu_forward, "dtype"_a, "bf16_products"_a, "threads"_a, "pack_input"_a,
-        "steps"_a, "H"_a, "P"_a, "I"_a, "gx"_a, "x"_a, "w_ih"_a, "b_ih"_a, "b_hh"_a, "w_hh"_a,
-        "w_hr"_a, "h0"_a, "c0"_a, "variants"_a, "gates"_a, "c_seq"_a, "norm"_a, "norm_r"_a, "y"_a,
-        "y_stride"_a, "h_n"_a, "c_n"_a, "workspace"_a);
-  m.def("cpu_backward", &cpu_backward, "dtype"_a, "bf16_products"_a, "threads"_a, "steps"_a, "H"_a,
-        "P"_a, "variants"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "y_stride"_a, "gates"_a,
-        "c_seq"_a, "norm"_a, "norm_r"_a, "dy"_a, "dy_stride"_a, "dh_n"_a, "dc_n"_a, "dcells"_a,
-        "dgates"_a, "dproduct"_a, "h_prev"_a, "dr"_a, "cell_out"_a, "dpeephole"_a, "dnorm"_a,
-        "dh0"_a, "dc0"_a, "workspace"_a, "x"_a = py::none(), "w_ih"_a = py::none(), "I"_a = 0,
-        "dx"_a = py::none(), "dw_ih"_a = py::none(), "dw_hh"_a = py::none(), "db"_a = py::none());
+  py::class_<LstmForward>(m, "CpuForward", py::module_local(), "One direction's forward.")
+      .def(py::init(&cpu_forward_call), "dtype"_a, "bf16_products"_a, "threads"_a, "pack_input"_a,
+           "steps"_a, "H"_a, "P"_a, "I"_a, "gx"_a, "x"_a, "w_ih"_a, "b_ih"_a, "b_hh"_a, "w_hh"_a,
+           "w_hr"_a, "h0"_a, "c0"_a, "variants"_a, "gates"_a, "c_seq"_a, "norm"_a, "norm_r"_a,
+           "y"_a, "y_stride"_a, "h_n"_a, "c_n"_a);
+  py::class_<LstmBackward>(m, "CpuBackward", py::module_local(), "One direction's backward.")
+      .def(py::init(&cpu_backward_call), "dtype"_a, "bf16_products"_a, "threads"_a, "steps"_a,
+           "H"_a, "P"_a, "variants"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "y_stride"_a,
+           "gates"_a, "c_seq"_a, "norm"_a, "norm_r"_a, "dy"_a, "dy_stride"_a, "dh_n"_a, "dc_n"_a,
+           "dcells"_a, "dgates"_a, "dproduct"_a, "h_prev"_a, "dr"_a, "cell_out"_a, "dpeephole"_a,
+           "dnorm"_a, "dh0"_a, "dc0"_a, "x"_a = py::none(), "w_ih"_a = py::none(), "I"_a = 0,
+           "dx"_a = py::none(), "dw_ih"_a = py::none(), "dw_hh"_a = py::none(), "db"_a = py::none())
+      .def(
+          "side_by_side",
+          [](const LstmBackward& p) {
+            return checked_cpu_kernels(p.bf16_products).backward.side_by_side(p);
+          },
+          "Whether it and another direction take less time at once.");
+  m.def(
+      "cpu_forward",
+      [](const LstmForward& first, const LstmForward* second, const py::function& workspace) {
+        run_directions(checked_cpu_kernels(first.bf16_products).forward, first, second, workspace);
+      },
+      "first"_a, "second"_a, "workspace"_a, "Runs one direction, or both of a layer.");
+  m.def(
+      "cpu_backward",
+      [](const LstmBackward& first, const LstmBackward* second, const py::function& workspace) {
+        run_directions(checked_cpu_kernels(first.bf16_products).backward, first, second, workspace);
+      },
+      "first"_a, "second"_a, "workspace"_a, "Runs one direction, or both of a layer.");
   m.def("cpu_matmul", &cpu_matmul, "dtype"_a, "bf16_products"_a, "threads"_a, "M"_a, "N"_a,
         "more_N"_a, "K"_a, "a_transposed"_a, "a"_a, "w"_a, "more_w"_a, "rounded"_a, "out"_a,
         "more_out"_a, "sums"_a, "workspace"_a);

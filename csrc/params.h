@@ -115,11 +115,6 @@ struct LstmForward {
   void* workspace;   // forward_workspace() bytes, 64-byte aligned, contents irrelevant
 };
 
-// Both directions of a layer, of the same sizes and threads; the first's workspace is for both.
-struct LstmForwardOfTwo : LstmForward {
-  LstmForward second;
-};
-
 struct LstmBackward {
   Dtype dtype;
   bool bf16_products;  // as in LstmForward
@@ -169,6 +164,12 @@ struct LstmBackward {
   void* dw_hh;      // acc [4H, P]
   void* db;         // acc [4H]; null: not wanted
   void* workspace;  // backward_workspace() bytes, 64-byte aligned, contents irrelevant
+};
+
+// Both directions of a layer, of the same sizes and threads; the first's workspace is for both.
+template <class P>
+struct OfTwo : P {
+  P second;
 };
 
 // out = a w, or a^T w, over one long dimension K; of the same a, more_out = a more_w at once.

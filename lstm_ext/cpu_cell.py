@@ -29,14 +29,15 @@ def cell_forward(
     h_new, c_new = torch.empty_like(h), torch.empty_like(c)
     native = native_steps(_C, steps, False)
     # fmt: off
-    _C.cpu_forward(
+    call = _C.CpuForward(
         code, False, threads, False, native, C, C, 0,
         a, None, None, None, None, None, None, h, c, variants,
         gates, c_new, None, None,
         # One step: what it puts out is also the last state.
-        h_new, C, h_new, c_new, cpu_products.workspace,
+        h_new, C, h_new, c_new,
     )
     # fmt: on
+    _C.cpu_forward(call, None, cpu_products.workspace)
     return h_new, c_new
 
 
@@ -60,11 +61,12 @@ def cell_backward(
     dh0, dc0 = torch.empty_like(h), torch.empty_like(c)
     native = native_steps(_C, steps, False)
     # fmt: off
-    _C.cpu_backward(
+    call = _C.CpuBackward(
         code, False, threads, native, C, C, variants,
         None, None, None, c, None, C, gates, c_new, None, None,
         None, 0, dh, dc, None,
-        da, None, None, None, None, dw_ch, None, dh0, dc0, cpu_products.workspace,
+        da, None, None, None, None, dw_ch, None, dh0, dc0,
     )
     # fmt: on
+    _C.cpu_backward(call, None, cpu_products.workspace)
     return da, dh0, dc0, None if dw_ch is None else dw_ch.sum(0)

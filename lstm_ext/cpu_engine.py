@@ -9,7 +9,10 @@ Letters as in :mod:`ops`.
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable, Generator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +87,9 @@ FUSED_ROWS = 512
 _FUSED_WEIGHT_BYTES = 1 << 20  # as products read them
 
 
+_MANY_WEIGHTS = 1 << 16
+
+
 def _fused(w: LayerWeights, steps: Steps, operand: torch.dtype, wanted: DirectionGrads) -> bool:
     """Whether the core makes the gradients of products beside the recurrence."""
     return bool(
@@ -112,22 +118,34 @@ def layer_forward(
     P = directions[0].h0.size(1)
     y = _allocate(x, steps.rows, len(directions) * P, zero=steps.has_padding)
     result = LayerResult(y, [], [], [], [], [])
+
+    @functools.cache  # for both directions
+    def operand(bf16_products: bool) -> Tensor:
+        if bf16_products:
+            return _even_rows(x)
+        return x.to(acc_dtype(x.dtype)).contiguous()
+
+    running = []
     for k, direction in enumerate(directions):
         part = y if len(directions) == 1 else y[:, k * P : (k + 1) * P]
-        _forward(x, direction, steps, save, cells, part, result)
+        running.append(_forward(x, operand, direction, steps, save, cells, part, result))
+    calls = [next(one) for one in running]
+    recorded(_C.cpu_forward)(calls[0], calls[1] if calls[1:] else None, cpu_products.workspace)
     return result
 
 
 def _forward(
     x: Tensor,
+    operand: Callable[[bool], Tensor],
     direction: Direction,
     steps: Steps,
     save: bool,
     cells: bool,
     y: Tensor,
     result: LayerResult,
-) -> None:
-    """Runs one direction: fills its columns y of the output, and appends to the result's lists."""
+) -> Generator[Any, None, None]:
+    """One direction, which fills its columns y of the output: appends to the result's lists, and
+    yields the core's call, whose tensors it keeps until it ends."""
     h0, c0, w, reverse = direction
     H, P, I, acc = c0.size(1), h0.size(1), x.size(1), acc_dtype(x.dtype)
     padding = steps.has_padding
@@ -148,10 +166,7 @@ def _forward(
             gx, more = norm_input(gx, w, bias, steps)
         gates = gx if save else None  # the core reads a row's gx before it writes its gates
     else:
-        if bf16_products:
-            core_input = _even_rows(x)
-        else:
-            core_input = (x if x.dtype == acc else x.to(acc)).contiguous()
+        core_input = operand(bf16_products)
         w_ih = w.w_ih
         gates = x.new_empty((steps.rows, 4 * H), dtype=acc) if save else None
     h0, c0 = h0.contiguous(), c0.contiguous()
@@ -167,18 +182,17 @@ def _forward(
     native = native_steps(_C, steps, reverse)
     threads = torch.get_num_threads()
     code = DTYPE_CODE[x.dtype]
-    # Tensors are kept by these names until the call is over.
     w_ih = None if w_ih is None else w_ih.contiguous()
     w_hh = w.w_hh.contiguous()
     b_ih = None if w.b_ih is None else w.b_ih.contiguous()
     b_hh = None if w.b_hh is None else w.b_hh.contiguous()
     w_hr = None if w.w_hr is None else w.w_hr.contiguous()
     # fmt: off
-    recorded(_C.cpu_forward)(
+    call = _C.CpuForward(
         code, bf16_products, threads, deterministic, native, H, P, I,
         gx, core_input, w_ih, b_ih, b_hh, w_hh, w_hr, h0, c0, variants,
         gates, c_seq, norm, norm_r,
-        y, y.stride(0), h_n, c_n, cpu_products.workspace,
+        y, y.stride(0), h_n, c_n,
     )
     # fmt: on
     result.h_n.append(h_n)
@@ -187,6 +201,7 @@ def _forward(
     result.c_seq.append(c_seq)
     if save:
         result.more.append(more)
+    yield call
 
 
 def layer_backward(
@@ -205,10 +220,8 @@ def layer_backward(
 ) -> tuple[Tensor | None, list[DirectionGrads]]:
     """See :func:`ops.layer_backward`."""
     P, H = directions[0].h0.size(1), directions[0].c0.size(1)
-    dx: Tensor | None = None
-    grads = []
-    for k, direction in enumerate(directions):
-        part, direction_grads = direction_backward(
+    running = [
+        _backward(
             rows_of(dy, k * P, P),
             rows_of(dcells, k * H, H),
             dh_n[k],
@@ -221,16 +234,35 @@ def layer_backward(
             wanted_x,
             wanted[k],
         )
-        dx = part if dx is None else dx + part
+        for k, direction in enumerate(directions)
+    ]
+    calls = [next(running[0])]
+    # Else one after the other: at once they need twice the memory.
+    if len(running) == 2 and calls[0].side_by_side():
+        calls.append(next(running[1]))
+    recorded(_C.cpu_backward)(calls[0], calls[1] if calls[1:] else None, cpu_products.workspace)
+    dx, *grads = _end(running[0])
+    for one in running[1:]:
+        if not calls[1:]:
+            recorded(_C.cpu_backward)(next(one), None, cpu_products.workspace)
+        more, direction_grads = _end(one)
+        dx = None if dx is None else dx + more
         grads.append(direction_grads)
     return (None if dx is None else dx.to(x.dtype)), grads
+
+
+def _end(running: Generator[Any, None, None]) -> Any:
+    """What it yields last; its tensors are let go."""
+    made = next(running)
+    running.close()
+    return made
 
 
 def _dense(gradient: Tensor | None) -> Tensor | None:
     return gradient if gradient is None else gradient.resolve_neg().contiguous()
 
 
-def direction_backward(
+def _backward(
     dy: Tensor | None,
     dcells: Tensor | None,
     dh_n: Tensor | None,
@@ -242,14 +274,15 @@ def direction_backward(
     steps: Steps,
     wanted_x: bool,
     wanted: DirectionGrads,
-) -> tuple[Tensor | None, DirectionGrads]:
-    """One direction: the gradient of x in the acc dtype, and the direction's own."""
+) -> Generator[Any, None, None]:
+    """One direction: yields the core's call, and when that has run the gradient of x in the acc
+    dtype and the direction's own."""
     h0, c0, w, reverse = direction
     H, P, dtype = c0.size(1), h0.size(1), x.dtype
     normed = w.normed
     variants, _kept = native_variants(_C, w, dtype)
-    # Then dh0 needs one product, without packing.
-    one_step = steps.T == 1 and w.w_hr is None and not normed
+    # Then dh0 needs one product, without packing. Of a projection's few weights that takes longer.
+    one_step = steps.T == 1 and not normed and (w.w_hr is None or w.w_hh.numel() >= _MANY_WEIGHTS)
     # Then W_hh was multiplied with h0 itself, and dh0 is that product.
     plain_step = one_step and not w.varied and steps.lengths is None and steps.reset_mask is None
     padding = steps.has_padding
@@ -289,14 +322,15 @@ def direction_backward(
     threads = torch.get_num_threads()
     code = DTYPE_CODE[dtype]
     # fmt: off
-    recorded(_C.cpu_backward)(
+    call = _C.CpuBackward(
         code, bf16_products, threads, native, H, P, variants,
         w_hh, w_hr, h0, c0, y, y.stride(0), gates, c_seq, norm, norm_r,
         dy, 0 if dy is None else dy.stride(0), dh_n, dc_n, dcells,
-        dgates, dproduct, h_prev, dr, cell_out, dpeephole, dnorm, dh0, dc0, cpu_products.workspace,
+        dgates, dproduct, h_prev, dr, cell_out, dpeephole, dnorm, dh0, dc0,
         x_read, w_ih, x.size(1), dx, dw_ih, dw_hh, db,
     )
     # fmt: on
+    yield call
     with without_autocast(x.device):
         if one_step and wanted.h0:
             product = matmul(dgates, w.w_hh)
@@ -348,7 +382,7 @@ def direction_backward(
             dw_ih, dw_hh, dw_hr, db = [
                 g if g is None else g.to(dtype) for g in (dw_ih, dw_hh, dw_hr, db)
             ]
-    return dx, DirectionGrads(
+    grads = DirectionGrads(
         h0=dh0 if wanted.h0 else None,
         c0=dc0 if wanted.c0 else None,
         w_ih=dw_ih,
@@ -363,3 +397,4 @@ def direction_backward(
         gamma_ch=summed(dnorm, 4 * H, H) if wanted.gamma_ch else None,
         beta_ch=summed(dnorm, 5 * H, H) if wanted.beta_ch else None,
     )
+    yield dx, grads

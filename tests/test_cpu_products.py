@@ -186,11 +186,9 @@ def test_which_layers_multiply_bf16(monkeypatch):
 
     class Core:
         def __getattr__(self, name):
-            if name != "cpu_forward":
+            if name != "CpuForward":
                 return getattr(_C, name)
-            return lambda dtype, bf16, *more: (
-                used.append(bf16) or _C.cpu_forward(dtype, bf16, *more)
-            )
+            return lambda dtype, bf16, *more: used.append(bf16) or _C.CpuForward(dtype, bf16, *more)
 
     monkeypatch.setattr(cpu_engine, "_C", Core())
 
@@ -220,12 +218,13 @@ def test_kernels_without_bf16_products_refuse_them():
         cpu_engine.select_cpu_isa("portable")
         with pytest.raises(ValueError, match="portable do not multiply bf16"):
             # fmt: off
-            _C.cpu_backward(
+            call = _C.CpuBackward(
                 2, True, 1, steps, 4, 4, _C.Variants(), None, None, None, None, None, 4,
                 None, None, None, None, None, 4, None, None, None, None, None, None, None,
-                None, None, None, None, None, lambda size: None,
+                None, None, None, None, None,
             )
             # fmt: on
+            _C.cpu_backward(call, None, lambda size: None)
     finally:
         cpu_engine.select_cpu_isa(before)
 

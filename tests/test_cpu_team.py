@@ -187,3 +187,33 @@ def test_peak_memory_of_training():
     """At T 1000, B 32, H 256 no more than nn.LSTM's."""
     ours, peer = (int(_run(PEAK, name)) for name in ("ours", "torch"))
     assert 0 < ours <= peer, f"{ours >> 10} MB, nn.LSTM {peer >> 10} MB"
+
+
+@pytest.mark.parametrize("kind", ["packed", "projection", "peephole", "layer norm", "cells"])
+def test_two_directions_at_once(kind):
+    """By the layer's way, each on half of the threads: outputs and dx are those of one thread."""
+    options = {
+        "projection": {"proj_size": 24},
+        "peephole": {"peephole": True},
+        "layer norm": {"layer_norm": True},
+        "cells": {"return_cell_sequence": True},
+    }
+    module = lstm_ext.LSTM(20, 48, bidirectional=True, **options.get(kind, {}))
+    x = torch.randn(30, 12, 20, requires_grad=True)
+    lengths = torch.arange(30, 6, -2) if kind == "packed" else None
+
+    def run():
+        y, *more = module(x, lengths=lengths)
+        loss = sum((t * torch.linspace(0, 1, t.numel()).view(t.shape)).sum() for t in (y, *more[0]))
+        dx, *gradients = torch.autograd.grad(loss, [x, *module.parameters()])
+        return [y, *more[0], *more[1:], dx], gradients
+
+    torch.set_num_threads(1)
+    expected, expected_gradients = run()
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        outputs, gradients = run()
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        for ours, theirs in zip(gradients, expected_gradients, strict=True):
+            scale = max(1.0, theirs.abs().max().item())
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * scale)

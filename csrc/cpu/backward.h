@@ -26,11 +26,13 @@ class Backward {
 
  public:
   static Plan plan(const LstmBackward& p) {
-    const int64_t columns = (p.dw_hh ? p.I : 0) + p.P;
-    const int64_t gradients = (p.dw_hh ? columns : 0) + (p.dx ? p.I : 0);
-    return make_plan(p.threads, p.steps, p.steps.B, blocks_of<A>(p.H),
-                     work_of<A>(p.steps.B, p.H, p.P + gradients), columns,
-                     p.P * 4 * p.H * int64_t(sizeof(O)));
+    return make_plan(p.threads, p.steps, p.steps.B, blocks_of<A>(p.H), work_of_step(p), columns(p),
+                     step_weights(p));
+  }
+
+  // As in Forward.
+  static bool side_by_side(const LstmBackward& p) {
+    return make_sides(p.threads, p.steps, work_of_step(p), step_weights(p));
   }
 
   Backward(const LstmBackward& p, Range batch, int slices, Arena& arena)
@@ -116,6 +118,15 @@ class Backward {
       }
     }
     cells_.finish(m);
+  }
+
+ private:
+  // Of the weights whose gradients are made here.
+  static int64_t columns(const LstmBackward& p) { return (p.dw_hh ? p.I : 0) + p.P; }
+  static int64_t step_weights(const LstmBackward& p) { return p.P * 4 * p.H * int64_t(sizeof(O)); }
+  static int64_t work_of_step(const LstmBackward& p) {
+    const int64_t gradients = (p.dw_hh ? columns(p) : 0) + (p.dx ? p.I : 0);
+    return work_of<A>(p.steps.B, p.H, p.P + gradients);
   }
 
   // dr_t, then its product with W_hr gives the gradient of o * tanh(c).

@@ -74,10 +74,10 @@ class OneDirection {
 
 // Both directions of a layer at once, each with half of the threads: they need nothing of each
 // other. For parameters of which Part::side_by_side() says so.
-template <class Part, class One, class Two>
+template <class Part, class P>
 class SideBySide {
  public:
-  explicit SideBySide(const Two& p)
+  explicit SideBySide(const OfTwo<P>& p)
       : p_{half(p), half(p.second)},
         arena_(p.workspace),
         first_(p_[0], arena_),
@@ -100,7 +100,7 @@ class SideBySide {
   }
 
  private:
-  static One half(One p) {
+  static P half(P p) {
     p.threads /= 2;
     return p;
   }
@@ -109,9 +109,9 @@ class SideBySide {
     return arena;
   }
 
-  const One p_[2];
+  const P p_[2];
   Arena arena_;
-  const Groups<Part, One> first_, second_;
+  const Groups<Part, P> first_, second_;
 };
 
 }  // namespace LSTM_EXT_ISA

@@ -5,17 +5,21 @@
 
 namespace lstm_ext {
 
+template <class P>
+struct LayerKernels {
+  int64_t (*workspace)(const P&);  // bytes; of pointers, whether null counts
+  void (*run)(const P&);
+  bool (*side_by_side)(const P&);  // whether run_of_two() takes less time than run() of each
+  int64_t (*workspace_of_two)(const OfTwo<P>&);
+  void (*run_of_two)(const OfTwo<P>&);
+};
+
 struct CpuKernels {
   const char* name;
-  bool bf16_products;                                // whether that flag of params.h may be set
-  int64_t (*forward_workspace)(const LstmForward&);  // bytes; of pointers, whether null counts
-  int64_t (*forward_of_two_workspace)(const LstmForwardOfTwo&);
-  int64_t (*backward_workspace)(const LstmBackward&);
+  bool bf16_products;  // whether that flag of params.h may be set
+  LayerKernels<LstmForward> forward;
+  LayerKernels<LstmBackward> backward;
   int64_t (*matmul_workspace)(const Matmul&);
-  void (*forward)(const LstmForward&);
-  void (*forward_of_two)(const LstmForwardOfTwo&);
-  bool (*side_by_side)(const LstmForward&);  // whether forward_of_two is the faster way
-  void (*backward)(const LstmBackward&);
   void (*matmul)(const Matmul&);
 };
 

@@ -17,15 +17,6 @@ constexpr bool kPairs = false;
 #endif
 
 template <class E, class S>
-using ForwardOfOne = OneDirection<Forward<E, S>, LstmForward>;
-
-template <class E, class S>
-using ForwardOfTwo = SideBySide<Forward<E, S>, LstmForward, LstmForwardOfTwo>;
-
-template <class E, class S>
-using BackwardOfOne = OneDirection<Backward<E, S>, LstmBackward>;
-
-template <class E, class S>
 struct Types {
   using Element = E;
   using Storage = S;
@@ -49,46 +40,68 @@ auto with_types(const Params& p, const Body& body) {
   }
 }
 
-template <template <class, class> class Kernel, class Params>
-int64_t workspace(const Params& p) {
-  Params counted = p;
-  counted.workspace = nullptr;
+// As for a call that only asks for its workspace.
+template <class Params>
+Params counted(Params p) {
+  p.workspace = nullptr;
+  return p;
+}
+
+// The kernels of P, a Direction<E, S> of which is a group's part (groups.h).
+template <template <class, class> class Direction, class P>
+struct LayerOf {
+  template <class T>
+  using Part = Direction<typename T::Element, typename T::Storage>;
+
+  static int64_t workspace(const P& p) {
+    return with_types(p, [&](auto types) {
+      return OneDirection<Part<decltype(types)>, P>(counted(p)).workspace();
+    });
+  }
+  static void run(const P& p) {
+    with_types(p, [&](auto types) { OneDirection<Part<decltype(types)>, P>(p).run(); });
+  }
+  static bool side_by_side(const P& p) {
+    return with_types(p, [&](auto types) { return Part<decltype(types)>::side_by_side(p); });
+  }
+  static int64_t workspace_of_two(const OfTwo<P>& p) {
+    return with_types(p, [&](auto types) {
+      return SideBySide<Part<decltype(types)>, P>(counted(p)).workspace();
+    });
+  }
+  static void run_of_two(const OfTwo<P>& p) {
+    with_types(p, [&](auto types) { SideBySide<Part<decltype(types)>, P>(p).run(); });
+  }
+
+  static constexpr LayerKernels<P> kernels() {
+    return {workspace, run, side_by_side, workspace_of_two, run_of_two};
+  }
+};
+
+inline int64_t matmul_workspace(const Matmul& p) {
   return with_types(p, [&](auto types) {
     using T = decltype(types);
-    return Kernel<typename T::Element, typename T::Storage>(counted).workspace();
+    return MatmulOf<typename T::Element, typename T::Storage>(counted(p)).workspace();
   });
 }
 
-template <template <class, class> class Kernel, class Params>
-void run(const Params& p) {
+inline void matmul(const Matmul& p) {
   with_types(p, [&](auto types) {
     using T = decltype(types);
-    Kernel<typename T::Element, typename T::Storage>(p).run();
-  });
-}
-
-inline bool side_by_side(const LstmForward& p) {
-  return with_types(p, [&](auto types) {
-    using T = decltype(types);
-    return Forward<typename T::Element, typename T::Storage>::side_by_side(p);
+    MatmulOf<typename T::Element, typename T::Storage>(p).run();
   });
 }
 
 }  // namespace LSTM_EXT_ISA
 }  // namespace lstm_ext
 
-#define LSTM_EXT_DEFINE_KERNELS(variable, name)                              \
-  namespace lstm_ext {                                                       \
-  const CpuKernels variable = {                                              \
-      name,                                                                  \
-      LSTM_EXT_ISA::kPairs,                                                  \
-      LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::ForwardOfOne, LstmForward>,      \
-      LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::ForwardOfTwo, LstmForwardOfTwo>, \
-      LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::BackwardOfOne, LstmBackward>,    \
-      LSTM_EXT_ISA::workspace<LSTM_EXT_ISA::MatmulOf, Matmul>,               \
-      LSTM_EXT_ISA::run<LSTM_EXT_ISA::ForwardOfOne, LstmForward>,            \
-      LSTM_EXT_ISA::run<LSTM_EXT_ISA::ForwardOfTwo, LstmForwardOfTwo>,       \
-      LSTM_EXT_ISA::side_by_side,                                            \
-      LSTM_EXT_ISA::run<LSTM_EXT_ISA::BackwardOfOne, LstmBackward>,          \
-      LSTM_EXT_ISA::run<LSTM_EXT_ISA::MatmulOf, Matmul>};                    \
+#define LSTM_EXT_DEFINE_KERNELS(variable, name)                               \
+  namespace lstm_ext {                                                        \
+  const CpuKernels variable = {                                               \
+      name,                                                                   \
+      LSTM_EXT_ISA::kPairs,                                                   \
+      LSTM_EXT_ISA::LayerOf<LSTM_EXT_ISA::Forward, LstmForward>::kernels(),   \
+      LSTM_EXT_ISA::LayerOf<LSTM_EXT_ISA::Backward, LstmBackward>::kernels(), \
+      LSTM_EXT_ISA::matmul_workspace,                                         \
+      LSTM_EXT_ISA::matmul};                                                  \
   }
