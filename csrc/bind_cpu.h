@@ -30,11 +30,13 @@ void run_core(void (*kernel)(const Params&), int64_t (*bytes)(const Params&), Pa
   kernel(params);
 }
 
-// One direction of a layer, or two, at once where that takes less time.
+// One direction of a layer, or two, at once where that takes less time. Not if a variant of one
+// keeps its products from being bf16.
 template <class P>
 void run_directions(const LayerKernels<P>& kernels, const P& first, const P* second,
                     const pybind11::function& workspace) {
-  if (second && kernels.side_by_side(first)) {
+  if (second && second->dtype == first.dtype && second->bf16_products == first.bf16_products &&
+      kernels.side_by_side(first)) {
     const OfTwo<P> both{first, *second};
     return run_core(kernels.run_of_two, kernels.workspace_of_two, both, workspace);
   }

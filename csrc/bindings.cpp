@@ -230,7 +230,13 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&cpu_forward_call), "dtype"_a, "bf16_products"_a, "threads"_a, "pack_input"_a,
            "steps"_a, "H"_a, "P"_a, "I"_a, "gx"_a, "x"_a, "w_ih"_a, "b_ih"_a, "b_hh"_a, "w_hh"_a,
            "w_hr"_a, "h0"_a, "c0"_a, "variants"_a, "gates"_a, "c_seq"_a, "norm"_a, "norm_r"_a,
-           "y"_a, "y_stride"_a, "h_n"_a, "c_n"_a);
+           "y"_a, "y_stride"_a, "h_n"_a, "c_n"_a)
+      .def(
+          "side_by_side",
+          [](const LstmForward& p) {
+            return checked_cpu_kernels(p.bf16_products).forward.side_by_side(p);
+          },
+          "Whether it and another direction take less time at once.");
   py::class_<LstmBackward>(m, "CpuBackward", py::module_local(), "One direction's backward.")
       .def(py::init(&cpu_backward_call), "dtype"_a, "bf16_products"_a, "threads"_a, "steps"_a,
            "H"_a, "P"_a, "variants"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "y_stride"_a,
@@ -247,13 +253,15 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_forward",
       [](const LstmForward& first, const LstmForward* second, const py::function& workspace) {
-        run_directions(checked_cpu_kernels(first.bf16_products).forward, first, second, workspace);
+        const bool bf16_products = first.bf16_products || (second && second->bf16_products);
+        run_directions(checked_cpu_kernels(bf16_products).forward, first, second, workspace);
       },
       "first"_a, "second"_a, "workspace"_a, "Runs one direction, or both of a layer.");
   m.def(
       "cpu_backward",
       [](const LstmBackward& first, const LstmBackward* second, const py::function& workspace) {
-        run_directions(checked_cpu_kernels(first.bf16_products).backward, first, second, workspace);
+        const bool bf16_products = first.bf16_products || (second && second->bf16_products);
+        run_directions(checked_cpu_kernels(bf16_products).backward, first, second, workspace);
       },
       "first"_a, "second"_a, "workspace"_a, "Runs one direction, or both of a layer.");
   m.def("cpu_matmul", &cpu_matmul, "dtype"_a, "bf16_products"_a, "threads"_a, "M"_a, "N"_a,

@@ -18,10 +18,10 @@ namespace lstm_ext {
 enum class Dtype : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 // Bytes of an element as it is stored, and as sums, gates and cell states are kept.
-inline int64_t storage_bytes(Dtype dtype) {
+LSTM_EXT_INLINE int64_t storage_bytes(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
-inline int64_t acc_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
+LSTM_EXT_INLINE int64_t acc_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
 
 // Where step t of sequence b lies: row = (offsets ? offsets[t] : t * stride_t) + b * stride_b.
 struct Steps {
@@ -166,7 +166,8 @@ struct LstmBackward {
   void* workspace;  // backward_workspace() bytes, 64-byte aligned, contents irrelevant
 };
 
-// Both directions of a layer, of the same sizes and threads; the first's workspace is for both.
+// Both directions of a layer, of the same dtype, products, sizes and threads; the first's workspace
+// is for both.
 template <class P>
 struct OfTwo : P {
   P second;

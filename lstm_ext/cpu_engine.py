@@ -129,9 +129,44 @@ def layer_forward(
     for k, direction in enumerate(directions):
         part = y if len(directions) == 1 else y[:, k * P : (k + 1) * P]
         running.append(_forward(x, operand, direction, steps, save, cells, part, result))
-    calls = [next(one) for one in running]
-    recorded(_C.cpu_forward)(calls[0], calls[1] if calls[1:] else None, cpu_products.workspace)
+    _run(recorded(_C.cpu_forward), running, _gates_bytes(x, directions, steps))
     return result
+
+
+# Of one direction's gates, of all steps: about so much more memory do two directions at once need.
+# Of more rows each has work enough for all threads.
+_AT_ONCE_BYTES = 32 << 20
+
+
+def _gates_bytes(x: Tensor, directions: list[Direction], steps: Steps) -> int:
+    return steps.rows * 4 * directions[0].c0.size(1) * acc_dtype(x.dtype).itemsize
+
+
+def _run(
+    core: Callable[..., None], running: list[Generator[Any, None, None]], gates_bytes: int
+) -> list[Any]:
+    """Runs the core's calls that the directions yield: at once where that takes less time.
+
+    Returns what each yields afterwards, or None.
+    """
+    first = next(running[0])
+    second = None
+    if len(running) == 2 and gates_bytes <= _AT_ONCE_BYTES and first.side_by_side():
+        second = next(running[1])
+    core(first, second, cpu_products.workspace)
+    made = [_end(running[0])]
+    for one in running[1:]:
+        if second is None:
+            core(next(one), None, cpu_products.workspace)
+        made.append(_end(one))
+    return made
+
+
+def _end(running: Generator[Any, None, None]) -> Any:
+    """What it yields last; its tensors are let go."""
+    made = next(running, None)
+    running.close()
+    return made
 
 
 def _forward(
@@ -236,26 +271,12 @@ def layer_backward(
         )
         for k, direction in enumerate(directions)
     ]
-    calls = [next(running[0])]
-    # Else one after the other: at once they need twice the memory.
-    if len(running) == 2 and calls[0].side_by_side():
-        calls.append(next(running[1]))
-    recorded(_C.cpu_backward)(calls[0], calls[1] if calls[1:] else None, cpu_products.workspace)
-    dx, *grads = _end(running[0])
-    for one in running[1:]:
-        if not calls[1:]:
-            recorded(_C.cpu_backward)(next(one), None, cpu_products.workspace)
-        more, direction_grads = _end(one)
-        dx = None if dx is None else dx + more
-        grads.append(direction_grads)
-    return (None if dx is None else dx.to(x.dtype)), grads
-
-
-def _end(running: Generator[Any, None, None]) -> Any:
-    """What it yields last; its tensors are let go."""
-    made = next(running)
-    running.close()
-    return made
+    made = _run(recorded(_C.cpu_backward), running, _gates_bytes(x, directions, steps))
+    parts, grads = zip(*made, strict=True)
+    dx = parts[0]
+    for part in parts[1:]:
+        dx = None if dx is None else dx + part
+    return (None if dx is None else dx.to(x.dtype)), list(grads)
 
 
 def _dense(gradient: Tensor | None) -> Tensor | None:

@@ -2,8 +2,8 @@
 
 For few sequences and steps the questions that :mod:`layer` and :mod:`ops` ask take longer than the
 steps, and so do, on a GPU, allocations and products one by one. Here the core does all that, and a
-call of any other kind goes the layer's way, which has its errors. On the CPU the bits are the same,
-it is for sequences of one length only, and of two directions for forward only.
+call of any other kind goes the layer's way, which has its errors. On the CPU the bits are the same;
+there it is for sequences of one length only, and of two directions for forward only.
 """
 
 from __future__ import annotations

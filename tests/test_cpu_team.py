@@ -12,6 +12,9 @@ import torch
 from tolerances import tol
 
 import lstm_ext
+from lstm_ext import _C, cpu_engine, layer
+from lstm_ext.engine import Direction, LayerWeights
+from lstm_ext.steps import Steps
 
 pytestmark = pytest.mark.cpu_only(reason="OpenMP threads")
 
@@ -189,8 +192,33 @@ def test_peak_memory_of_training():
     assert 0 < ours <= peer, f"{ours >> 10} MB, nn.LSTM {peer >> 10} MB"
 
 
+class Core:
+    """Stands before the core of the engine: notes whether two directions ran at once."""
+
+    def __init__(self):
+        self.at_once = []
+
+    def __getattr__(self, name):
+        function = getattr(_C, name)
+        if name not in ("cpu_forward", "cpu_backward"):
+            return function
+
+        def call(first, second, workspace):
+            self.at_once.append(second is not None and first.side_by_side())
+            function(first, second, workspace)
+
+        return call
+
+
+@pytest.fixture
+def core(monkeypatch):
+    spy = Core()
+    monkeypatch.setattr(cpu_engine, "_C", spy)
+    return spy
+
+
 @pytest.mark.parametrize("kind", ["packed", "projection", "peephole", "layer norm", "cells"])
-def test_two_directions_at_once(kind):
+def test_two_directions_at_once(kind, core, monkeypatch):
     """By the layer's way, each on half of the threads: outputs and dx are those of one thread."""
     options = {
         "projection": {"proj_size": 24},
@@ -208,12 +236,41 @@ def test_two_directions_at_once(kind):
         dx, *gradients = torch.autograd.grad(loss, [x, *module.parameters()])
         return [y, *more[0], *more[1:], dx], gradients
 
-    torch.set_num_threads(1)
-    expected, expected_gradients = run()
-    for threads in (2, 3, 4):
+    def check(threads, at_once):
         torch.set_num_threads(threads)
+        core.at_once.clear()
         outputs, gradients = run()
+        assert core.at_once == ([True] * 2 if at_once else [False] * 4)
         assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
         for ours, theirs in zip(gradients, expected_gradients, strict=True):
             scale = max(1.0, theirs.abs().max().item())
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * scale)
+
+    torch.set_num_threads(1)
+    expected, expected_gradients = run()
+    for threads in (1, 2, 3, 4):
+        check(threads, at_once=threads % 2 == 0)
+    monkeypatch.setattr(cpu_engine, "_AT_ONCE_BYTES", 1000)  # else twice the memory
+    check(2, at_once=False)
+
+
+@pytest.mark.parametrize("peepholes", [(False, True), (True, False)])
+def test_two_directions_of_different_products(peepholes):
+    """bfloat16 with a variant is multiplied in float32: never at once with one without."""
+    T, B, I, H = 30, 8, 10, 48
+    module = lstm_ext.LSTM(I, H, bidirectional=True, peephole=True, dtype=torch.bfloat16)
+    own, directions = dict(module.named_parameters()), []
+    for k, peephole in enumerate(peepholes):
+        suffix = "_l0_reverse" if k else "_l0"
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        weights = LayerWeights(*(own[name + suffix].detach() for name in names), None)
+        if peephole:
+            weights = weights._replace(w_ch=own["weight_ch" + suffix].detach())
+        states = (torch.zeros(B, H, dtype=torch.bfloat16) for _ in range(2))
+        directions.append(Direction(*states, weights, k == 1))
+    x = torch.randn(T * B, I, dtype=torch.bfloat16)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(layer.lstm_layer(x, directions, Steps.padded(T, B)).y)
+    assert torch.equal(*results)

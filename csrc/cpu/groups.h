@@ -1,4 +1,4 @@
-// Groups of sequences, each with memory and threads of its own.
+// Groups of sequences, and the directions of a layer, each with memory and threads of its own.
 //
 // Groups need nothing of each other until their sums of weights' gradients are added up. Where two
 // cores do not share an L3, a line takes six times as long from one to the other, and a line to be
