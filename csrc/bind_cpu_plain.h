@@ -39,47 +39,16 @@ struct CpuPlain : PlainTensors {
     p.y_stride = in.directions * H;
     p.I = I;
     p.x = in.memory[PlainCall::kX];
-    const LstmForward first = direction(p, in, out, 0);
-    const LstmForward second = in.directions == 2 ? direction(p, in, out, 1) : LstmForward{};
+    const auto direction = [&](int k) {
+      LstmForward own = p;
+      own.steps.reverse = k == 1;
+      own.y = PlainCall::part(memory_of(out.y), k * H * storage_bytes(in.code));
+      out.put(own, k);
+      return own;
+    };
+    const LstmForward first = direction(0), second = direction(in.directions - 1);
     run_directions(cpu_kernels().forward, first, in.directions == 2 ? &second : nullptr, workspace);
     return out.all();
-  }
-
- private:
-  // p with what is a direction's own.
-  static LstmForward direction(LstmForward p, const PlainInputs& in, const PlainOutputs& out,
-                               int d) {
-    const auto input = [&](int k) { return in.memory[PlainCall::at(k, d)]; };
-    // Of a tensor of all directions, each of so many numbers.
-    const auto part = [&](const Object& tensor, int64_t numbers, int64_t bytes) -> char* {
-      char* const memory = static_cast<char*>(memory_of(tensor));
-      return memory ? memory + d * numbers * bytes : nullptr;
-    };
-    const int64_t B = p.steps.B, rows = p.steps.rows, H = p.H;
-    const int64_t bytes = storage_bytes(p.dtype), acc = acc_bytes(p.dtype);
-    p.steps.reverse = d == 1;
-    p.w_ih = input(PlainCall::kWih);
-    p.w_hh = input(PlainCall::kWhh);
-    p.b_ih = input(PlainCall::kBih);
-    p.b_hh = input(PlainCall::kBhh);
-    p.gates = part(out.gates, rows * 4 * H, acc);
-    p.c_seq = part(out.c_seq, rows * H, acc);
-    p.y = part(out.y, H, bytes);
-    if (in.states() == 1) {  // of all directions
-      const auto state = [&](int k) {
-        return static_cast<const char*>(in.memory[k]) + d * B * H * bytes;
-      };
-      p.h0 = state(PlainCall::kH0);
-      p.c0 = state(PlainCall::kC0);
-      p.h_n = part(out.h_n[0], B * H, bytes);
-      p.c_n = part(out.c_n[0], B * H, bytes);
-    } else {
-      p.h0 = input(PlainCall::kH0);
-      p.c0 = input(PlainCall::kC0);
-      p.h_n = memory_of(out.h_n[size_t(d)]);
-      p.c_n = memory_of(out.c_n[size_t(d)]);
-    }
-    return p;
   }
 };
 

@@ -86,6 +86,22 @@ struct PlainCall {
     }
   }
 
+  // A direction's part of a tensor: of a state as a module has it, whose directions lie one after
+  // the other; and of so many columns of acc with rows for each. Null of null.
+  template <class Void>
+  Void* state(Void* tensor, int direction) const {
+    return module ? part(tensor, direction * steps.B * H * storage_bytes(code)) : tensor;
+  }
+  template <class Void>
+  Void* rows_of(Void* tensor, int64_t columns, int direction) const {
+    return part(tensor, direction * steps.rows * columns * acc_bytes(code));
+  }
+  template <class Void>
+  static Void* part(Void* tensor, int64_t bytes) {
+    if (!tensor) return nullptr;
+    return reinterpret_cast<Void*>(reinterpret_cast<uintptr_t>(tensor) + uintptr_t(bytes));
+  }
+
   void* dense(Handle value, const Sizes& sizes, Object& kept, PyObject* type = nullptr) const {
     return tensors.dense(value, type ? type : dtype, device, sizes, kept);
   }
@@ -210,6 +226,22 @@ struct PlainOutputs {
     for (int k = 0; k < in_.inputs(); ++k)
       saved[size(2 + k)] = in_.given[k] ? in_.given[k] : Object(py::none());
     return py::make_tuple(outputs, saved);
+  }
+
+  // What a direction reads and writes, but for x and y.
+  template <class Direction>
+  void put(Direction& d, int k) const {
+    const int of = in_.module ? 0 : k;  // the tensors that have its states
+    d.w_ih = in_.memory[PlainCall::at(PlainCall::kWih, k)];
+    d.w_hh = in_.memory[PlainCall::at(PlainCall::kWhh, k)];
+    d.b_ih = in_.memory[PlainCall::at(PlainCall::kBih, k)];
+    d.b_hh = in_.memory[PlainCall::at(PlainCall::kBhh, k)];
+    d.h0 = in_.state(in_.memory[PlainCall::at(PlainCall::kH0, of)], k);
+    d.c0 = in_.state(in_.memory[PlainCall::at(PlainCall::kC0, of)], k);
+    d.gates = in_.rows_of(memory_of(gates), 4 * in_.H, k);
+    d.c_seq = in_.rows_of(memory_of(c_seq), in_.H, k);
+    d.h_n = in_.state(memory_of(h_n[of]), k);
+    d.c_n = in_.state(memory_of(c_n[of]), k);
   }
 
   Object y;

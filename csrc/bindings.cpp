@@ -144,6 +144,15 @@ LstmBackward cpu_backward_call(int dtype, bool bf16_products, int threads,
           nullptr};
 }
 
+// The layer: forward or backward.
+template <class P>
+auto cpu_runner(lstm_ext::LayerKernels<P> lstm_ext::CpuKernels::* layer) {
+  return [layer](const P& first, const P* second, const py::function& workspace) {
+    const bool bf16_products = first.bf16_products || (second && second->bf16_products);
+    run_directions(checked_cpu_kernels(bf16_products).*layer, first, second, workspace);
+  };
+}
+
 void cpu_matmul(int dtype, bool bf16_products, int threads, int64_t M, int64_t N, int64_t more_N,
                 int64_t K, bool a_transposed, Memory a, Memory w, Memory more_w, bool rounded,
                 Memory out, Memory more_out, Memory sums, const py::function& workspace) {
@@ -250,20 +259,10 @@ PYBIND11_MODULE(_C, m) {
             return checked_cpu_kernels(p.bf16_products).backward.side_by_side(p);
           },
           "Whether it and another direction take less time at once.");
-  m.def(
-      "cpu_forward",
-      [](const LstmForward& first, const LstmForward* second, const py::function& workspace) {
-        const bool bf16_products = first.bf16_products || (second && second->bf16_products);
-        run_directions(checked_cpu_kernels(bf16_products).forward, first, second, workspace);
-      },
-      "first"_a, "second"_a, "workspace"_a, "Runs one direction, or both of a layer.");
-  m.def(
-      "cpu_backward",
-      [](const LstmBackward& first, const LstmBackward* second, const py::function& workspace) {
-        const bool bf16_products = first.bf16_products || (second && second->bf16_products);
-        run_directions(checked_cpu_kernels(bf16_products).backward, first, second, workspace);
-      },
-      "first"_a, "second"_a, "workspace"_a, "Runs one direction, or both of a layer.");
+  m.def("cpu_forward", cpu_runner(&lstm_ext::CpuKernels::forward), "first"_a, "second"_a,
+        "workspace"_a, "Runs one direction, or both of a layer.");
+  m.def("cpu_backward", cpu_runner(&lstm_ext::CpuKernels::backward), "first"_a, "second"_a,
+        "workspace"_a, "Runs one direction, or both of a layer.");
   m.def("cpu_matmul", &cpu_matmul, "dtype"_a, "bf16_products"_a, "threads"_a, "M"_a, "N"_a,
         "more_N"_a, "K"_a, "a_transposed"_a, "a"_a, "w"_a, "more_w"_a, "rounded"_a, "out"_a,
         "more_out"_a, "sums"_a, "workspace"_a);

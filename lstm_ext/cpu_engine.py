@@ -85,8 +85,7 @@ def _bf16_products(dtype: torch.dtype, w: LayerWeights) -> bool:
 # rows would have to be gathered first, training takes 4-19 % less at any size (H 64 to 1024).
 FUSED_ROWS = 512
 _FUSED_WEIGHT_BYTES = 1 << 20  # as products read them
-
-
+# Numbers of a projection's W_hh whose packing, for one step, takes longer than a product by torch.
 _MANY_WEIGHTS = 1 << 16
 
 

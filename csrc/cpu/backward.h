@@ -32,7 +32,7 @@ class Backward {
 
   // As in Forward.
   static bool side_by_side(const LstmBackward& p) {
-    return make_sides(p.threads, p.steps, work_of_step(p), step_weights(p));
+    return directions_share(p.threads, p.steps, work_of_step(p), step_weights(p));
   }
 
   Backward(const LstmBackward& p, Range batch, int slices, Arena& arena)

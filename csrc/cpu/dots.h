@@ -65,9 +65,9 @@ constexpr int kDotSums = kManyRegisters ? 16 : 8;
 // the order of the sum depends on R, though not on the number of threads.
 //
 // fetch: asks for the rows of weights to come while those before are multiplied. LSTMCell, H 1024,
-// bf16, B 4 to 16 takes 14 to 22 % less time, fp32 3 to 10 %. Rows that were read a step, or some
-// rows of a, before are in caches that need no asking: T 25, B 2 and 4 took 4 to 12 % longer in
-// fp32, LSTMCell's B 64 15 % (Zen 4).
+// bf16, B 4 to 16 takes 7 to 22 % less time, fp32 3 to 10 %. Rows that were read a step, or some
+// rows of a, before are in caches that need no asking: T 25, B 2 and 4 took up to 14 % longer in
+// fp32, LSTMCell's B 64 18 % (Zen 4).
 template <class E, class S, int R>
 __attribute__((noinline)) void dots(const E* const* a, const S* w, int64_t last, int64_t K,
                                     bool fetch, Acc<E>* out, int64_t out_stride) {

@@ -45,7 +45,7 @@ class Forward {
   // Whether both directions of a layer at once, each on half of the threads, take less time than
   // one after the other on all.
   static bool side_by_side(const LstmForward& p) {
-    return make_sides(p.threads, p.steps, work_of_step(p), step_weights(p));
+    return directions_share(p.threads, p.steps, work_of_step(p), step_weights(p));
   }
 
   Forward(const LstmForward& p, Range batch, int slices, Arena& arena)

@@ -113,7 +113,8 @@ static inline Plan make_plan(int threads, const Steps& steps, int64_t B, int64_t
 // two threads with a shared L3 (fp32, Zen 4): T 50, B 1, H 128 287 instead of 376 us, T 50, B 4, H
 // 128 574 instead of 683, T 100, B 4, H 64 333 instead of 449; some 45 us of each difference are
 // Python's.
-static inline bool make_sides(int threads, const Steps& steps, int64_t work, int64_t step_weights) {
+static inline bool directions_share(int threads, const Steps& steps, int64_t work,
+                                    int64_t step_weights) {
   const int64_t most = steps.B < kSequencesOfGroup ? kFewWeights : kMostWeights;
   return threads % 2 == 0 && steps.T * work >= kWorkOfFewSteps && step_weights <= most;
 }

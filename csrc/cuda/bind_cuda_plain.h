@@ -38,20 +38,7 @@ class CudaPlain : public PlainTensors {
     p.I = I;
     p.x = in.memory[PlainCall::kX];
     p.y = memory_of(out.y);
-    for (int k = 0; k < in.directions; ++k) {
-      auto& d = p.direction[k];
-      const int of = in.module ? 0 : k;  // the tensors that have its states
-      d.w_ih = in.memory[in.at(PlainCall::kWih, k)];
-      d.w_hh = in.memory[in.at(PlainCall::kWhh, k)];
-      d.b_ih = in.memory[in.at(PlainCall::kBih, k)];
-      d.b_hh = in.memory[in.at(PlainCall::kBhh, k)];
-      d.h0 = state(in, in.memory[in.at(PlainCall::kH0, of)], k);
-      d.c0 = state(in, in.memory[in.at(PlainCall::kC0, of)], k);
-      d.gates = rows_of(in, memory_of(out.gates), 4 * in.H, k);
-      d.c_seq = rows_of(in, memory_of(out.c_seq), in.H, k);
-      d.h_n = state(in, memory_of(out.h_n[of]), k);
-      d.c_n = state(in, memory_of(out.c_n[of]), k);
-    }
+    for (int k = 0; k < in.directions; ++k) out.put(p.direction[k], k);
     run(CudaPlainForwardRun(p), x);
     return out.all();
   }
@@ -89,14 +76,14 @@ class CudaPlain : public PlainTensors {
       const int of = in.module ? 0 : k;  // the tensors that have its states
       d.w_ih = in.memory[in.at(PlainCall::kWih, k)];
       d.w_hh = in.memory[in.at(PlainCall::kWhh, k)];
-      d.h0 = state(in, in.memory[in.at(PlainCall::kH0, of)], k);
-      d.c0 = state(in, in.memory[in.at(PlainCall::kC0, of)], k);
-      d.gates = rows_of(in, in.gates, 4 * in.H, k);
-      d.c_seq = rows_of(in, in.c_seq, in.H, k);
-      d.dh_n = state(in, in.dh_n[of], k);
-      d.dc_n = state(in, in.dc_n[of], k);
-      d.dh0 = state(in, outputs[in.at(PlainCall::kH0, of)], k);
-      d.dc0 = state(in, outputs[in.at(PlainCall::kC0, of)], k);
+      d.h0 = in.state(in.memory[in.at(PlainCall::kH0, of)], k);
+      d.c0 = in.state(in.memory[in.at(PlainCall::kC0, of)], k);
+      d.gates = in.rows_of(in.gates, 4 * in.H, k);
+      d.c_seq = in.rows_of(in.c_seq, in.H, k);
+      d.dh_n = in.state(in.dh_n[of], k);
+      d.dc_n = in.state(in.dc_n[of], k);
+      d.dh0 = in.state(outputs[in.at(PlainCall::kH0, of)], k);
+      d.dc0 = in.state(outputs[in.at(PlainCall::kC0, of)], k);
       d.dw_ih = outputs[in.at(PlainCall::kWih, k)];
       d.dw_hh = outputs[in.at(PlainCall::kWhh, k)];
       d.db_ih = outputs[in.at(PlainCall::kBih, k)];
@@ -123,23 +110,6 @@ class CudaPlain : public PlainTensors {
   // Of a Steps, or None: pybind11 would try all arguments twice for a pointer that may be null.
   static const Steps* steps_of(Handle rows) {
     return rows.is_none() ? nullptr : &rows.cast<const Steps&>();
-  }
-
-  // A direction's part of a tensor: of a state as a module has it, whose directions lie one after
-  // the other; and of so many columns of acc with rows for each.
-  template <class Void>
-  static Void* state(const PlainCall& in, Void* tensor, int direction) {
-    const int64_t bytes = in.steps.B * in.H * storage_bytes(in.code);
-    return in.module ? part(tensor, direction * bytes) : tensor;
-  }
-  template <class Void>
-  static Void* rows_of(const PlainCall& in, Void* tensor, int64_t columns, int direction) {
-    return part(tensor, direction * in.steps.rows * columns * acc_bytes(in.code));
-  }
-  template <class Void>
-  static Void* part(Void* tensor, int64_t bytes) {
-    if (!tensor) return nullptr;
-    return reinterpret_cast<Void*>(reinterpret_cast<uintptr_t>(tensor) + uintptr_t(bytes));
   }
 
   // Makes x's device current, unless it is.
