@@ -90,7 +90,8 @@ LstmForward cpu_forward_call(int dtype, bool bf16_products, int threads, bool pa
           y_stride,
           h_n.address,
           c_n.address,
-          nullptr};
+          nullptr,
+          {}};
 }
 
 LstmBackward cpu_backward_call(int dtype, bool bf16_products, int threads,
@@ -137,11 +138,14 @@ LstmBackward cpu_backward_call(int dtype, bool bf16_products, int threads,
           dnorm.address,
           dh0.address,
           dc0.address,
+          nullptr,
+          nullptr,
           dx.address,
           dw_ih.address,
           dw_hh.address,
           db.address,
-          nullptr};
+          nullptr,
+          {}};
 }
 
 // The layer: forward or backward.
@@ -245,7 +249,16 @@ PYBIND11_MODULE(_C, m) {
           [](const LstmForward& p) {
             return checked_cpu_kernels(p.bf16_products).forward.side_by_side(p);
           },
-          "Whether it and another direction take less time at once.");
+          "Whether it and another direction take less time at once.")
+      .def(
+          "make_tangents",
+          [](LstmForward& p, Memory gates, Memory c_seq, Memory c0, Memory gx_after,
+             Memory gx_first, Memory h_more, Memory cell_out) {
+            p.tangent_of = {gates.address,    c_seq.address,  c0.address,      gx_after.address,
+                            gx_first.address, h_more.address, cell_out.address};
+          },
+          "gates"_a, "c_seq"_a, "c0"_a, "gx_after"_a, "gx_first"_a, "h_more"_a, "cell_out"_a,
+          "As in TangentOf.");
   py::class_<LstmBackward>(m, "CpuBackward", py::module_local(), "One direction's backward.")
       .def(py::init(&cpu_backward_call), "dtype"_a, "bf16_products"_a, "threads"_a, "steps"_a,
            "H"_a, "P"_a, "variants"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "y_stride"_a,
@@ -258,7 +271,23 @@ PYBIND11_MODULE(_C, m) {
           [](const LstmBackward& p) {
             return checked_cpu_kernels(p.bf16_products).backward.side_by_side(p);
           },
-          "Whether it and another direction take less time at once.");
+          "Whether it and another direction take less time at once.")
+      .def(
+          "keep_gradients",
+          [](LstmBackward& p, Memory dout_seq, Memory dc_seq) {
+            p.dout_seq = dout_seq.address;
+            p.dc_seq = dc_seq.address;
+          },
+          "dout_seq"_a, "dc_seq"_a)
+      .def(
+          "make_tangents",
+          [](LstmBackward& p, Memory gates, Memory c_seq, Memory c0, Memory dout, Memory dc,
+             Memory dh_more, Memory dout_more) {
+            p.tangents = {gates.address, c_seq.address,   c0.address,       dout.address,
+                          dc.address,    dh_more.address, dout_more.address};
+          },
+          "gates"_a, "c_seq"_a, "c0"_a, "dout"_a, "dc"_a, "dh_more"_a, "dout_more"_a,
+          "As in Tangents.");
   m.def("cpu_forward", cpu_runner(&lstm_ext::CpuKernels::forward), "first"_a, "second"_a,
         "workspace"_a, "Runs one direction, or both of a layer.");
   m.def("cpu_backward", cpu_runner(&lstm_ext::CpuKernels::backward), "first"_a, "second"_a,

@@ -83,6 +83,34 @@ struct Cell {
     dc *= by.c_prev;
   }
 
+  // Forward mode, without peepholes: the tangents of c and h from those of the pre-activations and
+  // of c_prev. s, tanh_c, c_prev: where the tangent is taken.
+  static LSTM_EXT_INLINE void tangent(const Gates& s, V tanh_c, V c_prev, const Gates& a_dot,
+                                      V c_prev_dot, V& c_dot, V& h_dot) {
+    const V i_dot = s.i * (1 - s.i) * a_dot.i, f_dot = s.f * (1 - s.f) * a_dot.f;
+    const V g_dot = (1 - s.g * s.g) * a_dot.g, o_dot = s.o * (1 - s.o) * a_dot.o;
+    c_dot = f_dot * c_prev + s.f * c_prev_dot + i_dot * s.g + s.i * g_dot;
+    h_dot = o_dot * tanh_c + s.o * (1 - tanh_c * tanh_c) * c_dot;
+  }
+
+  // The tangent of backward: each of its lines, differentiated. dh, dc: what backward had, dc with
+  // what comes through h. dh_dot, dc_dot: tangents of the gradients of h and c from all later uses;
+  // dc_dot becomes that of c_prev's.
+  static LSTM_EXT_INLINE void backward_tangent(const Gates& s, V tanh_c, V c_prev, V dh, V dc,
+                                               const Gates& a_dot, V c_dot, V c_prev_dot, V dh_dot,
+                                               V& dc_dot, Gates& da_dot) {
+    const V by_i = s.i * (1 - s.i), by_f = s.f * (1 - s.f), by_o = s.o * (1 - s.o);
+    const V by_g = 1 - s.g * s.g, by_c = 1 - tanh_c * tanh_c;
+    const V i_dot = by_i * a_dot.i, f_dot = by_f * a_dot.f, o_dot = by_o * a_dot.o;
+    const V g_dot = by_g * a_dot.g, tanh_dot = by_c * c_dot;
+    da_dot.o = (dh_dot * tanh_c + dh * tanh_dot) * by_o + dh * tanh_c * (1 - 2 * s.o) * o_dot;
+    dc_dot += (dh_dot * s.o + dh * o_dot) * by_c - 2 * dh * s.o * tanh_c * tanh_dot;
+    da_dot.i = (dc_dot * s.g + dc * g_dot) * by_i + dc * s.g * (1 - 2 * s.i) * i_dot;
+    da_dot.f = (dc_dot * c_prev + dc * c_prev_dot) * by_f + dc * c_prev * (1 - 2 * s.f) * f_dot;
+    da_dot.g = (dc_dot * s.i + dc * i_dot) * by_g - 2 * dc * s.i * s.g * g_dot;
+    dc_dot = dc_dot * s.f + dc * f_dot;
+  }
+
   // dc: of c, but for what comes through o's peephole; becomes that of c_prev. Sets the rest of da.
   static LSTM_EXT_INLINE void backward_state(const Gates& s, V c_prev, V& dc, Gates& da,
                                              const Peephole* peephole) {

@@ -78,6 +78,20 @@ struct Variants {
   LSTM_EXT_INLINE bool zoneout_c() const { return keep_c || keep_c_all != 0; }
 };
 
+// What a tangent is taken of (forward mode), as forward made it. Then that forward's parameters are
+// tangents, all but W_hh and W_hr: gx of x W_ih^T and of the biases, h0 and c0, and what is made:
+// in gates those before the activations. Without bf16_products and variants, x null, storage = acc.
+struct TangentOf {
+  const void* gates;     // acc [rows, 4H]; null: it is no tangent
+  const void* c_seq;     // acc [rows, H]
+  const void* c0;        // acc [B, H]
+  const void* gx_after;  // acc [rows, 4H]: h_t times the tangent of W_hh^T, added to gx of the next
+                         // step; null: nothing
+  const void* gx_first;  // acc [B, 4H]: h0 likewise; null as gx_after
+  const void* h_more;    // acc [rows, P]: o * tanh(c) times the tangent of W_hr^T; null: nothing
+  void* cell_out;        // acc [rows, H]: the tangent of o * tanh(c); null: not wanted
+};
+
 // One direction of one layer. Rows of sequences past their length are left as they are.
 struct LstmForward {
   Dtype dtype;
@@ -113,6 +127,21 @@ struct LstmForward {
   void* h_n;         // storage [B, P]
   void* c_n;         // storage [B, H]
   void* workspace;   // forward_workspace() bytes, 64-byte aligned, contents irrelevant
+  TangentOf tangent_of;
+};
+
+// The tangents with which backward's own tangent is made (the derivative of a derivative): of the
+// gradients of what is read in LstmBackward, which holds the point, to those of what is written.
+// dy, dh_n and the like are then tangents. Without bf16_products and variants, storage = acc.
+struct Tangents {
+  const void* gates;  // acc [rows, 4H]: before the activations, from a forward with TangentOf;
+                      // null: this is a backward itself
+  const void* c_seq;  // acc [rows, H]
+  const void* c0;     // acc [B, H]
+  const void* dout;   // acc [rows, H]: dout_seq and dc_seq as backward made them
+  const void* dc;
+  const void* dh_more;    // acc [rows, P]: dgates times the tangent of W_hh; null: nothing
+  const void* dout_more;  // acc [rows, H]: dr times the tangent of W_hr; null: nothing
 };
 
 struct LstmBackward {
@@ -156,6 +185,8 @@ struct LstmBackward {
   void* dnorm;      // acc [B, 6H]: likewise of gamma_hh (4H), gamma_ch and beta_ch; null: none
   void* dh0;        // storage [B, P]
   void* dc0;        // storage [B, H]
+  void* dout_seq;   // acc [rows, H]: gradient of each o * tanh(c), and of each c with what comes
+  void* dc_seq;     // through that; null: not wanted
   // The gradients of products, made beside the recurrence. All null: the caller makes them. Not
   // with a layer norm, and T > 0. With lengths they are zeros before: padding is left as it is, and
   // so is everything if no sequence has a step.
@@ -164,6 +195,7 @@ struct LstmBackward {
   void* dw_hh;      // acc [4H, P]
   void* db;         // acc [4H]; null: not wanted
   void* workspace;  // backward_workspace() bytes, 64-byte aligned, contents irrelevant
+  Tangents tangents;
 };
 
 // Both directions of a layer, of the same dtype, products, sizes and threads; the first's workspace

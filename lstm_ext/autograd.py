@@ -122,20 +122,111 @@ class LSTMLayerBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.steps, ctx.kinds, ctx.wanted, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @batching.batched_gradients
+    def backward(ctx: Any, *v: Tensor | None) -> tuple[Any, ...]:
+        # Those of forward's results get none: they are functions of its inputs.
+        needed = ctx.needs_input_grad[3 : 3 + _inputs_of(ctx.kinds, ctx.wanted)]
+        steps, kinds = batching.unwrapped(ctx.steps, ctx.kinds)
+        v = tuple(t if wanted else None for t, wanted in zip(v, ctx.wanted, strict=True))
+        run = LSTMLayerSecond.apply if must_apply() else LSTMLayerSecond.forward
+        made = run(steps, kinds, ctx.wanted, needed, *v, *ctx.saved_tensors)
+        return (*[None] * 3, *made, *[None] * (len(ctx.saved_tensors) - len(made)))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        return batching.backward(LSTMLayerBackward, info.batch_size, in_dims, inputs)
+
+
+class LSTMLayerSecond(Function):
+    """The second derivative, on the native core where it has one; the third recomputes the layer in
+    torch."""
+
+    @staticmethod
+    def forward(
+        steps: Steps,
+        kinds: tuple[Kind, ...],
+        wanted: tuple[bool, ...],
+        needed: tuple[bool, ...],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """The derivative of the sum of v times LSTMLayerBackward's results, by its inputs but for
+        forward's results.
+
+        tensors: v, one of each result, None for zero; LSTMLayerBackward's. needed: which results to
+        make, None for the others.
+        """
+        v, tensors = tensors[: len(wanted)], tensors[len(wanted) :]
+        D, count = len(kinds), 2 + 2 * len(kinds)
+        (dy, dcells, *states), (x, *flat) = tensors[:count], tensors[count : len(needed)]
+        y, *saved = tensors[len(needed) :]
+        directions = unflatten(flat, kinds)
+        if all(t is None for t in v) or all(t is None for t in tensors[:count]):
+            return (None,) * len(needed)
+        if not ops.has_native_second(x, directions, steps):
+            return _by_torch(steps, kinds, needed, v, tensors[: len(needed)])
+        outputs, dx, grads = ops.layer_second(
+            v[0],
+            [DirectionGrads(*group) for group in grouped(v[1:], D)],
+            dy,
+            dcells,
+            states[:D],
+            states[D:],
+            x,
+            directions,
+            y,
+            [(saved[k], saved[D + k]) for k in range(D)],
+            steps,
+            wanted_x=needed[count],
+            wanted=[DirectionGrads(*group) for group in grouped(needed[count + 1 :], D)],
+        )
+        size = len(flat) // D
+        made = (*outputs, dx, *(grad for direction in grads for grad in direction[:size]))
+        return tuple(t if flag else None for t, flag in zip(made, needed, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.steps, ctx.kinds, ctx.wanted, ctx.needed, *tensors = inputs
         # All but the results of forward: they are recomputed.
-        kept = 2 + 2 * len(ctx.kinds) + len(ctx.wanted)
+        kept = len(ctx.wanted) + len(ctx.needed)
         ctx.save_for_backward(*tensors[:kept])
         ctx.recomputed = len(tensors) - kept
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @batching.batched_gradients
-    def backward(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
-        return (*[None] * 3, *_second_order(ctx, second), *[None] * ctx.recomputed)
+    def backward(ctx: Any, *third: Tensor | None) -> tuple[Any, ...]:
+        saved, n = ctx.saved_tensors, len(ctx.wanted)
+        steps, kinds = batching.unwrapped(ctx.steps, ctx.kinds)
+        results: list[Tensor | None] = [None] * len(saved)
+        used = [k for k, t in enumerate(third) if t is not None]
+        asked = [k for k, flag in enumerate(ctx.needs_input_grad[4 : 4 + len(saved)]) if flag]
+        if used and asked:
+
+            def second(*tensors: Tensor) -> tuple[Tensor, ...]:
+                at = list(saved)
+                for k, tensor in zip(asked, tensors, strict=True):
+                    at[k] = tensor
+                made = _by_torch(steps, kinds, ctx.needed, tuple(at[:n]), tuple(at[n:]))
+                return tuple(made[k] for k in used)
+
+            with ops.without_autocast(saved[n + 2 + 2 * len(kinds)].device):
+                _, pull = torch.func.vjp(second, *(saved[k] for k in asked))
+                for k, result in zip(asked, pull(tuple(third[k] for k in used)), strict=True):
+                    results[k] = result
+        return (*[None] * 4, *results, *[None] * ctx.recomputed)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        return batching.backward(LSTMLayerBackward, info.batch_size, in_dims, inputs)
+        return batching.one_by_one(LSTMLayerSecond, info.batch_size, in_dims, inputs)
+
+
+def _inputs_of(kinds: tuple[Kind, ...], wanted: tuple[bool, ...]) -> int:
+    """How many tensors of LSTMLayerBackward are no results of forward: gradients and inputs."""
+    return 2 + 2 * len(kinds) + len(wanted)
 
 
 def must_apply() -> bool:
@@ -151,42 +242,45 @@ def must_apply() -> bool:
     )
 
 
-def _second_order(ctx: Any, second: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """Vector-Hessian products with ``second``, one of each wanted gradient.
+def _by_torch(
+    steps: Steps,
+    kinds: tuple[Kind, ...],
+    needed: tuple[bool, ...],
+    v: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """What LSTMLayerSecond.forward returns, ``tensors`` without forward's results.
 
     Differentiates the reference twice, by torch.func, which any transform around it may follow.
     """
-    count = 2 + 2 * len(ctx.kinds)
-    saved = ctx.saved_tensors
-    grads, inputs = saved[:count], saved[count:]
+    count = 2 + 2 * len(kinds)
+    grads, inputs = tensors[:count], tensors[count:]
     # A tensor that is two inputs counts as two: each is an argument of its own below.
     used = [k for k, g in enumerate(grads) if g is not None]
-    first = [k for k, v in enumerate(second) if v is not None and ctx.wanted[k]]
-    results: list[Tensor | None] = [None] * len(saved)
-    wanted = [k for k, needed in enumerate(ctx.needs_input_grad[3 : 3 + len(saved)]) if needed]
-    if not (used and first and wanted):
-        return results
+    first = [k for k, t in enumerate(v) if t is not None]
+    asked = [k for k, flag in enumerate(needed) if flag]
 
-    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-        """The wanted gradients as a function of all that ``wanted`` names."""
-        at = list(saved)
-        for k, tensor in zip(wanted, tensors, strict=True):
+    def gradients(*some: Tensor) -> tuple[Tensor, ...]:
+        """Those that v is for, as a function of all that is asked for."""
+        at = list(tensors)
+        for k, tensor in zip(asked, some, strict=True):
             at[k] = tensor
 
-        def outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+        def outputs(*some: Tensor) -> tuple[Tensor, ...]:
             x_and_flat = at[count:]
-            for k, tensor in zip(first, tensors, strict=True):
+            for k, tensor in zip(first, some, strict=True):
                 x_and_flat[k] = tensor
             x, *flat = x_and_flat
-            layer = reference_layer(x, unflatten(flat, ctx.kinds), ctx.steps, cells=1 in used)
+            layer = reference_layer(x, unflatten(flat, kinds), steps, cells=1 in used)
             every = (layer.y, layer.cells, *layer.h_n, *layer.c_n)
             return tuple(every[k] for k in used)
 
         _, pull = torch.func.vjp(outputs, *(at[count + k] for k in first))
         return pull(tuple(at[k] for k in used))
 
+    results: list[Tensor | None] = [None] * len(tensors)
     with ops.without_autocast(inputs[0].device):
-        _, pull = torch.func.vjp(gradients, *(saved[k] for k in wanted))
-        for k, result in zip(wanted, pull(tuple(second[k] for k in first)), strict=True):
+        _, pull = torch.func.vjp(gradients, *(tensors[k] for k in asked))
+        for k, result in zip(asked, pull(tuple(v[k] for k in first)), strict=True):
             results[k] = result
-    return results
+    return tuple(results)

@@ -99,7 +99,7 @@ def forward(
     steps, kinds, cells, x, *flat = inputs
     steps_dims, kinds_dims, _, x_dim, *dims = in_dims
     if any(dim is not None for group in grouped(dims, len(kinds)) for dim in group[2:]):
-        return _one_by_one(function, size, in_dims, inputs)
+        return one_by_one(function, size, in_dims, inputs)
     fold = _Fold(size, not steps.batch_first)
     results = function.apply(
         fold.steps(steps, steps_dims),
@@ -125,7 +125,7 @@ def backward(
     weights_wanted = [g[2:] for g in grouped(wanted[1:], D)]
     own = any(dim is not None for group in weights_dims for dim in group)
     if own or any(flag for group in weights_wanted for flag in group):
-        return _one_by_one(function, size, in_dims, inputs)
+        return one_by_one(function, size, in_dims, inputs)
     fold = _Fold(size, not steps.batch_first)
     results = function.apply(
         fold.steps(steps, steps_dims),
@@ -155,7 +155,7 @@ def _states_joined(fold: _Fold, flat: Sequence[Any], dims: Sequence[Any], groups
     return joined
 
 
-def _one_by_one(
+def one_by_one(
     function: Any, size: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     """A call for each of V, and their results stacked."""

@@ -280,3 +280,30 @@ def layer_backward(*arguments: Any, **wanted: Any) -> tuple[Tensor | None, list[
     dy, dcells, dh_n, dc_n, x, *rest = arguments
     check_saved((dy, dcells, *dh_n, *dc_n), x, *rest)
     return engine_of(x.device).layer_backward(*arguments, **wanted)
+
+
+def has_native_second(x: Tensor, directions: list[Direction], steps: Steps) -> bool:
+    """Whether x's engine makes second derivatives of such a layer."""
+    return (
+        hasattr(_engines.get(x.device.type), "layer_second")
+        and steps.rows > 0
+        and not any(direction.w.varied for direction in directions)
+    )
+
+
+def layer_second(
+    v_x: Tensor | None, v: list[DirectionGrads], *arguments: Any, **wanted: Any
+) -> tuple[list[Tensor | None], Tensor | None, list[DirectionGrads]]:
+    """The derivative of v^T g by the arguments of :func:`layer_backward`, g being its results.
+
+    Args:
+        v_x, v: of the shapes of g, of x and per direction; None for zero.
+        The rest: as for :func:`layer_backward`, the flags too.
+
+    Returns:
+        The gradients of dy, of dcells, of each dh_n and of each dc_n; then those of x and of the
+        directions, None where they are not wanted. For :func:`has_native_second`.
+    """
+    dy, dcells, dh_n, dc_n, x, *rest = arguments
+    check_saved((dy, dcells, *dh_n, *dc_n), x, *rest)
+    return engine_of(x.device).layer_second(v_x, v, *arguments, **wanted)

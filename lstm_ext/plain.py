@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lstm_ext import batching, cpu_engine, cpu_products, ops
+from lstm_ext import batching, cpu_backward, cpu_engine, cpu_products, ops
 from lstm_ext.autograd import LSTMLayerBackward, must_apply
 from lstm_ext.engine import DTYPE_CODE, is_surrounded, native_steps
 from lstm_ext.flat import grouped
@@ -258,7 +258,7 @@ def _backward(
     call = (gradients, saved, wanted, T, batch_first)
     if engine is cpu_engine:
         return recorded(_plain.cpu_backward)(
-            *call, torch.get_num_threads(), cpu_engine.FUSED_ROWS - 1, cpu_products.workspace
+            *call, torch.get_num_threads(), cpu_backward.FUSED_ROWS - 1, cpu_products.workspace
         )
     return recorded(engine.plain.cuda_backward)(engine, *call, rows)
 

@@ -11,7 +11,7 @@ from cases import Case
 from tolerances import assert_as_good, tol
 
 import lstm_ext
-from lstm_ext import _C, cpu_engine, cpu_products, reference
+from lstm_ext import _C, cpu_backward, cpu_engine, cpu_products, reference
 from lstm_ext.engine import native_steps
 from lstm_ext.steps import Steps
 
@@ -380,12 +380,12 @@ def test_gradients_beside_the_recurrence(isa, size, more, dtype, monkeypatch):
     def refuse(*args):
         raise AssertionError("a product over all steps")
 
-    monkeypatch.setattr(cpu_engine, "matmul", refuse)
-    monkeypatch.setattr(cpu_engine, "transposed_matmul", refuse)
+    monkeypatch.setattr(cpu_backward, "matmul", refuse)
+    monkeypatch.setattr(cpu_backward, "transposed_matmul", refuse)
     T, B, I, H = size
     case = Case(T=T, B=B, I=I, H=H, dtype=dtype, **more)
     if case.proj:  # W_hr's gradient is one still
-        monkeypatch.setattr(cpu_engine, "transposed_matmul", cpu_products.transposed_matmul)
+        monkeypatch.setattr(cpu_backward, "transposed_matmul", cpu_products.transposed_matmul)
     module = lstm_ext.LSTM.from_torch(case.module())
     _on_any_threads(lambda: case.run(module), grouped=True)
     if dtype != torch.float16:  # nn.LSTM has no gradients of it here
@@ -428,7 +428,7 @@ def test_gradients_beside_the_recurrence_of_lengths(batch_first, lengths, monkey
         return torch.autograd.grad(y, parameters, cotangent)
 
     beside, *others = (gradients(threads) for threads in (1, 2, 3))
-    monkeypatch.setattr(cpu_engine, "FUSED_ROWS", 10**9)
+    monkeypatch.setattr(cpu_backward, "FUSED_ROWS", 10**9)
     after = gradients(2)
     assert not beside[0][padding.T if batch_first else padding].any()
     for i, (expected, *found) in enumerate(zip(after, beside, *others, strict=True)):
@@ -445,12 +445,12 @@ def test_gradients_beside_the_recurrence_of_variants(monkeypatch):
     resets = torch.rand(50, 16) < 0.1
 
     def gradients(fused_rows):
-        monkeypatch.setattr(cpu_engine, "FUSED_ROWS", fused_rows)
+        monkeypatch.setattr(cpu_backward, "FUSED_ROWS", fused_rows)
         torch.manual_seed(1)
         y = module(x, reset_mask=resets)[0]
         return torch.autograd.grad(y, list(module.parameters()), cotangent)
 
-    monkeypatch.setattr(cpu_engine, "_fused", _counted(cpu_engine._fused, found := []))
+    monkeypatch.setattr(cpu_backward, "_fused", _counted(cpu_backward._fused, found := []))
     for beside, after in zip(gradients(1), gradients(10**9), strict=True):
         torch.testing.assert_close(beside, after, rtol=1e-4, atol=1e-4 * after.abs().max().item())
     assert found == [True, False]

@@ -12,7 +12,7 @@ import torch
 from tolerances import tol
 
 import lstm_ext
-from lstm_ext import _C, cpu_engine, layer
+from lstm_ext import _C, cpu_calls, cpu_engine, layer
 from lstm_ext.engine import Direction, LayerWeights
 from lstm_ext.steps import Steps
 
@@ -250,7 +250,7 @@ def test_two_directions_at_once(kind, core, monkeypatch):
     expected, expected_gradients = run()
     for threads in (1, 2, 3, 4):
         check(threads, at_once=threads % 2 == 0)
-    monkeypatch.setattr(cpu_engine, "_AT_ONCE_BYTES", 1000)  # else twice the memory
+    monkeypatch.setattr(cpu_calls, "_AT_ONCE_BYTES", 1000)  # else twice the memory
     check(2, at_once=False)
 
 

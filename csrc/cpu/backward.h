@@ -42,7 +42,8 @@ class Backward {
         P_(p.P),
         K_(p.w_hh ? 4 * p.H : 0),
         normed_(p.variants.gamma_hh),
-        varied_(p.variants.peephole || p.variants.zoneout_h() || p.variants.zoneout_c()),
+        varied_(p.variants.peephole || p.variants.zoneout_h() || p.variants.zoneout_c() ||
+                p.dout_seq || p.tangents.gates),
         gradients_(p, batch, slices, arena),
         dgates_(p.dw_hh ? gradients_.dgates() : static_cast<O*>(p.dgates)),
         h_prev_(p.dw_hh ? gradients_.h_prev() : static_cast<S*>(p.h_prev)),
@@ -179,7 +180,7 @@ class Backward {
   const int64_t H_, P_;
   const int64_t K_;                  // length of the recurrent product: 4H, or 0 without one
   const bool normed_;                // layer norm
-  const bool varied_;                // variants of the cell beside it
+  const bool varied_;                // variants of the cell beside it, tangents, more outputs
   const Gradients<E, S> gradients_;  // if p_.dw_hh
   O* const dgates_;  // [.., 4H]: rows by Row::slot, of all steps or of those at hand
   S* const h_prev_;  // [.., P], or null

@@ -74,6 +74,9 @@ class BackwardCells {
     if (v.h_dropout) {
       product *= load<A>(static_cast<const A*>(v.h_dropout) + row.b * P_ + j, P_ - j);
     }
+    if (const void* more = p_.tangents.dh_more) {
+      product += load<A>(static_cast<const A*>(more) + row.row * P_ + j, P_ - j);
+    }
     if (v.zoneout_h()) product += load_full<A>(dh);
     store_full<A>(dh, row.reset ? broadcast<A>(A(0)) : product);
   }
@@ -132,6 +135,13 @@ class BackwardCells {
 
   // dout: gradient of o * tanh(c).
   void cell(const Row& row, int64_t j, V dout) {
+    if (p_.tangents.gates) {
+      if constexpr (std::is_same_v<S, A>) tangent(row, j, dout);
+      return;
+    }
+    if (p_.dout_seq) {
+      store<A>(static_cast<A*>(p_.dout_seq) + row.row * H_ + j, dout, H_ - j);
+    }
     const Step step = load_step(row, j);
     const V tanh_c = Math<A>::tanh(step.c);
     typename LstmCell::Gates da;
@@ -284,6 +294,7 @@ class BackwardCells {
       sent = (1 - keep) * sent;
     }
     dc += sent;
+    if (p_.dc_seq) store<A>(static_cast<A*>(p_.dc_seq) + row.row * H_ + j, dc, n);
     if (v.peephole) {
       const auto peephole = load_peephole<A, S>(v, H_, j);
       LstmCell::backward_state(step.s, step.c_prev, dc, da, &peephole);
@@ -298,11 +309,44 @@ class BackwardCells {
     }
     if (v.zoneout_c()) dc += kept;
     store_full<A>(dc_state, row.reset ? broadcast<A>(A(0)) : dc);
+    put_dgates(row, j, da);
+  }
+
+  LSTM_EXT_INLINE void put_dgates(const Row& row, int64_t j, const typename LstmCell::Gates& da) {
+    const int64_t n = H_ - j;
     O* dgates = dgates_ + row.slot * 4 * H_ + j;
     store<A>(dgates, da.i, n);
     store<A>(dgates + H_, da.f, n);
     store<A>(dgates + 2 * H_, da.g, n);
     store<A>(dgates + 3 * H_, da.o, n);
+  }
+
+  // dout: the tangent of the gradient of o * tanh(c), but for what W_hr's tangent adds.
+  void tangent(const Row& row, int64_t j, V dout) {
+    const Tangents& t = p_.tangents;
+    const int64_t n = H_ - j, at = row.row * H_ + j;
+    const Step step = load_step(row, j);
+    if (t.dout_more) dout += load<A>(static_cast<const A*>(t.dout_more) + at, n);
+    const A* gates = static_cast<const A*>(t.gates) + row.row * 4 * H_ + j;
+    const A* c_seq = static_cast<const A*>(t.c_seq);
+    V c_prev = broadcast<A>(A(0));
+    if (row.first && !row.reset) {
+      c_prev = load<A>(static_cast<const A*>(t.c0) + row.b * H_ + j, n);
+    } else if (!row.reset) {
+      c_prev = load<A>(c_seq + row.prev * H_ + j, n);
+    }
+    const V tanh_c = Math<A>::tanh(step.c);
+    put_cell_out(row, j, step.s.o * tanh_c);
+    V dc = sent_to_c(row, j);
+    typename LstmCell::Gates da;
+    LstmCell::backward_tangent(step.s, tanh_c, step.c_prev,
+                               load<A>(static_cast<const A*>(t.dout) + at, n),
+                               load<A>(static_cast<const A*>(t.dc) + at, n),
+                               {load<A>(gates, n), load<A>(gates + H_, n),
+                                load<A>(gates + 2 * H_, n), load<A>(gates + 3 * H_, n)},
+                               load<A>(c_seq + at, n), c_prev, dout, dc, da);
+    store_full<A>(dc_ + row.local * c_stride_ + j, row.reset ? broadcast<A>(A(0)) : dc);
+    put_dgates(row, j, da);
   }
 
   static void add_to(A* sums, V v, int64_t n) { store<A>(sums, load<A>(sums, n) + v, n); }

@@ -168,6 +168,9 @@ class ForwardCells {
 
   // Of a step with a projection, its h in columns j .. j+L.
   void put_projected(const Row& row, int64_t j, V h, int64_t i) {
+    if (const void* more = p_.tangent_of.h_more) {
+      h += load<A>(static_cast<const A*>(more) + row.row * P_ + j, P_ - j);
+    }
     put_h<true>(row, j, h, h_after(i));
   }
 
@@ -182,7 +185,9 @@ class ForwardCells {
 
   void cells(const Row* rows, int64_t count, const int64_t* j, int64_t blocks, A* sums,
              const CellState& c_state, O* h_new) {
-    if (varied_) {
+    if (p_.tangent_of.gates) {
+      if constexpr (std::is_same_v<S, A>) tangents(rows, count, j, blocks, sums, c_state, h_new);
+    } else if (varied_) {
       cells<true>(rows, count, j, blocks, sums, c_state, h_new);
     } else {
       cells<false>(rows, count, j, blocks, sums, c_state, h_new);
@@ -218,6 +223,52 @@ class ForwardCells {
         put_output<kVaried>(rows[r], j[u], load_full<A>(at) * Math<A>::tanh(c), h_new);
       }
     }
+  }
+
+  // Of the cells; arguments as above. gates may be gx itself.
+  void tangents(const Row* rows, int64_t count, const int64_t* j, int64_t blocks, const A* sums,
+                const CellState& c_state, O* h_new) {
+    for (int64_t u = 0; u < blocks; ++u) {
+      for (int64_t r = 0; r < count; ++r, sums += 4 * L) {
+        tangent(rows[r], j[u], sums, c_state, h_new);
+      }
+    }
+  }
+
+  LSTM_EXT_INLINE void tangent(const Row& row, int64_t j, const A* sums, const CellState& c_state,
+                               O* h_new) {
+    const TangentOf& of = p_.tangent_of;
+    const int64_t n = H_ - j, at = row.row * H_ + j, gates_at = row.row * 4 * H_ + j;
+    const A* const gx = static_cast<const A*>(p_.gx) + gates_at;
+    const A* more = nullptr;  // what the tangent of W_hh adds
+    if (of.gx_after && row.first) {
+      more = static_cast<const A*>(of.gx_first) + row.b * 4 * H_ + j;
+    } else if (of.gx_after) {
+      more = static_cast<const A*>(of.gx_after) + row.prev * 4 * H_ + j;
+    }
+    V a[4], s[4];
+    for (int gate = 0; gate < 4; ++gate) {
+      a[gate] = load<A>(gx + gate * H_, n) + load_full<A>(sums + gate * L);
+      if (more && !row.reset) a[gate] += load<A>(more + gate * H_, n);
+      s[gate] = load<A>(static_cast<const A*>(of.gates) + gates_at + gate * H_, n);
+      if (p_.gates) store<A>(static_cast<A*>(p_.gates) + gates_at + gate * H_, a[gate], n);
+    }
+    V c_prev = broadcast<A>(A(0)), c_prev_dot = c_prev;
+    A* const kept = c_state.at(row, j);
+    if (!row.reset) {
+      c_prev = row.first ? load<A>(static_cast<const A*>(of.c0) + row.b * H_ + j, n)
+                         : load<A>(static_cast<const A*>(of.c_seq) + row.prev * H_ + j, n);
+      c_prev_dot = load_full<A>(kept);
+    }
+    const V tanh_c = Math<A>::tanh(load<A>(static_cast<const A*>(of.c_seq) + at, n));
+    V c_dot, out_dot;
+    LstmCell::tangent({s[0], s[1], s[2], s[3]}, tanh_c, c_prev, {a[0], a[1], a[2], a[3]},
+                      c_prev_dot, c_dot, out_dot);
+    store_full<A>(kept, c_dot);
+    if (p_.c_seq) store<A>(static_cast<A*>(p_.c_seq) + at, c_dot, n);
+    if (row.last) store<A>(static_cast<A*>(p_.c_n) + row.b * H_ + j, c_dot, n);
+    if (of.cell_out) store<A>(static_cast<A*>(of.cell_out) + at, out_dot, n);
+    put_output<false>(row, j, out_dot, h_new);
   }
 
   // The cell up to c, which is returned before zoneout, and o. gates may be gx itself: all four

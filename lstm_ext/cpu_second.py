@@ -1,0 +1,246 @@
+"""Second derivatives of a layer on the native core's CPU kernels.
+
+Of the gradients g = J^T d that backward makes, d being those of the outputs and J the derivative of
+forward, v^T g is to be differentiated, for a v of the shapes of g. As v^T g = d^T (J v), its
+derivative by d is the tangent J v of forward in the direction v; that by forward's inputs is the
+tangent of backward in that direction, with d held fixed (Pearlmutter 1994, "Fast exact
+multiplication by the Hessian"). So there are two recurrences more, with W_hh as it is: one like
+forward's, one like backward's. Backward itself runs once more, for it keeps nothing.
+
+Half types compute in float32. Letters as in :mod:`ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lstm_ext.cpu_backward import Kept, backward
+from lstm_ext.cpu_calls import allocate, gates_bytes, run_directions
+from lstm_ext.cpu_products import linear, matmul, transposed_matmul
+from lstm_ext.engine import (
+    DTYPE_CODE,
+    Direction,
+    DirectionGrads,
+    acc_dtype,
+    native_steps,
+    native_variants,
+    rows_of,
+    without_autocast,
+)
+from lstm_ext.flat import map_tensors
+from lstm_ext.native import _C
+from lstm_ext.profiling import recorded
+from lstm_ext.steps import Steps
+
+
+class _Tangents(NamedTuple):
+    """Of one direction's forward."""
+
+    h0: Tensor  # (B, P)
+    c0: Tensor  # (B, H)
+    y: Tensor  # (rows, P)
+    h_n: Tensor  # (B, P)
+    c_n: Tensor  # (B, H)
+    gates: Tensor  # (rows, 4H), before the activations
+    c_seq: Tensor  # (rows, H)
+    cell_out: Tensor | None  # (rows, H) of o * tanh(c); None without a projection
+
+
+def layer_second(
+    v_x: Tensor | None,
+    v: list[DirectionGrads],
+    dy: Tensor | None,
+    dcells: Tensor | None,
+    dh_n: list[Tensor | None],
+    dc_n: list[Tensor | None],
+    x: Tensor,
+    directions: list[Direction],
+    y: Tensor,
+    saved: list[tuple[Tensor, ...]],
+    steps: Steps,
+    *,
+    wanted_x: bool,
+    wanted: list[DirectionGrads],
+) -> tuple[list[Tensor | None], Tensor | None, list[DirectionGrads]]:
+    """See :func:`ops.layer_second`."""
+    dtype, acc = x.dtype, acc_dtype(x.dtype)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.resolve_neg().to(acc)
+
+    x, directions = map_tensors(cast, x, directions)
+    v_x, v = cast(v_x), [DirectionGrads(*map(cast, one)) for one in v]
+    dy, dcells, y = cast(dy), cast(dcells), cast(y)
+    dh_n, dc_n = map(cast, dh_n), map(cast, dc_n)
+    P, H, D = directions[0].h0.size(1), directions[0].c0.size(1), len(directions)
+    y_parts, dy_parts, dcells_parts = (
+        [rows_of(tensor, k * size, size) for k in range(D)]
+        for tensor, size in ((y, P), (dy, P), (dcells, H))
+    )
+    y_dot = allocate(x, steps.rows, D * P, zero=steps.has_padding)
+    work = gates_bytes(x, directions, steps)
+    with without_autocast(x.device):
+        parts = zip(v, directions, y_parts, saved, strict=True)
+        dots: list[_Tangents] = run_directions(
+            recorded(_C.cpu_forward),
+            [
+                _forward_tangents(v_x, own, x, *part, y_dot[:, k * P : (k + 1) * P], steps)
+                for k, (own, *part) in enumerate(parts)
+            ],
+            work,
+        )
+        cells_dot = None if dcells is None else torch.cat([dot.c_seq for dot in dots], 1)
+        outputs = [y_dot, cells_dot, *(dot.h_n for dot in dots), *(dot.c_n for dot in dots)]
+        outputs = [None if t is None else t.to(dtype) for t in outputs]
+        if not (wanted_x or any(flag for one in wanted for flag in one)):
+            return outputs, None, [DirectionGrads(*[None] * len(one)) for one in wanted]
+        gradients = list(zip(dy_parts, dcells_parts, dh_n, dc_n, strict=True))
+        kept = [Kept() for _ in directions]
+        parts = list(zip(v, directions, y_parts, saved, wanted, dots, kept, strict=True))
+        core = recorded(_C.cpu_backward)
+        running = [
+            _gradients_again(own, v_x, x, v_own, direction, saved_own, steps, wanted_x, *part)
+            for own, (v_own, direction, _, saved_own, *part) in zip(gradients, parts, strict=True)
+        ]
+        made = run_directions(core, running, work)
+        running = [
+            _backward_tangents(v_own, x, direction, y_own, saved_own, steps, wanted_x, *part)
+            for v_own, direction, y_own, saved_own, *part in parts
+        ]
+        made += run_directions(core, running, work)
+        grads = []
+        for k, (_, _, _, _, own, dot, gradient) in enumerate(parts):
+            sums = DirectionGrads(*map(_sum, zip(made[k][1], made[D + k][1], strict=True)))
+            if own.w_hr:
+                real = steps.active_rows if steps.has_padding else slice(None)
+                factors = gradient.dr[real], dot.cell_out[real]
+                more = transposed_matmul(*factors, None, False)[0]
+                sums = sums._replace(w_hr=sums.w_hr + more)
+            grads.append(DirectionGrads(*(None if t is None else t.to(dtype) for t in sums)))
+    dx = _sum([part for part, _ in made])
+    return outputs, None if dx is None else dx.to(dtype), grads
+
+
+def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return sum(there[1:], there[0]) if there else None
+
+
+def _forward_tangents(
+    v_x: Tensor | None,
+    v: DirectionGrads,
+    x: Tensor,
+    direction: Direction,
+    y: Tensor,
+    saved: tuple[Tensor, ...],
+    y_dot: Tensor,
+    steps: Steps,
+) -> Generator[Any, None, None]:
+    """Of one direction, which fills its columns y_dot: yields the core's call, then
+    :class:`_Tangents`."""
+    h0, c0, w, reverse = direction
+    H, P = c0.size(1), h0.size(1)
+    padding = steps.has_padding
+    point, c_seq = (t.contiguous() for t in saved)
+    # W_ih v_x + v_W_ih x + v_b + v_W_hh h_{t-1}. The core adds W_hh times the tangent of h_{t-1},
+    # and knows which row holds h_{t-1}.
+    gates = None if v_x is None else linear(v_x, w.w_ih)
+    if v.w_ih is not None:
+        gates = _sum([linear(x, v.w_ih), gates])
+    if gates is None:
+        gates = x.new_zeros(steps.rows, 4 * H)
+    for bias in (v.b_ih, v.b_hh):
+        if bias is not None:
+            gates += bias
+    gx_after = gx_first = h_more = cell_out = None
+    if v.w_hh is not None:
+        gx_after, gx_first = linear(y.contiguous(), v.w_hh), linear(h0, v.w_hh)
+    if w.w_hr is not None:
+        cell_out = x.new_empty(steps.rows, H)
+        if v.w_hr is not None:
+            h_more = linear(point[:, 3 * H :] * c_seq.tanh(), v.w_hr)
+    h0_dot = h0.new_zeros(h0.shape) if v.h0 is None else v.h0.contiguous()
+    c0_dot = c0.new_zeros(c0.shape) if v.c0 is None else v.c0.contiguous()
+    h_n, c_n = torch.empty_like(h0_dot), torch.empty_like(c0_dot)
+    c_dot = allocate(x, steps.rows, H, zero=padding)
+    w_hh, w_hr = w.w_hh.contiguous(), None if w.w_hr is None else w.w_hr.contiguous()
+    c0 = c0.contiguous()
+    code, threads = DTYPE_CODE[x.dtype], torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    native, (variants, _) = native_steps(_C, steps, reverse), native_variants(_C, w, x.dtype)
+    # fmt: off
+    call = _C.CpuForward(
+        code, False, threads, deterministic, native, H, P, 0,
+        gates, None, None, None, None, w_hh, w_hr, h0_dot, c0_dot, variants,
+        gates, c_dot, None, None,
+        y_dot, y_dot.stride(0), h_n, c_n,
+    )
+    # fmt: on
+    call.make_tangents(point, c_seq, c0, gx_after, gx_first, h_more, cell_out)
+    yield call
+    yield _Tangents(h0_dot, c0_dot, y_dot, h_n, c_n, gates, c_dot, cell_out)
+
+
+def _gradients_again(
+    gradients: tuple[Tensor | None, ...],
+    v_x: Tensor | None,
+    x: Tensor,
+    v: DirectionGrads,
+    direction: Direction,
+    saved: tuple[Tensor, ...],
+    steps: Steps,
+    wanted_x: bool,
+    wanted: DirectionGrads,
+    dots: _Tangents,
+    kept: Kept,
+) -> Generator[Any, None, None]:
+    """Backward of one direction, as :func:`backward` yields it, with the tangents of all that only
+    the products after the recurrence read, which so become what the gradients of the gates add to
+    the result. Fills kept."""
+    w = direction.w if v.w_ih is None else direction.w._replace(w_ih=v.w_ih)
+    own = DirectionGrads(*[False] * len(wanted))._replace(
+        w_ih=wanted.w_ih and v_x is not None, w_hh=wanted.w_hh
+    )
+    return backward(
+        *gradients,
+        x if v_x is None else v_x,
+        direction._replace(h0=dots.h0, w=w),
+        dots.y,
+        saved,
+        steps,
+        wanted_x and v.w_ih is not None,
+        own,
+        keep=kept,
+    )
+
+
+def _backward_tangents(
+    v: DirectionGrads,
+    x: Tensor,
+    direction: Direction,
+    y: Tensor,
+    saved: tuple[Tensor, ...],
+    steps: Steps,
+    wanted_x: bool,
+    wanted: DirectionGrads,
+    dots: _Tangents,
+    kept: Kept,
+) -> Generator[Any, None, None]:
+    """The tangent of :func:`backward`, of one direction; yields the same."""
+    dh_more = None if v.w_hh is None else matmul(kept.dgates, v.w_hh)
+    dout_more = None if v.w_hr is None else matmul(kept.dr, v.w_hr)
+    return backward(
+        *(None, None, None, None),
+        x,
+        direction,
+        y,
+        saved,
+        steps,
+        wanted_x,
+        wanted,
+        tangents=(dots.gates, dots.c_seq, dots.c0, kept.dout, kept.dc, dh_more, dout_more),
+    )

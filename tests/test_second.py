@@ -1,0 +1,311 @@
+"""Second derivatives on the native core, beside the reference differentiated twice by autograd."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import device
+import pytest
+import torch
+from device import here
+from tolerances import assert_as_good, tol
+
+import lstm_ext
+from lstm_ext import autograd, layer, ops
+from lstm_ext.ops import Direction, LayerWeights
+from lstm_ext.steps import Steps
+from lstm_ext.torch_engine import reference_layer
+
+F64, F32 = torch.float64, torch.float32
+NAMES = ("h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+
+
+def _steps(kind, T, B):
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(0, T + 1, (B,), generator=generator)
+    resets = torch.rand(T, B, generator=generator) < 0.2
+    on = {"device": device.DEVICE}
+    if kind == "packed":
+        sizes = torch.randint(1, B + 1, (T,), generator=generator).sort(descending=True).values
+        sizes[0] = B
+        return Steps.packed(sizes, int(sizes.sum()), **on)
+    made = {
+        "whole": {},
+        "batch_first": {"batch_first": True},
+        "lengths": {"lengths": lengths},
+        "resets": {"reset_mask": resets},
+        "both": {"batch_first": True, "lengths": lengths, "reset_mask": resets.T},
+    }
+    return Steps.padded(T, B, **made[kind], **on)
+
+
+class Problem:
+    """A layer's inputs, the cotangents of its outputs, and a direction for its gradients."""
+
+    def __init__(self, steps, I, H, proj=0, directions=1, bias=True, dtype=F64):
+        generator = torch.Generator().manual_seed(1)
+
+        def draw(*size):
+            drawn = torch.randn(*size, generator=generator, dtype=F64)
+            if size[0] in (4 * H, P):  # weights: larger ones make errors grow from step to step
+                drawn /= H**0.5
+            return here(drawn.to(dtype))
+
+        self.steps, P = steps, proj or H
+        sizes = [(steps.B, P), (steps.B, H), (4 * H, I), (4 * H, P)]
+        sizes += [(4 * H,), (4 * H,)] * bias
+        self.names = ["x"]
+        self.inputs = [draw(steps.rows, I)]
+        self.bias, self.proj, self.directions = bias, proj, directions
+        for k in range(directions):
+            own = [name for name in NAMES if (bias or name[0] != "b") and (proj or name != "w_hr")]
+            self.names += [f"{name}_{k}" for name in own]
+            self.inputs += [draw(*size) for size in [*sizes, *[(P, H)] * bool(proj)]]
+        outputs = [(steps.rows, directions * P), (steps.rows, directions * H)]
+        outputs += [(steps.B, P)] * directions + [(steps.B, H)] * directions
+        self.cotangents = [draw(*size) for size in outputs]
+        self.v = [draw(*t.shape) for t in self.inputs]
+
+    def arranged(self, inputs):
+        x, *flat = inputs
+        size, directions = len(flat) // self.directions, []
+        for k in range(self.directions):
+            h0, c0, w_ih, w_hh, *more = flat[k * size : (k + 1) * size]
+            b_ih, b_hh = (more.pop(0), more.pop(0)) if self.bias else (None, None)
+            weights = LayerWeights(w_ih, w_hh, b_ih, b_hh, *more)
+            directions.append(Direction(h0, c0, weights, k == 1))
+        return x, directions
+
+    def second(self, run, dtype=None, given=None, used=(0, 1, 2, 3, 4, 5), wanted=None):
+        """Gradients of v^T g by every input and cotangent; g: gradients of the ``given`` inputs.
+
+        used: which outputs the loss sees. wanted: indices of what is differentiated by, inputs
+        and then cotangents; None: all.
+        """
+
+        def leaves(tensors):
+            return [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+
+        inputs, cotangents = leaves(self.inputs), leaves(self.cotangents)
+        result = run(*self.arranged(inputs), self.steps)
+        outputs = [result.y, result.cells, *result.h_n, *result.c_n]
+        pairs = [(outputs[k], cotangents[k]) for k in range(len(outputs)) if k in used]
+        pairs = [(out, by) for out, by in pairs if out is not None]
+        given = range(len(inputs)) if given is None else given
+        first = torch.autograd.grad(
+            [out for out, _ in pairs],
+            [inputs[k] for k in given],
+            [by for _, by in pairs],
+            create_graph=True,
+        )
+        every = [*inputs, *cotangents]
+        return torch.autograd.grad(
+            first,
+            every if wanted is None else [every[k] for k in wanted],
+            [self.v[k].to(g.dtype) for k, g in zip(given, first, strict=True)],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+
+def _ours(x, directions, steps, cells=True):
+    return layer.lstm_layer(x, directions, steps, cells=cells)
+
+
+def _truth(x, directions, steps, cells=True):
+    return reference_layer(x, directions, steps, cells=cells)
+
+
+def _assert_near(found, expected, names=None):
+    for one, true, name in zip(found, expected, names or [""] * len(found), strict=True):
+        scale = max(1.0, true.abs().max().item()) if true.numel() else 1.0
+        torch.testing.assert_close(
+            one / scale, true / scale, **tol(one.dtype), msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+SIZES = [(6, 3, 4, 7), (5, 1, 9, 33), (1, 4, 3, 5), (9, 8, 20, 16), (40, 17, 24, 19)]
+KINDS = ["whole", "batch_first", "lengths", "resets", "both", "packed"]
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("proj", [False, True], ids=["plain", "proj"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES, ids="T{0[0]}-B{0[1]}-I{0[2]}-H{0[3]}".format)
+def test_as_the_reference(size, kind, proj, directions, isa):
+    problem, truth = _problem_and_truth(size, kind, proj, directions)
+    names = [*problem.names, "dy", "dcells", *["dh_n"] * directions, *["dc_n"] * directions]
+    _assert_near(problem.second(_ours), truth, names)
+
+
+@functools.cache
+def _problem_and_truth(size, kind, proj, directions):
+    T, B, I, H = size
+    problem = Problem(_steps(kind, T, B), I, H, proj and H // 2, directions)
+    return problem, problem.second(_truth)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["whole", "lengths"])
+@pytest.mark.parametrize("proj", [0, 20])
+def test_threads_and_groups(threads, kind, proj, isa):
+    """Gradients beside the recurrence, threads that share units, groups, directions at once."""
+    torch.set_num_threads(threads)
+    problem = Problem(_steps(kind, 60, 32), 24, 48, proj, 2)
+    _assert_near(problem.second(_ours), problem.second(_truth))
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["whole", "packed"])
+@pytest.mark.parametrize("proj", [0, 6])
+def test_other_dtypes(dtype, kind, proj, isa):
+    """Half types as good as autograd on the reference in the same dtype, beside float64."""
+    problem = Problem(_steps(kind, 12, 5), 8, 13, proj, 2, dtype=dtype)
+    ours, truth = problem.second(_ours), problem.second(_truth, dtype=F64)
+    if dtype == F32:
+        _assert_near(ours, [t.to(F32) for t in truth])
+        return
+    for one, peer, true in zip(ours, problem.second(_truth), truth, strict=True):
+        assert_as_good(one, peer, true)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_subset_of_one(bias):
+    """g of one input, differentiated by one input or cotangent; one output in the loss."""
+    problem = Problem(_steps("lengths", 5, 3), 3, 6, 4, 1, bias)
+    count = len(problem.inputs)
+    for k, j in itertools.product(range(count), range(count + 4)):
+        options = {"given": [k], "wanted": [j]}
+        _assert_near(
+            problem.second(_ours, **options), problem.second(_truth, **options), [f"{k} {j}"]
+        )
+    for used in range(4):
+        _assert_near(problem.second(_ours, used=[used]), problem.second(_truth, used=[used]))
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Which ways the second derivatives went: "core", "torch"."""
+    found = []
+    core, by_torch = ops.layer_second, autograd._by_torch
+    monkeypatch.setattr(ops, "layer_second", lambda *a, **k: found.append("core") or core(*a, **k))
+    monkeypatch.setattr(
+        autograd, "_by_torch", lambda *a, **k: found.append("torch") or by_torch(*a, **k)
+    )
+    return found
+
+
+def _penalty(module, x, **kwargs):
+    (g,) = torch.autograd.grad(module(x, **kwargs)[0].sum(), x, create_graph=True)
+    return g.square().sum()
+
+
+WAY = "core" if device.NAME == "cpu" else "torch"
+
+
+@pytest.mark.parametrize(
+    "options, way",
+    [
+        ({}, WAY),
+        ({"num_layers": 2, "bidirectional": True}, WAY),
+        ({"proj_size": 3}, WAY),
+        ({"dtype": torch.float16}, WAY),
+        ({"peephole": True}, "torch"),
+        ({"layer_norm": True}, "torch"),
+        ({"zoneout": 0.1}, "torch"),
+    ],
+    ids=str,
+)
+def test_which_way(options, way, ways):
+    module = here(lstm_ext.LSTM(4, 6, **options))
+    x = here(torch.randn(5, 3, 4, dtype=options.get("dtype"))).requires_grad_()
+    _penalty(module, x).backward()
+    assert set(ways) == {way} and len(ways) == options.get("num_layers", 1)
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_a_cell_goes_the_core_s_way(ways):
+    cell = here(lstm_ext.LSTMCell(4, 6))
+    x = here(torch.randn(3, 4)).requires_grad_()
+    h, c = cell(x, cell(x))
+    (g,) = torch.autograd.grad(h.sum() + c.sum(), x, create_graph=True)
+    g.square().sum().backward()
+    assert set(ways) == {WAY}
+
+
+def test_of_torch_func(ways):
+    """grad of grad; mapped over, a call each."""
+    module = here(lstm_ext.LSTM(3, 5, dtype=F64))
+    twin = module.to_torch()
+    x, v = here(torch.randn(4, 2, 3, dtype=F64)), here(torch.randn(6, 4, 2, 3, dtype=F64))
+
+    def product(model):
+        def of(v):
+            def inner(x):
+                return (torch.func.grad(lambda x: model(x)[0].square().sum())(x) * v).sum()
+
+            return torch.func.grad(inner)(x)
+
+        return of
+
+    _assert_near([product(module)(v[0])], [product(twin)(v[0])])
+    expected = torch.stack([product(twin)(one) for one in v])
+    _assert_near([torch.func.vmap(product(module))(v)], [expected])
+    assert set(ways) == {WAY}
+
+
+def test_the_third_derivative_is_torch_s(ways):
+    module = here(lstm_ext.LSTM(3, 5, dtype=F64))
+    x = here(torch.randn(4, 2, 3, dtype=F64)).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: torch.autograd.grad(_penalty(module, x), x, create_graph=True), x
+    )
+    assert set(ways) == {WAY, "torch"}
+
+
+def test_nothing_in_the_padding_reaches_a_second_derivative():
+    module = here(lstm_ext.LSTM(3, 5, bidirectional=True, proj_size=2, dtype=F64))
+    lengths = torch.tensor([2, 4, 0])
+    x = here(torch.randn(4, 3, 3, dtype=F64))
+    padding = torch.arange(4).unsqueeze(1) >= lengths
+
+    def run(fill):
+        filled = x.clone()
+        filled[padding] = fill
+        filled.requires_grad_()
+        module.zero_grad()
+        _penalty(module, filled, lengths=lengths).backward()
+        assert not filled.grad[padding].any()
+        return [filled.grad, *(p.grad.clone() for p in module.parameters())]
+
+    for one, other in zip(run(0.0), run(float("nan")), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_was_saved_is_checked():
+    """As in a first backward: another version, another size."""
+    module = here(lstm_ext.LSTM(3, 5))
+    x = here(torch.randn(4, 2, 3)).requires_grad_()
+    penalty = _penalty(module, x)
+    with torch.no_grad():
+        module.weight_hh_l0.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        penalty.backward()
+    if device.NAME == "cpu":
+        penalty = _penalty(module, x)
+        module.weight_hh_l0.data = torch.randn(20, 6)
+        with pytest.raises(RuntimeError, match=r"Expected weight_hh of size \(20, 5\)"):
+            penalty.backward()
+
+
+def test_it_is_repeated_bit_by_bit():
+    torch.set_num_threads(2)
+    module = here(lstm_ext.LSTM(24, 48, 2, bidirectional=True))
+    x = here(torch.randn(50, 16, 24)).requires_grad_()
+
+    def run():
+        return torch.autograd.grad(_penalty(module, x), [x, *module.parameters()])
+
+    for one, again in zip(run(), run(), strict=True):
+        assert torch.equal(one, again)
