@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench.suites import Problem
+from bench.suites import PASSES, Problem
 
 # Bytes of weights that a block can keep: shared memory, and the registers that its sums leave.
 KEPT_BY_A_BLOCK = (227 + 144) << 10
@@ -57,7 +57,7 @@ class Floor:
         """Microseconds a step, all layers and directions together, as the reports count them."""
         forward = min(self._exchanges(problem, itemsize, backward=False))
         backward = min(self._exchanges(problem, itemsize, backward=True))
-        one = forward + (backward if mode == "training" else 0)
+        one = forward if mode == "inference" else (forward + backward) * PASSES[mode] / 2
         return problem.num_layers * one
 
     def _exchanges(self, problem: Problem, itemsize: int, *, backward: bool) -> Iterator[float]:

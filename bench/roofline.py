@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.suites import Problem
+from bench.suites import PASSES, Problem
 
 # The peak that bounds a dtype; half types are computed in float32 where nothing better
 # was measured.
@@ -67,14 +67,12 @@ def bound(problem: Problem, mode: str, dtype: str, limits: dict[str, Any]) -> fl
 
     directions = sum(count for _, count in problem.layer_shapes())
     recurrent_flop = directions * flop_of_row * problem.active_rows
-    passes = 2 if mode == "training" else 1  # of the recurrence: forward, and backward
-    rest = problem.flop(mode) - passes * recurrent_flop
-    return passes * directions * one_way + rest / speed
+    rest = problem.flop(mode) - PASSES[mode] * recurrent_flop
+    return PASSES[mode] * directions * one_way + rest / speed
 
 
 def weights_gb_per_s(problem: Problem, mode: str, dtype: str, seconds: float) -> float:
     """How fast the recurrence's weights were read, were the whole call spent on reading them."""
     directions = sum(count for _, count in problem.layer_shapes())
-    passes = 2 if mode == "training" else 1
-    size = recurrent_bytes(problem, dtype) * problem.steps * directions * passes
+    size = recurrent_bytes(problem, dtype) * problem.steps * directions * PASSES[mode]
     return size / seconds / 1e9

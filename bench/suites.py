@@ -2,7 +2,7 @@
 
 A problem that the design leaves without a number has it chosen here, beside the list it
 belongs to: the step count of GNMT and of the edges, and the lengths of packed batches. The suites
-host, one-step, cell, random, scaling and gate are not of the design.
+host, one-step, cell, random, second, scaling and gate are not of the design.
 """
 
 from __future__ import annotations
@@ -13,6 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MODES = ("inference", "training")
+# A second derivative: the gradient by the input, and its gradients by all. "both" leaves it out.
+SECOND = "second"
+# Times the forward pass: how many products a call makes, of the input's and the recurrent ones; and
+# how many walks through the steps. A product has one more for its input's gradient and one for its
+# weight's. Differentiated again, forward's and its input's gradient have a tangent each, and each
+# weight's gradient is a sum of two products.
+PRODUCTS = {"inference": 1, "training": 3, SECOND: 6}
+PASSES = {"inference": 1, "training": 2, SECOND: 4}
 
 
 @dataclass(frozen=True)
@@ -84,9 +92,8 @@ class Problem:
         """Useful floating-point operations of one call, a multiply-add counted as two.
 
         A row and direction costs 2·4H·(I + P) for the gates (P is H without a projection) and
-        2·H·P for the projection; the elementwise part and padding are not counted. Training is
-        three times the forward pass: each product has one more for its input's gradient and
-        one for its weight's.
+        2·H·P for the projection; the elementwise part and padding are not counted. That is the
+        forward pass; see PRODUCTS.
         """
         recurrent = self.proj_size or self.hidden_size
         per_row = sum(
@@ -97,7 +104,7 @@ class Problem:
             )
             for width, directions in self.layer_shapes()
         )
-        return self.active_rows * per_row * (3 if mode == "training" else 1)
+        return self.active_rows * per_row * PRODUCTS[mode]
 
 
 def spread(shortest: int, longest: int, count: int) -> tuple[int, ...]:
@@ -235,6 +242,23 @@ def _host() -> tuple[Problem, ...]:
     )
 
 
+def _second() -> tuple[Problem, ...]:
+    # Gradient penalties, meta-learning, products with a Hessian: smaller than what is trained.
+    return (
+        square(5, 1, 16),
+        square(20, 8, 32),
+        square(50, 1, 64),
+        square(50, 32, 64),
+        square(100, 16, 128),
+        square(25, 4, 512),
+        square(50, 64, 256),
+        square(50, 32, 64, lengths=spread(5, 50, 32)),
+        square(50, 32, 64, proj_size=32),
+        square(50, 32, 64, num_layers=2, bidirectional=True),
+        square(8, 16, 64, cell=True),
+    )
+
+
 def _scaling() -> tuple[Problem, ...]:
     # One size at a time from T 100, B 16, H 256: the work doubles with T and B, and grows fourfold
     # with H.
@@ -271,14 +295,16 @@ SUITES: dict[str, tuple[Problem, ...]] = {
     "flashrnn": _flashrnn(),
     "classic": _classic(),
     "edges": _edges(),
+    "second": _second(),
     "scaling": _scaling(),
     "gate": _gate(),
 }
 
-# DeepBench publishes one list for each; every other suite runs both unless told.
+# DeepBench publishes one list for each; every other suite but one runs both unless told.
 DEFAULT_MODES: dict[str, tuple[str, ...]] = {
     "deepbench-train": ("training",),
     "deepbench-infer": ("inference",),
+    "second": (SECOND,),
 }
 
 

@@ -29,13 +29,8 @@ def has_tangent(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
-class LSTMLayer(Function):
-    """Forward and backward on the native core.
-
-    Saved: the activated gates and c_t, both results of forward, with a layer norm what was
-    normalized, the output, and references to the inputs (no copies): a second derivative needs
-    them whichever of them require grad.
-    """
+class _Layer(Function):
+    """What the three functions below share."""
 
     @classmethod
     def run(cls, *args: Any) -> Any:
@@ -44,6 +39,15 @@ class LSTMLayer(Function):
             return cls.apply(*args)
         # As Function.apply goes on.
         return super(Function, cls).apply(*unwrap_dead_wrappers(args))
+
+
+class LSTMLayer(_Layer):
+    """Forward and backward on the native core.
+
+    Saved: the activated gates and c_t, both results of forward, with a layer norm what was
+    normalized, the output, and references to the inputs (no copies): a second derivative needs
+    them whichever of them require grad.
+    """
 
     @staticmethod
     def forward(
@@ -82,7 +86,7 @@ class LSTMLayer(Function):
         grads = grad_outputs[: 2 + 2 * len(ctx.kinds)]
         wanted = ctx.needs_input_grad[3:]
         steps, kinds = batching.unwrapped(ctx.steps, ctx.kinds)
-        run = LSTMLayerBackward.apply if must_apply() else LSTMLayerBackward.forward
+        run = LSTMLayerBackward.run if must_apply() else LSTMLayerBackward.forward
         return (None, None, None, *run(steps, kinds, wanted, *grads, *ctx.saved_tensors))
 
     @staticmethod
@@ -90,8 +94,8 @@ class LSTMLayer(Function):
         return batching.forward(LSTMLayer, info.batch_size, in_dims, inputs)
 
 
-class LSTMLayerBackward(Function):
-    """The first derivative on the native core; its own derivative recomputes the layer in torch."""
+class LSTMLayerBackward(_Layer):
+    """The first derivative, on the native core."""
 
     @staticmethod
     def forward(
@@ -132,8 +136,7 @@ class LSTMLayerBackward(Function):
         needed = ctx.needs_input_grad[3 : 3 + _inputs_of(ctx.kinds, ctx.wanted)]
         steps, kinds = batching.unwrapped(ctx.steps, ctx.kinds)
         v = tuple(t if wanted else None for t, wanted in zip(v, ctx.wanted, strict=True))
-        run = LSTMLayerSecond.apply if must_apply() else LSTMLayerSecond.forward
-        made = run(steps, kinds, ctx.wanted, needed, *v, *ctx.saved_tensors)
+        made = second_derivative(steps, kinds, ctx.wanted, needed, v, ctx.saved_tensors)
         return (*[None] * 3, *made, *[None] * (len(ctx.saved_tensors) - len(made)))
 
     @staticmethod
@@ -141,7 +144,7 @@ class LSTMLayerBackward(Function):
         return batching.backward(LSTMLayerBackward, info.batch_size, in_dims, inputs)
 
 
-class LSTMLayerSecond(Function):
+class LSTMLayerSecond(_Layer):
     """The second derivative, on the native core where it has one; the third recomputes the layer in
     torch."""
 
@@ -222,6 +225,19 @@ class LSTMLayerSecond(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         return batching.one_by_one(LSTMLayerSecond, info.batch_size, in_dims, inputs)
+
+
+def second_derivative(
+    steps: Steps,
+    kinds: tuple[Kind, ...],
+    wanted: tuple[bool, ...],
+    needed: tuple[bool, ...],
+    v: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """By LSTMLayerSecond; see its forward."""
+    run = LSTMLayerSecond.run if must_apply() else LSTMLayerSecond.forward
+    return run(steps, kinds, wanted, needed, *v, *tensors)
 
 
 def _inputs_of(kinds: tuple[Kind, ...], wanted: tuple[bool, ...]) -> int:

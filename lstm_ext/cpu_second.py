@@ -12,6 +12,8 @@ Half types compute in float32. Letters as in :mod:`ops`.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +33,7 @@ from lstm_ext.engine import (
     rows_of,
     without_autocast,
 )
-from lstm_ext.flat import map_tensors
+from lstm_ext.flat import grouped, map_tensors
 from lstm_ext.native import _C
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
@@ -69,13 +71,19 @@ def layer_second(
     """See :func:`ops.layer_second`."""
     dtype, acc = x.dtype, acc_dtype(x.dtype)
 
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.resolve_neg().to(acc)
+    def cast(tensor: Tensor | None, to: torch.dtype = acc) -> Tensor | None:
+        return None if tensor is None else tensor.to(to)
 
-    x, directions = map_tensors(cast, x, directions)
-    v_x, v = cast(v_x), [DirectionGrads(*map(cast, one)) for one in v]
-    dy, dcells, y = cast(dy), cast(dcells), cast(y)
-    dh_n, dc_n = map(cast, dh_n), map(cast, dc_n)
+    def cast_back(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return list(tensors) if dtype == acc else [cast(t, dtype) for t in tensors]
+
+    v_x, *flat = [None if t is None else t.resolve_neg() for t in (v_x, *itertools.chain(*v))]
+    if dtype != acc:
+        x, directions = map_tensors(cast, x, directions)
+        v_x, *flat = map(cast, (v_x, *flat))
+        dy, dcells, y = cast(dy), cast(dcells), cast(y)
+        dh_n, dc_n = map(cast, dh_n), map(cast, dc_n)
+    v = [DirectionGrads(*group) for group in grouped(flat, len(v))]
     P, H, D = directions[0].h0.size(1), directions[0].c0.size(1), len(directions)
     y_parts, dy_parts, dcells_parts = (
         [rows_of(tensor, k * size, size) for k in range(D)]
@@ -95,7 +103,7 @@ def layer_second(
         )
         cells_dot = None if dcells is None else torch.cat([dot.c_seq for dot in dots], 1)
         outputs = [y_dot, cells_dot, *(dot.h_n for dot in dots), *(dot.c_n for dot in dots)]
-        outputs = [None if t is None else t.to(dtype) for t in outputs]
+        outputs = cast_back(outputs)
         if not (wanted_x or any(flag for one in wanted for flag in one)):
             return outputs, None, [DirectionGrads(*[None] * len(one)) for one in wanted]
         gradients = list(zip(dy_parts, dcells_parts, dh_n, dc_n, strict=True))
@@ -114,20 +122,19 @@ def layer_second(
         made += run_directions(core, running, work)
         grads = []
         for k, (_, _, _, _, own, dot, gradient) in enumerate(parts):
-            sums = DirectionGrads(*map(_sum, zip(made[k][1], made[D + k][1], strict=True)))
+            sums = DirectionGrads(*map(_sum, made[k][1], made[D + k][1]))
             if own.w_hr:
                 real = steps.active_rows if steps.has_padding else slice(None)
                 factors = gradient.dr[real], dot.cell_out[real]
                 more = transposed_matmul(*factors, None, False)[0]
                 sums = sums._replace(w_hr=sums.w_hr + more)
-            grads.append(DirectionGrads(*(None if t is None else t.to(dtype) for t in sums)))
-    dx = _sum([part for part, _ in made])
-    return outputs, None if dx is None else dx.to(dtype), grads
+            grads.append(DirectionGrads(*cast_back(sums)))
+    (dx,) = cast_back([functools.reduce(_sum, [part for part, _ in made])])
+    return outputs, dx, grads
 
 
-def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
-    there = [part for part in parts if part is not None]
-    return sum(there[1:], there[0]) if there else None
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
 
 
 def _forward_tangents(
@@ -150,7 +157,7 @@ def _forward_tangents(
     # and knows which row holds h_{t-1}.
     gates = None if v_x is None else linear(v_x, w.w_ih)
     if v.w_ih is not None:
-        gates = _sum([linear(x, v.w_ih), gates])
+        gates = _sum(gates, linear(x, v.w_ih))
     if gates is None:
         gates = x.new_zeros(steps.rows, 4 * H)
     for bias in (v.b_ih, v.b_hh):

@@ -8,6 +8,7 @@ there it is for sequences of one length only, and of two directions for forward 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +17,18 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from lstm_ext import batching, cpu_backward, cpu_engine, cpu_products, ops
-from lstm_ext.autograd import LSTMLayerBackward, must_apply
+from lstm_ext.autograd import LSTMLayerBackward, must_apply, second_derivative
 from lstm_ext.engine import DTYPE_CODE, is_surrounded, native_steps
-from lstm_ext.flat import grouped
 from lstm_ext.native import _C
+from lstm_ext.plain_form import LayerForm
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
-from lstm_ext.torch_engine import side_by_side
 
 if TYPE_CHECKING:
     from lstm_ext.modules import LSTM
 
 _TYPES = (Tensor, nn.Parameter)
 _WEIGHTS = 4  # of a direction
-_INPUTS = 2 + _WEIGHTS  # h_0 and c_0 too
 _RESULTS = 3  # of forward that are saved: gates, c_t and y
 _plain = _C.CpuPlain(
     types=_TYPES,
@@ -235,11 +234,56 @@ class PlainLayer(Function):
     @batching.batched_gradients
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[5:]
-        if not (must_apply() or torch._C._is_any_autocast_enabled()):
-            made = _backward(gradients, saved, wanted, *ctx.steps)
+        if not is_surrounded():
+            recording = torch.is_grad_enabled()
+            with torch.no_grad() if recording else contextlib.nullcontext():
+                made = _backward(gradients, saved, wanted, *ctx.steps)
+            if made is not None and recording:
+                call = (*ctx.steps, wanted, made, *gradients, *saved)
+                made = super(Function, PlainLayerBackward).apply(*call)  # as in plain_layer
             if made is not None:
                 return (None,) * 5 + made
         return (None,) * 5 + _by_the_layer(gradients, saved, wanted, *ctx.steps)
+
+
+class PlainLayerBackward(Function):
+    """Gradients that were computed already, made differentiable. Saved: references to what they are
+    made of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        steps: int | Steps,
+        batch_first: bool,
+        wanted: tuple[bool, ...],
+        made: tuple[Tensor | None, ...],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """made: the gradients. tensors: those of the outputs, then what PlainLayer has saved."""
+        ctx.steps, ctx.wanted = (steps, batch_first), wanted
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return made
+
+    @staticmethod
+    @batching.batched_gradients
+    def backward(ctx: Any, *v: Tensor | None) -> tuple[Any, ...]:
+        tensors, wanted = ctx.saved_tensors, ctx.wanted
+        outputs = len(tensors) - _RESULTS - len(wanted)
+        form = LayerForm(tensors[:outputs], tensors[outputs:], *ctx.steps)
+        needed = ctx.needs_input_grad[4 : 4 + outputs + len(wanted)]
+        v = tuple(t if flag else None for t, flag in zip(v, wanted, strict=True))
+        made = second_derivative(
+            form.steps,
+            form.kinds,
+            form.inputs(wanted),
+            (*form.of_outputs(needed[:outputs]), *form.inputs(needed[outputs:])),
+            form.inputs(v),
+            form.tensors,
+        )
+        count = 2 + 2 * len(form.kinds)
+        results = (*form.as_outputs(made[:count]), *form.as_inputs(made[count:]))
+        return (None,) * 4 + results + (None,) * _RESULTS
 
 
 def _backward(
@@ -271,60 +315,6 @@ def _by_the_layer(
     batch_first: bool,
 ) -> tuple[Tensor | None, ...]:
     """As :func:`_backward`, by LSTMLayerBackward."""
-    D, states = _directions(saved), len(gradients) // 2
-    together = D // states  # directions of a tensor of states: a module's has all
-    x, *flat, gates, c_seq, y = saved
-    inputs, flags = grouped(flat, D), grouped(wanted[1:], D)
-    I, H = x.size(-1), inputs[0][3].size(1)
-
-    def apart(*tensors: Tensor | None) -> list[Tensor | None]:
-        """(B, H) of each direction."""
-        if together == 1:
-            return [_rows(t, H) for t in tensors]
-        (t,) = tensors
-        return [None] * D if t is None else list(_rows(t, H).tensor_split(D))
-
-    if inputs[0][0] is None:
-        zeros = x.new_zeros(x.numel() // (I * (steps or 1)), H)
-        h0 = c0 = [zeros] * D
-    else:
-        h0, c0 = (apart(*(group[k] for group in inputs[:states])) for k in range(2))
-    if not isinstance(steps, Steps):
-        steps = Steps.padded(steps or 1, h0[0].size(0), batch_first=batch_first)
-    dy = _rows(gradients[0], D * H) if len(gradients) % 2 else None
-    dh, dc = apart(*gradients[-2 * states : -states]), apart(*gradients[-states:])
-    # The output is read only at a step before another.
-    y = side_by_side(h0, x.dtype) if y is None else _rows(y, D * H)
-    directions, wanted_ones = [], []
-    for k in range(D):
-        directions += [h0[k], c0[k], *inputs[k][2:], None]  # no weight_hr
-        wanted_ones += [*flags[k // together][:2], *flags[k][2:], False]
-    run = LSTMLayerBackward.apply if must_apply() else LSTMLayerBackward.forward
-    dx, *made = run(
-        steps,
-        ((False, None), (True, None))[:D],
-        (wanted[0], *wanted_ones),
-        *(dy, None, *dh, *dc, _rows(x, I), *directions, y),
-        *(gates.tensor_split(D) if D > 1 else (gates,)),
-        *(c_seq.tensor_split(D) if D > 1 else (c_seq,)),
-    )
-    results = [dx if dx is None else dx.view(x.shape)]
-    of_directions = grouped(made, D)
-    for k, (group, given) in enumerate(zip(of_directions, inputs, strict=True)):
-        for i in range(2):
-            parts = [g[i] for g in of_directions[k : k + together]]
-            if parts[0] is None or k % together:
-                results.append(None)
-            else:
-                whole = parts[0] if together == 1 else torch.cat(parts)
-                results.append(whole.view(given[i].shape))
-        results += group[2:6]
-    return tuple(results)
-
-
-def _directions(saved: tuple[Tensor | None, ...]) -> int:
-    return (len(saved) - _RESULTS) // _INPUTS
-
-
-def _rows(tensor: Tensor | None, width: int) -> Tensor | None:
-    return tensor if tensor is None or tensor.dim() == 2 else tensor.reshape(-1, width)
+    form = LayerForm(gradients, saved, steps, batch_first)
+    run = LSTMLayerBackward.run if must_apply() else LSTMLayerBackward.forward
+    return form.as_inputs(run(form.steps, form.kinds, form.inputs(wanted), *form.tensors))

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import lstm_ext
 from bench import machine, records, report, timing, work
-from bench.suites import MODES, Problem
+from bench.suites import MODES, SECOND, Problem
 from lstm_ext import cpu_engine
 
 pytestmark = pytest.mark.cpu_only(reason="the command line on the CPU")
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
         {"num_layers": 3, "first_bidirectional": True, "lengths": (2, 3)},
     ],
 )
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, SECOND])
 def test_a_call_does_the_work_it_stands_for(more, mode):
     problem = Problem(3, 2, 5, 7, **more)
     module = work.build(nn.LSTM, problem)
@@ -46,8 +46,8 @@ def test_a_call_does_the_work_it_stands_for(more, mode):
     outputs = [call() for _ in range(3)]
 
     assert all(map(torch.equal, outputs, [*expected, expected[0]])), "each input in its turn"
-    assert module.training == (mode == "training")
-    assert len(seen) == (3 * len(list(module.parameters())) if mode == "training" else 0)
+    assert module.training == (mode != "inference")
+    assert len(seen) == (0 if mode == "inference" else 3 * len(list(module.parameters())))
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
@@ -119,7 +119,8 @@ def test_errors_are_relative_but_of_zeros():
 
 
 class Off(nn.LSTM):
-    """Its output is off; only the gradient of one weight is; or there is no number at all."""
+    """Its output is off; only the gradient of one weight is, or its second derivative; or there is
+    no number at all."""
 
     how = "output"
 
@@ -128,6 +129,9 @@ class Off(nn.LSTM):
         if self.how == "gradient":
             weight = self.weight_hh_l0
             return y + 1e-3 * (weight - weight.detach()).sum(), state
+        if self.how == "second":
+            weight = self.weight_hh_l0
+            return y + 1e-2 * (weight - weight.detach()).sum() * (x - x.detach()).sum(), state
         return y * (1.001 if self.how == "output" else float("nan")), state
 
 
@@ -138,6 +142,8 @@ class Off(nn.LSTM):
         ("nan", "inference", True),
         ("gradient", "inference", False),
         ("gradient", "training", True),
+        ("second", "training", False),
+        ("second", SECOND, True),
     ],
 )
 def test_a_row_says_who_computes_something_else(how, mode, wrong):
@@ -167,7 +173,7 @@ def test_where_the_device_is_too_small_the_truth_is_from_the_cpu(monkeypatch):
     assert row.ours.error is None and 0 < row.ours.off_by < 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, SECOND])
 def test_the_right_function_passes_the_check(mode):
     row = run_tiny(nn.LSTM, lstm_ext.LSTM, mode)
     assert not row.ours.differs and 0 < row.ours.off_by < 1e-5

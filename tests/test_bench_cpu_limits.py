@@ -93,6 +93,8 @@ def test_reading_takes_each_part_from_the_nearest_level(size, seconds):
         (square(3, 1, 50), "inference", 3 * 12.375e-6 + 3 * 10e-6),
         # Once more backward, and the four products of gradients (two of them of the weights).
         (square(3, 1, 50), "training", 2 * 3 * 12.375e-6 + 4 * 3 * 10e-6),
+        # Twice both, and eight more products.
+        (square(3, 1, 50), "second", 4 * 3 * 12.375e-6 + 8 * 3 * 10e-6),
         (square(3, 1, 50, bidirectional=True), "inference", 2 * (3 * 12.375e-6 + 3 * 10e-6)),
         (Problem(3, 2, 5, 7, proj_size=2), "inference", 6 * 420 / 2e9),
     ],

@@ -59,6 +59,7 @@ def test_past_the_last_point_it_goes_on():
         (Problem(9, 8, 512, 512, num_layers=3), "inference", 2, 1.5),
         # Backward: fp32 sums, 2048 bytes through a cluster.
         (Problem(9, 8, 512, 512), "training", 2, 0.5 + 1.0),
+        (Problem(9, 8, 512, 512), "second", 2, 2 * (0.5 + 1.0)),
         # 8 MB of weights do not fit a cluster, 128 blocks keep them: 2 sequences, 4096 bytes.
         (Problem(9, 2, 1024, 1024), "inference", 2, 2.0),
         # Four gates back: 16384 bytes, on the line of the last two points.

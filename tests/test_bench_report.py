@@ -265,7 +265,9 @@ def test_steps_of_publish(kind):
     *runs, last = publish.steps(kind, ["--once"])
     parsed = [make_parser().parse_args(run) for _, run in runs]
     asked = {(args.suite, args.dtype, bool(args.peer)) for args in parsed}
-    suites = ("cpu",) if kind else ("cpu", "random", "one-step", "cell", "scaling", "gate")
+    suites = (
+        ("cpu",) if kind else ("cpu", "random", "one-step", "cell", "second", "scaling", "gate")
+    )
     assert asked == {(s, d, bool(kind)) for s in suites for d in ("float32", "bfloat16")}
     assert all(args.once and args.out is None for args in parsed)
     assert not any(env for env, _ in (*runs, last))

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from bench.suites import MODES, SCALING_BASE, SUITES, Problem, modes_of, spread, square
+from bench.suites import MODES, SCALING_BASE, SECOND, SUITES, Problem, modes_of, spread, square
 
 pytestmark = pytest.mark.cpu_only(reason="no layer runs")
 
@@ -71,6 +71,7 @@ def test_suite_holds_the_plain_problems_of_the_design(suite):
         ("one-step", 20),
         ("cell", 16),
         ("random", 60),
+        ("second", 11),
         ("scaling", 16),
         ("gate", 6),
     ],
@@ -81,7 +82,8 @@ def test_suite_is_complete(suite, count):
 
 
 def test_suites_are_those_of_the_design():
-    assert set(SUITES) == PLAIN.keys() | {"host", "one-step", "cell", "random", "scaling", "gate"}
+    own = {"host", "one-step", "cell", "random", "second", "scaling", "gate"}
+    assert set(SUITES) == PLAIN.keys() | own
     assert not others("deepbench-train") + others("deepbench-infer") + others("flashrnn")
 
 
@@ -156,6 +158,7 @@ def test_modes():
     assert modes_of("deepbench-infer", None) == ("inference",)
     assert modes_of("deepbench-infer", "both") == MODES
     assert modes_of("cpu", "training") == ("training",)
+    assert modes_of("second", None) == modes_of("cpu", SECOND) == (SECOND,)
 
 
 def test_spread_of_lengths():
@@ -190,3 +193,4 @@ def test_flop_by_hand(more, flop):
     problem = Problem(3, 2, 5, 7, **more)
     assert problem.flop("inference") == flop
     assert problem.flop("training") == 3 * flop
+    assert problem.flop(SECOND) == 6 * flop
