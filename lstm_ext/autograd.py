@@ -7,14 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd import Function, forward_ad
+from torch.autograd import forward_ad
 
 from lstm_ext import batching, ops
+from lstm_ext.derivatives import (
+    BackwardTangents,
+    ForwardTangents,
+    LayerDerivative,
+    LayerFunction,
+    SecondDerivative,
+    save,
+)
 from lstm_ext.flat import Kind, grouped, unflatten
 from lstm_ext.ops import DirectionGrads
 from lstm_ext.steps import Steps
-from lstm_ext.torch_engine import reference_layer, side_by_side
+from lstm_ext.torch_engine import side_by_side
 
 
 def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
@@ -29,19 +36,7 @@ def has_tangent(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
-class _Layer(Function):
-    """What the three functions below share."""
-
-    @classmethod
-    def run(cls, *args: Any) -> Any:
-        """``apply`` without its look at forward's signature, which takes 13 us, the rest 8."""
-        if torch._C._are_functorch_transforms_active():
-            return cls.apply(*args)
-        # As Function.apply goes on.
-        return super(Function, cls).apply(*unwrap_dead_wrappers(args))
-
-
-class LSTMLayer(_Layer):
+class LSTMLayer(LayerFunction):
     """Forward and backward on the native core.
 
     Saved: the activated gates and c_t, both results of forward, with a layer norm what was
@@ -71,14 +66,14 @@ class LSTMLayer(_Layer):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.steps, ctx.kinds, _, *tensors = inputs
+        ctx.steps, ctx.kinds, ctx.cells, *tensors = inputs
         D = len(ctx.kinds)
         y, all_cells = output[:2]
         saved = output[2 + 2 * D :]
         ctx.mark_non_differentiable(*(t for t in saved if t is not None))
         ctx.set_materialize_grads(False)
         # The only None is a c_seq.
-        ctx.save_for_backward(*tensors, y, *(all_cells if t is None else t for t in saved))
+        save(ctx, [*tensors, y, *(all_cells if t is None else t for t in saved)])
 
     @staticmethod
     @batching.batched_gradients
@@ -90,11 +85,19 @@ class LSTMLayer(_Layer):
         return (None, None, None, *run(steps, kinds, wanted, *grads, *ctx.saved_tensors))
 
     @staticmethod
+    @batching.batched_gradients
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        v = tangents[3:]
+        call = (ForwardTangents, ctx.steps, ctx.kinds, len(v), ctx.cells)
+        made = LayerDerivative.run(*call, *v, *ctx.saved_tensors)
+        return (*made, *[None] * (len(ctx.saved_tensors) - len(v) - 1))
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         return batching.forward(LSTMLayer, info.batch_size, in_dims, inputs)
 
 
-class LSTMLayerBackward(_Layer):
+class LSTMLayerBackward(LayerFunction):
     """The first derivative, on the native core."""
 
     @staticmethod
@@ -126,123 +129,49 @@ class LSTMLayerBackward(_Layer):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.steps, ctx.kinds, ctx.wanted, *tensors = inputs
-        ctx.save_for_backward(*tensors)
+        save(ctx, tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @batching.batched_gradients
     def backward(ctx: Any, *v: Tensor | None) -> tuple[Any, ...]:
         # Those of forward's results get none: they are functions of its inputs.
-        needed = ctx.needs_input_grad[3 : 3 + _inputs_of(ctx.kinds, ctx.wanted)]
+        needed = ctx.needs_input_grad[3 : 5 + 2 * len(ctx.kinds) + len(ctx.wanted)]
         steps, kinds = batching.unwrapped(ctx.steps, ctx.kinds)
-        v = tuple(t if wanted else None for t, wanted in zip(v, ctx.wanted, strict=True))
-        made = second_derivative(steps, kinds, ctx.wanted, needed, v, ctx.saved_tensors)
+        v = [t if wanted else None for t, wanted in zip(v, ctx.wanted, strict=True)]
+        made = second_derivative(steps, kinds, needed, v, ctx.saved_tensors)
         return (*[None] * 3, *made, *[None] * (len(ctx.saved_tensors) - len(made)))
+
+    @staticmethod
+    @batching.batched_gradients
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        size = len(ctx.wanted)
+        given = tangents[3 : 5 + 2 * len(ctx.kinds) + size]  # those of forward's results follow
+        call = (BackwardTangents, ctx.steps, ctx.kinds, size, tuple(ctx.wanted))
+        return LayerDerivative.run(*call, *given, *ctx.saved_tensors)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         return batching.backward(LSTMLayerBackward, info.batch_size, in_dims, inputs)
 
 
-class LSTMLayerSecond(_Layer):
-    """The second derivative, on the native core where it has one; the third recomputes the layer in
-    torch."""
-
-    @staticmethod
-    def forward(
-        steps: Steps,
-        kinds: tuple[Kind, ...],
-        wanted: tuple[bool, ...],
-        needed: tuple[bool, ...],
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
-        """The derivative of the sum of v times LSTMLayerBackward's results, by its inputs but for
-        forward's results.
-
-        tensors: v, one of each result, None for zero; LSTMLayerBackward's. needed: which results to
-        make, None for the others.
-        """
-        v, tensors = tensors[: len(wanted)], tensors[len(wanted) :]
-        D, count = len(kinds), 2 + 2 * len(kinds)
-        (dy, dcells, *states), (x, *flat) = tensors[:count], tensors[count : len(needed)]
-        y, *saved = tensors[len(needed) :]
-        directions = unflatten(flat, kinds)
-        if all(t is None for t in v) or all(t is None for t in tensors[:count]):
-            return (None,) * len(needed)
-        if not ops.has_native_second(x, directions, steps):
-            return _by_torch(steps, kinds, needed, v, tensors[: len(needed)])
-        outputs, dx, grads = ops.layer_second(
-            v[0],
-            [DirectionGrads(*group) for group in grouped(v[1:], D)],
-            dy,
-            dcells,
-            states[:D],
-            states[D:],
-            x,
-            directions,
-            y,
-            [(saved[k], saved[D + k]) for k in range(D)],
-            steps,
-            wanted_x=needed[count],
-            wanted=[DirectionGrads(*group) for group in grouped(needed[count + 1 :], D)],
-        )
-        size = len(flat) // D
-        made = (*outputs, dx, *(grad for direction in grads for grad in direction[:size]))
-        return tuple(t if flag else None for t, flag in zip(made, needed, strict=True))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.steps, ctx.kinds, ctx.wanted, ctx.needed, *tensors = inputs
-        # All but the results of forward: they are recomputed.
-        kept = len(ctx.wanted) + len(ctx.needed)
-        ctx.save_for_backward(*tensors[:kept])
-        ctx.recomputed = len(tensors) - kept
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @batching.batched_gradients
-    def backward(ctx: Any, *third: Tensor | None) -> tuple[Any, ...]:
-        saved, n = ctx.saved_tensors, len(ctx.wanted)
-        steps, kinds = batching.unwrapped(ctx.steps, ctx.kinds)
-        results: list[Tensor | None] = [None] * len(saved)
-        used = [k for k, t in enumerate(third) if t is not None]
-        asked = [k for k, flag in enumerate(ctx.needs_input_grad[4 : 4 + len(saved)]) if flag]
-        if used and asked:
-
-            def second(*tensors: Tensor) -> tuple[Tensor, ...]:
-                at = list(saved)
-                for k, tensor in zip(asked, tensors, strict=True):
-                    at[k] = tensor
-                made = _by_torch(steps, kinds, ctx.needed, tuple(at[:n]), tuple(at[n:]))
-                return tuple(made[k] for k in used)
-
-            with ops.without_autocast(saved[n + 2 + 2 * len(kinds)].device):
-                _, pull = torch.func.vjp(second, *(saved[k] for k in asked))
-                for k, result in zip(asked, pull(tuple(third[k] for k in used)), strict=True):
-                    results[k] = result
-        return (*[None] * 4, *results, *[None] * ctx.recomputed)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        return batching.one_by_one(LSTMLayerSecond, info.batch_size, in_dims, inputs)
-
-
 def second_derivative(
     steps: Steps,
     kinds: tuple[Kind, ...],
-    wanted: tuple[bool, ...],
-    needed: tuple[bool, ...],
-    v: tuple[Tensor | None, ...],
-    tensors: tuple[Tensor | None, ...],
+    needed: Sequence[bool],
+    v: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
-    """By LSTMLayerSecond; see its forward."""
-    run = LSTMLayerSecond.run if must_apply() else LSTMLayerSecond.forward
-    return run(steps, kinds, wanted, needed, *v, *tensors)
+    """The derivative of the sum of v times LSTMLayerBackward's results, by its tensors but for
+    forward's results; None for those that are not needed.
 
-
-def _inputs_of(kinds: tuple[Kind, ...], wanted: tuple[bool, ...]) -> int:
-    """How many tensors of LSTMLayerBackward are no results of forward: gradients and inputs."""
-    return 2 + 2 * len(kinds) + len(wanted)
+    v: one of each result, None for zero. tensors: LSTMLayerBackward's.
+    """
+    count = len(needed) - len(v)
+    if all(t is None for t in v) or all(t is None for t in tensors[:count]):
+        return (None,) * len(needed)
+    run = LayerDerivative.run if must_apply() else LayerDerivative.forward
+    return run(SecondDerivative, steps, kinds, len(v), tuple(needed), *v, *tensors)
 
 
 def must_apply() -> bool:
@@ -256,47 +185,3 @@ def must_apply() -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
-
-
-def _by_torch(
-    steps: Steps,
-    kinds: tuple[Kind, ...],
-    needed: tuple[bool, ...],
-    v: tuple[Tensor | None, ...],
-    tensors: tuple[Tensor | None, ...],
-) -> tuple[Tensor | None, ...]:
-    """What LSTMLayerSecond.forward returns, ``tensors`` without forward's results.
-
-    Differentiates the reference twice, by torch.func, which any transform around it may follow.
-    """
-    count = 2 + 2 * len(kinds)
-    grads, inputs = tensors[:count], tensors[count:]
-    # A tensor that is two inputs counts as two: each is an argument of its own below.
-    used = [k for k, g in enumerate(grads) if g is not None]
-    first = [k for k, t in enumerate(v) if t is not None]
-    asked = [k for k, flag in enumerate(needed) if flag]
-
-    def gradients(*some: Tensor) -> tuple[Tensor, ...]:
-        """Those that v is for, as a function of all that is asked for."""
-        at = list(tensors)
-        for k, tensor in zip(asked, some, strict=True):
-            at[k] = tensor
-
-        def outputs(*some: Tensor) -> tuple[Tensor, ...]:
-            x_and_flat = at[count:]
-            for k, tensor in zip(first, some, strict=True):
-                x_and_flat[k] = tensor
-            x, *flat = x_and_flat
-            layer = reference_layer(x, unflatten(flat, kinds), steps, cells=1 in used)
-            every = (layer.y, layer.cells, *layer.h_n, *layer.c_n)
-            return tuple(every[k] for k in used)
-
-        _, pull = torch.func.vjp(outputs, *(at[count + k] for k in first))
-        return pull(tuple(at[k] for k in used))
-
-    results: list[Tensor | None] = [None] * len(tensors)
-    with ops.without_autocast(inputs[0].device):
-        _, pull = torch.func.vjp(gradients, *(tensors[k] for k in asked))
-        for k, result in zip(asked, pull(tuple(v[k] for k in first)), strict=True):
-            results[k] = result
-    return tuple(results)

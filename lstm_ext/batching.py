@@ -23,7 +23,7 @@ from torch._C._functorch import (
 from torch.utils import _pytree as pytree
 
 from lstm_ext.engine import Masks
-from lstm_ext.flat import Kind, grouped
+from lstm_ext.flat import Kind
 from lstm_ext.steps import Steps
 
 # So that transforms reach the tensors inside, wherever Steps is an argument of a Function.
@@ -95,45 +95,59 @@ def forward(
     function: Any, size: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     """The rule of LSTMLayer; see its forward."""
-    _check_size(size)
-    steps, kinds, cells, x, *flat = inputs
-    steps_dims, kinds_dims, _, x_dim, *dims = in_dims
-    if any(dim is not None for group in grouped(dims, len(kinds)) for dim in group[2:]):
-        return one_by_one(function, size, in_dims, inputs)
-    fold = _Fold(size, not steps.batch_first)
-    results = function.apply(
-        fold.steps(steps, steps_dims),
-        fold.kinds(kinds, kinds_dims),
-        cells,
-        fold.join(x, x_dim),
-        *_states_joined(fold, flat, dims, len(kinds)),
-    )
-    outputs, out_dims = zip(*map(fold.split, results), strict=True)
-    return outputs, out_dims
+    weights = weights_of(len(inputs) - 3, len(inputs[1]))
+    return joined(function, size, in_dims, inputs, weights)
 
 
 def backward(
     function: Any, size: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     """The rule of LSTMLayerBackward; see its forward."""
+    _, kinds, wanted, *tensors = inputs
+    own = weights_of(len(wanted), len(kinds))
+    weights = [False] * (2 + 2 * len(kinds)) + own
+    weights += [False] * (len(tensors) - len(weights))
+    summed = any(flag and weight for flag, weight in zip(wanted, own, strict=True))
+    return joined(function, size, in_dims, inputs, weights, summed)
+
+
+def weights_of(size: int, groups: int) -> list[bool]:
+    """Which of a layer's inputs, so many, are weights."""
+    each = (size - 1) // groups
+    return [False] + [k >= 2 for k in range(each)] * groups
+
+
+def joined(
+    function: Any,
+    size: int,
+    in_dims: tuple[Any, ...],
+    inputs: tuple[Any, ...],
+    weights: Sequence[bool],
+    summed: bool = False,
+) -> tuple[Any, Any]:
+    """One call, if no weight is mapped and no result is a sum over sequences; else a call each.
+
+    inputs: Steps and kinds, somewhere, what is no tensor, and at last the tensors. weights: which
+    of those are.
+    """
     _check_size(size)
-    steps, kinds, wanted, *tensors = inputs
-    steps_dims, kinds_dims, _, *dims = in_dims
-    D, first = len(kinds), 2 + 2 * len(kinds)  # first: where the layer's inputs begin
-    end = first + len(wanted)
-    weights_dims = [g[2:] for g in grouped(dims[first + 1 : end], D)]
-    weights_wanted = [g[2:] for g in grouped(wanted[1:], D)]
-    own = any(dim is not None for group in weights_dims for dim in group)
-    if own or any(flag for group in weights_wanted for flag in group):
+    first = len(inputs) - len(weights)
+    tensors, dims = inputs[first:], in_dims[first:]
+    mapped = [dim for dim, weight in zip(dims, weights, strict=True) if weight]
+    if summed or any(dim is not None for dim in mapped):
         return one_by_one(function, size, in_dims, inputs)
+    at = next(k for k, value in enumerate(inputs) if isinstance(value, Steps))
+    steps = inputs[at]
     fold = _Fold(size, not steps.batch_first)
     results = function.apply(
-        fold.steps(steps, steps_dims),
-        fold.kinds(kinds, kinds_dims),
-        wanted,
-        *map(fold.join, tensors[: first + 1], dims[: first + 1]),
-        *_states_joined(fold, tensors[first + 1 : end], dims[first + 1 : end], D),
-        *map(fold.join, tensors[end:], dims[end:]),
+        *inputs[:at],
+        fold.steps(steps, in_dims[at]),
+        fold.kinds(inputs[at + 1], in_dims[at + 1]),
+        *inputs[at + 2 : first],
+        *(
+            tensor if weight else fold.join(tensor, dim)
+            for tensor, dim, weight in zip(tensors, dims, weights, strict=True)
+        ),
     )
     outputs, out_dims = zip(*map(fold.split, results), strict=True)
     return outputs, out_dims
@@ -145,14 +159,6 @@ def _check_size(size: int) -> None:
             "Expected a dimension of size 1 or more to map over, got 0: vmap over nothing, or a "
             "Jacobian of an output without elements"
         )
-
-
-def _states_joined(fold: _Fold, flat: Sequence[Any], dims: Sequence[Any], groups: int) -> list[Any]:
-    """The directions' tensors, V joined to their states."""
-    joined = []
-    for group, group_dims in zip(grouped(flat, groups), grouped(dims, groups), strict=True):
-        joined += [*map(fold.join, group[:2], group_dims[:2]), *group[2:]]
-    return joined
 
 
 def one_by_one(
@@ -187,7 +193,8 @@ def unwrapped(steps: Steps, kinds: tuple[Kind, ...]) -> tuple[Steps, tuple[Kind,
 
 
 def batched_gradients(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """A Function's backward(ctx, *gradients) under torch.autograd's own vmap too: a call each.
+    """A Function's backward(ctx, *gradients), or its jvp, under torch.autograd's own vmap too: a
+    call each.
 
     Raises:
         RuntimeError: one such vmap inside of another.

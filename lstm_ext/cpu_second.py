@@ -67,6 +67,8 @@ def layer_second(
     *,
     wanted_x: bool,
     wanted: list[DirectionGrads],
+    cells: bool = False,
+    d_dot: Sequence[Tensor | None] | None = None,
 ) -> tuple[list[Tensor | None], Tensor | None, list[DirectionGrads]]:
     """See :func:`ops.layer_second`."""
     dtype, acc = x.dtype, acc_dtype(x.dtype)
@@ -78,17 +80,15 @@ def layer_second(
         return list(tensors) if dtype == acc else [cast(t, dtype) for t in tensors]
 
     v_x, *flat = [None if t is None else t.resolve_neg() for t in (v_x, *itertools.chain(*v))]
+    d = [dy, dcells, *dh_n, *dc_n]
+    d_dot = [None] * len(d) if d_dot is None else d_dot
     if dtype != acc:
         x, directions = map_tensors(cast, x, directions)
-        v_x, *flat = map(cast, (v_x, *flat))
-        dy, dcells, y = cast(dy), cast(dcells), cast(y)
-        dh_n, dc_n = map(cast, dh_n), map(cast, dc_n)
+        v_x, y, *flat = map(cast, (v_x, y, *flat))
+        d, d_dot = list(map(cast, d)), list(map(cast, d_dot))
     v = [DirectionGrads(*group) for group in grouped(flat, len(v))]
     P, H, D = directions[0].h0.size(1), directions[0].c0.size(1), len(directions)
-    y_parts, dy_parts, dcells_parts = (
-        [rows_of(tensor, k * size, size) for k in range(D)]
-        for tensor, size in ((y, P), (dy, P), (dcells, H))
-    )
+    y_parts = [rows_of(y, k * P, P) for k in range(D)]
     y_dot = allocate(x, steps.rows, D * P, zero=steps.has_padding)
     work = gates_bytes(x, directions, steps)
     with without_autocast(x.device):
@@ -101,23 +101,33 @@ def layer_second(
             ],
             work,
         )
-        cells_dot = None if dcells is None else torch.cat([dot.c_seq for dot in dots], 1)
+        cells_dot = torch.cat([dot.c_seq for dot in dots], 1) if cells else None
         outputs = [y_dot, cells_dot, *(dot.h_n for dot in dots), *(dot.c_n for dot in dots)]
         outputs = cast_back(outputs)
         if not (wanted_x or any(flag for one in wanted for flag in one)):
             return outputs, None, [DirectionGrads(*[None] * len(one)) for one in wanted]
-        gradients = list(zip(dy_parts, dcells_parts, dh_n, dc_n, strict=True))
         kept = [Kept() for _ in directions]
         parts = list(zip(v, directions, y_parts, saved, wanted, dots, kept, strict=True))
         core = recorded(_C.cpu_backward)
         running = [
-            _gradients_again(own, v_x, x, v_own, direction, saved_own, steps, wanted_x, *part)
-            for own, (v_own, direction, _, saved_own, *part) in zip(gradients, parts, strict=True)
+            _gradients_again(
+                _of_direction(d, k, H, P), v_x, x, own, direction, saved_own, steps, wanted_x, *part
+            )
+            for k, (own, direction, _, saved_own, *part) in enumerate(parts)
         ]
         made = run_directions(core, running, work)
         running = [
-            _backward_tangents(v_own, x, direction, y_own, saved_own, steps, wanted_x, *part)
-            for v_own, direction, y_own, saved_own, *part in parts
+            _backward_tangents(
+                _of_direction(d_dot, k, H, P),
+                own,
+                x,
+                direction,
+                *part[:2],
+                steps,
+                wanted_x,
+                *part[2:],
+            )
+            for k, (own, direction, *part) in enumerate(parts)
         ]
         made += run_directions(core, running, work)
         grads = []
@@ -131,6 +141,12 @@ def layer_second(
             grads.append(DirectionGrads(*cast_back(sums)))
     (dx,) = cast_back([functools.reduce(_sum, [part for part, _ in made])])
     return outputs, dx, grads
+
+
+def _of_direction(d: Sequence[Tensor | None], k: int, H: int, P: int) -> tuple[Any, ...]:
+    """The k-th one's part of the gradients of y and of the cells, its h_n's and its c_n's."""
+    half = len(d) // 2
+    return rows_of(d[0], k * P, P), rows_of(d[1], k * H, H), d[2 + k], d[half + 1 + k]
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -226,6 +242,7 @@ def _gradients_again(
 
 
 def _backward_tangents(
+    d_dot: tuple[Tensor | None, ...],
     v: DirectionGrads,
     x: Tensor,
     direction: Direction,
@@ -241,7 +258,7 @@ def _backward_tangents(
     dh_more = None if v.w_hh is None else matmul(kept.dgates, v.w_hh)
     dout_more = None if v.w_hr is None else matmul(kept.dr, v.w_hr)
     return backward(
-        *(None, None, None, None),
+        *d_dot,
         x,
         direction,
         y,

@@ -36,8 +36,8 @@ def lstm_layer(
 
     Returns:
         y, the directions side by side; h_n and c_n of each; and cells or None. Rows past the end
-        of a sequence are 0. Differentiable any number of times, under the transforms of
-        torch.func too; forward mode runs in torch operations. What records operations
+        of a sequence are 0. Differentiable any number of times, in forward mode and under the
+        transforms of torch.func too. What records operations
         (torch.compile, torch.export, make_fx) sees one operator, which :mod:`library` defines.
 
     Raises:
@@ -71,13 +71,14 @@ def lstm_layer(
         x, directions = map_tensors(Tensor.resolve_neg, x, directions)
         flat = [x, *flatten(directions)]
     ops.check_layer(x, directions, steps)
-    if _is_forward_mode(flat):
+    forward_mode = _is_forward_mode(flat)
+    if forward_mode and not ops.has_native_second(x, directions, steps):
         return reference_layer(x, directions, steps, cells=cells)
     if not ops.has_native_kernels(x.device):
         if device != "meta":
             _warn_no_kernels(device)
         return reference_layer(x, directions, steps, cells=cells)
-    if torch._C._are_functorch_transforms_active() or needs_grad(flat):
+    if torch._C._are_functorch_transforms_active() or forward_mode or needs_grad(flat):
         y, all_cells, *states = LSTMLayer.run(steps, kinds_of(directions), cells, *flat)
         D = len(directions)
         return LayerOutputs(y, states[:D], states[D : 2 * D], all_cells)

@@ -298,11 +298,15 @@ def layer_second(
 
     Args:
         v_x, v: of the shapes of g, of x and per direction; None for zero.
-        The rest: as for :func:`layer_backward`, the flags too.
+        The rest: as for :func:`layer_backward`, the flags too, of the second derivatives.
+        cells: whether that by dcells is wanted.
+        d_dot: also the derivative of g in that direction of dy, of dcells, of each dh_n and of each
+            dc_n is added; None for zero.
 
     Returns:
-        The gradients of dy, of dcells, of each dh_n and of each dc_n; then those of x and of the
-        directions, None where they are not wanted. For :func:`has_native_second`.
+        The gradients of dy, of dcells (None unless wanted), of each dh_n and of each dc_n: also the
+        tangents of forward's results in the direction v. Then those of x and of the directions,
+        None where they are not wanted: also the tangents of g. For :func:`has_native_second`.
     """
     dy, dcells, dh_n, dc_n, x, *rest = arguments
     check_saved((dy, dcells, *dh_n, *dc_n), x, *rest)

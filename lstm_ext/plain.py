@@ -276,7 +276,6 @@ class PlainLayerBackward(Function):
         made = second_derivative(
             form.steps,
             form.kinds,
-            form.inputs(wanted),
             (*form.of_outputs(needed[:outputs]), *form.inputs(needed[outputs:])),
             form.inputs(v),
             form.tensors,

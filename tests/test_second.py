@@ -10,9 +10,13 @@ import pytest
 import torch
 from device import here
 from tolerances import assert_as_good, tol
+from torch.autograd import forward_ad
+from torch.func import jvp, vjp, vmap
+from torch.nn.utils.rnn import PackedSequence
 
 import lstm_ext
-from lstm_ext import autograd, layer, ops
+from lstm_ext import layer, ops
+from lstm_ext.derivatives import BackwardTangents, ForwardTangents, SecondDerivative
 from lstm_ext.ops import Direction, LayerWeights
 from lstm_ext.steps import Steps
 from lstm_ext.torch_engine import reference_layer
@@ -41,7 +45,7 @@ def _steps(kind, T, B):
 
 
 class Problem:
-    """A layer's inputs, the cotangents of its outputs, and a direction for its gradients."""
+    """A layer's inputs, the cotangents of its outputs, and directions for both."""
 
     def __init__(self, steps, I, H, proj=0, directions=1, bias=True, dtype=F64):
         generator = torch.Generator().manual_seed(1)
@@ -66,6 +70,7 @@ class Problem:
         outputs += [(steps.B, P)] * directions + [(steps.B, H)] * directions
         self.cotangents = [draw(*size) for size in outputs]
         self.v = [draw(*t.shape) for t in self.inputs]
+        self.d_dot = [draw(*t.shape) for t in self.cotangents]
 
     def arranged(self, inputs):
         x, *flat = inputs
@@ -107,6 +112,24 @@ class Problem:
             allow_unused=True,
             materialize_grads=True,
         )
+
+    def outputs(self, run):
+        """As a function of the inputs."""
+
+        def of(*inputs):
+            result = run(*self.arranged(inputs), self.steps)
+            return result.y, result.cells, *result.h_n, *result.c_n
+
+        return of
+
+    def gradients(self, run):
+        """As a function of the inputs and the cotangents."""
+
+        def of(*tensors):
+            n = len(self.inputs)
+            return vjp(self.outputs(run), *tensors[:n])[1](tuple(tensors[n:]))
+
+        return of
 
 
 def _ours(x, directions, steps, cells=True):
@@ -188,11 +211,19 @@ def test_every_subset_of_one(bias):
 def ways(monkeypatch):
     """Which ways the second derivatives went: "core", "torch"."""
     found = []
-    core, by_torch = ops.layer_second, autograd._by_torch
-    monkeypatch.setattr(ops, "layer_second", lambda *a, **k: found.append("core") or core(*a, **k))
-    monkeypatch.setattr(
-        autograd, "_by_torch", lambda *a, **k: found.append("torch") or by_torch(*a, **k)
-    )
+
+    def noted(owner, name, way):
+        function = getattr(owner, name)
+
+        def run(*args, **kwargs):
+            found.append(way)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, run if owner is ops else staticmethod(run))
+
+    noted(ops, "layer_second", "core")
+    for what in (ForwardTangents, BackwardTangents, SecondDerivative):
+        noted(what, "in_torch", "torch")
     return found
 
 
@@ -251,7 +282,7 @@ def test_of_torch_func(ways):
 
     _assert_near([product(module)(v[0])], [product(twin)(v[0])])
     expected = torch.stack([product(twin)(one) for one in v])
-    _assert_near([torch.func.vmap(product(module))(v)], [expected])
+    _assert_near([vmap(product(module))(v)], [expected])
     assert set(ways) == {WAY}
 
 
@@ -309,3 +340,109 @@ def test_it_is_repeated_bit_by_bit():
 
     for one, again in zip(run(), run(), strict=True):
         assert torch.equal(one, again)
+
+
+# --- forward mode ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("proj", [0, 5], ids=["plain", "proj"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_mode(kind, proj, directions, ways):
+    """Tangents of forward and of backward, along all arguments and along one alone."""
+    problem = Problem(_steps(kind, 6, 3), 4, 9, proj, directions)
+    inputs, cotangents = tuple(problem.inputs), tuple(problem.cotangents)
+    for function, at, along in (
+        (problem.outputs, inputs, problem.v),
+        (problem.gradients, inputs + cotangents, problem.v + problem.d_dot),
+    ):
+
+        def tangents(run, chosen, function=function, at=at, along=along):
+            def of(*some):
+                every = list(at)
+                for k, tensor in zip(chosen, some, strict=True):
+                    every[k] = tensor
+                return function(run)(*every)
+
+            pairs = [(at[k], along[k]) for k in chosen]
+            return jvp(of, *zip(*pairs, strict=True))[1]
+
+        for chosen in (range(len(at)), *([k] for k in range(len(at)))):
+            _assert_near(tangents(_ours, chosen), tangents(_truth, chosen))
+    assert "torch" not in ways and ("core" in ways) == (WAY == "core")
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["input", "weights"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_forward_mode_mapped(batch_first, weights, ways):
+    """Directions of x join the batch: one call. Those of a weight take a call each."""
+    steps = Steps.padded(5, 3, batch_first=batch_first, device=device.DEVICE)
+    problem, k = Problem(steps, 4, 9, 0, 2), 3 if weights else 0
+    at, V = problem.inputs, 4
+    along = here(torch.randn(V, *at[k].shape, dtype=F64))
+
+    def mapped(run, function):
+        def of(one):
+            some = [*at[:k], one, *at[k + 1 :], *problem.cotangents]
+            return function(run)(*some[: None if function == problem.gradients else len(at)])
+
+        return vmap(lambda v: jvp(of, (at[k],), (v,))[1])(along)
+
+    for function in (problem.outputs, problem.gradients):
+        ways.clear()
+        found = mapped(_ours, function)
+        calls = len(ways)
+        _assert_near(found, mapped(_truth, function))
+        expected = V if weights else 1  # of forward
+        if function == problem.gradients:  # some of which are sums over all sequences
+            expected += V
+        assert calls == (expected if WAY == "core" else 0)
+
+
+def test_of_a_module_in_forward_mode(ways):
+    """What it is given is wrapped by transforms; a product with the Hessian."""
+    module = here(lstm_ext.LSTM(3, 5, 2, bidirectional=True, dtype=F64))
+    x, v = here(torch.randn(2, 4, 3, 3, dtype=F64))
+    sizes = torch.tensor([3, 2, 2, 1])
+    for given in ({"lengths": torch.tensor([2, 4, 0])}, {"reset_mask": torch.rand(4, 3) < 0.4}, {}):
+
+        def loss(x, given=given):
+            if not given:
+                y = module(PackedSequence(x.reshape(-1, 3)[:8], sizes))[0].data
+            else:
+                y = module(x, **given)[0]
+            return y.square().sum()
+
+        def product(x, loss=loss):
+            return (torch.func.grad(loss)(x) * v).sum()
+
+        _assert_near([jvp(torch.func.grad(loss), (x,), (v,))[1]], [torch.func.grad(product)(x)])
+    assert set(ways) <= {WAY}
+
+
+def test_derivatives_of_tangents():
+    """In torch operations: reverse over forward, forward over forward."""
+    problem = Problem(_steps("lengths", 4, 2), 3, 4, 3)
+    at, v, u = (tuple(t) for t in (problem.inputs, problem.v, problem.inputs[::-1]))
+    u = tuple(torch.randn_like(t) for t in u[::-1])
+    results = []
+    for run in (_ours, _truth):
+
+        def tangents(*at, run=run):
+            return jvp(problem.outputs(run), at, v)[1]
+
+        found = vjp(tangents, *at)[1](tuple(problem.cotangents))
+        results.append([*found, *jvp(tangents, at, u)[1]])
+    _assert_near(*results)
+
+
+def test_dual_tensors_that_require_a_gradient():
+    """Forward over reverse without torch.func."""
+    module = here(lstm_ext.LSTM(3, 5, dtype=F64))
+    x, v = here(torch.randn(2, 4, 2, 3, dtype=F64))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.clone().requires_grad_(), v)
+        (g,) = torch.autograd.grad(module(dual)[0].square().sum(), dual)
+        primal, tangent = forward_ad.unpack_dual(g)
+    expected = jvp(torch.func.grad(lambda x: module.to_torch()(x)[0].square().sum()), (x,), (v,))
+    _assert_near([primal, tangent], expected)
