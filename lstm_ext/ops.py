@@ -11,6 +11,7 @@ float32.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -307,7 +308,17 @@ def layer_second(
         The gradients of dy, of dcells (None unless wanted), of each dh_n and of each dc_n: also the
         tangents of forward's results in the direction v. Then those of x and of the directions,
         None where they are not wanted: also the tangents of g. For :func:`has_native_second`.
+
+    Raises:
+        TypeError: a dtype or device of v or d_dot that is not x's. The rest: see
+            :func:`check_saved`.
     """
     dy, dcells, dh_n, dc_n, x, *rest = arguments
     check_saved((dy, dcells, *dh_n, *dc_n), x, *rest)
+    for tensor in (v_x, *itertools.chain(*v), *(wanted.get("d_dot") or ())):
+        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+            raise TypeError(
+                f"Expected tangents to be {x.dtype} on {x.device} like the tensors they belong to, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
     return engine_of(x.device).layer_second(v_x, v, *arguments, **wanted)

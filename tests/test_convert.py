@@ -255,3 +255,18 @@ def test_what_cannot_be_moved_is_refused():
     theirs.forward = lambda x: x
     with pytest.raises(TypeError, match="forward of this LSTM was replaced"):
         lstm.from_torch(theirs)
+
+
+@pytest.mark.cpu_only(reason="torch's quantized LSTM is of the CPU")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantized_by_way_of_nn_lstm():
+    """torch's own dynamic quantization knows nn.LSTM only."""
+    module, x = lstm_ext.LSTM(8, 16), torch.randn(5, 2, 8)
+
+    def quantized(module):
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(module), {nn.LSTM})[0]
+
+    assert type(quantized(module)) is lstm_ext.LSTM
+    made = quantized(module.to_torch())
+    assert isinstance(made, torch.ao.nn.quantized.dynamic.LSTM)
+    torch.testing.assert_close(made(x)[0], module(x)[0], rtol=0, atol=0.05)

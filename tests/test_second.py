@@ -148,7 +148,7 @@ def _assert_near(found, expected, names=None):
         )
 
 
-SIZES = [(6, 3, 4, 7), (5, 1, 9, 33), (1, 4, 3, 5), (9, 8, 20, 16), (40, 17, 24, 19)]
+SIZES = [(6, 3, 4, 7), (5, 1, 9, 33), (1, 4, 3, 5), (9, 8, 20, 16), (23, 17, 24, 19)]
 KINDS = ["whole", "batch_first", "lengths", "resets", "both", "packed"]
 
 
@@ -446,3 +446,18 @@ def test_dual_tensors_that_require_a_gradient():
         primal, tangent = forward_ad.unpack_dual(g)
     expected = jvp(torch.func.grad(lambda x: module.to_torch()(x)[0].square().sum()), (x,), (v,))
     _assert_near([primal, tangent], expected)
+
+
+@pytest.mark.cpu_only(reason="elsewhere torch's operations say so in words of their own")
+@pytest.mark.parametrize("name", ["x", "h_0", "weight_hh_l0"])
+def test_a_tangent_of_another_dtype_is_refused(name):
+    module = lstm_ext.LSTM(3, 5)
+    at = {"x": torch.randn(4, 2, 3), "h_0": torch.randn(1, 2, 5), **dict(module.named_parameters())}
+
+    def run(one):
+        given = {**at, name: one}
+        x, h = given.pop("x"), given.pop("h_0")
+        return torch.func.functional_call(module, given, (x, (h, torch.zeros(1, 2, 5))))[0]
+
+    with pytest.raises(TypeError, match="Expected tangents to be torch.float32 on cpu .*float64"):
+        jvp(run, (at[name],), (torch.randn_like(at[name], dtype=F64),))
