@@ -278,7 +278,7 @@ PYBIND11_MODULE(_C, m) {
             p.dout_seq = dout_seq.address;
             p.dc_seq = dc_seq.address;
           },
-          "dout_seq"_a, "dc_seq"_a)
+          "dout_seq"_a, "dc_seq"_a, "As in LstmBackward.")
       .def(
           "make_tangents",
           [](LstmBackward& p, Memory gates, Memory c_seq, Memory c0, Memory dout, Memory dc,

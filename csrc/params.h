@@ -79,8 +79,9 @@ struct Variants {
 };
 
 // What a tangent is taken of (forward mode), as forward made it. Then that forward's parameters are
-// tangents, all but W_hh and W_hr: gx of x W_ih^T and of the biases, h0 and c0, and what is made:
-// in gates those before the activations. Without bf16_products and variants, x null, storage = acc.
+// tangents, all but the weights: x, the biases, h0 and c0, and what is made: in gates those before
+// the activations. gx, or null, is added to what is made of x, or null. Without bf16_products and
+// variants, storage = acc.
 struct TangentOf {
   const void* gates;     // acc [rows, 4H]; null: it is no tangent
   const void* c_seq;     // acc [rows, H]
@@ -185,8 +186,8 @@ struct LstmBackward {
   void* dnorm;      // acc [B, 6H]: likewise of gamma_hh (4H), gamma_ch and beta_ch; null: none
   void* dh0;        // storage [B, P]
   void* dc0;        // storage [B, H]
-  void* dout_seq;   // acc [rows, H]: gradient of each o * tanh(c), and of each c with what comes
-  void* dc_seq;     // through that; null: not wanted
+  void* dout_seq;   // acc [rows, H]: gradient of each o * tanh(c); null: not wanted
+  void* dc_seq;     // acc [rows, H]: of each c, with what comes through that; null as dout_seq
   // The gradients of products, made beside the recurrence. All null: the caller makes them. Not
   // with a layer norm, and T > 0. With lengths they are zeros before: padding is left as it is, and
   // so is everything if no sequence has a step.

@@ -175,7 +175,7 @@ def second_derivative(
 
 
 def must_apply() -> bool:
-    """Whether a backward must go through LSTMLayerBackward.apply, rather than its forward alone.
+    """Whether a derivative must go through its Function, rather than the Function's forward alone.
 
     With create_graph the gradients must themselves be differentiable; transforms of torch.func and
     forward mode reach a Function by its apply alone.

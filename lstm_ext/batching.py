@@ -76,7 +76,7 @@ class _Fold(NamedTuple):
         return Steps.of(
             layout,
             offsets,
-            self.join(steps.lengths, dims.lengths),
+            self._contiguous(self.join(steps.lengths, dims.lengths)),
             self._contiguous(self.join(steps.reset_mask, dims.reset_mask, 1)),
         )
 
@@ -170,7 +170,7 @@ def one_by_one(
     each = []
     for v in range(size):
         taken = [
-            leaf if dim is None else leaf.select(dim, v)
+            leaf if dim is None else leaf.select(dim, v).contiguous()  # Steps are read as they lie
             for leaf, dim in zip(leaves, dims, strict=True)
         ]
         each.append(function.apply(*pytree.tree_unflatten(taken, structure)))

@@ -169,16 +169,15 @@ def _forward_tangents(
     H, P = c0.size(1), h0.size(1)
     padding = steps.has_padding
     point, c_seq = (t.contiguous() for t in saved)
-    # W_ih v_x + v_W_ih x + v_b + v_W_hh h_{t-1}. The core adds W_hh times the tangent of h_{t-1},
-    # and knows which row holds h_{t-1}.
-    gates = None if v_x is None else linear(v_x, w.w_ih)
-    if v.w_ih is not None:
-        gates = _sum(gates, linear(x, v.w_ih))
-    if gates is None:
-        gates = x.new_zeros(steps.rows, 4 * H)
-    for bias in (v.b_ih, v.b_hh):
-        if bias is not None:
-            gates += bias
+    # W_ih v_x + v_b + v_W_ih x + v_W_hh h_{t-1} + W_hh times the tangent of h_{t-1}: what has W_ih
+    # or W_hh makes the core, which knows which row holds h_{t-1}.
+    gx = None if v.w_ih is None else linear(x, v.w_ih)
+    b_ih, b_hh = (None if b is None else b.contiguous() for b in (v.b_ih, v.b_hh))
+    if v_x is None and not (b_ih is None and b_hh is None):  # the core adds them to what x makes
+        gx = x.new_zeros(steps.rows, 4 * H) if gx is None else gx
+        gx += _sum(b_ih, b_hh)
+    w_ih = None if v_x is None else w.w_ih.contiguous()
+    v_x = None if v_x is None else v_x.contiguous()
     gx_after = gx_first = h_more = cell_out = None
     if v.w_hh is not None:
         gx_after, gx_first = linear(y.contiguous(), v.w_hh), linear(h0, v.w_hh)
@@ -189,7 +188,7 @@ def _forward_tangents(
     h0_dot = h0.new_zeros(h0.shape) if v.h0 is None else v.h0.contiguous()
     c0_dot = c0.new_zeros(c0.shape) if v.c0 is None else v.c0.contiguous()
     h_n, c_n = torch.empty_like(h0_dot), torch.empty_like(c0_dot)
-    c_dot = allocate(x, steps.rows, H, zero=padding)
+    gates, c_dot = x.new_empty(steps.rows, 4 * H), allocate(x, steps.rows, H, zero=padding)
     w_hh, w_hr = w.w_hh.contiguous(), None if w.w_hr is None else w.w_hr.contiguous()
     c0 = c0.contiguous()
     code, threads = DTYPE_CODE[x.dtype], torch.get_num_threads()
@@ -197,8 +196,8 @@ def _forward_tangents(
     native, (variants, _) = native_steps(_C, steps, reverse), native_variants(_C, w, x.dtype)
     # fmt: off
     call = _C.CpuForward(
-        code, False, threads, deterministic, native, H, P, 0,
-        gates, None, None, None, None, w_hh, w_hr, h0_dot, c0_dot, variants,
+        code, False, threads, deterministic, native, H, P, x.size(1),
+        gx, v_x, w_ih, b_ih, b_hh, w_hh, w_hr, h0_dot, c0_dot, variants,
         gates, c_dot, None, None,
         y_dot, y_dot.stride(0), h_n, c_n,
     )
@@ -221,9 +220,9 @@ def _gradients_again(
     dots: _Tangents,
     kept: Kept,
 ) -> Generator[Any, None, None]:
-    """Backward of one direction, as :func:`backward` yields it, with the tangents of all that only
-    the products after the recurrence read, which so become what the gradients of the gates add to
-    the result. Fills kept."""
+    """Backward of one direction again, as :func:`backward` yields it, and fills kept. Tangents
+    stand for x, W_ih, h0 and y, which only the products after the recurrence read: those are then
+    dgates times the tangents, terms of the result."""
     w = direction.w if v.w_ih is None else direction.w._replace(w_ih=v.w_ih)
     own = DirectionGrads(*[False] * len(wanted))._replace(
         w_ih=wanted.w_ih and v_x is not None, w_hh=wanted.w_hh

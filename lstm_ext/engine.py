@@ -139,6 +139,12 @@ def native_steps(core: Any, steps: Any, reverse: bool) -> Any:
     key = (core, reverse)
     native = steps.native.get(key)
     if native is None:
+        for tensor in (steps.offsets, steps.lengths, steps.reset_mask):
+            if tensor is not None and not tensor.is_contiguous():
+                raise RuntimeError(
+                    "Expected contiguous offsets, lengths and reset_mask, got strides "
+                    f"{tensor.stride()} of size {tuple(tensor.shape)}"
+                )
         native = steps.native[key] = core.Steps(
             T=steps.T,
             B=steps.B,

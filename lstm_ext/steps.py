@@ -195,7 +195,7 @@ class Steps:
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """The rows of all steps, from the parts' in the order of time."""
-        if not self.batch_first or self.offsets is not None:
+        if not self.batch_first or self.offsets is not None or self.B == 0:
             return torch.cat(list(parts))
         whole = torch.cat([part.view(self.B, -1, part.size(1)) for part in parts], 1)
         return whole.view(self.rows, whole.size(2))

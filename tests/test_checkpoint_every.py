@@ -89,6 +89,15 @@ def test_packed(name, every):
     assert_close(run(parts), run(whole), **tol(torch.float64))
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_no_sequences(batch_first):
+    module = here(lstm_ext.LSTM(I, H, checkpoint_every=2, batch_first=batch_first))
+    x = leaf(torch.randn(0, 5, I) if batch_first else torch.randn(5, 0, I))
+    y = module(x)[0]
+    y.sum().backward()
+    assert y.shape == (*x.shape[:2], H) and x.grad.shape == x.shape
+
+
 def test_second_derivatives():
     whole, parts = pair(4, bidirectional=True, **F64)
     x = leaf(torch.randn(T, B, I, **F64))

@@ -122,6 +122,34 @@ def test_vmap_over_lengths_and_resets(batch_first, place):
             vmap(run)(xs, lengths.clamp(min=1) + (lengths == 3), resets)
 
 
+def test_vmap_of_one_sequence_of_a_length():
+    """The length, repeated, is one number in memory."""
+    module, x = here(lstm_ext.LSTM(I, H, **F64)), here(torch.randn(6, 5, 1, I, **F64))
+    run = lambda x: module(x, lengths=torch.tensor([2]))[0]  # noqa: E731
+    assert_close(vmap(run)(x), each(run, x))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_vmap_over_resets_of_any_dimension(dim):
+    """A call each, for weights or second derivatives: of masks that are strided."""
+    module = here(lstm_ext.LSTM(I, H, **F64))
+    x, resets = here(torch.randn(4, T, B, I, **F64)), here(torch.rand(4, T, B) < 0.4)
+    weights = here(torch.randn(4, 4 * H, I, **F64))
+
+    def run(x, reset_mask, weight):
+        given = (x,), {"reset_mask": reset_mask}
+        return functional_call(module, {"weight_ih_l0": weight}, *given)[0]
+
+    def second(x, *args):
+        first = grad(lambda x: run(x, *args).square().sum())
+        return grad(lambda x: first(x).square().sum())(x)
+
+    strided = resets.movedim(0, dim).contiguous()
+    for function in (run, second):
+        found = vmap(function, (0, dim, 0))(x, strided, weights)
+        assert_close(found, each(function, x, resets, weights))
+
+
 def test_vmap_over_packed_data(case):
     """The batch sizes are shared."""
     data, sizes = here(torch.randn(V, 5, I, **F64)), torch.tensor([2, 2, 1])

@@ -82,15 +82,18 @@ class Problem:
             directions.append(Direction(h0, c0, weights, k == 1))
         return x, directions
 
-    def second(self, run, dtype=None, given=None, used=(0, 1, 2, 3, 4, 5), wanted=None):
+    def second(
+        self, run, dtype=None, given=None, used=(0, 1, 2, 3, 4, 5), wanted=None, memory=None
+    ):
         """Gradients of v^T g by every input and cotangent; g: gradients of the ``given`` inputs.
 
         used: which outputs the loss sees. wanted: indices of what is differentiated by, inputs
-        and then cotangents; None: all.
+        and then cotangents; None: all. memory: a function that lays out a tensor otherwise.
         """
+        memory = memory or (lambda tensor: tensor)
 
         def leaves(tensors):
-            return [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+            return [memory(t.detach().to(dtype or t.dtype)).requires_grad_() for t in tensors]
 
         inputs, cotangents = leaves(self.inputs), leaves(self.cotangents)
         result = run(*self.arranged(inputs), self.steps)
@@ -108,7 +111,7 @@ class Problem:
         return torch.autograd.grad(
             first,
             every if wanted is None else [every[k] for k in wanted],
-            [self.v[k].to(g.dtype) for k, g in zip(given, first, strict=True)],
+            [memory(self.v[k].to(g.dtype)) for k, g in zip(given, first, strict=True)],
             allow_unused=True,
             materialize_grads=True,
         )
@@ -205,6 +208,39 @@ def test_every_subset_of_one(bias):
         )
     for used in range(4):
         _assert_near(problem.second(_ours, used=[used]), problem.second(_truth, used=[used]))
+
+
+def _negated(tensor):
+    """Lazily: its memory is that of the opposite."""
+    return torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+
+
+MEMORY = {
+    "strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "transposed": lambda t: t.t().contiguous().t(),
+    "negated": _negated,
+}
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("proj", [0, 4])
+def test_of_tensors_that_lie_otherwise(memory, proj, isa):
+    problem = Problem(_steps("lengths", 5, 3), 3, 6, proj, 2)
+    assert (MEMORY[memory](problem.v[0]) == problem.v[0]).all()
+    found = problem.second(_ours, memory=MEMORY[memory])
+    _assert_near(found, problem.second(_truth))
+
+
+@pytest.mark.parametrize("proj", [0, 3])
+def test_autocast_around_the_second_backward_alone(proj):
+    """The layer keeps its dtype, as in a first backward."""
+    module = here(lstm_ext.LSTM(4, 6, proj_size=proj, num_layers=2))
+    x = here(torch.randn(5, 3, 4)).requires_grad_()
+    expected = torch.autograd.grad(_penalty(module, x), [x, *module.parameters()])
+    penalty = _penalty(module, x)
+    with torch.autocast(device.DEVICE.type, torch.bfloat16):
+        found = torch.autograd.grad(penalty, [x, *module.parameters()])
+    _assert_near(found, expected)
 
 
 @pytest.fixture
@@ -461,3 +497,16 @@ def test_a_tangent_of_another_dtype_is_refused(name):
 
     with pytest.raises(TypeError, match="Expected tangents to be torch.float32 on cpu .*float64"):
         jvp(run, (at[name],), (torch.randn_like(at[name], dtype=F64),))
+
+
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2}, {"peephole": True}], ids=str)
+def test_a_dual_direction_of_an_older_graph(options):
+    """A second derivative is linear in v, and so is its tangent."""
+    module = here(lstm_ext.LSTM(3, 5, dtype=F64, **options))
+    x, v, v_dot = here(torch.randn(3, 4, 2, 3, dtype=F64))
+    x.requires_grad_()
+    (g,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+    expected = [torch.autograd.grad(g, x, t, retain_graph=True)[0] for t in (v, v_dot)]
+    with forward_ad.dual_level():
+        (found,) = torch.autograd.grad(g, x, forward_ad.make_dual(v, v_dot))
+        _assert_near(forward_ad.unpack_dual(found), expected)

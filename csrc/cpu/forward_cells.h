@@ -225,7 +225,7 @@ class ForwardCells {
     }
   }
 
-  // Of the cells; arguments as above. gates may be gx itself.
+  // Of the cells; arguments as above.
   void tangents(const Row* rows, int64_t count, const int64_t* j, int64_t blocks, const A* sums,
                 const CellState& c_state, O* h_new) {
     for (int64_t u = 0; u < blocks; ++u) {
@@ -239,7 +239,8 @@ class ForwardCells {
                                O* h_new) {
     const TangentOf& of = p_.tangent_of;
     const int64_t n = H_ - j, at = row.row * H_ + j, gates_at = row.row * 4 * H_ + j;
-    const A* const gx = static_cast<const A*>(p_.gx) + gates_at;
+    const A* const made = p_.x ? own_gx(row.slot, j) : nullptr;
+    const A* const gx = p_.gx ? static_cast<const A*>(p_.gx) + gates_at : nullptr;
     const A* more = nullptr;  // what the tangent of W_hh adds
     if (of.gx_after && row.first) {
       more = static_cast<const A*>(of.gx_first) + row.b * 4 * H_ + j;
@@ -248,7 +249,9 @@ class ForwardCells {
     }
     V a[4], s[4];
     for (int gate = 0; gate < 4; ++gate) {
-      a[gate] = load<A>(gx + gate * H_, n) + load_full<A>(sums + gate * L);
+      a[gate] = load_full<A>(sums + gate * L);
+      if (made) a[gate] += load_full<A>(made + gate * L);
+      if (gx) a[gate] += load<A>(gx + gate * H_, n);
       if (more && !row.reset) a[gate] += load<A>(more + gate * H_, n);
       s[gate] = load<A>(static_cast<const A*>(of.gates) + gates_at + gate * H_, n);
       if (p_.gates) store<A>(static_cast<A*>(p_.gates) + gates_at + gate * H_, a[gate], n);
