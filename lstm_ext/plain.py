@@ -235,7 +235,7 @@ class PlainLayer(Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[5:]
         if not is_surrounded():
-            recording = torch.is_grad_enabled()
+            recording = torch.is_grad_enabled()  # not the products that are torch's
             with torch.no_grad() if recording else contextlib.nullcontext():
                 made = _backward(gradients, saved, wanted, *ctx.steps)
             if made is not None and recording:

@@ -210,15 +210,10 @@ def test_every_subset_of_one(bias):
         _assert_near(problem.second(_ours, used=[used]), problem.second(_truth, used=[used]))
 
 
-def _negated(tensor):
-    """Lazily: its memory is that of the opposite."""
-    return torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
-
-
 MEMORY = {
     "strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
     "transposed": lambda t: t.t().contiguous().t(),
-    "negated": _negated,
+    "negated": lambda t: torch._neg_view(-t),  # lazily: its memory is that of the opposite
 }
 
 
@@ -235,11 +230,15 @@ def test_of_tensors_that_lie_otherwise(memory, proj, isa):
 def test_autocast_around_the_second_backward_alone(proj):
     """The layer keeps its dtype, as in a first backward."""
     module = here(lstm_ext.LSTM(4, 6, proj_size=proj, num_layers=2))
-    x = here(torch.randn(5, 3, 4)).requires_grad_()
-    expected = torch.autograd.grad(_penalty(module, x), [x, *module.parameters()])
-    penalty = _penalty(module, x)
+    leaves = [here(torch.randn(5, 3, 4)).requires_grad_(), *module.parameters()]
+
+    def penalty():
+        first = torch.autograd.grad(module(leaves[0])[0].sum(), leaves, create_graph=True)
+        return sum(g.square().sum() for g in first)
+
+    expected, loss = torch.autograd.grad(penalty(), leaves), penalty()
     with torch.autocast(device.DEVICE.type, torch.bfloat16):
-        found = torch.autograd.grad(penalty, [x, *module.parameters()])
+        found = torch.autograd.grad(loss, leaves)
     _assert_near(found, expected)
 
 
