@@ -87,10 +87,10 @@ class LSTMLayer(LayerFunction):
     @staticmethod
     @batching.batched_gradients
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        v = tangents[3:]
+        v, tensors = tangents[3:], ctx.saved_tensors
         call = (ForwardTangents, ctx.steps, ctx.kinds, len(v), ctx.cells)
-        made = LayerDerivative.run(*call, *v, *ctx.saved_tensors)
-        return (*made, *[None] * (len(ctx.saved_tensors) - len(v) - 1))
+        made = LayerDerivative.run(*call, *v, *tensors)
+        return (*made, *[None] * (len(tensors) - len(v) - 1))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -137,10 +137,11 @@ class LSTMLayerBackward(LayerFunction):
     def backward(ctx: Any, *v: Tensor | None) -> tuple[Any, ...]:
         # Those of forward's results get none: they are functions of its inputs.
         needed = ctx.needs_input_grad[3 : 5 + 2 * len(ctx.kinds) + len(ctx.wanted)]
+        tensors = ctx.saved_tensors  # once: hooks may unpack them anew each time, or refuse
         steps, kinds = batching.unwrapped(ctx.steps, ctx.kinds)
         v = [t if wanted else None for t, wanted in zip(v, ctx.wanted, strict=True)]
-        made = second_derivative(steps, kinds, needed, v, ctx.saved_tensors)
-        return (*[None] * 3, *made, *[None] * (len(ctx.saved_tensors) - len(made)))
+        made = second_derivative(steps, kinds, needed, v, tensors)
+        return (*[None] * 3, *made, *[None] * (len(tensors) - len(made)))
 
     @staticmethod
     @batching.batched_gradients

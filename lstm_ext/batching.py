@@ -96,7 +96,7 @@ def forward(
 ) -> tuple[Any, Any]:
     """The rule of LSTMLayer; see its forward."""
     weights = weights_of(len(inputs) - 3, len(inputs[1]))
-    return joined(function, size, in_dims, inputs, weights)
+    return mapped(function, size, in_dims, inputs, weights)
 
 
 def backward(
@@ -108,7 +108,7 @@ def backward(
     weights = [False] * (2 + 2 * len(kinds)) + own
     weights += [False] * (len(tensors) - len(weights))
     summed = any(flag and weight for flag, weight in zip(wanted, own, strict=True))
-    return joined(function, size, in_dims, inputs, weights, summed)
+    return mapped(function, size, in_dims, inputs, weights, summed)
 
 
 def weights_of(size: int, groups: int) -> list[bool]:
@@ -117,7 +117,7 @@ def weights_of(size: int, groups: int) -> list[bool]:
     return [False] + [k >= 2 for k in range(each)] * groups
 
 
-def joined(
+def mapped(
     function: Any,
     size: int,
     in_dims: tuple[Any, ...],
@@ -127,14 +127,14 @@ def joined(
 ) -> tuple[Any, Any]:
     """One call, if no weight is mapped and no result is a sum over sequences; else a call each.
 
-    inputs: Steps and kinds, somewhere, what is no tensor, and at last the tensors. weights: which
-    of those are.
+    inputs: of function.apply; Steps and kinds are next to each other, tensors at the end, as many
+    as ``weights`` has flags, which say what is a weight. summed: some result is such a sum.
     """
     _check_size(size)
     first = len(inputs) - len(weights)
     tensors, dims = inputs[first:], in_dims[first:]
-    mapped = [dim for dim, weight in zip(dims, weights, strict=True) if weight]
-    if summed or any(dim is not None for dim in mapped):
+    own = [dim for dim, weight in zip(dims, weights, strict=True) if weight]
+    if summed or any(dim is not None for dim in own):
         return one_by_one(function, size, in_dims, inputs)
     at = next(k for k, value in enumerate(inputs) if isinstance(value, Steps))
     steps = inputs[at]

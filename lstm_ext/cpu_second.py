@@ -6,6 +6,7 @@ derivative by d is the tangent J v of forward in the direction v; that by forwar
 tangent of backward in that direction, with d held fixed (Pearlmutter 1994, "Fast exact
 multiplication by the Hessian"). So there are two recurrences more, with W_hh as it is: one like
 forward's, one like backward's. Backward itself runs once more, for it keeps nothing.
+In forward mode d has a tangent too: backward, linear in d, adds what it makes of that.
 
 Half types compute in float32. Letters as in :mod:`ops`.
 """
@@ -169,8 +170,8 @@ def _forward_tangents(
     H, P = c0.size(1), h0.size(1)
     padding = steps.has_padding
     point, c_seq = (t.contiguous() for t in saved)
-    # W_ih v_x + v_b + v_W_ih x + v_W_hh h_{t-1} + W_hh times the tangent of h_{t-1}: what has W_ih
-    # or W_hh makes the core, which knows which row holds h_{t-1}.
+    # W_ih v_x + v_b + v_W_ih x + v_W_hh h_{t-1} + W_hh times the tangent of h_{t-1}. The core makes
+    # all but the products with v_W_ih and v_W_hh, and knows which row holds h_{t-1}.
     gx = None if v.w_ih is None else linear(x, v.w_ih)
     b_ih, b_hh = (None if b is None else b.contiguous() for b in (v.b_ih, v.b_hh))
     if v_x is None and not (b_ih is None and b_hh is None):  # the core adds them to what x makes

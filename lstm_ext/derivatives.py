@@ -99,7 +99,7 @@ class SecondDerivative:
     @staticmethod
     def on_core(steps: Steps, kinds: Kinds, flags: Any, saved: Tensors, *parts: Tensors) -> Results:
         v, d, (x, *flat) = parts
-        wanted = tuple(flags[len(d) :])
+        wanted = flags[len(d) :]
         outputs, gradients = _by_core(
             steps, kinds, v, d, x, flat, saved, wanted, cells=d[1] is not None
         )
@@ -162,11 +162,11 @@ class LayerDerivative(LayerFunction):
         what, _, kinds, size, flags, *tensors = inputs
         own, weights = batching.weights_of(size, len(kinds)), []
         for group in what.groups:
-            weights += own if group in ("v", "inputs") else [False] * (2 + 2 * len(kinds))
+            weights += own if group in _LIKE_INPUTS else [False] * _length(group, kinds, size)
         weights += [False] * (len(tensors) - len(weights))
         made = [] if what is ForwardTangents else flags[-size:]
         summed = any(flag and weight for flag, weight in zip(made, own, strict=False))
-        return batching.joined(LayerDerivative, info.batch_size, in_dims, inputs, weights, summed)
+        return batching.mapped(LayerDerivative, info.batch_size, in_dims, inputs, weights, summed)
 
 
 def _again(ctx: Any) -> Callable[..., Results]:
@@ -181,13 +181,20 @@ def _again(ctx: Any) -> Callable[..., Results]:
     return again
 
 
+_LIKE_INPUTS = ("v", "inputs")
+
+
+def _length(group: str, kinds: Kinds, size: int) -> int:
+    return size if group in _LIKE_INPUTS else 2 + 2 * len(kinds)
+
+
 def _parts(
     what: Any, kinds: Kinds, size: int, tensors: Tensors
 ) -> tuple[list[tuple[Tensor | None, ...]], Tensors]:
     """The groups, and what is left."""
     parts, at = [], 0
     for group in what.groups:
-        count = size if group in ("v", "inputs") else 2 + 2 * len(kinds)
+        count = _length(group, kinds, size)
         parts.append(tuple(tensors[at : at + count]))
         at += count
     return parts, tensors[at:]

@@ -7,6 +7,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from lstm_ext import library, ops
@@ -37,8 +38,9 @@ def lstm_layer(
     Returns:
         y, the directions side by side; h_n and c_n of each; and cells or None. Rows past the end
         of a sequence are 0. Differentiable any number of times, in forward mode and under the
-        transforms of torch.func too. What records operations
-        (torch.compile, torch.export, make_fx) sees one operator, which :mod:`library` defines.
+        transforms of torch.func too. What records operations (torch.compile, torch.export,
+        make_fx) sees one operator, which :mod:`library` defines, or, in forward mode, those of
+        :mod:`reference`.
 
     Raises:
         TypeError, ValueError, RuntimeError: see :func:`ops.check_layer` and
@@ -72,7 +74,7 @@ def lstm_layer(
         flat = [x, *flatten(directions)]
     ops.check_layer(x, directions, steps)
     forward_mode = _is_forward_mode(flat)
-    if forward_mode and not ops.has_native_second(x, directions, steps):
+    if forward_mode and not (_tangents_go_on() and ops.has_native_second(x, directions, steps)):
         return reference_layer(x, directions, steps, cells=cells)
     if not ops.has_native_kernels(x.device):
         if device != "meta":
@@ -118,6 +120,15 @@ def _is_forward_mode(tensors: list[Tensor | None]) -> bool:
     if forward_ad._current_level < 0:
         return False
     return torch._C._are_functorch_transforms_active() or has_tangent(tensors)
+
+
+def _tangents_go_on() -> bool:
+    """Whether what is asked of a tangent in turn can be: torch.func, which computes it, knows no
+    hooks on saved tensors, and functionalize no Function."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return False
+    stack = get_interpreter_stack() or []
+    return all(transform.key() != TransformType.Functionalize for transform in stack)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

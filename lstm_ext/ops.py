@@ -61,7 +61,8 @@ __all__ = [
 
 
 class Engine(Protocol):
-    """What runs a layer on one kind of device; the arguments are those of the functions below."""
+    """What runs a layer on one kind of device; the arguments are those of the functions below. It
+    may have a ``layer_second`` as well."""
 
     def layer_forward(
         self,

@@ -1,5 +1,5 @@
 """A layer in torch operations, by the reference: where there are no kernels, and where something
-must see every operation (forward mode, second derivatives)."""
+must see every operation (derivatives that the core does not have)."""
 
 from __future__ import annotations
 

@@ -225,20 +225,21 @@ def test_second_derivatives_and_batched_gradients(layers, given, steps, short):
 
 
 def test_some_gradients_by_the_layer(short):
-    """A graph of the gradients is asked for, not all inputs want one, and not all outputs have
-    one."""
+    """Within a level of forward mode; not all inputs want one, and not all outputs have one."""
     module, x, hx = bidirectional(I, H), draw(4, 3, I), states(3)
     module.weight_hh_l0_reverse.requires_grad_(False)
     hx[1].requires_grad_(False)
     wanted = [hx[0], *(p for p in module.parameters() if p.requires_grad)]
 
-    def run(**how):
-        return torch.autograd.grad(module(x, hx)[1][1].sum(), wanted, **how)
-
-    ours = run()
+    loss = module(x, hx)[1][1].sum()
+    ours = torch.autograd.grad(loss, wanted, retain_graph=True)
     assert short.backwards == [True]
-    theirs = run(create_graph=True)
-    assert short.backwards == [True]
+    again = torch.autograd.grad(loss, wanted, create_graph=True)
+    assert short.backwards == [True, True]
+    with torch.autograd.forward_ad.dual_level():
+        theirs = torch.autograd.grad(loss, wanted)
+    assert short.backwards == [True, True]
+    torch.testing.assert_close(ours, again, rtol=0, atol=0)
     torch.testing.assert_close(ours, theirs, **tol(torch.float32))
 
 
