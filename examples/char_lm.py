@@ -6,7 +6,7 @@ curves must lie on each other and the ratio of the step times is like with like.
 lstm_ext model writes some Python.
 
     python examples/char_lm.py            # some 100 s on two cores
-    python examples/char_lm.py --quick    # a few seconds, to see that it runs
+    python examples/char_lm.py --short    # a few seconds, to see that it runs
 
 Exit status: 0 if the curves lie on each other, 1 if not, 2 for a bad argument.
 """
@@ -240,9 +240,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("char_lm.png"), help="the PNG")
-    parser.add_argument("--quick", action="store_true", help="a small model and a few steps")
+    parser.add_argument("--short", action="store_true", help="a small model and a few steps")
     args = parser.parse_args(argv)
-    if args.quick:
+    if args.short:
         args.steps, args.batch, args.length, args.hidden = 12, 8, 32, 64
     for name in ("steps", "batch", "length", "hidden", "layers"):
         if getattr(args, name) < 1:
@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     draw(peer, ours, whole, args.out)
     print(f"curves drawn in {args.out}")
-    length = 100 if args.quick else 600
+    length = 100 if args.short else 600
     print(f"sample from the lstm_ext model:\n{'-' * 60}")
     print(write(ours.model, "\n    def ", length, temperature=0.7, seed=args.seed))
     print("-" * 60)

@@ -33,7 +33,7 @@ def demo(folder, *arguments):
 
 
 def test_quick_demo(tmp_path):
-    done = demo(tmp_path, "--quick")
+    done = demo(tmp_path, "--short")
     assert done.returncode == 0, done.stdout + done.stderr
 
     picture = tmp_path / "char_lm.png"
