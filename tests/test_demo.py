@@ -32,7 +32,7 @@ def demo(folder, *arguments):
     )
 
 
-def test_quick_demo(tmp_path):
+def test_short_demo(tmp_path):
     done = demo(tmp_path, "--short")
     assert done.returncode == 0, done.stdout + done.stderr
 
