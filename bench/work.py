@@ -136,7 +136,7 @@ def make_call(
     Each call takes the next of the inputs. Inference is a forward pass in eval mode. Training is a
     forward pass and the gradients of ``sum(output * cotangent)`` with respect to every parameter
     and the input; the cotangent is handed to backward as such, which keeps the product and the sum
-    out of the timing. Second is :func:`second_backward`.
+    out of the timing. Second is in :func:`backward`.
     """
     if mode == "inference":
         module.eval()
@@ -155,10 +155,7 @@ def make_call(
     def step() -> Tensor:
         x, leaf = next(leaves)
         output = values(module(x)[0])
-        if mode == SECOND:
-            second_backward(output, leaf, cotangent)
-        else:
-            output.backward(cotangent)
+        backward(mode, output, leaf, cotangent)
         # Dropped here and not before the next call: gradients that one module keeps while the
         # other is timed push the other's to the top of the heap, which malloc gives back to the
         # system at each call. nn.LSTM beside itself then read 0.74 (T25 B1 H1024).
@@ -170,9 +167,12 @@ def make_call(
     return step
 
 
-def second_backward(output: Tensor, leaf: Tensor, cotangent: Tensor) -> None:
-    """Leaves the gradients of ``sum(leaf * g)``, leaf held fixed, with all that asks for one; g is
-    the gradient of ``sum(output * cotangent)`` with respect to the leaf."""
+def backward(mode: str, output: Tensor, leaf: Tensor, cotangent: Tensor) -> None:
+    """Leaves the gradients of ``sum(output * cotangent)`` with all that asks for one. In the mode
+    second, those of ``sum(leaf * g)``, leaf held fixed; g is the first ones' for the leaf."""
+    if mode != SECOND:
+        output.backward(cotangent)
+        return
     (gradient,) = torch.autograd.grad(output, leaf, cotangent, create_graph=True)
     gradient.backward(leaf.detach())
 
@@ -184,10 +184,7 @@ def outcome(module: nn.Module, x: Input, mode: str, cotangent: Tensor) -> dict[s
             return {"output": values(module.eval()(x)[0])}
     x, leaf = with_leaf(x)
     output = values(module.train()(x)[0])
-    if mode == SECOND:
-        second_backward(output, leaf, cotangent.to(output))
-    else:
-        output.backward(cotangent.to(output))
+    backward(mode, output, leaf, cotangent.to(output))
     found = {"output": output.detach(), "x": leaf.grad}
     for name, parameter in module.named_parameters():
         found[name], parameter.grad = parameter.grad, None

@@ -88,8 +88,8 @@ def backward(
     normed = w.normed
     variants, _kept = native_variants(_C, w, dtype)
     # Then dh0 needs one product, without packing. Of a projection's few weights that takes longer.
-    one_step = steps.T == 1 and not normed and (w.w_hr is None or w.w_hh.numel() >= _MANY_WEIGHTS)
-    one_step = one_step and keep is None and tangents is None
+    one_step = steps.T == 1 and not normed and keep is None and tangents is None
+    one_step = one_step and (w.w_hr is None or w.w_hh.numel() >= _MANY_WEIGHTS)
     # Then W_hh was multiplied with h0 itself, and dh0 is that product.
     plain_step = one_step and not w.varied and steps.lengths is None and steps.reset_mask is None
     padding = steps.has_padding

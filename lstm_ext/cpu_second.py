@@ -13,6 +13,7 @@ Half types compute in float32. Letters as in :mod:`ops`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Generator, Sequence
@@ -56,10 +57,7 @@ class _Tangents(NamedTuple):
 def layer_second(
     v_x: Tensor | None,
     v: list[DirectionGrads],
-    dy: Tensor | None,
-    dcells: Tensor | None,
-    dh_n: list[Tensor | None],
-    dc_n: list[Tensor | None],
+    d: Sequence[Tensor | None],
     x: Tensor,
     directions: list[Direction],
     y: Tensor,
@@ -74,74 +72,42 @@ def layer_second(
     """See :func:`ops.layer_second`."""
     dtype, acc = x.dtype, acc_dtype(x.dtype)
 
-    def cast(tensor: Tensor | None, to: torch.dtype = acc) -> Tensor | None:
-        return None if tensor is None else tensor.to(to)
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(acc)
 
     def cast_back(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return list(tensors) if dtype == acc else [cast(t, dtype) for t in tensors]
+        return [t if t is None or dtype == acc else t.to(dtype) for t in tensors]
 
     v_x, *flat = [None if t is None else t.resolve_neg() for t in (v_x, *itertools.chain(*v))]
-    d = [dy, dcells, *dh_n, *dc_n]
     d_dot = [None] * len(d) if d_dot is None else d_dot
     if dtype != acc:
         x, directions = map_tensors(cast, x, directions)
         v_x, y, *flat = map(cast, (v_x, y, *flat))
         d, d_dot = list(map(cast, d)), list(map(cast, d_dot))
-    v = [DirectionGrads(*group) for group in grouped(flat, len(v))]
     P, H, D = directions[0].h0.size(1), directions[0].c0.size(1), len(directions)
-    y_parts = [rows_of(y, k * P, P) for k in range(D)]
     y_dot = allocate(x, steps.rows, D * P, zero=steps.has_padding)
     work = gates_bytes(x, directions, steps)
-    with without_autocast(x.device):
-        parts = zip(v, directions, y_parts, saved, strict=True)
-        dots: list[_Tangents] = run_directions(
-            recorded(_C.cpu_forward),
-            [
-                _forward_tangents(v_x, own, x, *part, y_dot[:, k * P : (k + 1) * P], steps)
-                for k, (own, *part) in enumerate(parts)
-            ],
-            work,
+    parts = [
+        _Second(
+            *(v_x, DirectionGrads(*own), _of_direction(d, k, H, P), _of_direction(d_dot, k, H, P)),
+            *(x, directions[k], rows_of(y, k * P, P), saved[k], steps, wanted_x, wanted[k]),
         )
+        for k, own in enumerate(grouped(flat, D))
+    ]
+    with without_autocast(x.device):
+        running = [p.forward(y_dot[:, k * P : (k + 1) * P]) for k, p in enumerate(parts)]
+        run_directions(recorded(_C.cpu_forward), running, work)
+        dots = [p.dots for p in parts]
         cells_dot = torch.cat([dot.c_seq for dot in dots], 1) if cells else None
         outputs = [y_dot, cells_dot, *(dot.h_n for dot in dots), *(dot.c_n for dot in dots)]
-        outputs = cast_back(outputs)
         if not (wanted_x or any(flag for one in wanted for flag in one)):
-            return outputs, None, [DirectionGrads(*[None] * len(one)) for one in wanted]
-        kept = [Kept() for _ in directions]
-        parts = list(zip(v, directions, y_parts, saved, wanted, dots, kept, strict=True))
+            return cast_back(outputs), None, [DirectionGrads(*[None] * len(one)) for one in wanted]
         core = recorded(_C.cpu_backward)
-        running = [
-            _gradients_again(
-                _of_direction(d, k, H, P), v_x, x, own, direction, saved_own, steps, wanted_x, *part
-            )
-            for k, (own, direction, _, saved_own, *part) in enumerate(parts)
-        ]
-        made = run_directions(core, running, work)
-        running = [
-            _backward_tangents(
-                _of_direction(d_dot, k, H, P),
-                own,
-                x,
-                direction,
-                *part[:2],
-                steps,
-                wanted_x,
-                *part[2:],
-            )
-            for k, (own, direction, *part) in enumerate(parts)
-        ]
-        made += run_directions(core, running, work)
-        grads = []
-        for k, (_, _, _, _, own, dot, gradient) in enumerate(parts):
-            sums = DirectionGrads(*map(_sum, made[k][1], made[D + k][1]))
-            if own.w_hr:
-                real = steps.active_rows if steps.has_padding else slice(None)
-                factors = gradient.dr[real], dot.cell_out[real]
-                more = transposed_matmul(*factors, None, False)[0]
-                sums = sums._replace(w_hr=sums.w_hr + more)
-            grads.append(DirectionGrads(*cast_back(sums)))
-    (dx,) = cast_back([functools.reduce(_sum, [part for part, _ in made])])
-    return outputs, dx, grads
+        first = run_directions(core, [p.gradients_again() for p in parts], work)
+        second = run_directions(core, [p.backward() for p in parts], work)
+        grads = [p.sums(*own) for p, *own in zip(parts, first, second, strict=True)]
+    (dx,) = cast_back([functools.reduce(_sum, [part for part, _ in (*first, *second)])])
+    return cast_back(outputs), dx, [DirectionGrads(*cast_back(one)) for one in grads]
 
 
 def _of_direction(d: Sequence[Tensor | None], k: int, H: int, P: int) -> tuple[Any, ...]:
@@ -154,117 +120,110 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else b if a is None else a + b
 
 
-def _forward_tangents(
-    v_x: Tensor | None,
-    v: DirectionGrads,
-    x: Tensor,
-    direction: Direction,
-    y: Tensor,
-    saved: tuple[Tensor, ...],
-    y_dot: Tensor,
-    steps: Steps,
-) -> Generator[Any, None, None]:
-    """Of one direction, which fills its columns y_dot: yields the core's call, then
-    :class:`_Tangents`."""
-    h0, c0, w, reverse = direction
-    H, P = c0.size(1), h0.size(1)
-    padding = steps.has_padding
-    point, c_seq = (t.contiguous() for t in saved)
-    # W_ih v_x + v_b + v_W_ih x + v_W_hh h_{t-1} + W_hh times the tangent of h_{t-1}. The core makes
-    # all but the products with v_W_ih and v_W_hh, and knows which row holds h_{t-1}.
-    gx = None if v.w_ih is None else linear(x, v.w_ih)
-    b_ih, b_hh = (None if b is None else b.contiguous() for b in (v.b_ih, v.b_hh))
-    if v_x is None and not (b_ih is None and b_hh is None):  # the core adds them to what x makes
-        gx = x.new_zeros(steps.rows, 4 * H) if gx is None else gx
-        gx += _sum(b_ih, b_hh)
-    w_ih = None if v_x is None else w.w_ih.contiguous()
-    v_x = None if v_x is None else v_x.contiguous()
-    gx_after = gx_first = h_more = cell_out = None
-    if v.w_hh is not None:
-        gx_after, gx_first = linear(y.contiguous(), v.w_hh), linear(h0, v.w_hh)
-    if w.w_hr is not None:
-        cell_out = x.new_empty(steps.rows, H)
-        if v.w_hr is not None:
-            h_more = linear(point[:, 3 * H :] * c_seq.tanh(), v.w_hr)
-    h0_dot = h0.new_zeros(h0.shape) if v.h0 is None else v.h0.contiguous()
-    c0_dot = c0.new_zeros(c0.shape) if v.c0 is None else v.c0.contiguous()
-    h_n, c_n = torch.empty_like(h0_dot), torch.empty_like(c0_dot)
-    gates, c_dot = x.new_empty(steps.rows, 4 * H), allocate(x, steps.rows, H, zero=padding)
-    w_hh, w_hr = w.w_hh.contiguous(), None if w.w_hr is None else w.w_hr.contiguous()
-    c0 = c0.contiguous()
-    code, threads = DTYPE_CODE[x.dtype], torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    native, (variants, _) = native_steps(_C, steps, reverse), native_variants(_C, w, x.dtype)
-    # fmt: off
-    call = _C.CpuForward(
-        code, False, threads, deterministic, native, H, P, x.size(1),
-        gx, v_x, w_ih, b_ih, b_hh, w_hh, w_hr, h0_dot, c0_dot, variants,
-        gates, c_dot, None, None,
-        y_dot, y_dot.stride(0), h_n, c_n,
-    )
-    # fmt: on
-    call.make_tangents(point, c_seq, c0, gx_after, gx_first, h_more, cell_out)
-    yield call
-    yield _Tangents(h0_dot, c0_dot, y_dot, h_n, c_n, gates, c_dot, cell_out)
+@dataclasses.dataclass
+class _Second:
+    """One direction. Its three recurrences are generators that yield the core's call; each needs
+    what those before it have left."""
 
+    v_x: Tensor | None
+    v: DirectionGrads
+    d: tuple[Tensor | None, ...]
+    d_dot: tuple[Tensor | None, ...]
+    x: Tensor
+    direction: Direction
+    y: Tensor
+    saved: tuple[Tensor, ...]
+    steps: Steps
+    wanted_x: bool
+    wanted: DirectionGrads
 
-def _gradients_again(
-    gradients: tuple[Tensor | None, ...],
-    v_x: Tensor | None,
-    x: Tensor,
-    v: DirectionGrads,
-    direction: Direction,
-    saved: tuple[Tensor, ...],
-    steps: Steps,
-    wanted_x: bool,
-    wanted: DirectionGrads,
-    dots: _Tangents,
-    kept: Kept,
-) -> Generator[Any, None, None]:
-    """Backward of one direction again, as :func:`backward` yields it, and fills kept. Tangents
-    stand for x, W_ih, h0 and y, which only the products after the recurrence read: those are then
-    dgates times the tangents, terms of the result."""
-    w = direction.w if v.w_ih is None else direction.w._replace(w_ih=v.w_ih)
-    own = DirectionGrads(*[False] * len(wanted))._replace(
-        w_ih=wanted.w_ih and v_x is not None, w_hh=wanted.w_hh
-    )
-    return backward(
-        *gradients,
-        x if v_x is None else v_x,
-        direction._replace(h0=dots.h0, w=w),
-        dots.y,
-        saved,
-        steps,
-        wanted_x and v.w_ih is not None,
-        own,
-        keep=kept,
-    )
+    def forward(self, y_dot: Tensor) -> Generator[Any, None, None]:
+        """The tangents of forward; those of y go to y_dot."""
+        (h0, c0, w, reverse), v, v_x, x, steps = (
+            self.direction,
+            self.v,
+            self.v_x,
+            self.x,
+            self.steps,
+        )
+        H, P = c0.size(1), h0.size(1)
+        padding = steps.has_padding
+        point, c_seq = (t.contiguous() for t in self.saved)
+        # W_ih v_x + v_b + v_W_ih x + v_W_hh h_{t-1} + W_hh times the tangent of h_{t-1}. The core
+        # makes all but the products with v_W_ih and v_W_hh, and knows which row holds h_{t-1}.
+        gx = None if v.w_ih is None else linear(x, v.w_ih)
+        b_ih, b_hh = (None if b is None else b.contiguous() for b in (v.b_ih, v.b_hh))
+        if v_x is None and not (
+            b_ih is None and b_hh is None
+        ):  # the core adds them to what x makes
+            gx = x.new_zeros(steps.rows, 4 * H) if gx is None else gx
+            gx += _sum(b_ih, b_hh)
+        w_ih = None if v_x is None else w.w_ih.contiguous()
+        v_x = None if v_x is None else v_x.contiguous()
+        gx_after = gx_first = h_more = cell_out = None
+        if v.w_hh is not None:
+            gx_after, gx_first = linear(self.y.contiguous(), v.w_hh), linear(h0, v.w_hh)
+        if w.w_hr is not None:
+            cell_out = x.new_empty(steps.rows, H)
+            if v.w_hr is not None:
+                h_more = linear(point[:, 3 * H :] * c_seq.tanh(), v.w_hr)
+        h0_dot = h0.new_zeros(h0.shape) if v.h0 is None else v.h0.contiguous()
+        c0_dot = c0.new_zeros(c0.shape) if v.c0 is None else v.c0.contiguous()
+        h_n, c_n = torch.empty_like(h0_dot), torch.empty_like(c0_dot)
+        gates, c_dot = x.new_empty(steps.rows, 4 * H), allocate(x, steps.rows, H, zero=padding)
+        w_hh, w_hr = w.w_hh.contiguous(), None if w.w_hr is None else w.w_hr.contiguous()
+        c0 = c0.contiguous()
+        code, threads = DTYPE_CODE[x.dtype], torch.get_num_threads()
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        native, (variants, _) = native_steps(_C, steps, reverse), native_variants(_C, w, x.dtype)
+        # fmt: off
+        call = _C.CpuForward(
+            code, False, threads, deterministic, native, H, P, x.size(1),
+            gx, v_x, w_ih, b_ih, b_hh, w_hh, w_hr, h0_dot, c0_dot, variants,
+            gates, c_dot, None, None,
+            y_dot, y_dot.stride(0), h_n, c_n,
+        )
+        # fmt: on
+        call.make_tangents(point, c_seq, c0, gx_after, gx_first, h_more, cell_out)
+        yield call
+        self.dots = _Tangents(h0_dot, c0_dot, y_dot, h_n, c_n, gates, c_dot, cell_out)
 
+    def gradients_again(self) -> Generator[Any, None, None]:
+        """Backward again, as :func:`backward` yields it. Tangents stand for x, W_ih, h0 and y,
+        which only the products after the recurrence read: those are then dgates times the
+        tangents, terms of the result."""
+        self.kept = Kept()
+        v_x, v_w, wanted = self.v_x, self.v.w_ih, self.wanted
+        w = self.direction.w if v_w is None else self.direction.w._replace(w_ih=v_w)
+        own = DirectionGrads(*[False] * len(wanted))._replace(
+            w_ih=wanted.w_ih and v_x is not None, w_hh=wanted.w_hh
+        )
+        return backward(
+            *self.d,
+            self.x if v_x is None else v_x,
+            self.direction._replace(h0=self.dots.h0, w=w),
+            *(self.dots.y, self.saved, self.steps),
+            self.wanted_x and v_w is not None,
+            own,
+            keep=self.kept,
+        )
 
-def _backward_tangents(
-    d_dot: tuple[Tensor | None, ...],
-    v: DirectionGrads,
-    x: Tensor,
-    direction: Direction,
-    y: Tensor,
-    saved: tuple[Tensor, ...],
-    steps: Steps,
-    wanted_x: bool,
-    wanted: DirectionGrads,
-    dots: _Tangents,
-    kept: Kept,
-) -> Generator[Any, None, None]:
-    """The tangent of :func:`backward`, of one direction; yields the same."""
-    dh_more = None if v.w_hh is None else matmul(kept.dgates, v.w_hh)
-    dout_more = None if v.w_hr is None else matmul(kept.dr, v.w_hr)
-    return backward(
-        *d_dot,
-        x,
-        direction,
-        y,
-        saved,
-        steps,
-        wanted_x,
-        wanted,
-        tangents=(dots.gates, dots.c_seq, dots.c0, kept.dout, kept.dc, dh_more, dout_more),
-    )
+    def backward(self) -> Generator[Any, None, None]:
+        """The tangent of :func:`backward`; yields the same."""
+        v, kept, dots = self.v, self.kept, self.dots
+        dh_more = None if v.w_hh is None else matmul(kept.dgates, v.w_hh)
+        dout_more = None if v.w_hr is None else matmul(kept.dr, v.w_hr)
+        return backward(
+            *self.d_dot,
+            *(self.x, self.direction, self.y, self.saved, self.steps, self.wanted_x, self.wanted),
+            tangents=(dots.gates, dots.c_seq, dots.c0, kept.dout, kept.dc, dh_more, dout_more),
+        )
+
+    def sums(self, first: tuple[Any, ...], second: tuple[Any, ...]) -> DirectionGrads:
+        """Of both backwards' gradients, and what neither has."""
+        sums = DirectionGrads(*map(_sum, first[1], second[1]))
+        if not self.wanted.w_hr:
+            return sums
+        real = self.steps.active_rows if self.steps.has_padding else slice(None)
+        factors = self.kept.dr[real], self.dots.cell_out[real]
+        return sums._replace(w_hr=sums.w_hr + transposed_matmul(*factors, None, False)[0])

@@ -221,9 +221,7 @@ def _by_core(
     outputs, dx, grads = ops.layer_second(
         v[0],
         [DirectionGrads(*group) for group in grouped(v[1:], D)],
-        *d[:2],
-        d[2 : 2 + D],
-        d[2 + D :],
+        d,
         x,
         unflatten(flat, kinds),
         y,

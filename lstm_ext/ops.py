@@ -294,16 +294,21 @@ def has_native_second(x: Tensor, directions: list[Direction], steps: Steps) -> b
 
 
 def layer_second(
-    v_x: Tensor | None, v: list[DirectionGrads], *arguments: Any, **wanted: Any
+    v_x: Tensor | None,
+    v: list[DirectionGrads],
+    d: Sequence[Tensor | None],
+    x: Tensor,
+    *rest: Any,
+    **wanted: Any,
 ) -> tuple[list[Tensor | None], Tensor | None, list[DirectionGrads]]:
     """The derivative of v^T g by the arguments of :func:`layer_backward`, g being its results.
 
     Args:
         v_x, v: of the shapes of g, of x and per direction; None for zero.
+        d: of dy, dcells, each dh_n and each dc_n; None for zero.
         The rest: as for :func:`layer_backward`, the flags too, of the second derivatives.
         cells: whether that by dcells is wanted.
-        d_dot: also the derivative of g in that direction of dy, of dcells, of each dh_n and of each
-            dc_n is added; None for zero.
+        d_dot: also the derivative of g in that direction of d is added; None for zero.
 
     Returns:
         The gradients of dy, of dcells (None unless wanted), of each dh_n and of each dc_n: also the
@@ -314,12 +319,11 @@ def layer_second(
         TypeError: a dtype or device of v or d_dot that is not x's. The rest: see
             :func:`check_saved`.
     """
-    dy, dcells, dh_n, dc_n, x, *rest = arguments
-    check_saved((dy, dcells, *dh_n, *dc_n), x, *rest)
+    check_saved(d, x, *rest)
     for tensor in (v_x, *itertools.chain(*v), *(wanted.get("d_dot") or ())):
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
             raise TypeError(
                 f"Expected tangents to be {x.dtype} on {x.device} like the tensors they belong to, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
-    return engine_of(x.device).layer_second(v_x, v, *arguments, **wanted)
+    return engine_of(x.device).layer_second(v_x, v, d, x, *rest, **wanted)
