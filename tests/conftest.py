@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lstm_ext import cpu_products, ops
+from lstm_ext.derivatives import BackwardTangents, ForwardTangents, SecondDerivative
 
 
 def pytest_addoption(parser):
@@ -123,3 +124,23 @@ def recorder(monkeypatch):
     from variants import Recorder  # here, because modules are imported after the device is chosen
 
     return Recorder(monkeypatch)
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Which ways the second derivatives went: "core", "torch"."""
+    found = []
+
+    def noted(owner, name, way):
+        function = getattr(owner, name)
+
+        def run(*args, **kwargs):
+            found.append(way)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, run if owner is ops else staticmethod(run))
+
+    noted(ops, "layer_second", "core")
+    for what in (ForwardTangents, BackwardTangents, SecondDerivative):
+        noted(what, "in_torch", "torch")
+    return found
