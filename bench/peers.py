@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import lstm_ext
 from bench.records import OURS, PEER
-from bench.suites import Problem
+from bench.suites import QUANTIZED, Problem
 from bench.timing import Builder, drop_in
 from bench.work import each_step
 
@@ -254,6 +254,13 @@ class Haste(nn.Module):
         return self.lstm(x)[0], None
 
 
+def float_weights(reference: nn.Module, problem: Problem, mode: str) -> nn.Module:
+    """lstm_ext.LSTM with the weights as they are, where the others have 8 bits."""
+    if mode != QUANTIZED:
+        raise Unsupported("it is lstm_ext itself where nothing is quantized")
+    return drop_in(lstm_ext.LSTM)(reference, problem, "inference")
+
+
 #: What may stand beside nn.LSTM, by the name that ``--peer`` takes.
 PEERS: dict[str, Builder] = {
     "cell-loop": CellLoop,
@@ -261,6 +268,7 @@ PEERS: dict[str, Builder] = {
     "onnxruntime": OnnxRuntime,
     "flashrnn": FlashRNN,
     "haste": Haste,
+    "float": float_weights,
 }
 
 

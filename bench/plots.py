@@ -15,8 +15,13 @@ from bench.suites import SCALING_BASE
 
 Record = Mapping[str, Any]
 COLOURS = {OURS: "#c0392b", PEER: "#34495e"}
-MODE_COLOURS = {"inference": "#2980b9", "training": "#e67e22", "second": "#27ae60"}
-MODE_LINES = {"inference": "-", "training": "--", "second": ":"}
+MODE_COLOURS = {
+    "inference": "#2980b9",
+    "training": "#e67e22",
+    "second": "#27ae60",
+    "quantized": "#8e44ad",
+}
+MODE_LINES = {"inference": "-", "training": "--", "second": ":", "quantized": "-."}
 
 
 def _figure(*size: float, **options: Any) -> tuple[Any, Any, Callable[[Path], None]]:

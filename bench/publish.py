@@ -1,9 +1,10 @@
 """``python -m bench publish``: the CPU's records, and the report made from them.
 
 About ten minutes on two cores. The suite cpu in float32 and bfloat16, problems drawn at random,
-single steps, LSTMCell, second derivatives, how time grows (scaling), the gate's records, all beside
-torch.nn's; then README.md and plots, and the speed section of the project's README.md. A step whose
-record is there, of the same commit and machine, is not run again: an interrupted call goes on.
+single steps, LSTMCell, second derivatives, how time grows (scaling), the gate's records, weights of
+8 bits, all beside torch's; then README.md and plots, and the speed section of the project's
+README.md. A step whose record is there, of the same commit and machine, is not run again: an
+interrupted call goes on.
 With --peers the suite cpu beside all peers instead, about as long. With --limited the suite cpu on
 one thread, and, in a folder of its own, with AVX2 as the most that lstm_ext, torch and oneDNN use;
 in bfloat16 up to 4 sequences, since nn.LSTM then takes minutes for a call of more.
@@ -44,7 +45,8 @@ def steps(kind: str | None = None, more: Sequence[str] = ()) -> list[Step]:
         few = run("cpu", "bfloat16", "--rows", " B[14] ", **AVX2)
         on_avx2 = [run("cpu", "float32", **AVX2), few, (AVX2, ["report"])]
         return [*runs("cpu", options=("--threads", "1")), report, *on_avx2]
-    return [*runs("cpu", "random", "one-step", "cell", "second", "scaling", "gate"), report]
+    published = runs("cpu", "random", "one-step", "cell", "second", "scaling", "gate")
+    return [*published, run("quantized", "float32", "--peer", "float"), report]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

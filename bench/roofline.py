@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.suites import PASSES, Problem
+from bench.suites import PASSES, QUANTIZED, Problem
 
 # The peak that bounds a dtype; half types are computed in float32 where nothing better
 # was measured.
@@ -54,9 +54,10 @@ def recurrent_bytes(problem: Problem, dtype: str) -> int:
 
 
 def bound(problem: Problem, mode: str, dtype: str, limits: dict[str, Any]) -> float | None:
-    """Seconds of one call; None where the limits or the dtype's peak are not known."""
+    """Seconds of one call; None where the limits or the dtype's peak are not known, as with weights
+    of 8 bits."""
     speed = peak(limits, dtype)
-    if speed is None:
+    if speed is None or mode == QUANTIZED:
         return None
     H, P = problem.hidden_size, problem.proj_size
     lengths = problem.lengths or (problem.steps,) * problem.batch

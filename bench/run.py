@@ -16,11 +16,12 @@ import torch
 from bench import cpu_limits, gpu_limits, machine, records, report, roofline
 from bench.__main__ import COMMANDS
 from bench.limits import Floor
-from bench.suites import MODES, SECOND, SUITES, Problem, modes_of
+from bench.suites import MODES, QUANTIZED, SECOND, SUITES, Problem, modes_of
 from bench.timing import Builder, run_row
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-PEERS = ("cell-loop", "compiled-loop", "onnxruntime", "flashrnn", "haste")  # of bench.peers
+# Of bench.peers.
+PEERS = ("cell-loop", "compiled-loop", "onnxruntime", "flashrnn", "haste", "float")
 
 
 def positive(text: str) -> int:
@@ -50,7 +51,9 @@ Times torch.nn.LSTM, lstm_ext.LSTM and the peers named in turn on one suite of p
 checking that each computes what nn.LSTM computes in float64. A ratio above 1 means that lstm_ext
 is faster. Inference is a forward pass in eval mode; training is forward and backward with
 gradients for all parameters and the input; second is the gradient for the input, and of that one
-the gradients for all parameters and the input. An interrupted run goes on where it stopped.""",
+the gradients for all parameters and the input; quantized is inference with weights of 8 bits,
+torch.ao.quantization.quantize_dynamic beside lstm_ext.quantize. An interrupted run goes on where
+it stopped.""",
         epilog="commands (each has its own --help):\n"
         + "".join(f"  {name:10}{what}\n" for name, what in COMMANDS.items())
         + """
@@ -63,9 +66,9 @@ MALLOC_MMAP_THRESHOLD_=1000000000 in the environment; the record says whether th
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument(
         "--mode",
-        choices=(*MODES, SECOND, "both"),
-        help="default: both, without second; deepbench-train, deepbench-infer and second run the "
-        "mode of their name",
+        choices=(*MODES, SECOND, QUANTIZED, "both"),
+        help="default: both, without second and quantized; deepbench-train, deepbench-infer, "
+        "second and quantized run the mode of their name",
     )
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's own)")
     parser.add_argument(

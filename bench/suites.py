@@ -2,7 +2,7 @@
 
 A problem that the design leaves without a number has it chosen here, beside the list it
 belongs to: the step count of GNMT and of the edges, and the lengths of packed batches. The suites
-host, one-step, cell, random, second, scaling and gate are not of the design.
+host, one-step, cell, random, second, quantized, scaling and gate are not of the design.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from dataclasses import dataclass
 MODES = ("inference", "training")
 # A second derivative: the gradient by the input, and its gradients by all. "both" leaves it out.
 SECOND = "second"
+# Inference with weights of 8 bits, lstm_ext's and torch's. "both" leaves it out.
+QUANTIZED = "quantized"
 # Times the forward pass: how many products a call makes, of the input's and the recurrent ones; and
 # how many walks through the steps. A product has one more for its input's gradient and one for its
 # weight's. Differentiated again, forward's and its input's gradient have a tangent each, and each
 # weight's gradient is a sum of two products.
-PRODUCTS = {"inference": 1, "training": 3, SECOND: 6}
-PASSES = {"inference": 1, "training": 2, SECOND: 4}
+PRODUCTS = {"inference": 1, "training": 3, SECOND: 6, QUANTIZED: 1}
+PASSES = {"inference": 1, "training": 2, SECOND: 4, QUANTIZED: 1}
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,26 @@ def _second() -> tuple[Problem, ...]:
     )
 
 
+def _quantized() -> tuple[Problem, ...]:
+    # What a CPU serves: few sequences, and a step at a time; some batches.
+    return (
+        *(square(1, 1, h) for h in (256, 512, 1024, 2048)),
+        square(1, 8, 512),
+        square(50, 1, 128),
+        square(100, 1, 256),
+        square(25, 1, 512),
+        square(25, 1, 1024),
+        square(10, 1, 2048),
+        square(25, 4, 512),
+        square(25, 4, 1024),
+        square(100, 16, 256),
+        square(50, 64, 128),
+        square(50, 64, 512),
+        square(100, 8, 256, lengths=spread(5, 100, 8)),
+        square(50, 4, 256, num_layers=2, bidirectional=True),
+    )
+
+
 def _scaling() -> tuple[Problem, ...]:
     # One size at a time from T 100, B 16, H 256: the work doubles with T and B, and grows fourfold
     # with H.
@@ -296,6 +318,7 @@ SUITES: dict[str, tuple[Problem, ...]] = {
     "classic": _classic(),
     "edges": _edges(),
     "second": _second(),
+    "quantized": _quantized(),
     "scaling": _scaling(),
     "gate": _gate(),
 }
@@ -305,6 +328,7 @@ DEFAULT_MODES: dict[str, tuple[str, ...]] = {
     "deepbench-train": ("training",),
     "deepbench-infer": ("inference",),
     "second": (SECOND,),
+    "quantized": (QUANTIZED,),
 }
 
 

@@ -12,15 +12,17 @@ import copy
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+import lstm_ext
 from bench.machine import l2_bytes, peak_memory
 from bench.records import OURS, PEER
-from bench.suites import Problem
+from bench.suites import QUANTIZED, Problem
 from bench.work import (
     Input,
     LSTMClass,
@@ -103,15 +105,27 @@ class Row:
 
 
 def drop_in(lstm: LSTMClass) -> Builder:
-    """The builder of a class with nn.LSTM's constructor and state dict."""
+    """The builder of a class with nn.LSTM's constructor and state dict. In the mode quantized: of
+    what nn.LSTM becomes by torch's quantization, and lstm_ext.LSTM by its own."""
 
     def make(reference: nn.Module, problem: Problem, mode: str) -> nn.Module:
         like = next(reference.parameters())
         module = build_on(like.device, like.dtype, lstm, problem)
         module.load_state_dict(reference.state_dict())
-        return module
+        return quantized(module) if mode == QUANTIZED else module
 
     return make
+
+
+def quantized(module: nn.Module) -> nn.Module:
+    """With weights of 8 bits; of lstm_ext's modules by lstm_ext, else by torch."""
+    holder = nn.ModuleList([module])
+    if any(isinstance(part, lstm_ext.LSTM) for part in module.modules()):
+        return lstm_ext.quantize(holder)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        kinds = {nn.LSTM}
+        return torch.ao.quantization.quantize_dynamic(holder.eval(), kinds, dtype=torch.qint8)[0]
 
 
 # So many calls fit a GPU's queue of launches: past it the thread that launches has to wait.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_ext
-from bench.suites import SECOND, Problem
+from bench.suites import QUANTIZED, SECOND, Problem
 
 LSTMClass = Callable[..., nn.Module]
 Input = Tensor | PackedSequence
@@ -138,7 +138,7 @@ def make_call(
     and the input; the cotangent is handed to backward as such, which keeps the product and the sum
     out of the timing. Second is in :func:`backward`.
     """
-    if mode == "inference":
+    if mode in ("inference", QUANTIZED):
         module.eval()
         turn = itertools.cycle(inputs)
 
@@ -179,7 +179,7 @@ def backward(mode: str, output: Tensor, leaf: Tensor, cotangent: Tensor) -> None
 
 def outcome(module: nn.Module, x: Input, mode: str, cotangent: Tensor) -> dict[str, Tensor]:
     """What one call computes: the output; else the gradients too, the input's as "x"."""
-    if mode == "inference":
+    if mode in ("inference", QUANTIZED):
         with torch.inference_mode():
             return {"output": values(module.eval()(x)[0])}
     x, leaf = with_leaf(x)

@@ -38,10 +38,11 @@ py::dict build_info_dict() {
 
 py::dict cpu_features_dict() {
   const lstm_ext::CpuFeatures cpu = lstm_ext::cpu_features();
-  return py::dict(
-      "avx2"_a = cpu.avx2, "fma"_a = cpu.fma, "f16c"_a = cpu.f16c, "avx512f"_a = cpu.avx512f,
-      "avx512bw"_a = cpu.avx512bw, "avx512dq"_a = cpu.avx512dq, "avx512vl"_a = cpu.avx512vl,
-      "avx512cd"_a = cpu.avx512cd, "avx512_bf16"_a = cpu.avx512_bf16, "amx_tile"_a = cpu.amx_tile);
+  return py::dict("avx2"_a = cpu.avx2, "fma"_a = cpu.fma, "f16c"_a = cpu.f16c,
+                  "avx512f"_a = cpu.avx512f, "avx512bw"_a = cpu.avx512bw,
+                  "avx512dq"_a = cpu.avx512dq, "avx512vl"_a = cpu.avx512vl,
+                  "avx512cd"_a = cpu.avx512cd, "avx512_vnni"_a = cpu.avx512_vnni,
+                  "avx512_bf16"_a = cpu.avx512_bf16, "amx_tile"_a = cpu.amx_tile);
 }
 
 py::list cpu_isas() {
@@ -91,6 +92,7 @@ LstmForward cpu_forward_call(int dtype, bool bf16_products, int threads, bool pa
           h_n.address,
           c_n.address,
           nullptr,
+          {},
           {}};
 }
 
@@ -258,7 +260,15 @@ PYBIND11_MODULE(_C, m) {
                             gx_first.address, h_more.address, cell_out.address};
           },
           "gates"_a, "c_seq"_a, "c0"_a, "gx_after"_a, "gx_first"_a, "h_more"_a, "cell_out"_a,
-          "As in TangentOf.");
+          "As in TangentOf.")
+      .def(
+          "quantize",
+          [](LstmForward& p, Memory ih_scale, Memory hh_scale, Memory hr_scale) {
+            p.quantized = {static_cast<const float*>(ih_scale.address),
+                           static_cast<const float*>(hh_scale.address),
+                           static_cast<const float*>(hr_scale.address)};
+          },
+          "ih_scale"_a, "hh_scale"_a, "hr_scale"_a, "As in QuantizedWeights.");
   py::class_<LstmBackward>(m, "CpuBackward", py::module_local(), "One direction's backward.")
       .def(py::init(&cpu_backward_call), "dtype"_a, "bf16_products"_a, "threads"_a, "steps"_a,
            "H"_a, "P"_a, "variants"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "y_stride"_a,

@@ -45,6 +45,7 @@ CpuFeatures cpu_features() {
   cpu.f16c = cpu.avx2 && __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
   // Older compilers refuse these two names; a binary they build reports "no" for both.
 #if defined(__clang__) ? __clang_major__ >= 19 : __GNUC__ >= 11
+  cpu.avx512_vnni = __builtin_cpu_supports("avx512vnni");
   cpu.avx512_bf16 = __builtin_cpu_supports("avx512bf16");
   cpu.amx_tile = __builtin_cpu_supports("amx-tile");
 #endif

@@ -23,6 +23,7 @@ BuildInfo build_info();
 struct CpuFeatures {
   bool avx2, fma, f16c;
   bool avx512f, avx512bw, avx512dq, avx512vl, avx512cd;
+  bool avx512_vnni;
   bool avx512_bf16;
   bool amx_tile;
 };

@@ -93,6 +93,14 @@ struct TangentOf {
   void* cell_out;        // acc [rows, H]: the tangent of o * tanh(c); null: not wanted
 };
 
+// Forward with weights of 8 bits. w_ih, w_hh and w_hr are then as cpu/quantized.h says, b_ih, the
+// sum of both, is float or null, x is float, and there is no layer norm.
+struct QuantizedWeights {
+  const float* ih_scale;  // [4H]; null: weights are of the storage type
+  const float* hh_scale;  // [4H]
+  const float* hr_scale;  // [P]; null without a projection
+};
+
 // One direction of one layer. Rows of sequences past their length are left as they are.
 struct LstmForward {
   Dtype dtype;
@@ -129,6 +137,7 @@ struct LstmForward {
   void* c_n;         // storage [B, H]
   void* workspace;   // forward_workspace() bytes, 64-byte aligned, contents irrelevant
   TangentOf tangent_of;
+  QuantizedWeights quantized;
 };
 
 // The tangents with which backward's own tangent is made (the derivative of a derivative): of the

@@ -13,6 +13,7 @@ from lstm_ext.conv import (
 from lstm_ext.convert import convert
 from lstm_ext.lstm_cell import LSTMCell
 from lstm_ext.modules import LSTM
+from lstm_ext.quantized import QuantizedLSTM, QuantizedLSTMCell, quantize
 
 __all__ = [
     "CNNLSTM",
@@ -24,6 +25,9 @@ __all__ = [
     "ConvLSTM3d",
     "ConvLSTM3dCell",
     "LSTMCell",
+    "QuantizedLSTM",
+    "QuantizedLSTMCell",
     "__version__",
     "convert",
+    "quantize",
 ]

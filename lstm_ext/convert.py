@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
 from .lstm_cell import LSTMCell
 from .modules import LSTM
-
-_REPLACEMENTS = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -31,25 +31,44 @@ def convert(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: model is no nn.Module.
     """
+    return replaced("convert", model, {nn.LSTM: LSTM.from_torch, nn.LSTMCell: LSTMCell.from_torch})
+
+
+def replaced(
+    name: str,
+    model: nn.Module,
+    makers: Mapping[type[nn.Module], Callable[[Any], nn.Module]],
+    done: type[nn.Module] | tuple[()] = (),
+) -> nn.Module:
+    """model with what the makers make of each module of exactly their types; see :func:`convert`.
+
+    makers: may raise ValueError, and the module is left alone. done: what is there already.
+    """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"convert: expected a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}")
     swapped: dict[nn.Module, nn.Module] = {}
-    left_alone = []
-    for name, module in model.named_modules():
-        replacement = _REPLACEMENTS.get(type(module))
-        if replacement is not None and "forward" not in module.__dict__:
-            swapped[module] = replacement.from_torch(module)
-        elif isinstance(module, tuple(_REPLACEMENTS)):
-            left_alone.append(f"{name or 'the model itself'} ({type(module).__qualname__})")
+    others, refused = [], []
+    for path, module in model.named_modules():
+        make = makers.get(type(module))
+        where = f"{path or 'the model itself'} ({type(module).__qualname__})"
+        if make is not None and "forward" not in module.__dict__:
+            try:
+                swapped[module] = make(module)
+            except ValueError as error:
+                refused.append(f"{where}: {error}")
+        elif isinstance(module, tuple(makers)) and not isinstance(module, done):
+            others.append(where)
     for parent in list(model.modules()):
         # Not named_children(), which skips a module's second name.
-        for name, child in list(parent._modules.items()):
+        for child_name, child in list(parent._modules.items()):
             if child in swapped:
-                parent.add_module(name, swapped[child])
-    if left_alone:
-        warnings.warn(
-            "convert left alone, being subclasses of nn.LSTM or nn.LSTMCell or modules with a "
-            f"replaced forward: {', '.join(left_alone)}",
-            stacklevel=2,
+                parent.add_module(child_name, swapped[child])
+    if others:
+        refused.insert(
+            0,
+            "being subclasses of nn.LSTM or nn.LSTMCell or modules with a replaced forward: "
+            + ", ".join(others),
         )
+    if refused:
+        warnings.warn(f"{name} left alone, {'; '.join(refused)}", stacklevel=3)
     return swapped.get(model, model)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .compat import States, adopt, check_match, check_none, check_pair, forget
 from .engine import is_surrounded
 from .layer import lstm_layer
-from .ops import Direction
+from .ops import Direction, LayerWeights
 from .plain import plain_cell
 from .steps import Steps
 from .variants import Variants
@@ -82,6 +82,10 @@ class LSTMCell(Variants, nn.RNNCellBase):
             states = plain_cell(input, hx, weights, self.input_size, self.hidden_size)
             if states is not None:
                 return states
+        return self._by_layer(input, hx, weights)
+
+    def _by_layer(self, input: Tensor, hx: States | None, weights: list[Tensor | None]) -> States:
+        """forward, of any call, with all its errors."""
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         batched = input.dim() == 2
@@ -102,8 +106,6 @@ class LSTMCell(Variants, nn.RNNCellBase):
             raise RuntimeError(
                 f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}"
             )
-        if self.peephole or self.layer_norm:
-            weights += [getattr(self, name) for name in self._variant_names()]
         batch = input.size(0)
         if hx is None:
             h = c = input.new_zeros(batch, self.hidden_size)
@@ -112,12 +114,22 @@ class LSTMCell(Variants, nn.RNNCellBase):
             if not as_expected:
                 self._check_state(h, 0, batch)
                 self._check_state(c, 1, batch)
-        check_match("parameter", [w for w in weights if w is not None], input)
-        check_match("hidden", (h, c), input)
         steps = Steps.padded(1, batch)
-        direction = Direction(h, c, self._arranged(weights, True, False, steps, h, c), False)
-        _, (h,), (c,), _ = lstm_layer(input, [direction], steps)
+        w = self._layer_weights(weights, input, steps, h, c)
+        check_match("hidden", (h, c), input)
+        _, (h,), (c,), _ = self._run_layer(input, [Direction(h, c, w, False)], steps)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+
+    _run_layer = staticmethod(lstm_layer)
+
+    def _layer_weights(
+        self, weights: list[Tensor | None], input: Tensor, steps: Steps, h: Tensor, c: Tensor
+    ) -> LayerWeights:
+        """weights, with those of the variants, and masks drawn for this call."""
+        if self.peephole or self.layer_norm:
+            weights += [getattr(self, name) for name in self._variant_names()]
+        check_match("parameter", [w for w in weights if w is not None], input)
+        return self._arranged(weights, True, False, steps, h, c)
 
     def _check_state(self, state: Tensor, k: int, batch: int) -> None:
         if state.shape == (batch, self.hidden_size):

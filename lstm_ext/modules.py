@@ -151,6 +151,8 @@ class LSTM(LSTMBase):
 
     # --- forward ---------------------------------------------------------------------------------
 
+    _run_layer = staticmethod(lstm_layer)
+
     @overload
     def forward(
         self,
@@ -294,8 +296,7 @@ class LSTM(LSTMBase):
         cells (rows, D*H)."""
         directions = 2 if self.bidirectional else 1
         count = self.num_layers * directions
-        expected = 2 + 2 * self.bias + bool(self.proj_size) + self.peephole + 4 * self.layer_norm
-        if len(self._all_weights) != count or len(self._all_weights[0]) != expected:
+        if len(self._all_weights) != count or len(self._all_weights[0]) != self._weight_count():
             self._check_attributes()
         if hx is None:
             c = x.new_zeros(steps.B, self.hidden_size)
@@ -305,7 +306,7 @@ class LSTM(LSTMBase):
             h0, c0 = hx[0].unbind(0), hx[1].unbind(0)
         if self.num_layers > 1 and wavefront.applies(self, x, steps):
             return wavefront.run(self, x, h0, c0, steps)
-        run, every = lstm_layer, self.checkpoint_every
+        run, every = self._run_layer, self.checkpoint_every
         if every is not None and steps.T > every and torch.is_grad_enabled():
             run = functools.partial(checkpointed_layer, every=every)
         h_n, c_n = [], []
@@ -341,6 +342,10 @@ class LSTM(LSTMBase):
             c_n[0].unsqueeze(0) if count == 1 else torch.stack(c_n),
             cells,
         )
+
+    def _weight_count(self) -> int:
+        """Of a layer and direction, as the attributes are now."""
+        return 2 + 2 * self.bias + bool(self.proj_size) + self.peephole + 4 * self.layer_norm
 
     def _drop(self, x: Tensor) -> Tensor:
         """Dropout between two layers, of rows or of x as a module has it; on the CPU the mask

@@ -28,6 +28,7 @@ from lstm_ext.lstm_cell import LSTMCell
 from lstm_ext.modules import LSTM
 from lstm_ext.onnx_node import NodeConstants, layer_suffixes, lstm_node, node_constants, translation
 from lstm_ext.ops import autocast_is_on
+from lstm_ext.quantized import QuantizedLSTM, QuantizedLSTMCell
 
 __all__ = ["export"]
 
@@ -136,6 +137,9 @@ class _Exporter:
                 self.cnns.add(module)
 
     def _check(self, module: LSTM | LSTMCell) -> None:
+        if isinstance(module, (QuantizedLSTM, QuantizedLSTMCell)):
+            text = "ONNX's LSTM has no weights of 8 bits: export what dequantize() returns"
+            raise self.refuse(module, text)
         own = module._variants()
         if getattr(module, "return_cell_sequence", False):
             own["return_cell_sequence"] = True

@@ -44,6 +44,24 @@ def test_rows_of_cells(mode):
         work.build(nn.GRU, row.problem)
 
 
+def test_weights_of_8_bits(monkeypatch):
+    made = []
+    outcome_of = timing.outcome
+    monkeypatch.setattr(
+        timing, "outcome", lambda *args: made.append(type(args[0])) or outcome_of(*args)
+    )
+    row = run("float", Problem(5, 2, 7, 19, num_layers=2, bidirectional=True), "quantized")
+    reference, *modules = made
+    assert reference is nn.LSTM  # in float64
+    assert modules == [torch.ao.nn.quantized.dynamic.LSTM, lstm_ext.LSTM, lstm_ext.QuantizedLSTM]
+    for one in row.timings.values():
+        assert one.error is None and len(one.samples) == 1
+    theirs, exact, ours = (row.timings[name].off_by for name in ("nn.LSTM", "float", "lstm_ext"))
+    assert exact < 1e-5 < ours < theirs < 0.1
+    in_floats = run("float", Problem(5, 2, 7, 19), "inference")
+    assert "where nothing is quantized" in in_floats.timings["float"].error
+
+
 @pytest.mark.parametrize("more", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_the_loop_over_cells(more, mode):

@@ -72,6 +72,7 @@ def test_suite_holds_the_plain_problems_of_the_design(suite):
         ("cell", 16),
         ("random", 60),
         ("second", 11),
+        ("quantized", 17),
         ("scaling", 16),
         ("gate", 6),
     ],
@@ -82,7 +83,7 @@ def test_suite_is_complete(suite, count):
 
 
 def test_suites_are_those_of_the_design():
-    own = {"host", "one-step", "cell", "random", "second", "scaling", "gate"}
+    own = {"host", "one-step", "cell", "random", "second", "quantized", "scaling", "gate"}
     assert set(SUITES) == PLAIN.keys() | own
     assert not others("deepbench-train") + others("deepbench-infer") + others("flashrnn")
 

@@ -18,7 +18,7 @@ struct Runnable {
     const bool avx2 = cpu.avx2 && cpu.fma && cpu.f16c;
     const bool avx512 = cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl && cpu.avx512cd;
 #if defined(LSTM_EXT_WITH_AVX512_BF16)
-    if (avx2 && avx512 && cpu.avx512_bf16) list[count++] = &kKernelsAvx512Bf16;
+    if (avx2 && avx512 && cpu.avx512_vnni && cpu.avx512_bf16) list[count++] = &kKernelsAvx512Bf16;
 #endif
     if (avx2 && avx512) list[count++] = &kKernelsAvx512;
     if (avx2) list[count++] = &kKernelsAvx2;

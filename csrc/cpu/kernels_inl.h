@@ -6,6 +6,7 @@
 #include "groups.h"
 #include "kernels.h"
 #include "matmul.h"
+#include "quantized_forward.h"
 
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
@@ -25,6 +26,13 @@ struct Types {
 // What body(Types<..>{}) returns for the types of the call.
 template <class Params, class Body>
 auto with_types(const Params& p, const Body& body) {
+  if constexpr (std::is_base_of_v<LstmForward, Params>) {
+    if (p.quantized.ih_scale) {
+      if (p.dtype == Dtype::kBFloat16) return body(Types<Byte, bfloat16>{});
+      if (p.dtype == Dtype::kFloat16) return body(Types<Byte, float16>{});
+      return body(Types<Byte, float>{});
+    }
+  }
   switch (p.dtype) {
     case Dtype::kFloat64:
       return body(Types<double, double>{});

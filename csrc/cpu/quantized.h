@@ -1,0 +1,295 @@
+// Products of rows in 16 bits with weights in 8.
+//
+// A row of activations x becomes x ~ s q, s = max |x| / 32639, q whole numbers; the weights are
+// w = s_w (u - 128), u in 0 .. 255 and s_w of each row of weights. So x . w ~ s s_w sum q (u -
+// 128), a sum of whole numbers, which is exact: its order, the threads and the rows beside it do
+// not matter. 16 bits for x cost nothing where the weights come from a cache beyond L2, and leave
+// the rounding of the weights as the only error to speak of.
+//
+// Weights of G rows that belong together (the gates) lie as [blocks of 16 rows][K / 4][G][16][4],
+// whatever the instruction set: quantization.py packs them so, absent ones as 128.
+#pragma once
+
+#include <limits>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "sequence.h"
+
+namespace lstm_ext {
+namespace LSTM_EXT_ISA {
+
+constexpr int64_t kBlockRows = 16;  // of weights
+constexpr int64_t kDepth8 = 4;      // numbers along K that lie side by side
+constexpr float kMost16 = 32639;    // 127 * 256 + 127: both bytes of q, rounded, fit theirs
+constexpr int kZeroPoint = 128;
+
+inline int64_t blocks_of_16(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
+inline int64_t depth_of_8(int64_t K) { return (K + kDepth8 - 1) / kDepth8; }
+
+// q of a row. An instruction that multiplies bytes takes it as q = 256 high + low, both signed, and
+// the weights as they are, so that 128 times the sum of either is to be taken off.
+struct Row16 {
+  float scale;  // 0: a row of zeros, or of what is below 1e-30; NaN: something in it is not finite
+#if defined(__AVX512VNNI__)
+  int8_t *high, *low;
+  int32_t sum_high, sum_low;
+#else
+  int16_t* q;
+#endif
+
+  // Room for rows of K numbers, and for what a vector writes past them.
+  static Row16* take(Arena& arena, int64_t count, int64_t K) {
+    Row16* rows = arena.take<Row16>(count);
+    const int64_t room = K + 64;
+    for (int64_t r = 0; r < count; ++r) {
+      Row16 row{};
+#if defined(__AVX512VNNI__)
+      row.high = arena.take<int8_t>(room);
+      row.low = arena.take<int8_t>(room);
+#else
+      row.q = arena.take<int16_t>(room);
+#endif
+      if (rows) rows[r] = row;
+    }
+    return rows;
+  }
+
+  void set(const float* x, int64_t K) {
+    using Bits = Lanes<float>::Bits;
+    constexpr int L = Lanes<float>::kCount;
+    Bits most{};
+    for (int64_t k = 0; k < K; k += L) {
+      const Bits magnitude = bit_cast<Bits>(load<float>(x + k, K - k)) & 0x7fffffff;
+      most = magnitude > most ? magnitude : most;
+    }
+    int32_t largest = 0;
+    for (int l = 0; l < L; ++l) largest = std::max<int32_t>(largest, most[l]);
+    float peak;
+    std::memcpy(&peak, &largest, sizeof peak);
+    const bool finite = largest < 0x7f800000, some = finite && peak >= 1e-30f;
+    scale = !finite ? std::numeric_limits<float>::quiet_NaN() : some ? peak / kMost16 : 0;
+    const Vec<float> factor = broadcast<float>(some ? kMost16 / peak : 0);
+    const Bits zero = bit_cast<Bits>(broadcast<float>(Lanes<float>::kRound));
+    [[maybe_unused]] Bits highs{}, lows{};
+    for (int64_t k = 0; k < (K + 3) / 4 * 4; k += L) {
+      Bits whole{};
+      if (some) {  // else 0 times what is there may be NaN
+        const Vec<float> v = k < K ? load<float>(x + k, K - k) : Vec<float>{};
+        whole = bit_cast<Bits>(v * factor + Lanes<float>::kRound) - zero;  // to nearest
+      }
+#if defined(__AVX512VNNI__)
+      typedef int8_t Bytes __attribute__((vector_size(L)));
+      const Bits upper = (whole + 128) >> 8, lower = whole - (upper << 8);
+      highs += upper;
+      lows += lower;
+      const Bytes bytes[2] = {__builtin_convertvector(upper, Bytes),
+                              __builtin_convertvector(lower, Bytes)};
+      std::memcpy(high + k, &bytes[0], L);
+      std::memcpy(low + k, &bytes[1], L);
+#else
+      typedef int16_t Words __attribute__((vector_size(2 * L)));
+      const Words words = __builtin_convertvector(whole, Words);
+      std::memcpy(q + k, &words, sizeof words);
+#endif
+    }
+#if defined(__AVX512VNNI__)
+    sum_high = sum_low = 0;
+    for (int l = 0; l < L; ++l) {
+      sum_high += highs[l];
+      sum_low += lows[l];
+    }
+#endif
+  }
+};
+
+// out[p * part_stride + (r * G + g) * lanes + l] for a block of 16 rows of weights and R rows: the
+// lanes of a vector are a part of the block. scales [G][parts].
+#if defined(__AVX512VNNI__)
+
+constexpr int kRowsAtOnce = 3;  // 2 x 3 x 4 sums, 4 weights and a broadcast fit 32 registers
+
+// sum + u x, four products a lane. Of the intrinsic gcc 12 makes a copy, and a spill, of each sum
+// at every step.
+LSTM_EXT_INLINE void add_products(Lanes<float>::Bits& sum, Lanes<float>::Bits u,
+                                  Lanes<float>::Bits x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(x));
+}
+
+template <int R, int G>
+__attribute__((noinline)) void product_of_16(const Row16* rows, const uint8_t* w, int64_t depth,
+                                             const Vec<float>* scales, float* out, int64_t) {
+  using Bits = Lanes<float>::Bits;
+  Bits high[R][G], low[R][G];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      high[r][g] = Bits{} - kZeroPoint * rows[r].sum_high;
+      low[r][g] = Bits{} - kZeroPoint * rows[r].sum_low;
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k, w += G * 64) {
+    Bits weight[G];
+    static_assert(sizeof weight == G * kBlockRows * kDepth8, "a vector a gate");
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) std::memcpy(&weight[g], w + g * sizeof weight[g], sizeof weight[g]);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      int32_t four[2];
+      std::memcpy(&four[0], rows[r].high + k * kDepth8, sizeof four[0]);
+      std::memcpy(&four[1], rows[r].low + k * kDepth8, sizeof four[1]);
+      const Bits upper = Bits{} + four[0], lower = Bits{} + four[1];
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        add_products(high[r][g], weight[g], upper);
+        add_products(low[r][g], weight[g], lower);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      const Vec<float> sum = __builtin_convertvector(high[r][g], Vec<float>) * 256.0f +
+                             __builtin_convertvector(low[r][g], Vec<float>);
+      store_full<float>(out + (r * G + g) * 16, sum * rows[r].scale * scales[g]);
+    }
+  }
+}
+
+#else
+
+// Of what is summed in 32 bits: 256 times two products, of 32639 and 128 at most, just fit.
+constexpr int64_t kStretch = 256;
+
+// What multiplies pairs of 16 bits, a vector of them; rows at once, and of those rows how many
+// gates' sums the registers hold.
+#if defined(__AVX512BW__)
+typedef __m512i Words;
+constexpr int kRowsAtOnce = 3;
+constexpr int gates_at_once(int) { return 4; }
+static inline Words four_words(int64_t x) { return _mm512_set1_epi64(x); }
+static inline Words weights_at(const uint8_t* w) {
+  const __m256i bytes = _mm256_loadu_si256((const __m256i*)w);
+  return _mm512_sub_epi16(_mm512_cvtepu8_epi16(bytes), _mm512_set1_epi16(kZeroPoint));
+}
+static inline Words add_pairs(Words sum, Words a, Words b) {
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+}
+#elif defined(__AVX2__)
+typedef __m256i Words;
+constexpr int kRowsAtOnce = 2;
+constexpr int gates_at_once(int rows) { return 2 / rows; }
+static inline Words four_words(int64_t x) { return _mm256_set1_epi64x(x); }
+static inline Words weights_at(const uint8_t* w) {
+  const __m128i bytes = _mm_loadu_si128((const __m128i*)w);
+  return _mm256_sub_epi16(_mm256_cvtepu8_epi16(bytes), _mm256_set1_epi16(kZeroPoint));
+}
+static inline Words add_pairs(Words sum, Words a, Words b) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+}
+#elif defined(__SSE2__)
+typedef __m128i Words;
+constexpr int kRowsAtOnce = 1;
+constexpr int gates_at_once(int) { return 1; }
+static inline Words four_words(int64_t x) { return _mm_set1_epi64x(x); }
+static inline Words weights_at(const uint8_t* w) {
+  const __m128i words = _mm_unpacklo_epi8(_mm_loadl_epi64((const __m128i*)w), _mm_setzero_si128());
+  return _mm_sub_epi16(words, _mm_set1_epi16(kZeroPoint));
+}
+static inline Words add_pairs(Words sum, Words a, Words b) {
+  return _mm_add_epi32(sum, _mm_madd_epi16(a, b));
+}
+#else
+struct Words {
+  int32_t lane[2];  // two sums, or four numbers of 16 bits
+};
+constexpr int kRowsAtOnce = 1;
+constexpr int gates_at_once(int) { return 1; }
+static inline Words four_words(int64_t x) { return bit_cast<Words>(x); }
+static inline Words weights_at(const uint8_t* w) {
+  int16_t words[4];
+  for (int i = 0; i < 4; ++i) words[i] = int16_t(w[i] - kZeroPoint);
+  Words all;
+  std::memcpy(&all, words, sizeof all);
+  return all;
+}
+static inline Words add_pairs(Words sum, Words a, Words b) {
+  int16_t x[4], y[4];
+  std::memcpy(x, &a, sizeof x);
+  std::memcpy(y, &b, sizeof y);
+  for (int i = 0; i < 2; ++i) sum.lane[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+  return sum;
+}
+#endif
+
+// Adds sum q (u - 128) over [k0, k1) for R rows and a block's weights of N gates, in two parts
+// each.
+template <int R, int N>
+void add_products(const Row16* rows, const uint8_t* w, int64_t stride, int64_t k0, int64_t k1,
+                  float (*sums)[N][2 * kBlockRows]) {
+  constexpr int numbers = sizeof(Words) / 2, vectors = kBlockRows * kDepth8 / numbers;
+  Words sum[R][N][vectors] = {};
+  for (int64_t k = k0; k < k1; ++k) {
+    Words x[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      int64_t four;
+      std::memcpy(&four, rows[r].q + k * kDepth8, sizeof four);
+      x[r] = four_words(four);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < N; ++g) {
+#pragma GCC unroll 16
+      for (int i = 0; i < vectors; ++i) {
+        const Words weight = weights_at(w + k * stride + g * kBlockRows * kDepth8 + i * numbers);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sum[r][g][i] = add_pairs(sum[r][g][i], weight, x[r]);
+      }
+    }
+  }
+  int32_t whole[R][N][2 * kBlockRows];
+  static_assert(sizeof sum == sizeof whole, "all of them");
+  std::memcpy(whole, sum, sizeof whole);
+  for (int r = 0; r < R; ++r) {
+    for (int g = 0; g < N; ++g) {
+      for (int l = 0; l < 2 * kBlockRows; ++l) sums[r][g][l] += float(whole[r][g][l]);
+    }
+  }
+}
+
+template <int R, int G>
+__attribute__((noinline)) void product_of_16(const Row16* rows, const uint8_t* w, int64_t depth,
+                                             const Vec<float>* scales, float* out,
+                                             int64_t part_stride) {
+  constexpr int L = Lanes<float>::kCount, parts = kBlockRows / L;
+  constexpr int N = std::min(G, gates_at_once(R));
+  const int64_t bytes = kBlockRows * kDepth8;
+  for (int first = 0; first < G; first += N) {
+    float sums[R][N][2 * kBlockRows] = {};
+    for (int64_t k = 0; k < depth; k += kStretch) {
+      add_products<R, N>(rows, w + first * bytes, G * bytes, k, std::min(depth, k + kStretch),
+                         sums);
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int i = 0; i < N; ++i) {
+        const int g = first + i;
+        float pairs[kBlockRows];
+        for (int l = 0; l < kBlockRows; ++l) pairs[l] = sums[r][i][2 * l] + sums[r][i][2 * l + 1];
+        for (int p = 0; p < parts; ++p) {
+          const Vec<float> sum = load_full<float>(pairs + p * L);
+          store_full<float>(out + p * part_stride + (r * G + g) * L,
+                            sum * rows[r].scale * scales[g * parts + p]);
+        }
+      }
+    }
+  }
+}
+
+#endif
+
+}  // namespace LSTM_EXT_ISA
+}  // namespace lstm_ext

@@ -1,0 +1,258 @@
+"""Weights in 8 bits, for inference on the CPU: numbers, layout, and a layer of them.
+
+A row w of weights becomes w ~ s (u - 128), s = max |w| / 127, u whole numbers in 1 .. 255
+(symmetric, a scale a row). Of x and h a row becomes whole numbers of 16 bits when it is multiplied
+(in the core, csrc/cpu/quantized.h), so that the rounding of the weights is the only error to speak
+of. Sums, gates and cell states are float32, as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lstm_ext.autograd import has_tangent, needs_grad
+from lstm_ext.cpu_calls import allocate, gates_bytes, run_directions
+from lstm_ext.engine import (
+    DTYPE_CODE,
+    Direction,
+    autocast_is_on,
+    is_watched,
+    native_steps,
+    native_variants,
+)
+from lstm_ext.native import _C
+from lstm_ext.profiling import recorded
+from lstm_ext.steps import Steps, check_lengths, check_packed
+from lstm_ext.torch_engine import LayerOutputs, side_by_side
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ROWS, _DEPTH, _ZERO_POINT = 16, 4, 128  # as in csrc/cpu/quantized.h
+_MOST_COLUMNS = 1 << 16  # sums of so many products fit 32 bits
+
+
+class QuantizedWeights(NamedTuple):
+    """Of one direction of a layer. Codes as :func:`pack` lays them, scales a number a row."""
+
+    w_ih: Tensor  # uint8
+    w_hh: Tensor  # uint8
+    scale_ih: Tensor  # (4H) float32
+    scale_hh: Tensor  # (4H) float32
+    bias: Tensor | None = None  # (4H) float32, b_ih + b_hh
+    w_hr: Tensor | None = None  # uint8
+    scale_hr: Tensor | None = None  # (P) float32
+
+    varied = False  # as LayerWeights' property: nothing beside nn.LSTM's
+
+
+def packed_size(rows: int, columns: int, gates: int) -> tuple[int, ...]:
+    """Of the codes of (rows, columns) weights, those of all gates below each other."""
+    return -(-(rows // gates) // _ROWS), -(-columns // _DEPTH), gates * _ROWS * _DEPTH
+
+
+def pack(weight: Tensor, gates: int = 4) -> tuple[Tensor, Tensor]:
+    """The codes and scales of a weight (gates * n, K).
+
+    Returns:
+        uint8 (n / 16, K / 4, gates * 16 * 4), both rounded up, what is absent being 128; float32
+        (gates * n).
+
+    Raises:
+        ValueError: a weight is not finite, or there are more than 65536 columns.
+    """
+    weight = weight.detach().to("cpu", torch.float32)
+    rows, K = weight.shape
+    if K > _MOST_COLUMNS:
+        raise ValueError(f"quantize: expected at most {_MOST_COLUMNS} columns, got {K}")
+    if not weight.isfinite().all():
+        raise ValueError("quantize: expected finite weights, got infinity or NaN among them")
+    scale = weight.abs().amax(1) / 127 if K else weight.new_zeros(rows)
+    codes = weight / torch.where(scale == 0, 1, scale)[:, None]
+    codes = codes.round().add(_ZERO_POINT).to(torch.uint8)
+    size = blocks, depth, _ = packed_size(rows, K, gates)
+    codes = codes.view(gates, rows // gates, K)
+    pad = (0, depth * _DEPTH - K, 0, blocks * _ROWS - rows // gates)
+    codes = F.pad(codes, pad, value=_ZERO_POINT)
+    codes = codes.view(gates, blocks, _ROWS, depth, _DEPTH).permute(1, 3, 0, 2, 4)
+    return codes.reshape(size).contiguous(), scale
+
+
+def unpack(codes: Tensor, scale: Tensor, columns: int) -> Tensor:
+    """The weight (gates * n, columns), float32, that the codes stand for."""
+    blocks, depth, width = codes.shape
+    gates = width // (_ROWS * _DEPTH)
+    rows = codes.view(blocks, depth, gates, _ROWS, _DEPTH).permute(2, 0, 3, 1, 4)
+    rows = rows.reshape(gates, blocks * _ROWS, depth * _DEPTH)
+    rows = rows[:, : scale.numel() // gates, :columns].reshape(-1, columns)
+    return (rows.to(torch.float32) - _ZERO_POINT) * scale[:, None]
+
+
+def quantized_layer(
+    x: Tensor, directions: list[Direction], steps: Steps, *, cells: bool = False
+) -> LayerOutputs:
+    """As :func:`layer.lstm_layer`, with QuantizedWeights; on the CPU, and not differentiable.
+
+    Raises:
+        RuntimeError: a tensor on another device, or one that a gradient is to go through.
+    """
+    device = x.device.type
+    if autocast_is_on(device):
+        dtype = torch.get_autocast_dtype(device)
+        x = x.to(dtype)
+        directions = [d._replace(h0=d.h0.to(dtype), c0=d.c0.to(dtype)) for d in directions]
+    tensors = [x, *(t for d in directions for t in (d.h0, d.c0))]
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise RuntimeError(
+                f"weights of 8 bits run on the CPU, got a tensor on {tensor.device}: move the "
+                "input there, or keep an lstm_ext.LSTM for this device"
+            )
+    if needs_grad(tensors) or has_tangent(tensors):
+        raise RuntimeError(
+            "weights of 8 bits are for inference, got a tensor that requires grad, or has a "
+            "tangent: call the module under torch.no_grad(), or detach its input and states"
+        )
+    x, *states = [t.resolve_neg() for t in tensors]
+    flat = []
+    for k, direction in enumerate(directions):
+        flat += (*states[2 * k : 2 * k + 2], *direction.w)
+    arguments = (
+        x,
+        flat,
+        [d.reverse for d in directions],
+        *(steps.T, steps.B, steps.batch_first, steps.offsets, steps.lengths, steps.reset_mask),
+        cells,
+    )
+    if is_watched():
+        y, *results = torch.ops.lstm_ext.quantized_layer(*arguments)
+    else:
+        y, *results = _run(x, flat, arguments[2], steps, cells)
+    D = len(directions)
+    every = results.pop(0) if cells else None
+    return LayerOutputs(y, results[:D], results[D:], every)
+
+
+def _run(
+    x: Tensor, flat: Sequence[Tensor | None], reverse: Sequence[bool], steps: Steps, cells: bool
+) -> list[Tensor]:
+    """y, every c_t if cells, h_n and c_n of each direction."""
+    size = 2 + len(QuantizedWeights._fields)
+    P, D = flat[0].size(1), len(reverse)
+    y = allocate(x, steps.rows, D * P, zero=steps.has_padding)
+    operand = x.to(torch.float32).contiguous()
+    last, running, directions = [], [], []
+    for k, backwards in enumerate(reverse):
+        h0, c0, *own = flat[k * size : (k + 1) * size]
+        direction = Direction(h0, c0, QuantizedWeights(*own), backwards)
+        directions.append(direction)
+        part = y if D == 1 else y[:, k * P : (k + 1) * P]
+        running.append(_forward(x, operand, direction, steps, cells, part, last))
+    run_directions(recorded(_C.cpu_forward), running, gates_bytes(x, directions, steps))
+    h_n, c_n, c_seq = zip(*last, strict=True)
+    every = (side_by_side(c_seq, x.dtype),) if cells else ()
+    return [y, *every, *h_n, *c_n]
+
+
+_library = torch.library.Library("lstm_ext", "FRAGMENT")
+# directions: h0, c0 and the QuantizedWeights of each; the rest as of lstm_layer (library.py). For
+# what records operations; a call outside of a graph costs less without.
+_library.define(
+    "quantized_layer(Tensor x, Tensor?[] directions, bool[] reverse, SymInt T, SymInt B, "
+    "bool batch_first, Tensor? offsets, Tensor? lengths, Tensor? reset_mask, bool cells)"
+    " -> Tensor[]"
+)
+
+
+def _kernel(
+    x: Tensor,
+    flat: Sequence[Tensor | None],
+    reverse: Sequence[bool],
+    T: int,
+    B: int,
+    batch_first: bool,
+    offsets: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    cells: bool,
+) -> list[Tensor]:
+    steps = Steps.of((T, B, x.size(0), batch_first), offsets, lengths, reset_mask)
+    if lengths is not None:
+        check_lengths(lengths, T)
+    if offsets is not None:
+        check_packed(steps)
+    return _run(x, flat, reverse, steps, cells)
+
+
+def _fake(x: Tensor, flat: Sequence[Tensor | None], reverse: Sequence[bool], *rest: Any) -> Any:
+    D, cells, (h0, c0) = len(reverse), rest[-1], flat[:2]
+    widths = (h0.size(1), c0.size(1)) if cells else (h0.size(1),)
+    rows = [x.new_empty(x.size(0), D * width) for width in widths]
+    return rows + [x.new_empty(t.shape) for t in (h0, c0) for _ in reverse]
+
+
+_library.impl("quantized_layer", _kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("lstm_ext::quantized_layer", _fake, lib=_library)
+
+
+def _forward(
+    x: Tensor,
+    operand: Tensor,
+    direction: Direction,
+    steps: Steps,
+    cells: bool,
+    y: Tensor,
+    last: list[Any],
+) -> Generator[Any, None, None]:
+    """One direction, as :func:`cpu_engine._forward`."""
+    h0, c0, w, reverse = direction
+    H, P, I = c0.size(1), h0.size(1), x.size(1)
+    _check(x, h0, c0, w)
+    h0, c0 = h0.contiguous(), c0.contiguous()
+    h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
+    c_seq = None
+    if cells:
+        c_seq = allocate(x, steps.rows, H, zero=steps.has_padding, dtype=torch.float32)
+    variants, _ = native_variants(_C, w, x.dtype)
+    # fmt: off
+    call = _C.CpuForward(
+        DTYPE_CODE[x.dtype], False, torch.get_num_threads(), False,
+        native_steps(_C, steps, reverse), H, P, I,
+        None, operand, w.w_ih, w.bias, None, w.w_hh, w.w_hr, h0, c0, variants,
+        None, c_seq, None, None,
+        y, y.stride(0), h_n, c_n,
+    )
+    # fmt: on
+    call.quantize(w.scale_ih, w.scale_hh, w.scale_hr)
+    last.append((h_n, c_n, c_seq))
+    yield call
+
+
+def _check(x: Tensor, h0: Tensor, c0: Tensor, w: QuantizedWeights) -> None:
+    """Refuses what the core could not read safely."""
+    H, P, I = c0.size(1), h0.size(1), x.size(1)
+    _check_tensor("weight_ih", w.w_ih, torch.uint8, packed_size(4 * H, I, 4))
+    _check_tensor("weight_hh", w.w_hh, torch.uint8, packed_size(4 * H, P, 4))
+    _check_tensor("scale_ih", w.scale_ih, torch.float32, (4 * H,))
+    _check_tensor("scale_hh", w.scale_hh, torch.float32, (4 * H,))
+    if w.bias is not None:
+        _check_tensor("bias", w.bias, torch.float32, (4 * H,))
+    if P != H or w.w_hr is not None:
+        _check_tensor("weight_hr", w.w_hr, torch.uint8, packed_size(P, H, 1))
+        _check_tensor("scale_hr", w.scale_hr, torch.float32, (P,))
+
+
+def _check_tensor(
+    name: str, tensor: Tensor | None, dtype: torch.dtype, size: tuple[int, ...]
+) -> None:
+    if tensor is None or tensor.device.type != "cpu" or tensor.dtype != dtype:
+        got = "None" if tensor is None else f"{tensor.dtype} on {tensor.device}"
+        raise RuntimeError(f"{name}: expected {dtype} on the CPU, got {got}")
+    if tensor.shape != size or not tensor.is_contiguous():
+        raise RuntimeError(
+            f"{name}: expected a contiguous tensor of size {size}, got size "
+            f"{tuple(tensor.shape)} and strides {tensor.stride()}"
+        )

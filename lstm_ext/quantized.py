@@ -1,0 +1,244 @@
+"""QuantizedLSTM and QuantizedLSTMCell: inference on the CPU with weights of 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from .compat import States, adopt
+from .convert import replaced
+from .lstm_cell import LSTMCell
+from .modules import LSTM
+from .quantization import DTYPES, QuantizedWeights, pack, quantized_layer, unpack
+
+__all__ = ["QuantizedLSTM", "QuantizedLSTMCell", "quantize"]
+
+
+class _Quantized(nn.Module):
+    """What both have: buffers in place of parameters, and evaluation mode for good."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} is made of a module with weights: expected {name}.from_float(module) or "
+            "lstm_ext.quantize(model), got a call of the class"
+        )
+
+    def train(self, mode: bool = True) -> Any:
+        """Stay in evaluation mode, as there is nothing to train."""
+        return super().train(False)
+
+    def reset_parameters(self) -> NoReturn:
+        """Raise: there are no parameters to draw."""
+        raise RuntimeError(f"{type(self).__name__} has no parameters to draw: quantize a new one")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, tensor in self._buffers.items():
+            if tensor.dtype != before[name].dtype:  # a scale in bfloat16 would be another number
+                self._buffers[name] = before[name].to(tensor.device)
+        return self
+
+    def _take(self, suffixes: list[str]) -> None:
+        """Put codes, scales and biases in the place of the adopted parameters."""
+        variants = self._variants()
+        for name in ("recurrent_dropout", "weight_dropout"):  # of training
+            variants.pop(name, None)
+        for name, value in variants.items():
+            raise ValueError(f"quantize: weights of 8 bits go without {name}; got {value!r}")
+        self.recurrent_dropout = self.weight_dropout = 0.0
+        self.forget_bias = None  # what it did is in the biases
+        weights, self._parameters = self._parameters, {}
+        for suffix in suffixes:
+            for kind, gates in (("ih", 4), ("hh", 4), ("hr", 1)):
+                weight = weights.get(f"weight_{kind}{suffix}")
+                if weight is not None:
+                    codes, scale = pack(weight, gates)
+                    self.register_buffer(f"weight_{kind}{suffix}", codes)
+                    self.register_buffer(f"scale_{kind}{suffix}", scale)
+            if self.bias:
+                biases = (weights[f"bias_{kind}{suffix}"].detach() for kind in ("ih", "hh"))
+                total = sum(bias.to("cpu", torch.float32) for bias in biases)
+                self.register_buffer(f"bias_sum{suffix}", total)
+        super().train(False)
+
+    @torch.no_grad()
+    def _give(self, module: nn.Module, suffixes: list[str]) -> None:
+        """The weights that the codes stand for, to the parameters of module."""
+        parameters, buffers = module._parameters, self._buffers
+        for suffix in suffixes:
+            for kind in ("ih", "hh", "hr"):
+                weight = parameters.get(f"weight_{kind}{suffix}")
+                if weight is not None:
+                    codes, scale = (buffers[f"{n}_{kind}{suffix}"] for n in ("weight", "scale"))
+                    weight.copy_(unpack(codes, scale, weight.size(1)))
+            if self.bias:
+                parameters[f"bias_ih{suffix}"].copy_(buffers[f"bias_sum{suffix}"])
+                parameters[f"bias_hh{suffix}"].zero_()
+
+    def _weights(self, suffix: str) -> QuantizedWeights:
+        get = self._buffers.get
+        return QuantizedWeights(
+            get("weight_ih" + suffix),
+            get("weight_hh" + suffix),
+            get("scale_ih" + suffix),
+            get("scale_hh" + suffix),
+            get("bias_sum" + suffix),
+            get("weight_hr" + suffix),
+            get("scale_hr" + suffix),
+        )
+
+    def _check_dtype(self, input: Tensor) -> None:
+        if input.dtype not in DTYPES and not torch._C._is_any_autocast_enabled():
+            expected = ", ".join(map(str, DTYPES))
+            raise ValueError(f"input must have one of the types {expected}, got {input.dtype}")
+
+
+class QuantizedLSTM(_Quantized, LSTM):
+    r"""An :class:`LSTM` with weights of 8 bits, for inference on the CPU.
+
+    Made by :meth:`from_float`, or by :func:`quantize` for all of a model. It is called as the LSTM,
+    with everything that forward takes there, and returns the same, in its input's dtype: float32,
+    bfloat16 or float16. A fourth of float32's weights are read at every step, which is what the
+    time goes into with few sequences and a large H.
+
+    Every row of weights has a scale of its own and 8-bit codes, w ~ s (u - 128), s = max \|w\| /
+    127. Inputs and states are taken in 16 bits, a scale a row, at every step; the products are sums
+    of whole numbers, exact: a sequence's results depend neither on the batch around it nor on the
+    number of threads. Gates and cell states are float32. A row of inputs with a number that is not
+    finite gives NaN from that step on.
+
+    Buffers, for each layer and direction, H hidden units: ``weight_ih_l{k}``, ``weight_hh_l{k}``
+    and, with proj_size, ``weight_hr_l{k}``, uint8, packed as :func:`quantization.pack` says;
+    ``scale_ih_l{k}`` and ``scale_hh_l{k}`` (4H,), ``scale_hr_l{k}`` (P,) and ``bias_sum_l{k}``
+    (4H,), b_ih + b_hh, float32 whatever the module is moved to. A state_dict goes into any module
+    quantized from the same architecture. It is always in evaluation mode.
+
+    Raises:
+        RuntimeError: (forward) a tensor that requires grad while gradients are recorded, or one
+            on another device; else as LSTM.
+    """
+
+    @classmethod
+    def from_float(cls, module: LSTM) -> QuantizedLSTM:
+        """With the weights of an LSTM, rounded; of its hooks and attributes, those that LSTM has.
+
+        Raises:
+            TypeError: module is not exactly an LSTM, or is parametrized, or its forward was
+                replaced.
+            ValueError: it has a peephole, layer_norm or zoneout, a weight that is not finite, or
+                more than 65536 columns of weights.
+        """
+        new = adopt(cls.__new__(cls), module, LSTM)
+        new.dropout, new.checkpoint_every = 0.0, None  # of training
+        new._take(new._suffixes())
+        return new
+
+    @classmethod
+    def from_torch(cls, module: nn.LSTM) -> QuantizedLSTM:
+        """As :meth:`from_float`, of an nn.LSTM."""
+        return cls.from_float(LSTM.from_torch(module))
+
+    def dequantize(self) -> LSTM:
+        """An LSTM, in float32 and evaluation mode, with the weights that the codes stand for."""
+        names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional")
+        names += ("proj_size", "merge_mode", "return_cell_sequence")
+        module = LSTM(**{name: getattr(self, name) for name in names}).eval()
+        self._give(module, self._suffixes())
+        return module
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Raise for an input of a wrong dtype, rank or feature size."""
+        self._check_dtype(input)
+        dims = 3 if batch_sizes is None else 2
+        if input.dim() != dims:
+            raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. Expected "
+                f"{self.input_size}, got {input.size(-1)}"
+            )
+
+    _run_layer = staticmethod(quantized_layer)
+
+    def _named_weights(self) -> list[list[str]]:
+        kinds = ["weight_ih", "weight_hh", "scale_ih", "scale_hh"]
+        kinds += ["bias_sum"] if self.bias else []
+        kinds += ["weight_hr", "scale_hr"] if self.proj_size else []
+        return [[kind + suffix for kind in kinds] for suffix in self._suffixes()]
+
+    def _weight_count(self) -> int:
+        return 4 + self.bias + 2 * bool(self.proj_size)
+
+    def _layer_weights(self, index: int, *call: Any) -> QuantizedWeights:
+        return self._weights(self._suffixes()[index])
+
+
+class QuantizedLSTMCell(_Quantized, LSTMCell):
+    """An :class:`LSTMCell` with weights of 8 bits, for inference on the CPU; see
+    :class:`QuantizedLSTM`.
+
+    Its buffers are ``weight_ih``, ``weight_hh``, ``scale_ih``, ``scale_hh`` and ``bias_sum``.
+    """
+
+    @classmethod
+    def from_float(cls, module: LSTMCell) -> QuantizedLSTMCell:
+        """With the weights of an LSTMCell, rounded.
+
+        Raises:
+            TypeError, ValueError: as :meth:`QuantizedLSTM.from_float`.
+        """
+        new = adopt(cls.__new__(cls), module, LSTMCell)
+        new._take([""])
+        return new
+
+    @classmethod
+    def from_torch(cls, module: nn.LSTMCell) -> QuantizedLSTMCell:
+        """As :meth:`from_float`, of an nn.LSTMCell."""
+        return cls.from_float(LSTMCell.from_torch(module))
+
+    def dequantize(self) -> LSTMCell:
+        """An LSTMCell, in float32 and evaluation mode, with the weights that the codes stand
+        for."""
+        module = LSTMCell(self.input_size, self.hidden_size, self.bias).eval()
+        self._give(module, [""])
+        return module
+
+    def forward(self, input: Tensor, hx: States | None = None) -> States:
+        """Take one step, as :meth:`LSTMCell.forward`."""
+        self._check_dtype(input)
+        return self._by_layer(input, hx, [])
+
+    _run_layer = staticmethod(quantized_layer)
+
+    def _layer_weights(self, *call: Any) -> QuantizedWeights:
+        return self._weights("")
+
+
+def quantize(model: nn.Module) -> nn.Module:
+    """Swap every LSTM and LSTMCell in model, lstm_ext's and torch.nn's, for its counterpart with
+    weights of 8 bits, in place. For inference on the CPU.
+
+    Subclasses, which parametrized modules are too, modules whose forward was replaced, and those
+    with a peephole, layer_norm or zoneout are left alone, with one warning that names them.
+
+    Args:
+        model: any module; copy it before (copy.deepcopy) to keep the float weights.
+
+    Returns:
+        model, or, where model is itself such a module, its replacement.
+
+    Raises:
+        TypeError: model is no nn.Module.
+    """
+    makers = {
+        LSTM: QuantizedLSTM.from_float,
+        nn.LSTM: QuantizedLSTM.from_torch,
+        LSTMCell: QuantizedLSTMCell.from_float,
+        nn.LSTMCell: QuantizedLSTMCell.from_torch,
+    }
+    return replaced("quantize", model, makers, done=_Quantized)
