@@ -33,22 +33,74 @@ struct CpuPlain : PlainTensors {
     };
     if (!answered(read)) return pybind11::none();
     const PlainOutputs out(in, x, grad && in.requires_grad);
+    run(p, in, out, nullptr, workspace);
+    return out.all();
+  }
+
+  // With weights of 8 bits, in float32. weights: of each direction W_ih, W_hh and their scales as in
+  // QuantizedWeights, and the bias or None; byte: their dtype. The rest as for forward.
+  Object forward_quantized(Handle x, Handle hx, const pybind11::list& weights, Handle byte,
+                           int64_t I, int64_t H, int64_t T, bool batch_first, int threads,
+                           bool grad, const pybind11::function& workspace) const {
+    constexpr int of_direction = 5;
+    PlainInputs in(*this);
+    QuantizedWeights scales[PlainCall::kMostDirections] = {};
+    std::array<Object, of_direction * PlainCall::kMostDirections> kept;
+    const auto read = [&] {
+      in.directions = int(weights.size() / of_direction);
+      if (weights.size() % of_direction || !in.read_sizes(x, I, H, T, batch_first, nullptr) ||
+          in.code != Dtype::kFloat32 || !in.read_states(x, hx, true)) {
+        return false;
+      }
+      const auto codes = [](int64_t rows, int64_t columns) {
+        return Sizes{(rows + 15) / 16, (columns + 3) / 4, 4 * 16 * 4};
+      };
+      for (int d = 0; d < in.directions; ++d) {
+        const auto take = [&](int k, const Sizes& sizes, PyObject* type = nullptr) -> void* {
+          const int n = d * of_direction + k;
+          return in.dense(PyList_GET_ITEM(weights.ptr(), n), sizes, kept[size_t(n)], type);
+        };
+        const void*& bias = in.memory[size_t(PlainCall::at(PlainCall::kBih, d))];
+        const bool biased = PyList_GET_ITEM(weights.ptr(), d * of_direction + 4) != Py_None;
+        if (!(in.memory[size_t(PlainCall::at(PlainCall::kWih, d))] =
+                  take(0, codes(H, I), byte.ptr())) ||
+            !(in.memory[size_t(PlainCall::at(PlainCall::kWhh, d))] =
+                  take(1, codes(H, H), byte.ptr())) ||
+            !(scales[d].ih_scale = static_cast<float*>(take(2, 4 * H))) ||
+            !(scales[d].hh_scale = static_cast<float*>(take(3, 4 * H))) ||
+            (biased && !(bias = take(4, 4 * H)))) {
+          return false;
+        }
+      }
+      return true;
+    };
+    if (!answered(read) || (grad && in.requires_grad)) return pybind11::none();
+    const PlainOutputs out(in, x, false);
+    LstmForward p{};
+    p.threads = threads;
+    run(p, in, out, scales, workspace);
+    return out.all();
+  }
+
+ private:
+  static void run(LstmForward p, const PlainInputs& in, const PlainOutputs& out,
+                  const QuantizedWeights* scales, const pybind11::function& workspace) {
     p.dtype = in.code;
     p.steps = in.steps;
-    p.H = p.P = H;
-    p.y_stride = in.directions * H;
-    p.I = I;
+    p.H = p.P = in.H;
+    p.y_stride = in.directions * in.H;
+    p.I = in.I;
     p.x = in.memory[PlainCall::kX];
     const auto direction = [&](int k) {
       LstmForward own = p;
       own.steps.reverse = k == 1;
-      own.y = PlainCall::part(memory_of(out.y), k * H * storage_bytes(in.code));
+      own.y = PlainCall::part(memory_of(out.y), k * in.H * storage_bytes(in.code));
       out.put(own, k);
+      if (scales) own.quantized = scales[k];
       return own;
     };
     const LstmForward first = direction(0), second = direction(in.directions - 1);
     run_directions(cpu_kernels().forward, first, in.directions == 2 ? &second : nullptr, workspace);
-    return out.all();
   }
 };
 
@@ -59,6 +111,8 @@ inline void bind_cpu_plain(pybind11::module_& m) {
       .def(py::init<py::tuple, py::dict, py::object>(), "types"_a, "codes"_a, "half_acc"_a)
       .def("cpu_forward", &CpuPlain::forward, "x"_a, "hx"_a, "weights"_a, "I"_a, "H"_a, "T"_a,
            "batch_first"_a, "threads"_a, "pack_input"_a, "grad"_a, "workspace"_a)
+      .def("cpu_forward_quantized", &CpuPlain::forward_quantized, "x"_a, "hx"_a, "weights"_a,
+           "byte"_a, "I"_a, "H"_a, "T"_a, "batch_first"_a, "threads"_a, "grad"_a, "workspace"_a)
       .def(
           "cpu_backward",
           [](const CpuPlain& tensors, const py::tuple& gradients, const py::tuple& saved,

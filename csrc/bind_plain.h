@@ -147,6 +147,18 @@ struct PlainInputs : PlainCall {
         !accepts()) {
       return false;
     }
+    if (!read_states(x, hx, makes_zeros)) return false;
+    for (int d = 0; d < directions; ++d) {
+      for (int k = kWih; k < kInputs; ++k) {
+        const Handle weight(PyList_GET_ITEM(weights.ptr(), d * kWeights + k - kWih));
+        if (!(is_bias(k) && weight.is_none()) && !input(at(k, d), weight)) return false;
+      }
+    }
+    return true;
+  }
+
+  // x and hx of that.
+  bool read_states(Handle x, Handle hx, bool makes_zeros) {
     if (!input(kX, x)) return false;
     Object zeros;
     PyObject** items = nullptr;
@@ -167,10 +179,6 @@ struct PlainInputs : PlainCall {
     for (int d = 0; d < directions; ++d) {
       for (int k = at(kH0, d); k < at(kWih, d); ++k)
         if (given[k] && !input(k, given[k])) return false;
-      for (int k = kWih; k < kInputs; ++k) {
-        const Handle weight(PyList_GET_ITEM(weights.ptr(), d * kWeights + k - kWih));
-        if (!(is_bias(k) && weight.is_none()) && !input(at(k, d), weight)) return false;
-      }
     }
     return true;
   }

@@ -152,6 +152,7 @@ class LSTM(LSTMBase):
     # --- forward ---------------------------------------------------------------------------------
 
     _run_layer = staticmethod(lstm_layer)
+    _short_way = plain_module
 
     @overload
     def forward(
@@ -206,7 +207,7 @@ class LSTM(LSTMBase):
                 raise ValueError("reset_mask is not supported with a PackedSequence; use lengths=")
             return self._forward_packed(input, hx)
         if lengths is None and reset_mask is None:
-            made = plain_module(self, input, hx)
+            made = self._short_way(input, hx)
             if made is not None:
                 return made
         if input.dim() not in (2, 3):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _TYPES = (Tensor, nn.Parameter)
 _WEIGHTS = 4  # of a direction
+QUANTIZED_WEIGHTS = 5  # likewise, where they have 8 bits: two, their scales, and a bias
 _RESULTS = 3  # of forward that are saved: gates, c_t and y
 _plain = _C.CpuPlain(
     types=_TYPES,
@@ -134,12 +135,13 @@ def plain_stack(
     steps: int,
     batch_first: bool,
     drop: Callable[[Tensor], Tensor] | None,
+    run: Callable[..., Any] = plain_layer,
 ) -> Any:
     """(y, (h_n, c_n)) of several plain layers; None where they are not for the short way.
 
     Args:
         x, hx: as a module has them; hx of all layers, (L * D, B, H). layers: each one's weights.
-        drop: what becomes of an output on its way to the next layer.
+        drop: what becomes of an output on its way to the next layer. run: a layer.
         The rest: see :func:`plain_layer`.
     """
     # It takes all of them or none, but for what is an error in a later one.
@@ -149,7 +151,7 @@ def plain_stack(
         for weight in weights:
             if weight is not None and (type(weight) not in _TYPES or weight.is_neg()):
                 return None
-    D = len(layers[0]) // _WEIGHTS
+    D = len(layers[0]) // (_WEIGHTS if run is plain_layer else QUANTIZED_WEIGHTS)
     states = [None] * len(layers)
     if hx is not None:
         if not (isinstance(hx, (tuple, list)) and len(hx) == 2):
@@ -160,7 +162,7 @@ def plain_stack(
         states = list(zip(*(state.split(D) for state in hx), strict=True))
     last = []
     for k, (state, weights) in enumerate(zip(states, layers, strict=True)):
-        made = plain_layer(x, state, weights, input_size, hidden_size, steps, batch_first)
+        made = run(x, state, weights, input_size, hidden_size, steps, batch_first)
         if made is None:
             return None
         x, *own = made
@@ -200,6 +202,33 @@ def plain_cell(
     """(h_1, c_1) as LSTMCell.forward returns them, x and hx being what it got; else as
     :func:`plain_layer`."""
     return plain_layer(x, hx, weights, input_size, hidden_size, 0)
+
+
+def plain_quantized(
+    x: Any,
+    hx: Any,
+    weights: Sequence[Tensor | None],
+    input_size: int,
+    hidden_size: int,
+    steps: int,
+    batch_first: bool = False,
+) -> Any:
+    """As :func:`plain_layer`, with weights of 8 bits: of each direction the first five of
+    :class:`quantization.QuantizedWeights`. Of float32, where nothing asks for a gradient."""
+    made = recorded(_plain.cpu_forward_quantized)(
+        x,
+        hx,
+        weights,
+        torch.uint8,
+        input_size,
+        hidden_size,
+        steps,
+        batch_first,
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        cpu_products.workspace,
+    )
+    return None if made is None else made[0]
 
 
 class PlainLayer(Function):

@@ -211,6 +211,7 @@ def _forward(
     h0, c0, w, reverse = direction
     H, P, I = c0.size(1), h0.size(1), x.size(1)
     _check(x, h0, c0, w)
+    w = QuantizedWeights(*[None if t is None else t.contiguous() for t in w])
     h0, c0 = h0.contiguous(), c0.contiguous()
     h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
     c_seq = None
@@ -251,8 +252,5 @@ def _check_tensor(
     if tensor is None or tensor.device.type != "cpu" or tensor.dtype != dtype:
         got = "None" if tensor is None else f"{tensor.dtype} on {tensor.device}"
         raise RuntimeError(f"{name}: expected {dtype} on the CPU, got {got}")
-    if tensor.shape != size or not tensor.is_contiguous():
-        raise RuntimeError(
-            f"{name}: expected a contiguous tensor of size {size}, got size "
-            f"{tuple(tensor.shape)} and strides {tensor.stride()}"
-        )
+    if tensor.shape != size:
+        raise RuntimeError(f"{name}: expected size {size}, got {tuple(tensor.shape)}")

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from .compat import States, adopt
 from .convert import replaced
+from .engine import is_surrounded
 from .lstm_cell import LSTMCell
 from .modules import LSTM
+from .plain import QUANTIZED_WEIGHTS, plain_quantized, plain_stack
 from .quantization import DTYPES, QuantizedWeights, pack, quantized_layer, unpack
 
 __all__ = ["QuantizedLSTM", "QuantizedLSTMCell", "quantize"]
@@ -165,6 +167,32 @@ class QuantizedLSTM(_Quantized, LSTM):
 
     _run_layer = staticmethod(quantized_layer)
 
+    def _short_way(self, x: Any, hx: Any) -> Any:
+        """As :func:`plain.plain_module`."""
+        if (
+            is_surrounded()
+            or self.proj_size
+            or self.merge_mode != "concat"
+            or self.return_cell_sequence
+            or x.dim() != 3
+        ):
+            return None
+        steps = x.size(1 if self.batch_first else 0)
+        if not steps:
+            return None
+        directions, layers = 2 if self.bidirectional else 1, []
+        for k, suffix in enumerate(self._suffixes()):
+            weights = self._weights(suffix)[:QUANTIZED_WEIGHTS]
+            if k % directions:
+                layers[-1] += weights
+            else:
+                layers.append(list(weights))
+        sizes = (self.input_size, self.hidden_size, steps, self.batch_first)
+        if len(layers) > 1:
+            return plain_stack(x, hx, layers, *sizes, None, plain_quantized)
+        made = plain_quantized(x, hx, layers[0], *sizes)
+        return made if made is None else (made[0], made[1:])
+
     def _named_weights(self) -> list[list[str]]:
         kinds = ["weight_ih", "weight_hh", "scale_ih", "scale_hh"]
         kinds += ["bias_sum"] if self.bias else []
@@ -210,6 +238,11 @@ class QuantizedLSTMCell(_Quantized, LSTMCell):
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         """Take one step, as :meth:`LSTMCell.forward`."""
+        if not is_surrounded():
+            weights = list(self._weights("")[:QUANTIZED_WEIGHTS])
+            states = plain_quantized(input, hx, weights, self.input_size, self.hidden_size, 0)
+            if states is not None:
+                return states
         self._check_dtype(input)
         return self._by_layer(input, hx, [])
 
