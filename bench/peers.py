@@ -261,6 +261,12 @@ def float_weights(reference: nn.Module, problem: Problem, mode: str) -> nn.Modul
     return drop_in(lstm_ext.LSTM)(reference, problem, "inference")
 
 
+def rows_of_8_bits(reference: nn.Module, problem: Problem, mode: str) -> nn.Module:
+    """lstm_ext's with activations of 8 bits too."""
+    module = float_weights(reference, problem, mode)
+    return lstm_ext.quantize(module, activation_bits=8)
+
+
 #: What may stand beside nn.LSTM, by the name that ``--peer`` takes.
 PEERS: dict[str, Builder] = {
     "cell-loop": CellLoop,
@@ -269,6 +275,7 @@ PEERS: dict[str, Builder] = {
     "flashrnn": FlashRNN,
     "haste": Haste,
     "float": float_weights,
+    "8-bit-rows": rows_of_8_bits,
 }
 
 

@@ -45,8 +45,9 @@ def steps(kind: str | None = None, more: Sequence[str] = ()) -> list[Step]:
         few = run("cpu", "bfloat16", "--rows", " B[14] ", **AVX2)
         on_avx2 = [run("cpu", "float32", **AVX2), few, (AVX2, ["report"])]
         return [*runs("cpu", options=("--threads", "1")), report, *on_avx2]
+    beside = ("--peer", "float", "--peer", "8-bit-rows")
     published = runs("cpu", "random", "one-step", "cell", "second", "scaling", "gate")
-    return [*published, run("quantized", "float32", "--peer", "float"), report]
+    return [*published, run("quantized", "float32", *beside), report]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from bench.timing import Builder, run_row
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 # Of bench.peers.
-PEERS = ("cell-loop", "compiled-loop", "onnxruntime", "flashrnn", "haste", "float")
+PEERS = ("cell-loop", "compiled-loop", "onnxruntime", "flashrnn", "haste", "float", "8-bit-rows")
 
 
 def positive(text: str) -> int:

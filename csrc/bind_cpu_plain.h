@@ -37,11 +37,11 @@ struct CpuPlain : PlainTensors {
     return out.all();
   }
 
-  // With weights of 8 bits, in float32. weights: of each direction W_ih, W_hh and their scales as in
-  // QuantizedWeights, and the bias or None; byte: their dtype. The rest as for forward.
+  // With weights of 8 bits, in float32. weights: of each direction W_ih, W_hh and their scales as
+  // in QuantizedWeights, and the bias or None; byte: their dtype. The rest as for forward.
   Object forward_quantized(Handle x, Handle hx, const pybind11::list& weights, Handle byte,
-                           int64_t I, int64_t H, int64_t T, bool batch_first, int threads,
-                           bool grad, const pybind11::function& workspace) const {
+                           int row_bits, int64_t I, int64_t H, int64_t T, bool batch_first,
+                           int threads, bool grad, const pybind11::function& workspace) const {
     constexpr int of_direction = 5;
     PlainInputs in(*this);
     QuantizedWeights scales[PlainCall::kMostDirections] = {};
@@ -56,6 +56,7 @@ struct CpuPlain : PlainTensors {
         return Sizes{(rows + 15) / 16, (columns + 3) / 4, 4 * 16 * 4};
       };
       for (int d = 0; d < in.directions; ++d) {
+        scales[d].row_bits = row_bits;
         const auto take = [&](int k, const Sizes& sizes, PyObject* type = nullptr) -> void* {
           const int n = d * of_direction + k;
           return in.dense(PyList_GET_ITEM(weights.ptr(), n), sizes, kept[size_t(n)], type);
@@ -112,7 +113,8 @@ inline void bind_cpu_plain(pybind11::module_& m) {
       .def("cpu_forward", &CpuPlain::forward, "x"_a, "hx"_a, "weights"_a, "I"_a, "H"_a, "T"_a,
            "batch_first"_a, "threads"_a, "pack_input"_a, "grad"_a, "workspace"_a)
       .def("cpu_forward_quantized", &CpuPlain::forward_quantized, "x"_a, "hx"_a, "weights"_a,
-           "byte"_a, "I"_a, "H"_a, "T"_a, "batch_first"_a, "threads"_a, "grad"_a, "workspace"_a)
+           "byte"_a, "row_bits"_a, "I"_a, "H"_a, "T"_a, "batch_first"_a, "threads"_a, "grad"_a,
+           "workspace"_a)
       .def(
           "cpu_backward",
           [](const CpuPlain& tensors, const py::tuple& gradients, const py::tuple& saved,

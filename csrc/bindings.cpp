@@ -263,12 +263,12 @@ PYBIND11_MODULE(_C, m) {
           "As in TangentOf.")
       .def(
           "quantize",
-          [](LstmForward& p, Memory ih_scale, Memory hh_scale, Memory hr_scale) {
+          [](LstmForward& p, Memory ih_scale, Memory hh_scale, Memory hr_scale, int row_bits) {
             p.quantized = {static_cast<const float*>(ih_scale.address),
                            static_cast<const float*>(hh_scale.address),
-                           static_cast<const float*>(hr_scale.address)};
+                           static_cast<const float*>(hr_scale.address), row_bits};
           },
-          "ih_scale"_a, "hh_scale"_a, "hr_scale"_a, "As in QuantizedWeights.");
+          "ih_scale"_a, "hh_scale"_a, "hr_scale"_a, "row_bits"_a, "As in QuantizedWeights.");
   py::class_<LstmBackward>(m, "CpuBackward", py::module_local(), "One direction's backward.")
       .def(py::init(&cpu_backward_call), "dtype"_a, "bf16_products"_a, "threads"_a, "steps"_a,
            "H"_a, "P"_a, "variants"_a, "w_hh"_a, "w_hr"_a, "h0"_a, "c0"_a, "y"_a, "y_stride"_a,

@@ -99,6 +99,7 @@ struct QuantizedWeights {
   const float* ih_scale;  // [4H]; null: weights are of the storage type
   const float* hh_scale;  // [4H]
   const float* hr_scale;  // [P]; null without a projection
+  int row_bits;           // of what they are multiplied with: 16 or 8
 };
 
 // One direction of one layer. Rows of sequences past their length are left as they are.

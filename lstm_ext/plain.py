@@ -151,7 +151,7 @@ def plain_stack(
         for weight in weights:
             if weight is not None and (type(weight) not in _TYPES or weight.is_neg()):
                 return None
-    D = len(layers[0]) // (_WEIGHTS if run is plain_layer else QUANTIZED_WEIGHTS)
+    D = 2 if len(layers[0]) >= 2 * _WEIGHTS else 1  # each has that many, or QUANTIZED_WEIGHTS
     states = [None] * len(layers)
     if hx is not None:
         if not (isinstance(hx, (tuple, list)) and len(hx) == 2):
@@ -212,6 +212,8 @@ def plain_quantized(
     hidden_size: int,
     steps: int,
     batch_first: bool = False,
+    *,
+    activation_bits: int,
 ) -> Any:
     """As :func:`plain_layer`, with weights of 8 bits: of each direction the first five of
     :class:`quantization.QuantizedWeights`. Of float32, where nothing asks for a gradient."""
@@ -220,6 +222,7 @@ def plain_quantized(
         hx,
         weights,
         torch.uint8,
+        activation_bits,
         input_size,
         hidden_size,
         steps,

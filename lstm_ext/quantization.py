@@ -1,9 +1,9 @@
 """Weights in 8 bits, for inference on the CPU: numbers, layout, and a layer of them.
 
 A row w of weights becomes w ~ s (u - 128), s = max |w| / 127, u whole numbers in 1 .. 255
-(symmetric, a scale a row). Of x and h a row becomes whole numbers of 16 bits when it is multiplied
-(in the core, csrc/cpu/quantized.h), so that the rounding of the weights is the only error to speak
-of. Sums, gates and cell states are float32, as ever.
+(symmetric, a scale a row). Of x and h a row becomes whole numbers of 16 bits, or 8, when it is
+multiplied (in the core, csrc/cpu/quantized.h): with 16 the rounding of the weights is the only
+error to speak of. Sums, gates and cell states are float32, as ever.
 """
 
 from __future__ import annotations
@@ -45,8 +45,12 @@ class QuantizedWeights(NamedTuple):
     bias: Tensor | None = None  # (4H) float32, b_ih + b_hh
     w_hr: Tensor | None = None  # uint8
     scale_hr: Tensor | None = None  # (P) float32
+    activation_bits: int = 16
 
     varied = False  # as LayerWeights' property: nothing beside nn.LSTM's
+
+
+_TENSORS = len(QuantizedWeights._fields) - 1  # all but the last
 
 
 def packed_size(rows: int, columns: int, gates: int) -> tuple[int, ...]:
@@ -119,35 +123,39 @@ def quantized_layer(
     x, *states = [t.resolve_neg() for t in tensors]
     flat = []
     for k, direction in enumerate(directions):
-        flat += (*states[2 * k : 2 * k + 2], *direction.w)
+        flat += (*states[2 * k : 2 * k + 2], *direction.w[:_TENSORS])
+    bits, reverse = directions[0].w.activation_bits, [d.reverse for d in directions]
     arguments = (
-        x,
-        flat,
-        [d.reverse for d in directions],
+        *(x, flat, bits, reverse),
         *(steps.T, steps.B, steps.batch_first, steps.offsets, steps.lengths, steps.reset_mask),
         cells,
     )
     if is_watched():
         y, *results = torch.ops.lstm_ext.quantized_layer(*arguments)
     else:
-        y, *results = _run(x, flat, arguments[2], steps, cells)
+        y, *results = _run(x, flat, bits, reverse, steps, cells)
     D = len(directions)
     every = results.pop(0) if cells else None
     return LayerOutputs(y, results[:D], results[D:], every)
 
 
 def _run(
-    x: Tensor, flat: Sequence[Tensor | None], reverse: Sequence[bool], steps: Steps, cells: bool
+    x: Tensor,
+    flat: Sequence[Tensor | None],
+    bits: int,
+    reverse: Sequence[bool],
+    steps: Steps,
+    cells: bool,
 ) -> list[Tensor]:
     """y, every c_t if cells, h_n and c_n of each direction."""
-    size = 2 + len(QuantizedWeights._fields)
+    size = 2 + _TENSORS
     P, D = flat[0].size(1), len(reverse)
     y = allocate(x, steps.rows, D * P, zero=steps.has_padding)
     operand = x.to(torch.float32).contiguous()
     last, running, directions = [], [], []
     for k, backwards in enumerate(reverse):
         h0, c0, *own = flat[k * size : (k + 1) * size]
-        direction = Direction(h0, c0, QuantizedWeights(*own), backwards)
+        direction = Direction(h0, c0, QuantizedWeights(*own, bits), backwards)
         directions.append(direction)
         part = y if D == 1 else y[:, k * P : (k + 1) * P]
         running.append(_forward(x, operand, direction, steps, cells, part, last))
@@ -158,18 +166,19 @@ def _run(
 
 
 _library = torch.library.Library("lstm_ext", "FRAGMENT")
-# directions: h0, c0 and the QuantizedWeights of each; the rest as of lstm_layer (library.py). For
-# what records operations; a call outside of a graph costs less without.
+# directions: h0, c0 and the tensors of the QuantizedWeights of each; the rest as of lstm_layer
+# (library.py). For what records operations; a call outside of a graph costs less without.
 _library.define(
-    "quantized_layer(Tensor x, Tensor?[] directions, bool[] reverse, SymInt T, SymInt B, "
-    "bool batch_first, Tensor? offsets, Tensor? lengths, Tensor? reset_mask, bool cells)"
-    " -> Tensor[]"
+    "quantized_layer(Tensor x, Tensor?[] directions, int activation_bits, bool[] reverse, "
+    "SymInt T, SymInt B, bool batch_first, Tensor? offsets, Tensor? lengths, Tensor? reset_mask, "
+    "bool cells) -> Tensor[]"
 )
 
 
 def _kernel(
     x: Tensor,
     flat: Sequence[Tensor | None],
+    bits: int,
     reverse: Sequence[bool],
     T: int,
     B: int,
@@ -184,10 +193,12 @@ def _kernel(
         check_lengths(lengths, T)
     if offsets is not None:
         check_packed(steps)
-    return _run(x, flat, reverse, steps, cells)
+    return _run(x, flat, bits, reverse, steps, cells)
 
 
-def _fake(x: Tensor, flat: Sequence[Tensor | None], reverse: Sequence[bool], *rest: Any) -> Any:
+def _fake(
+    x: Tensor, flat: Sequence[Tensor | None], bits: int, reverse: Sequence[bool], *rest: Any
+) -> list[Tensor]:
     D, cells, (h0, c0) = len(reverse), rest[-1], flat[:2]
     widths = (h0.size(1), c0.size(1)) if cells else (h0.size(1),)
     rows = [x.new_empty(x.size(0), D * width) for width in widths]
@@ -211,7 +222,13 @@ def _forward(
     h0, c0, w, reverse = direction
     H, P, I = c0.size(1), h0.size(1), x.size(1)
     _check(x, h0, c0, w)
-    w = QuantizedWeights(*[None if t is None else t.contiguous() for t in w])
+    w = w._replace(
+        **{
+            name: tensor.contiguous()
+            for name, tensor in w._asdict().items()
+            if isinstance(tensor, Tensor)
+        }
+    )
     h0, c0 = h0.contiguous(), c0.contiguous()
     h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
     c_seq = None
@@ -227,7 +244,7 @@ def _forward(
         y, y.stride(0), h_n, c_n,
     )
     # fmt: on
-    call.quantize(w.scale_ih, w.scale_hh, w.scale_hr)
+    call.quantize(w.scale_ih, w.scale_hh, w.scale_hr, w.activation_bits)
     last.append((h_n, c_n, c_seq))
     yield call
 

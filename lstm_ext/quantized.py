@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -45,8 +46,15 @@ class _Quantized(nn.Module):
                 self._buffers[name] = before[name].to(tensor.device)
         return self
 
-    def _take(self, suffixes: list[str]) -> None:
+    def extra_repr(self) -> str:
+        bits = "" if self.activation_bits == 16 else f", activation_bits={self.activation_bits}"
+        return super().extra_repr() + bits
+
+    def _take(self, suffixes: list[str], activation_bits: int) -> None:
         """Put codes, scales and biases in the place of the adopted parameters."""
+        if activation_bits not in (8, 16):
+            raise ValueError(f"activation_bits should be 8 or 16, got {activation_bits!r}")
+        self.activation_bits = activation_bits
         variants = self._variants()
         for name in ("recurrent_dropout", "weight_dropout"):  # of training
             variants.pop(name, None)
@@ -92,6 +100,7 @@ class _Quantized(nn.Module):
             get("bias_sum" + suffix),
             get("weight_hr" + suffix),
             get("scale_hr" + suffix),
+            self.activation_bits,
         )
 
     def _check_dtype(self, input: Tensor) -> None:
@@ -109,10 +118,10 @@ class QuantizedLSTM(_Quantized, LSTM):
     time goes into with few sequences and a large H.
 
     Every row of weights has a scale of its own and 8-bit codes, w ~ s (u - 128), s = max \|w\| /
-    127. Inputs and states are taken in 16 bits, a scale a row, at every step; the products are sums
-    of whole numbers, exact: a sequence's results depend neither on the batch around it nor on the
-    number of threads. Gates and cell states are float32. A row of inputs with a number that is not
-    finite gives NaN from that step on.
+    127. Inputs and states are taken in 16 bits, or in 8 with ``activation_bits=8``, a scale a row,
+    at every step; the products are sums of whole numbers, exact: a sequence's results depend
+    neither on the batch around it nor on the number of threads. Gates and cell states are float32.
+    A row of inputs with a number that is not finite gives NaN from that step on.
 
     Buffers, for each layer and direction, H hidden units: ``weight_ih_l{k}``, ``weight_hh_l{k}``
     and, with proj_size, ``weight_hr_l{k}``, uint8, packed as :func:`quantization.pack` says;
@@ -126,24 +135,26 @@ class QuantizedLSTM(_Quantized, LSTM):
     """
 
     @classmethod
-    def from_float(cls, module: LSTM) -> QuantizedLSTM:
-        """With the weights of an LSTM, rounded; of its hooks and attributes, those that LSTM has.
+    def from_float(cls, module: LSTM, activation_bits: int = 16) -> QuantizedLSTM:
+        """With the weights of an LSTM, rounded, its hooks and its attributes.
+
+        activation_bits: of inputs and states in the products, 16 or 8.
 
         Raises:
             TypeError: module is not exactly an LSTM, or is parametrized, or its forward was
                 replaced.
-            ValueError: it has a peephole, layer_norm or zoneout, a weight that is not finite, or
-                more than 65536 columns of weights.
+            ValueError: other activation_bits, or it has a peephole, layer_norm or zoneout, a weight
+                that is not finite, or more than 65536 columns of weights.
         """
         new = adopt(cls.__new__(cls), module, LSTM)
         new.dropout, new.checkpoint_every = 0.0, None  # of training
-        new._take(new._suffixes())
+        new._take(new._suffixes(), activation_bits)
         return new
 
     @classmethod
-    def from_torch(cls, module: nn.LSTM) -> QuantizedLSTM:
+    def from_torch(cls, module: nn.LSTM, activation_bits: int = 16) -> QuantizedLSTM:
         """As :meth:`from_float`, of an nn.LSTM."""
-        return cls.from_float(LSTM.from_torch(module))
+        return cls.from_float(LSTM.from_torch(module), activation_bits)
 
     def dequantize(self) -> LSTM:
         """An LSTM, in float32 and evaluation mode, with the weights that the codes stand for."""
@@ -188,9 +199,10 @@ class QuantizedLSTM(_Quantized, LSTM):
             else:
                 layers.append(list(weights))
         sizes = (self.input_size, self.hidden_size, steps, self.batch_first)
+        run = functools.partial(plain_quantized, activation_bits=self.activation_bits)
         if len(layers) > 1:
-            return plain_stack(x, hx, layers, *sizes, None, plain_quantized)
-        made = plain_quantized(x, hx, layers[0], *sizes)
+            return plain_stack(x, hx, layers, *sizes, None, run)
+        made = run(x, hx, layers[0], *sizes)
         return made if made is None else (made[0], made[1:])
 
     def _named_weights(self) -> list[list[str]]:
@@ -214,20 +226,20 @@ class QuantizedLSTMCell(_Quantized, LSTMCell):
     """
 
     @classmethod
-    def from_float(cls, module: LSTMCell) -> QuantizedLSTMCell:
+    def from_float(cls, module: LSTMCell, activation_bits: int = 16) -> QuantizedLSTMCell:
         """With the weights of an LSTMCell, rounded.
 
         Raises:
             TypeError, ValueError: as :meth:`QuantizedLSTM.from_float`.
         """
         new = adopt(cls.__new__(cls), module, LSTMCell)
-        new._take([""])
+        new._take([""], activation_bits)
         return new
 
     @classmethod
-    def from_torch(cls, module: nn.LSTMCell) -> QuantizedLSTMCell:
+    def from_torch(cls, module: nn.LSTMCell, activation_bits: int = 16) -> QuantizedLSTMCell:
         """As :meth:`from_float`, of an nn.LSTMCell."""
-        return cls.from_float(LSTMCell.from_torch(module))
+        return cls.from_float(LSTMCell.from_torch(module), activation_bits)
 
     def dequantize(self) -> LSTMCell:
         """An LSTMCell, in float32 and evaluation mode, with the weights that the codes stand
@@ -240,7 +252,10 @@ class QuantizedLSTMCell(_Quantized, LSTMCell):
         """Take one step, as :meth:`LSTMCell.forward`."""
         if not is_surrounded():
             weights = list(self._weights("")[:QUANTIZED_WEIGHTS])
-            states = plain_quantized(input, hx, weights, self.input_size, self.hidden_size, 0)
+            sizes = (self.input_size, self.hidden_size, 0)
+            states = plain_quantized(
+                input, hx, weights, *sizes, activation_bits=self.activation_bits
+            )
             if states is not None:
                 return states
         self._check_dtype(input)
@@ -252,7 +267,7 @@ class QuantizedLSTMCell(_Quantized, LSTMCell):
         return self._weights("")
 
 
-def quantize(model: nn.Module) -> nn.Module:
+def quantize(model: nn.Module, activation_bits: int = 16) -> nn.Module:
     """Swap every LSTM and LSTMCell in model, lstm_ext's and torch.nn's, for its counterpart with
     weights of 8 bits, in place. For inference on the CPU.
 
@@ -261,17 +276,27 @@ def quantize(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module; copy it before (copy.deepcopy) to keep the float weights.
+        activation_bits: of inputs and states in the products. 16: no error beside that of the
+            weights. 8: an error some twice as large; with several sequences, processors that
+            multiply bytes (AVX512_VNNI) take up to half of the time.
 
     Returns:
         model, or, where model is itself such a module, its replacement.
 
     Raises:
         TypeError: model is no nn.Module.
+        ValueError: other activation_bits.
     """
+    if activation_bits not in (8, 16):
+        raise ValueError(f"activation_bits should be 8 or 16, got {activation_bits!r}")
     makers = {
         LSTM: QuantizedLSTM.from_float,
         nn.LSTM: QuantizedLSTM.from_torch,
         LSTMCell: QuantizedLSTMCell.from_float,
         nn.LSTMCell: QuantizedLSTMCell.from_torch,
+    }
+    makers = {
+        kind: functools.partial(make, activation_bits=activation_bits)
+        for kind, make in makers.items()
     }
     return replaced("quantize", model, makers, done=_Quantized)

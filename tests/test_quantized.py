@@ -18,8 +18,6 @@ from lstm_ext.quantization import pack, packed_size, unpack
 
 pytestmark = pytest.mark.cpu_only(reason="weights of 8 bits are for the CPU")
 
-CLOSE = {"rtol": 0, "atol": 1e-4}
-
 
 @pytest.fixture(autouse=True)
 def _inference():
@@ -44,13 +42,13 @@ def in_float64(value):
     return tuple(map(in_float64, value))
 
 
-def check(quantized, *args, **kwargs):
+def check(quantized, *args, atol=1e-4, **kwargs):
     """quantized computes what the LSTM of its weights does."""
     made = quantized(*args, **kwargs)
     args = [None if arg is None else in_float64(arg) for arg in args]
     expected = quantized.dequantize().double()(*args, **kwargs)
     for a, b in zip(flat(made), flat(expected), strict=True):
-        torch.testing.assert_close(a.double(), b, **CLOSE)
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=atol)
 
 
 # --- codes ----------------------------------------------------------------------------------------
@@ -99,6 +97,34 @@ def test_a_layer_on_every_instruction_set(isa, inputs, hidden, batch):
     check(quantize(nn.LSTM(inputs, hidden)), torch.randn(5, batch, inputs))
 
 
+@pytest.mark.parametrize("batch", [1, 2, 6, 7, 50])
+def test_rows_of_8_bits(isa, batch):
+    """A scale of some 3: rounded to a hundredth, and summed up."""
+    module = quantize(lstm_ext.LSTM(30, 70, proj_size=40), activation_bits=8)
+    assert "activation_bits=8" in repr(module)
+    x, lengths = torch.randn(5, batch, 30), torch.full((batch,), 5)
+    check(module, x, atol=0.02)
+    with pytest.raises(AssertionError):
+        check(module, x)
+    assert torch.equal(module(x)[0], module(x, lengths=lengths)[0])
+
+
+def test_rows_of_8_bits_are_the_nearest(isa):
+    """Where all are whole numbers, nothing is rounded."""
+    module = nn.LSTM(64, 20)
+    torch.nn.init.zeros_(module.weight_hh_l0)
+    module.weight_ih_l0.copy_(torch.randint(-127, 128, (80, 64)) / 2**12)
+    module.weight_ih_l0[:, 0] = 127 / 2**12
+    x = torch.randint(-127, 128, (1, 9, 64)) / 2.0**6
+    x[..., 5] = -127 / 2.0**6
+    quantized = quantize(module, activation_bits=8)
+    check(quantized, x, atol=1e-6)
+    check(quantized, x * 100, atol=1e-6)
+    x[..., 7] += 0.25 / 2.0**6
+    with pytest.raises(AssertionError):
+        check(quantized, x, atol=1e-6)
+
+
 @pytest.mark.parametrize("value", [1.0, -1.0])
 def test_sums_do_not_overflow(isa, value):
     # All products of one sign and as large as they get.
@@ -117,17 +143,20 @@ def test_the_largest_width(isa):
     check(quantize(module), torch.ones(1, 1, 65536))
 
 
+@pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("threads", [2, 3, 7])
-def test_threads_do_not_change_a_bit(isa, threads):
-    module, x = quantize(nn.LSTM(40, 100, 2, bidirectional=True)), torch.randn(20, 6, 40)
+def test_threads_do_not_change_a_bit(isa, threads, bits):
+    module = quantize(nn.LSTM(40, 100, 2, bidirectional=True), activation_bits=bits)
+    x = torch.randn(20, 6, 40)
     alone = module(x)
     torch.set_num_threads(threads)
     for a, b in zip(flat(module(x)), flat(alone), strict=True):
         assert torch.equal(a, b)
 
 
-def test_the_batch_around_a_sequence_does_not_change_a_bit(isa):
-    module, x = quantize(nn.LSTM(40, 50)), torch.randn(20, 60, 40)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_batch_around_a_sequence_does_not_change_a_bit(isa, bits):
+    module, x = quantize(nn.LSTM(40, 50), activation_bits=bits), torch.randn(20, 60, 40)
     y, _ = module(x)
     for b in (0, 1, 17, 59):
         assert torch.equal(module(x[:, b : b + 1])[0], y[:, b : b + 1])
@@ -274,6 +303,8 @@ def test_no_steps_and_no_sequences():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_cell(isa, bias):
+    coarse = quantize(lstm_ext.LSTMCell(7, 19, bias=bias), activation_bits=8)
+    check(coarse, torch.randn(5, 7), atol=0.02)
     cell = quantize(lstm_ext.LSTMCell(7, 19, bias=bias))
     assert isinstance(cell, QuantizedLSTMCell)
     x, hx = torch.randn(5, 7), (torch.randn(5, 19), torch.randn(5, 19))
@@ -282,8 +313,10 @@ def test_a_cell(isa, bias):
     check(cell, x[0], (hx[0][0], hx[1][0]))
 
 
-def test_in_a_graph():
-    module, x = quantize(nn.LSTM(7, 19, 2, bidirectional=True)), torch.randn(5, 4, 7)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_in_a_graph(bits):
+    module = quantize(nn.LSTM(7, 19, 2, bidirectional=True), activation_bits=bits)
+    x = torch.randn(5, 4, 7)
     lengths = torch.tensor([5, 1, 0, 3])
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for kwargs in ({}, {"lengths": lengths}):
@@ -429,6 +462,9 @@ def test_what_it_is_not():
         module.reset_parameters()
     with pytest.raises(TypeError, match="no subclass"):
         module.to_torch()
+    for make in (quantize, QuantizedLSTM.from_torch):
+        with pytest.raises(ValueError, match="activation_bits should be 8 or 16, got 4"):
+            make(nn.LSTM(3, 4), activation_bits=4)
     with pytest.raises(TypeError, match="quantize: expected a torch.nn.Module, got int"):
         quantize(3)
 

@@ -1,10 +1,11 @@
-// Products of rows in 16 bits with weights in 8.
+// Products of rows in 16 or 8 bits with weights in 8.
 //
-// A row of activations x becomes x ~ s q, s = max |x| / 32639, q whole numbers; the weights are
-// w = s_w (u - 128), u in 0 .. 255 and s_w of each row of weights. So x . w ~ s s_w sum q (u -
-// 128), a sum of whole numbers, which is exact: its order, the threads and the rows beside it do
-// not matter. 16 bits for x cost nothing where the weights come from a cache beyond L2, and leave
-// the rounding of the weights as the only error to speak of.
+// A row of activations x becomes x ~ s q, s = max |x| / m, q whole numbers from -m to m, m 32639 or
+// 127; the weights are w = s_w (u - 128), u in 0 .. 255 and s_w of each row of weights. So x . w ~
+// s s_w sum q (u - 128), a sum of whole numbers, which is exact: its order, the threads and the
+// rows beside it do not matter. 16 bits for x cost nothing where the weights come from a cache
+// beyond L2, and leave the rounding of the weights as the only error to speak of; with 8, more rows
+// take half as many instructions.
 //
 // Weights of G rows that belong together (the gates) lie as [blocks of 16 rows][K / 4][G][16][4],
 // whatever the instruction set: quantization.py packs them so, absent ones as 128.
@@ -24,14 +25,16 @@ namespace LSTM_EXT_ISA {
 constexpr int64_t kBlockRows = 16;  // of weights
 constexpr int64_t kDepth8 = 4;      // numbers along K that lie side by side
 constexpr float kMost16 = 32639;    // 127 * 256 + 127: both bytes of q, rounded, fit theirs
+constexpr float kMost8 = 127;
 constexpr int kZeroPoint = 128;
 
 inline int64_t blocks_of_16(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 inline int64_t depth_of_8(int64_t K) { return (K + kDepth8 - 1) / kDepth8; }
 
-// q of a row. An instruction that multiplies bytes takes it as q = 256 high + low, both signed, and
-// the weights as they are, so that 128 times the sum of either is to be taken off.
-struct Row16 {
+// q of a row. An instruction that multiplies bytes takes it as q = 256 high + low, both signed, or
+// in 8 bits as high alone, and the weights as they are, so that 128 times the sum of either is to
+// be taken off.
+struct WholeRow {
   float scale;  // 0: a row of zeros, or of what is below 1e-30; NaN: something in it is not finite
 #if defined(__AVX512VNNI__)
   int8_t *high, *low;
@@ -41,11 +44,11 @@ struct Row16 {
 #endif
 
   // Room for rows of K numbers, and for what a vector writes past them.
-  static Row16* take(Arena& arena, int64_t count, int64_t K) {
-    Row16* rows = arena.take<Row16>(count);
+  static WholeRow* take(Arena& arena, int64_t count, int64_t K) {
+    WholeRow* rows = arena.take<WholeRow>(count);
     const int64_t room = K + 64;
     for (int64_t r = 0; r < count; ++r) {
-      Row16 row{};
+      WholeRow row{};
 #if defined(__AVX512VNNI__)
       row.high = arena.take<int8_t>(room);
       row.low = arena.take<int8_t>(room);
@@ -57,7 +60,9 @@ struct Row16 {
     return rows;
   }
 
+  template <bool kWords>
   void set(const float* x, int64_t K) {
+    constexpr float limit = kWords ? kMost16 : kMost8;
     using Bits = Lanes<float>::Bits;
     constexpr int L = Lanes<float>::kCount;
     Bits most{};
@@ -70,8 +75,8 @@ struct Row16 {
     float peak;
     std::memcpy(&peak, &largest, sizeof peak);
     const bool finite = largest < 0x7f800000, some = finite && peak >= 1e-30f;
-    scale = !finite ? std::numeric_limits<float>::quiet_NaN() : some ? peak / kMost16 : 0;
-    const Vec<float> factor = broadcast<float>(some ? kMost16 / peak : 0);
+    scale = !finite ? std::numeric_limits<float>::quiet_NaN() : some ? peak / limit : 0;
+    const Vec<float> factor = broadcast<float>(some ? limit / peak : 0);
     const Bits zero = bit_cast<Bits>(broadcast<float>(Lanes<float>::kRound));
     [[maybe_unused]] Bits highs{}, lows{};
     for (int64_t k = 0; k < (K + 3) / 4 * 4; k += L) {
@@ -82,7 +87,7 @@ struct Row16 {
       }
 #if defined(__AVX512VNNI__)
       typedef int8_t Bytes __attribute__((vector_size(L)));
-      const Bits upper = (whole + 128) >> 8, lower = whole - (upper << 8);
+      const Bits upper = kWords ? (whole + 128) >> 8 : whole, lower = whole - (upper << 8);
       highs += upper;
       lows += lower;
       const Bytes bytes[2] = {__builtin_convertvector(upper, Bytes),
@@ -109,7 +114,9 @@ struct Row16 {
 // lanes of a vector are a part of the block. scales [G][parts].
 #if defined(__AVX512VNNI__)
 
-constexpr int kRowsAtOnce = 3;  // 2 x 3 x 4 sums, 4 weights and a broadcast fit 32 registers
+// 2 x 3 x 4 sums, or 6 x 4, 4 weights and a broadcast fit 32 registers.
+template <bool kWords>
+constexpr int kRowsAtOnce = kWords ? 3 : 6;
 
 // sum + u x, four products a lane. Of the intrinsic gcc 12 makes a copy, and a spill, of each sum
 // at every step.
@@ -118,44 +125,48 @@ LSTM_EXT_INLINE void add_products(Lanes<float>::Bits& sum, Lanes<float>::Bits u,
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(x));
 }
 
-template <int R, int G>
-__attribute__((noinline)) void product_of_16(const Row16* rows, const uint8_t* w, int64_t depth,
+template <bool kWords, int R, int G>
+__attribute__((noinline)) void product_of_16(const WholeRow* rows, const uint8_t* w, int64_t depth,
                                              const Vec<float>* scales, float* out, int64_t) {
   using Bits = Lanes<float>::Bits;
   Bits high[R][G], low[R][G];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
       high[r][g] = Bits{} - kZeroPoint * rows[r].sum_high;
-      low[r][g] = Bits{} - kZeroPoint * rows[r].sum_low;
+      if (kWords) low[r][g] = Bits{} - kZeroPoint * rows[r].sum_low;
     }
   }
+  const auto four = [](const int8_t* numbers) {
+    int32_t bits;
+    std::memcpy(&bits, numbers, sizeof bits);
+    return Bits{} + bits;
+  };
   for (int64_t k = 0; k < depth; ++k, w += G * 64) {
     Bits weight[G];
     static_assert(sizeof weight == G * kBlockRows * kDepth8, "a vector a gate");
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) std::memcpy(&weight[g], w + g * sizeof weight[g], sizeof weight[g]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      int32_t four[2];
-      std::memcpy(&four[0], rows[r].high + k * kDepth8, sizeof four[0]);
-      std::memcpy(&four[1], rows[r].low + k * kDepth8, sizeof four[1]);
-      const Bits upper = Bits{} + four[0], lower = Bits{} + four[1];
+      const Bits upper = four(rows[r].high + k * kDepth8);
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) {
-        add_products(high[r][g], weight[g], upper);
-        add_products(low[r][g], weight[g], lower);
+      for (int g = 0; g < G; ++g) add_products(high[r][g], weight[g], upper);
+      if constexpr (kWords) {
+        const Bits lower = four(rows[r].low + k * kDepth8);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) add_products(low[r][g], weight[g], lower);
       }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
-      const Vec<float> sum = __builtin_convertvector(high[r][g], Vec<float>) * 256.0f +
-                             __builtin_convertvector(low[r][g], Vec<float>);
-      store_full<float>(out + (r * G + g) * 16, sum * rows[r].scale * scales[g]);
+      Vec<float> sum = __builtin_convertvector(high[r][g], Vec<float>);
+      if (kWords) sum = sum * 256.0f + __builtin_convertvector(low[r][g], Vec<float>);
+      store_full<float>(out + (r * G + g) * 16, sum * (rows[r].scale * scales[g]));
     }
   }
 }
@@ -169,7 +180,7 @@ constexpr int64_t kStretch = 256;
 // gates' sums the registers hold.
 #if defined(__AVX512BW__)
 typedef __m512i Words;
-constexpr int kRowsAtOnce = 3;
+constexpr int kMostRows = 3;
 constexpr int gates_at_once(int) { return 4; }
 static inline Words four_words(int64_t x) { return _mm512_set1_epi64(x); }
 static inline Words weights_at(const uint8_t* w) {
@@ -181,7 +192,7 @@ static inline Words add_pairs(Words sum, Words a, Words b) {
 }
 #elif defined(__AVX2__)
 typedef __m256i Words;
-constexpr int kRowsAtOnce = 2;
+constexpr int kMostRows = 2;
 constexpr int gates_at_once(int rows) { return 2 / rows; }
 static inline Words four_words(int64_t x) { return _mm256_set1_epi64x(x); }
 static inline Words weights_at(const uint8_t* w) {
@@ -193,7 +204,7 @@ static inline Words add_pairs(Words sum, Words a, Words b) {
 }
 #elif defined(__SSE2__)
 typedef __m128i Words;
-constexpr int kRowsAtOnce = 1;
+constexpr int kMostRows = 1;
 constexpr int gates_at_once(int) { return 1; }
 static inline Words four_words(int64_t x) { return _mm_set1_epi64x(x); }
 static inline Words weights_at(const uint8_t* w) {
@@ -207,7 +218,7 @@ static inline Words add_pairs(Words sum, Words a, Words b) {
 struct Words {
   int32_t lane[2];  // two sums, or four numbers of 16 bits
 };
-constexpr int kRowsAtOnce = 1;
+constexpr int kMostRows = 1;
 constexpr int gates_at_once(int) { return 1; }
 static inline Words four_words(int64_t x) { return bit_cast<Words>(x); }
 static inline Words weights_at(const uint8_t* w) {
@@ -226,10 +237,13 @@ static inline Words add_pairs(Words sum, Words a, Words b) {
 }
 #endif
 
+template <bool>
+constexpr int kRowsAtOnce = kMostRows;
+
 // Adds sum q (u - 128) over [k0, k1) for R rows and a block's weights of N gates, in two parts
 // each.
 template <int R, int N>
-void add_products(const Row16* rows, const uint8_t* w, int64_t stride, int64_t k0, int64_t k1,
+void add_products(const WholeRow* rows, const uint8_t* w, int64_t stride, int64_t k0, int64_t k1,
                   float (*sums)[N][2 * kBlockRows]) {
   constexpr int numbers = sizeof(Words) / 2, vectors = kBlockRows * kDepth8 / numbers;
   Words sum[R][N][vectors] = {};
@@ -261,8 +275,8 @@ void add_products(const Row16* rows, const uint8_t* w, int64_t stride, int64_t k
   }
 }
 
-template <int R, int G>
-__attribute__((noinline)) void product_of_16(const Row16* rows, const uint8_t* w, int64_t depth,
+template <bool, int R, int G>
+__attribute__((noinline)) void product_of_16(const WholeRow* rows, const uint8_t* w, int64_t depth,
                                              const Vec<float>* scales, float* out,
                                              int64_t part_stride) {
   constexpr int L = Lanes<float>::kCount, parts = kBlockRows / L;
@@ -282,7 +296,7 @@ __attribute__((noinline)) void product_of_16(const Row16* rows, const uint8_t* w
         for (int p = 0; p < parts; ++p) {
           const Vec<float> sum = load_full<float>(pairs + p * L);
           store_full<float>(out + p * part_stride + (r * G + g) * L,
-                            sum * rows[r].scale * scales[g * parts + p]);
+                            sum * (rows[r].scale * scales[g * parts + p]));
         }
       }
     }

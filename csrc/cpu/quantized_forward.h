@@ -35,6 +35,7 @@ class Forward<Byte, S> {
         batch_(batch),
         H_(p.H),
         P_(p.P),
+        words_(p.quantized.row_bits == 16),
         steps_at_once_(std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, batch.size()))),
         cells_(p, batch, slices, steps_at_once_, arena) {
     meet_ = take_barrier(arena, slices);
@@ -44,7 +45,7 @@ class Forward<Byte, S> {
     for (int i = 0; i < slices; ++i) {
       arena.next_page();
       Scratch s{};
-      s.rows = Row16::take(arena, most, std::max(std::max(p.I, p.H), p.P));
+      s.rows = WholeRow::take(arena, most, std::max(std::max(p.I, p.H), p.P));
       s.sums = arena.take<float>(kChunkRows * 4 * kBlockRows);
       if (scratch_) scratch_[i] = s;
     }
@@ -72,7 +73,7 @@ class Forward<Byte, S> {
       const int64_t count = collect(p_.steps, p_.steps.step_at(i), batch_, m.rows);
       for (int64_t r = 0; r < count; ++r) {
         m.rows[r].slot = made++;
-        s.rows[r].set(cells_.h_before(m.rows[r], i), P_);
+        set(s.rows[r], cells_.h_before(m.rows[r], i), P_);
       }
       auto waiting = cells_.waiting(m, count);
       each_block<4>(units, s, count, p_.w_hh, P_, p_.quantized.hh_scale, H_, i & 1,
@@ -82,7 +83,7 @@ class Forward<Byte, S> {
       cells_.flush(m.rows, count, waiting, i);
       meet();
       if (!p_.w_hr) continue;
-      for (int64_t r = 0; r < count; ++r) s.rows[r].set(cells_.cell_out(m.rows[r]), H_);
+      for (int64_t r = 0; r < count; ++r) set(s.rows[r], cells_.cell_out(m.rows[r]), H_);
       each_block<1>(proj, s, count, p_.w_hr, H_, p_.quantized.hr_scale, P_, false,
                     [&](int64_t j, Range part, const float* sums) {
                       for (int64_t r = part.begin; r < part.end; ++r, sums += L) {
@@ -95,8 +96,8 @@ class Forward<Byte, S> {
 
  private:
   struct Scratch {
-    Row16* rows;  // [max(batch, kChunkRows)]
-    float* sums;  // [parts][rows of a chunk][gates][lanes]
+    WholeRow* rows;  // [max(batch, kChunkRows)]
+    float* sums;     // [parts][rows of a chunk][gates][lanes]
   };
 
   static int64_t columns(const LstmForward& p) { return p.I + p.P; }
@@ -111,13 +112,21 @@ class Forward<Byte, S> {
     return {std::min(all, blocks.begin * kParts), std::min(all, blocks.end * kParts)};
   }
 
+  void set(WholeRow& row, const float* x, int64_t K) const {
+    if (words_) {
+      row.set<true>(x, K);
+    } else {
+      row.set<false>(x, K);
+    }
+  }
+
   // gx = x W_ih^T + b for the columns of one thread and the steps from the i-th on.
   void input_product(const Member<float>& m, const Scratch& s, Range units, int64_t i) {
     int64_t count = 0;
     for (int64_t end = std::min(p_.steps.T, i + steps_at_once_); i < end; ++i) {
       const int64_t active = collect(p_.steps, p_.steps.step_at(i), batch_, m.rows);
       for (int64_t r = 0; r < active; ++r) {
-        s.rows[count++].set(static_cast<const float*>(p_.x) + m.rows[r].row * p_.I, p_.I);
+        set(s.rows[count++], static_cast<const float*>(p_.x) + m.rows[r].row * p_.I, p_.I);
       }
     }
     const float* const bias = static_cast<const float*>(p_.b_ih);
@@ -154,11 +163,17 @@ class Forward<Byte, S> {
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const Range part = share(count, chunks, chunk);
         const int64_t stride = part.size() * G * L;
-        const int64_t tiles = (part.size() + kRowsAtOnce - 1) / kRowsAtOnce;
+        const int64_t at_once = words_ ? kRowsAtOnce<true> : kRowsAtOnce<false>;
+        const int64_t tiles = (part.size() + at_once - 1) / at_once;
         for (int64_t t = 0; t < tiles; ++t) {
           const Range tile = share(part.size(), tiles, t);
-          rows_of_block<G>(int(tile.size()), s.rows + part.begin + tile.begin, weights, depth,
-                           scales, s.sums + tile.begin * G * L, stride);
+          const WholeRow* rows = s.rows + part.begin + tile.begin;
+          float* sums = s.sums + tile.begin * G * L;
+          if (words_) {
+            rows_of_block<true, G>(int(tile.size()), rows, weights, depth, scales, sums, stride);
+          } else {
+            rows_of_block<false, G>(int(tile.size()), rows, weights, depth, scales, sums, stride);
+          }
         }
         for (int p = 0; p < kParts && first + p * L < n; ++p) {
           done(first + p * L, part, s.sums + p * stride);
@@ -167,20 +182,19 @@ class Forward<Byte, S> {
     }
   }
 
-  template <int G, class... Arguments>
+  // R: at most so many.
+  template <bool kWords, int G, int R = kRowsAtOnce<kWords>, class... Arguments>
   static void rows_of_block(int rows, Arguments... arguments) {
-    if constexpr (kRowsAtOnce > 2) {
-      if (rows == 3) return product_of_16<3, G>(arguments...);
+    if constexpr (R > 1) {
+      if (rows < R) return rows_of_block<kWords, G, R - 1>(rows, arguments...);
     }
-    if constexpr (kRowsAtOnce > 1) {
-      if (rows == 2) return product_of_16<2, G>(arguments...);
-    }
-    product_of_16<1, G>(arguments...);
+    product_of_16<kWords, R, G>(arguments...);
   }
 
   const LstmForward& p_;
   const Range batch_;
   const int64_t H_, P_;
+  const bool words_;             // rows in 16 bits, else in 8
   const int64_t steps_at_once_;  // of the input product
   ForwardCells<float, S> cells_;
   Barrier* meet_;
