@@ -33,7 +33,8 @@ the heap is that of a process that has run for a while. Where a call needs more 
 maps memory anew each time, and its page faults are in the time (training at H 1024).
 Rows that say *cell* are loops over nn.LSTMCell and LSTMCell instead, a call a step. In the mode
 *quantized* weights have 8 bits: nn.LSTM is what torch.ao.quantization.quantize_dynamic makes of it,
-lstm_ext what lstm_ext.quantize does, 8-bit-rows that with activation_bits=8, and float lstm_ext.LSTM.
+lstm_ext what lstm_ext.quantize does, 8-bit-rows that with activation_bits=8, and float is
+lstm_ext.LSTM.
 *Of the limit*: what the call cannot do without (its arithmetic at the measured peak; in each step
 of the recurrence at least reading W_hh from the nearest caches that hold it) over what it took.
 *Weights* is how fast W_hh was read, were the whole call spent on it. *Memory* is what a call adds
