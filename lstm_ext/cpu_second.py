@@ -24,11 +24,12 @@ from torch import Tensor
 
 from lstm_ext.cpu_backward import Kept, backward
 from lstm_ext.cpu_calls import allocate, gates_bytes, run_directions
-from lstm_ext.cpu_products import linear, matmul, transposed_matmul
+from lstm_ext.cpu_products import linear, matmul, transposed_matmul, workspace
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,
     DirectionGrads,
+    LayerWeights,
     acc_dtype,
     native_steps,
     native_variants,
@@ -118,6 +119,104 @@ def _of_direction(d: Sequence[Tensor | None], k: int, H: int, P: int) -> tuple[A
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else b if a is None else a + b
+
+
+def step_second(
+    steps: Steps,
+    d: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    v: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """:func:`layer_second` of a single step of a plain direction: the same algebra, without a
+    recurrence, in a third of the time that the questions of a layer take.
+
+    Args:
+        d: of h_1 and c_1, (B, H); None for zero. inputs: x (B, I), h_0 and c_0 (B, H), the two
+            weights and the two biases or None. saved: gates and c_1.
+        v: of the inputs; None for zero. needed: of d and of the inputs.
+
+    Returns:
+        The derivatives by d and by the inputs, None where they are not needed.
+    """
+    x, h0, c0, w_ih, w_hh = inputs[:5]
+    v_x, v_h0, v_c0, v_ih, v_hh, *v_b = v
+    c0, gates, c_1 = (t.contiguous() for t in (c0, *saved))
+    B, H = c0.shape
+    native, variants = native_steps(_C, steps, False), native_variants(_C, _PLAIN, x.dtype)[0]
+    common = DTYPE_CODE[x.dtype], False, torch.get_num_threads()
+    # The tangents of the gates before the activations, of h_1 and of c_1.
+    a_dot: Tensor | None = None
+    for rows, w in ((x, v_ih), (h0, v_hh), (v_x, w_ih), (v_h0, w_hh)):
+        if rows is None or w is None:
+            continue
+        a_dot = torch.mm(rows, w.t()) if a_dot is None else a_dot.addmm_(rows, w.t())
+    if a_dot is None:
+        a_dot = gates.new_zeros(B, 4 * H)
+    for bias in v_b:
+        if bias is not None:
+            a_dot += bias
+    c0_dot = c0.new_zeros(B, H) if v_c0 is None else v_c0.contiguous()
+    h_dot, c_dot, c_last = (c0.new_empty(B, H) for _ in range(3))
+    # fmt: off
+    call = _C.CpuForward(
+        *common, False, native, H, H, 0,
+        a_dot, None, None, None, None, None, None, c0, c0_dot, variants,
+        None, c_dot, None, None, h_dot, H, h_dot, c_last,
+    )
+    # fmt: on
+    call.make_tangents(gates, c_1, c0, None, None, None, None)
+    recorded(_C.cpu_forward)(call, None, workspace)
+    results = [h_dot if needed[0] else None, c_dot if needed[1] else None, *[None] * len(inputs)]
+    if not any(needed[2:]):
+        return results
+
+    def backwards(dh: Tensor | None, dc: Tensor | None) -> tuple[Any, Tensor, Tensor]:
+        dgates, dc0 = gates.new_empty(B, 4 * H), c0.new_empty(B, H)
+        # fmt: off
+        call = _C.CpuBackward(
+            *common, native, H, H, variants,
+            None, None, None, c0, None, H, gates, c_1, None, None,
+            None, 0, dh, dc, None,
+            dgates, None, None, None, None, None, None, h_dot, dc0,
+        )
+        # fmt: on
+        return call, dgates, dc0
+
+    h_dot = c0.new_empty(B, H)  # what a step makes of dh_0 without W_hh is not used
+    first, da, _ = backwards(*(None if t is None else t.contiguous() for t in d))
+    dout, dc = gates.new_empty(B, H), gates.new_empty(B, H)
+    first.keep_gradients(dout, dc)
+    recorded(_C.cpu_backward)(first, None, workspace)
+    second, da_dot, dc0_dot = backwards(None, None)
+    second.make_tangents(a_dot, c_dot, c0_dot, dout, dc, None, None)
+    recorded(_C.cpu_backward)(second, None, workspace)
+    for k, (w, v_w) in ((0, (w_ih, v_ih)), (1, (w_hh, v_hh))):
+        if needed[2 + k]:
+            results[2 + k] = matmul(da_dot, w)
+            if v_w is not None:
+                results[2 + k] += matmul(da, v_w)
+    if needed[4]:
+        results[4] = dc0_dot
+    biases = needed[7] or needed[8]
+    if needed[5] or needed[6] or biases:
+        flags = needed[5], needed[6]
+        sides = [t if flag else None for t, flag in zip((x, h0), flags, strict=True)]
+        *of_weights, total = transposed_matmul(da_dot, *sides, biases)
+        sides = [t if flag else None for t, flag in zip((v_x, v_h0), flags, strict=True)]
+        if any(t is not None for t in sides):
+            *more, _ = transposed_matmul(da, *sides, False)
+            of_weights = list(map(_sum, of_weights, more))
+        results[5:7] = of_weights
+        if needed[7]:
+            results[7] = total
+        if needed[8]:  # two tensors, as for two parameters
+            results[8] = total.clone() if needed[7] else total
+    return results
+
+
+_PLAIN = LayerWeights(None, None)  # nothing beside nn.LSTM's
 
 
 @dataclasses.dataclass

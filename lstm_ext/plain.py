@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lstm_ext import batching, cpu_backward, cpu_engine, cpu_products, ops
+from lstm_ext import batching, cpu_backward, cpu_engine, cpu_products, cpu_second, ops
 from lstm_ext.autograd import LSTMLayerBackward, must_apply, second_derivative
 from lstm_ext.engine import DTYPE_CODE, is_surrounded, native_steps
 from lstm_ext.native import _C
@@ -302,9 +302,12 @@ class PlainLayerBackward(Function):
     def backward(ctx: Any, *v: Tensor | None) -> tuple[Any, ...]:
         tensors, wanted = ctx.saved_tensors, ctx.wanted
         outputs = len(tensors) - _RESULTS - len(wanted)
-        form = LayerForm(tensors[:outputs], tensors[outputs:], *ctx.steps)
         needed = ctx.needs_input_grad[4 : 4 + outputs + len(wanted)]
         v = tuple(t if flag else None for t, flag in zip(v, wanted, strict=True))
+        made = _second_of_a_step(tensors, outputs, ctx.steps[0], v, needed)
+        if made is not None:
+            return (None,) * 4 + made + (None,) * _RESULTS
+        form = LayerForm(tensors[:outputs], tensors[outputs:], *ctx.steps)
         made = second_derivative(
             form.steps,
             form.kinds,
@@ -315,6 +318,45 @@ class PlainLayerBackward(Function):
         count = 2 + 2 * len(form.kinds)
         results = (*form.as_outputs(made[:count]), *form.as_inputs(made[count:]))
         return (None,) * 4 + results + (None,) * _RESULTS
+
+
+def _second_of_a_step(
+    tensors: Sequence[Tensor | None],
+    outputs: int,
+    steps: int | Steps,
+    v: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...] | None:
+    """The second derivative of a cell on the CPU; None where it is another call, or zero. The
+    arguments are PlainLayerBackward's."""
+    x, h0 = tensors[outputs : outputs + 2]
+    if (
+        steps != 0
+        or h0 is None
+        or x.device.type != "cpu"
+        or must_apply()
+        or is_surrounded()
+        or all(t is None for t in v)
+        or all(t is None for t in tensors[:outputs])
+    ):
+        return None
+    *every, _ = (*v, *tensors)  # y there is none
+    for tensor in every:
+        if tensor is not None and (type(tensor) not in _TYPES or tensor.is_neg()):
+            return None
+    if x.dtype == torch.bfloat16:
+        every = [t if t is None else t.float() for t in every]
+    count = len(v)
+    v, d, inputs, saved = (
+        every[:count],
+        every[count : count + outputs],
+        every[count + outputs : -2],
+        every[-2:],
+    )
+    made = cpu_second.step_second(Steps.padded(1, x.size(0)), d, inputs, saved, v, needed)
+    if x.dtype == torch.bfloat16:
+        made = [t if t is None else t.to(x.dtype) for t in made]
+    return tuple(made)
 
 
 def _backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 
@@ -21,7 +22,8 @@ from second_order import (
     gradient_penalty,
     make_steps,
 )
-from tolerances import assert_as_good
+from tolerances import assert_as_good, tol
+from torch import nn
 from torch.func import vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -147,6 +149,51 @@ def test_a_cell_goes_the_core_s_way(ways):
     (g,) = torch.autograd.grad(h.sum() + c.sum(), x, create_graph=True)
     g.square().sum().backward()
     assert set(ways) == {WAY}
+
+
+CELL = ("x", "h", "c", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+@pytest.mark.parametrize("used", ["h", "c", "both"])
+@pytest.mark.parametrize("frozen", [(), *[(name,) for name in CELL], CELL[:3], CELL[3:], CELL[5:]])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [F64, F32, torch.bfloat16], ids=str)
+def test_a_cell_as_torch_s(dtype, bias, frozen, used):
+    """Each of its inputs held fixed, some of them, and not."""
+
+    def second(cell, dtype):
+        given = {name: t.to(dtype).requires_grad_(name not in frozen) for name, t in states.items()}
+        for name, parameter in cell.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        h, c = cell(given["x"], (given["h"], given["c"]))
+        outputs = {"h": [h], "c": [c], "both": [h, c]}[used]
+        named = {**given, **dict(cell.named_parameters())}
+        leaves = [t for t in named.values() if t.requires_grad]
+        dots = [d.to(dtype).requires_grad_() for d in cotangents[: len(outputs)]]
+        first = torch.autograd.grad(outputs, leaves, dots, create_graph=True)
+        inner = sum((g * w.to(dtype)).sum() for g, w in zip(first, directions, strict=False))
+        return torch.autograd.grad(inner, [*dots, *leaves], allow_unused=True)
+
+    states = {"x": torch.randn(3, 4), "h": torch.randn(3, 6), "c": torch.randn(3, 6)}
+    states = {name: here(t) for name, t in states.items()}
+    cotangents = [here(torch.randn(3, 6)) for _ in range(2)]
+    cell = here(nn.LSTMCell(4, 6, bias=bias, dtype=dtype))
+    sizes = {**{k: t.shape for k, t in states.items()}}
+    sizes |= {k: t.shape for k, t in cell.named_parameters()}
+    directions = [here(torch.randn(size)) for name, size in sizes.items() if name not in frozen]
+    states = {name: t.to(dtype) for name, t in states.items()}
+    truth = second(copy.deepcopy(cell).double(), F64)
+    peer = second(copy.deepcopy(cell), dtype)
+    made = second(lstm_ext.LSTMCell.from_torch(cell), dtype)
+    for ours, theirs, true in zip(made, peer, truth, strict=True):
+        if ours is None or true is None:
+            assert ours is true or not (true if ours is None else ours).any()
+            continue
+        assert ours.dtype == dtype
+        if dtype == torch.bfloat16:
+            assert_as_good(ours, theirs, true)
+        else:
+            torch.testing.assert_close(ours.double(), true, **tol(dtype))
 
 
 def test_of_torch_func(ways):
