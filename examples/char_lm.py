@@ -3,7 +3,7 @@
 The text is Python's own standard library, which every machine has. Both models start from the
 same weights and see the same batches, a step of one after a step of the other, so the loss
 curves must lie on each other and the ratio of the step times is like with like. At the end the
-lstm_ext model writes some Python.
+lstm_ext model is read with weights of 8 bits too, and writes some Python.
 
     python examples/char_lm.py            # some 100 s on two cores
     python examples/char_lm.py --short    # a few seconds, to see that it runs
@@ -14,6 +14,7 @@ Exit status: 0 if the curves lie on each other, 1 if not, 2 for a bad argument.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import statistics
 import sys
@@ -151,12 +152,12 @@ class Learner:
         self.times.append(now(text.device) - begin)
         self.lstm_times.append(self.stopwatch.seconds)
 
-    @torch.inference_mode()
-    def bits_per_character(self, text: torch.Tensor) -> float:
-        """Held-out loss in bits; ``text`` is (T + 1, B), read from a zero state."""
-        self.model.eval()
-        logits, _ = self.model(text[:-1])
-        return loss_of(logits, text[1:]).item() / math.log(2)
+
+@torch.inference_mode()
+def bits_per_character(model: CharModel, text: torch.Tensor) -> float:
+    """Held-out loss in bits; ``text`` is (T + 1, B), read from a zero state."""
+    logits, _ = model.eval()(text[:-1])
+    return loss_of(logits, text[1:]).item() / math.log(2)
 
 
 def now(device: torch.device) -> float:
@@ -297,8 +298,11 @@ def main(argv: list[str] | None = None) -> int:
     print(curve_table(peer, ours))
     agree = curves_agree(peer, ours)
     for learner in (peer, ours):
-        bits = learner.bits_per_character(valid)
+        bits = bits_per_character(learner.model, valid)
         print(f"held-out text: {learner.name:13} {bits:.4f} bits a character")
+    if args.device.type == "cpu":
+        served = lstm_ext.quantize(copy.deepcopy(ours.model))
+        print(f"  with weights of 8 bits     {bits_per_character(served, valid):.4f}")
 
     whole = ratio_of(peer.times, ours.times)
     alone = ratio_of(peer.lstm_times, ours.lstm_times)

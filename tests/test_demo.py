@@ -46,6 +46,7 @@ def test_short_demo(tmp_path):
     for _, peer, ours in table:
         assert float(ours) == pytest.approx(float(peer), abs=1e-4)
 
+    (served,) = re.findall(r"^  with weights of 8 bits +(\d\.\d+)$", done.stdout, re.M)
     bits = re.findall(r"^held-out text: (\S+) +(\d\.\d+) bits a character$", done.stdout, re.M)
     assert [name for name, _ in bits] == ["nn.LSTM", "lstm_ext.LSTM"]
     # log2 of the number of classes is 6.6; a model that has learnt nothing gives that.
