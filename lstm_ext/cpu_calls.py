@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import torch
@@ -30,6 +30,15 @@ def bf16_products(dtype: torch.dtype, w: LayerWeights) -> bool:
 def allocate(like: Tensor, *size: int, zero: bool, dtype: torch.dtype | None = None) -> Tensor:
     """Rows of padding are not touched by the core: then the tensor starts as zeros."""
     return (like.new_zeros if zero else like.new_empty)(size, dtype=dtype)
+
+
+def biases_alone(rows: int, columns: int, biases: Iterable[Tensor | None], like: Tensor) -> Tensor:
+    """What an input of no features gives: the sum of the biases in every row."""
+    gx = like.new_zeros(rows, columns)
+    for bias in biases:
+        if bias is not None:
+            gx += bias
+    return gx
 
 
 # Of one direction's gates, of all steps: about so much more memory do two directions at once need.

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from lstm_ext.cpu_backward import backward
-from lstm_ext.cpu_calls import allocate, bf16_products, gates_bytes, run_directions
+from lstm_ext.cpu_calls import (
+    allocate,
+    bf16_products,
+    biases_alone,
+    gates_bytes,
+    run_directions,
+)
 from lstm_ext.cpu_products import linear
 from lstm_ext.cpu_second import layer_second as layer_second  # a part of the engine
 from lstm_ext.engine import (
@@ -122,6 +128,9 @@ def _forward(
             gx = linear(x.to(acc), w.w_ih.to(acc))
             gx, more = norm_input(gx, w, bias, steps)
         gates = gx if save else None  # the core reads a row's gx before it writes its gates
+    elif I == 0:  # nothing to multiply, and an address that is null
+        gx = biases_alone(steps.rows, 4 * H, (w.b_ih, w.b_hh), c0.new_empty(0, dtype=acc))
+        gates = gx if save else None
     else:
         core_input = operand(bf16)
         w_ih = w.w_ih

@@ -141,6 +141,8 @@ def _backward(*arguments: Any) -> list[Tensor]:
 
 def _check(x: Tensor, directions: list[Direction], steps: Steps) -> None:
     """As a graph's inputs, nothing has been checked yet."""
+    if steps.offsets is None and x.size(0) != steps.T * steps.B:
+        raise RuntimeError(f"Expected input of {steps.T * steps.B} rows, got {x.size(0)}")
     ops.check_layer(x, directions, steps)
     if steps.lengths is not None:
         check_lengths(steps.lengths, steps.T)

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lstm_ext import batching
 from lstm_ext.autograd import has_tangent, needs_grad
-from lstm_ext.cpu_calls import allocate, gates_bytes, run_directions
+from lstm_ext.cpu_calls import allocate, biases_alone, gates_bytes, run_directions
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,
@@ -25,6 +26,7 @@ from lstm_ext.engine import (
     native_steps,
     native_variants,
 )
+from lstm_ext.flat import Kind
 from lstm_ext.native import _C
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps, check_lengths, check_packed
@@ -32,6 +34,7 @@ from lstm_ext.torch_engine import LayerOutputs, side_by_side
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS, _DEPTH, _ZERO_POINT = 16, 4, 128  # as in csrc/cpu/quantized.h
+_ABSENT = 0  # the code of a column that is not there, and of no weight
 _MOST_COLUMNS = 1 << 16  # sums of so many products fit 32 bits
 
 
@@ -62,12 +65,14 @@ def pack(weight: Tensor, gates: int = 4) -> tuple[Tensor, Tensor]:
     """The codes and scales of a weight (gates * n, K).
 
     Returns:
-        uint8 (n / 16, K / 4, gates * 16 * 4), both rounded up, what is absent being 128; float32
+        uint8 (n / 16, K / 4, gates * 16 * 4), both rounded up, what is absent being 0; float32
         (gates * n).
 
     Raises:
-        ValueError: a weight is not finite, or there are more than 65536 columns.
+        ValueError: a weight is not finite or has no value, or there are more than 65536 columns.
     """
+    if weight.is_meta:
+        raise ValueError("quantize: expected weights with values, got some on the meta device")
     weight = weight.detach().to("cpu", torch.float32)
     rows, K = weight.shape
     if K > _MOST_COLUMNS:
@@ -75,14 +80,24 @@ def pack(weight: Tensor, gates: int = 4) -> tuple[Tensor, Tensor]:
     if not weight.isfinite().all():
         raise ValueError("quantize: expected finite weights, got infinity or NaN among them")
     scale = weight.abs().amax(1) / 127 if K else weight.new_zeros(rows)
-    codes = weight / torch.where(scale == 0, 1, scale)[:, None]
+    scale = torch.where(scale < torch.finfo(scale.dtype).tiny, 0, scale)
+    codes = weight / torch.where(scale == 0, torch.inf, scale)[:, None]
     codes = codes.round().add(_ZERO_POINT).to(torch.uint8)
     size = blocks, depth, _ = packed_size(rows, K, gates)
     codes = codes.view(gates, rows // gates, K)
     pad = (0, depth * _DEPTH - K, 0, blocks * _ROWS - rows // gates)
-    codes = F.pad(codes, pad, value=_ZERO_POINT)
+    codes = F.pad(codes, pad, value=_ABSENT)
     codes = codes.view(gates, blocks, _ROWS, depth, _DEPTH).permute(1, 3, 0, 2, 4)
     return codes.reshape(size).contiguous(), scale
+
+
+def is_of_columns(codes: Tensor, columns: int) -> bool:
+    """Whether codes are of weights of so many columns, rather than of up to three fewer or more."""
+    if -(-columns // _DEPTH) != codes.size(1) or not columns:
+        return codes.size(1) == -(-columns // _DEPTH)
+    last = codes[:, -1].view(codes.size(0), -1, _DEPTH)
+    absent = columns % _DEPTH or _DEPTH
+    return bool((last[..., absent:] == _ABSENT).all() and (last[:, 0, absent - 1] != _ABSENT).all())
 
 
 def unpack(codes: Tensor, scale: Tensor, columns: int) -> Tensor:
@@ -91,7 +106,7 @@ def unpack(codes: Tensor, scale: Tensor, columns: int) -> Tensor:
     gates = width // (_ROWS * _DEPTH)
     rows = codes.view(blocks, depth, gates, _ROWS, _DEPTH).permute(2, 0, 3, 1, 4)
     rows = rows.reshape(gates, blocks * _ROWS, depth * _DEPTH)
-    rows = rows[:, : scale.numel() // gates, :columns].reshape(-1, columns)
+    rows = rows[:, : scale.numel() // gates, :columns].reshape(scale.numel(), columns)
     return (rows.to(torch.float32) - _ZERO_POINT) * scale[:, None]
 
 
@@ -115,10 +130,10 @@ def quantized_layer(
                 f"weights of 8 bits run on the CPU, got a tensor on {tensor.device}: move the "
                 "input there, or keep an lstm_ext.LSTM for this device"
             )
-    if needs_grad(tensors) or has_tangent(tensors):
+    _refuse_derivatives(tensors)
+    if torch.jit.is_tracing():
         raise RuntimeError(
-            "weights of 8 bits are for inference, got a tensor that requires grad, or has a "
-            "tangent: call the module under torch.no_grad(), or detach its input and states"
+            "weights of 8 bits cannot be traced by torch.jit.trace: use torch.export.export"
         )
     x, *states = [t.resolve_neg() for t in tensors]
     flat = []
@@ -139,6 +154,14 @@ def quantized_layer(
     return LayerOutputs(y, results[:D], results[D:], every)
 
 
+def _refuse_derivatives(tensors: Sequence[Tensor | None]) -> None:
+    if needs_grad(tensors) or has_tangent(tensors):
+        raise RuntimeError(
+            "weights of 8 bits are for inference, got a tensor that requires grad, or has a "
+            "tangent: call the module under torch.no_grad(), or detach its input and states"
+        )
+
+
 def _run(
     x: Tensor,
     flat: Sequence[Tensor | None],
@@ -149,7 +172,8 @@ def _run(
 ) -> list[Tensor]:
     """y, every c_t if cells, h_n and c_n of each direction."""
     size = 2 + _TENSORS
-    P, D = flat[0].size(1), len(reverse)
+    P, D = flat[0].size(-1), len(reverse)
+    _check_sizes(x, flat, steps, D)
     y = allocate(x, steps.rows, D * P, zero=steps.has_padding)
     operand = x.to(torch.float32).contiguous()
     last, running, directions = [], [], []
@@ -173,6 +197,12 @@ _library.define(
     "SymInt T, SymInt B, bool batch_first, Tensor? offsets, Tensor? lengths, Tensor? reset_mask, "
     "bool cells) -> Tensor[]"
 )
+
+
+def _autograd(*arguments: Any) -> list[Tensor]:
+    _refuse_derivatives([arguments[0], *arguments[1]])
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.lstm_ext.quantized_layer(*arguments)
 
 
 def _kernel(
@@ -205,7 +235,38 @@ def _fake(
     return rows + [x.new_empty(t.shape) for t in (h0, c0) for _ in reverse]
 
 
+class _Operator:
+    """As batching's rules call it."""
+
+    @staticmethod
+    def apply(
+        steps: Steps, kinds: Sequence[Kind], options: tuple[int, bool], x: Tensor, *flat: Any
+    ) -> list[Tensor]:
+        bits, cells = options
+        reverse = [backwards for backwards, _ in kinds]
+        return torch.ops.lstm_ext.quantized_layer(
+            *(x, list(flat), bits, reverse, steps.T, steps.B, steps.batch_first),
+            *(steps.offsets, steps.lengths, steps.reset_mask, cells),
+        )
+
+
+def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    x, flat, bits, reverse, T, B, batch_first, *tensors, cells = arguments
+    x_dim, dims = in_dims[0], in_dims[1] or [None] * len(flat)
+    steps = Steps.of((T, B, x.size(0 if x_dim != 0 else 1), batch_first), *tensors)
+    kinds = tuple((backwards, None) for backwards in reverse)
+    layout = steps.layout
+    return batching.forward(
+        _Operator,
+        info.batch_size,
+        (Steps.of(layout, *in_dims[7:10]), kinds, None, x_dim, *dims),
+        (steps, kinds, (bits, cells), x, *flat),
+    )
+
+
 _library.impl("quantized_layer", _kernel, "CompositeExplicitAutograd")
+_library.impl("quantized_layer", _autograd, "Autograd")
+torch.library.register_vmap("lstm_ext::quantized_layer", _vmap, lib=_library)
 torch.library.register_fake("lstm_ext::quantized_layer", _fake, lib=_library)
 
 
@@ -221,7 +282,7 @@ def _forward(
     """One direction, as :func:`cpu_engine._forward`."""
     h0, c0, w, reverse = direction
     H, P, I = c0.size(1), h0.size(1), x.size(1)
-    _check(x, h0, c0, w)
+    _check_weights(H, P, I, w)
     w = w._replace(
         **{
             name: tensor.contiguous()
@@ -235,11 +296,14 @@ def _forward(
     if cells:
         c_seq = allocate(x, steps.rows, H, zero=steps.has_padding, dtype=torch.float32)
     variants, _ = native_variants(_C, w, x.dtype)
+    gx: Tensor | None = None
+    if I == 0:  # as in cpu_engine
+        gx = biases_alone(steps.rows, 4 * H, [w.bias], w.scale_hh)
     # fmt: off
     call = _C.CpuForward(
         DTYPE_CODE[x.dtype], False, torch.get_num_threads(), False,
         native_steps(_C, steps, reverse), H, P, I,
-        None, operand, w.w_ih, w.bias, None, w.w_hh, w.w_hr, h0, c0, variants,
+        gx, operand, w.w_ih, w.bias, None, w.w_hh, w.w_hr, h0, c0, variants,
         None, c_seq, None, None,
         y, y.stride(0), h_n, c_n,
     )
@@ -249,9 +313,30 @@ def _forward(
     yield call
 
 
-def _check(x: Tensor, h0: Tensor, c0: Tensor, w: QuantizedWeights) -> None:
-    """Refuses what the core could not read safely."""
-    H, P, I = c0.size(1), h0.size(1), x.size(1)
+def _check_sizes(x: Tensor, flat: Sequence[Tensor | None], steps: Steps, D: int) -> None:
+    """Refuses what the core could not read safely: as ops.check_layer, but for weights."""
+    if x.dtype not in DTYPES:
+        expected = ", ".join(map(str, DTYPES))
+        raise TypeError(f"weights of 8 bits: expected an input of {expected}, got {x.dtype}")
+    size = 2 + _TENSORS
+    rows = steps.T * steps.B if steps.offsets is None else steps.rows
+    if len(flat) != D * size or x.dim() != 2 or x.size(0) != rows:
+        raise RuntimeError(f"Expected input of {rows} rows, got size {tuple(x.shape)}")
+    P, H = flat[0].size(-1), flat[1].size(-1)
+    for k in range(D):
+        for name, state, width in zip(("h0", "c0"), flat[k * size :], (P, H), strict=False):
+            if state.shape != (steps.B, width):
+                got = tuple(state.shape)
+                raise RuntimeError(f"Expected {name} of size {(steps.B, width)}, got {got}")
+            if state.dtype != x.dtype or state.device != x.device:
+                raise ValueError(
+                    f"Expected {name} to be {x.dtype} on {x.device} like the input, got "
+                    f"{state.dtype} on {state.device}"
+                )
+
+
+def _check_weights(H: int, P: int, I: int, w: QuantizedWeights) -> None:
+    """Likewise the weights."""
     _check_tensor("weight_ih", w.w_ih, torch.uint8, packed_size(4 * H, I, 4))
     _check_tensor("weight_hh", w.w_hh, torch.uint8, packed_size(4 * H, P, 4))
     _check_tensor("scale_ih", w.scale_ih, torch.float32, (4 * H,))

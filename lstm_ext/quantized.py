@@ -15,7 +15,14 @@ from .engine import is_surrounded
 from .lstm_cell import LSTMCell
 from .modules import LSTM
 from .plain import QUANTIZED_WEIGHTS, plain_quantized, plain_stack
-from .quantization import DTYPES, QuantizedWeights, pack, quantized_layer, unpack
+from .quantization import (
+    DTYPES,
+    QuantizedWeights,
+    is_of_columns,
+    pack,
+    quantized_layer,
+    unpack,
+)
 
 __all__ = ["QuantizedLSTM", "QuantizedLSTMCell", "quantize"]
 
@@ -42,7 +49,8 @@ class _Quantized(nn.Module):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, tensor in self._buffers.items():
-            if tensor.dtype != before[name].dtype:  # a scale in bfloat16 would be another number
+            # A scale in bfloat16 would be another number.
+            if tensor is not None and tensor.dtype != before[name].dtype:
                 self._buffers[name] = before[name].to(tensor.device)
         return self
 
@@ -62,7 +70,17 @@ class _Quantized(nn.Module):
             raise ValueError(f"quantize: weights of 8 bits go without {name}; got {value!r}")
         self.recurrent_dropout = self.weight_dropout = 0.0
         self.forget_bias = None  # what it did is in the biases
-        weights, self._parameters = self._parameters, {}
+        kinds = ["weight_ih", "weight_hh", *["bias_ih", "bias_hh"] * self.bias]
+        kinds += ["weight_hr"] if getattr(self, "proj_size", 0) else []
+        weights = {}
+        for name in (kind + suffix for suffix in suffixes for kind in kinds):
+            weights[name] = self._parameters.pop(name, None)
+            if weights[name] is None:
+                raise ValueError(
+                    f"quantize: expected the parameter {name}, which was replaced: undo pruning or "
+                    "weight_norm before (torch.nn.utils.prune.remove, remove_weight_norm)"
+                )
+        self._made_as = self._attributes()
         for suffix in suffixes:
             for kind, gates in (("ih", 4), ("hh", 4), ("hr", 1)):
                 weight = weights.get(f"weight_{kind}{suffix}")
@@ -75,6 +93,30 @@ class _Quantized(nn.Module):
                 total = sum(bias.to("cpu", torch.float32) for bias in biases)
                 self.register_buffer(f"bias_sum{suffix}", total)
         super().train(False)
+
+    def _attributes(self) -> tuple[Any, ...]:
+        """Those that the buffers were made for."""
+        return self.input_size, self.hidden_size, self.bias, self.peephole, self.layer_norm
+
+    def _check_attributes(self) -> None:
+        """Refuse attributes set after construction that the buffers were not made for."""
+        now = self._attributes()
+        if now != self._made_as:
+            raise RuntimeError(
+                f"expected the attributes that the module was quantized with, {self._made_as}, got "
+                f"{now}: they cannot be changed afterwards"
+            )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        *_, errors = rest
+        for name, tensor in self._buffers.items():
+            # Sizes of codes are rounded up: what is absent tells them apart.
+            own = state_dict.get(prefix + name)
+            if name.startswith("weight_") and own is not None and own.shape == tensor.shape:
+                columns = self._columns(name)
+                if not is_of_columns(own, columns):
+                    errors.append(f"{prefix}{name}: expected weights of {columns} columns")
 
     @torch.no_grad()
     def _give(self, module: nn.Module, suffixes: list[str]) -> None:
@@ -121,7 +163,8 @@ class QuantizedLSTM(_Quantized, LSTM):
     127. Inputs and states are taken in 16 bits, or in 8 with ``activation_bits=8``, a scale a row,
     at every step; the products are sums of whole numbers, exact: a sequence's results depend
     neither on the batch around it nor on the number of threads. Gates and cell states are float32.
-    A row of inputs with a number that is not finite gives NaN from that step on.
+    A row of inputs with a number that is not finite gives NaN from that step on, one of numbers all
+    below 1e-30 counts as zeros.
 
     Buffers, for each layer and direction, H hidden units: ``weight_ih_l{k}``, ``weight_hh_l{k}``
     and, with proj_size, ``weight_hr_l{k}``, uint8, packed as :func:`quantization.pack` says;
@@ -131,7 +174,7 @@ class QuantizedLSTM(_Quantized, LSTM):
 
     Raises:
         RuntimeError: (forward) a tensor that requires grad while gradients are recorded, or one
-            on another device; else as LSTM.
+            on another device; attributes changed since it was made; else as LSTM.
     """
 
     @classmethod
@@ -160,9 +203,25 @@ class QuantizedLSTM(_Quantized, LSTM):
         """An LSTM, in float32 and evaluation mode, with the weights that the codes stand for."""
         names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional")
         names += ("proj_size", "merge_mode", "return_cell_sequence")
-        module = LSTM(**{name: getattr(self, name) for name in names}).eval()
+        options = {name: getattr(self, name) for name in names}
+        module = LSTM(**options, device="cpu", dtype=torch.float32).eval()
         self._give(module, self._suffixes())
         return module
+
+    def _attributes(self) -> tuple[Any, ...]:
+        own = (self.num_layers, self.bidirectional, self.proj_size, self.zoneout)
+        return (*super()._attributes(), *own, self.checkpoint_every)
+
+    def _columns(self, name: str) -> int:
+        """Of weights, by the name of their buffer."""
+        if name.startswith("weight_hr"):
+            return self.hidden_size
+        P = self.proj_size or self.hidden_size
+        if name.startswith("weight_hh"):
+            return P
+        if name in ("weight_ih_l0", "weight_ih_l0_reverse"):
+            return self.input_size
+        return 2 * P if self.bidirectional and self.merge_mode == "concat" else P
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raise for an input of a wrong dtype, rank or feature size."""
@@ -180,6 +239,7 @@ class QuantizedLSTM(_Quantized, LSTM):
 
     def _short_way(self, x: Any, hx: Any) -> Any:
         """As :func:`plain.plain_module`."""
+        self._check_attributes()
         if (
             is_surrounded()
             or self.proj_size
@@ -212,6 +272,7 @@ class QuantizedLSTM(_Quantized, LSTM):
         return [[kind + suffix for kind in kinds] for suffix in self._suffixes()]
 
     def _weight_count(self) -> int:
+        self._check_attributes()
         return 4 + self.bias + 2 * bool(self.proj_size)
 
     def _layer_weights(self, index: int, *call: Any) -> QuantizedWeights:
@@ -244,12 +305,17 @@ class QuantizedLSTMCell(_Quantized, LSTMCell):
     def dequantize(self) -> LSTMCell:
         """An LSTMCell, in float32 and evaluation mode, with the weights that the codes stand
         for."""
-        module = LSTMCell(self.input_size, self.hidden_size, self.bias).eval()
+        sizes = (self.input_size, self.hidden_size, self.bias)
+        module = LSTMCell(*sizes, device="cpu", dtype=torch.float32).eval()
         self._give(module, [""])
         return module
 
+    def _columns(self, name: str) -> int:
+        return self.input_size if name == "weight_ih" else self.hidden_size
+
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         """Take one step, as :meth:`LSTMCell.forward`."""
+        self._check_attributes()
         if not is_surrounded():
             weights = list(self._weights("")[:QUANTIZED_WEIGHTS])
             sizes = (self.input_size, self.hidden_size, 0)

@@ -178,3 +178,28 @@ def test_autocast_reaches_the_cell():
     assert [s.dtype for s in (*hn, *again)] == [torch.bfloat16] * 4
     again[0].sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in cell.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_no_features(dtype):
+    """An input without features: what x is multiplied with has no memory."""
+    peer = here(nn.LSTMCell(0, 20, dtype=dtype))
+    ours = lstm_ext.LSTMCell.from_torch(peer)
+    x = here(torch.randn(3, 0, dtype=dtype))
+    states = [here(torch.randn(3, 20, dtype=dtype)).requires_grad_() for _ in range(2)]
+    results = []
+    for cell in (ours, peer):
+        h, c = cell(x, states)
+        with torch.no_grad():
+            again = cell(x, states)
+        leaves = [*states, *peer.parameters()]
+        first = torch.autograd.grad(h.sum() + c.square().sum(), leaves, create_graph=True)
+        total = sum(g.square().sum() for g in first)
+        second = torch.autograd.grad(total, leaves, allow_unused=True)
+        made = [h, c, *again]
+        if dtype != torch.bfloat16:  # in which nn.LSTMCell's derivatives are no measure
+            made += [*first, *(t for t in second if t is not None)]
+        results.append(made)
+    near = 0.02 if dtype == torch.bfloat16 else 1e-4
+    for a, b in zip(*results, strict=True):
+        assert_close(a.float(), b.float(), rtol=near, atol=near)

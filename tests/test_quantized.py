@@ -6,10 +6,12 @@ That LSTM, dequantize(), computes in float64 here. Against it only inputs and st
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_sequence
 
 import lstm_ext
@@ -75,7 +77,10 @@ def test_codes_lie_in_blocks_of_16_rows():
     at = codes.view(2, 3, 4, 16, 4)
     assert at[1, 1, 2, 1, 2] == 255
     at[1, 1, 2, 1, 2] = 128
-    assert (at == 128).all()
+    there = at.permute(2, 0, 3, 1, 4).reshape(4, 32, 12)
+    assert (there[:, :20, :10] == 128).all()
+    there[:, :20, :10] = 0
+    assert (there == 0).all()
 
 
 def test_an_infinite_weight_is_refused():
@@ -92,7 +97,7 @@ def test_too_many_columns_are_refused():
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 50])
-@pytest.mark.parametrize("inputs, hidden", [(1, 1), (7, 19), (64, 33), (30, 70)])
+@pytest.mark.parametrize("inputs, hidden", [(1, 1), (7, 19), (64, 33), (30, 70), (3, 150)])
 def test_a_layer_on_every_instruction_set(isa, inputs, hidden, batch):
     check(quantize(nn.LSTM(inputs, hidden)), torch.randn(5, batch, inputs))
 
@@ -184,6 +189,12 @@ def test_rows_have_scales_of_their_own(isa):
     check(module, x)
 
 
+def test_small_rows_are_not_zero(isa):
+    module = nn.LSTM(8, 20)
+    module.weight_ih_l0.mul_(1e20)
+    check(quantize(module), torch.randn(4, 3, 8) * 1e-20)
+
+
 def test_a_large_initial_state_is_not_the_scale_of_the_next(isa):
     states = torch.randn(1, 3, 20) * 300, torch.randn(1, 3, 20)
     module = quantize(nn.LSTM(8, 20))
@@ -205,6 +216,8 @@ OPTIONS = {
     "projection": {"proj_size": 5},
     "both": {"proj_size": 17, "bidirectional": True, "num_layers": 2, "batch_first": True},
     "merged": {"bidirectional": True, "num_layers": 2, "merge_mode": "ave"},
+    "a sum": {"bidirectional": True, "merge_mode": "sum"},
+    "no cells": {"return_cell_sequence": True, "proj_size": 5, "bidirectional": True},
     "a pair": {"bidirectional": True, "merge_mode": None, "return_cell_sequence": True},
     "dropouts": {"num_layers": 2, "dropout": 0.5, "recurrent_dropout": 0.5, "weight_dropout": 0.5},
     "forget bias": {"forget_bias": 1.0, "return_cell_sequence": True},
@@ -256,6 +269,10 @@ def test_half_types_in_and_out(isa, dtype):
 def test_a_move_to_another_dtype_leaves_the_buffers():
     module = quantize(nn.LSTM(7, 19))
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert all(t.is_meta for t in copy.deepcopy(module).to("meta", torch.half).buffers())
+    without = quantize(nn.LSTM(7, 19))
+    without.bias_sum_l0 = None
+    assert without.half().scale_ih_l0.dtype == torch.float32
     for moved in (module.half(), module.double(), module.to(torch.bfloat16)):
         for name, tensor in moved.state_dict().items():
             assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
@@ -294,6 +311,56 @@ def test_always_in_evaluation_mode():
     assert not quantize(nn.LSTMCell(3, 4).train()).training
 
 
+def test_tensors_that_lie_otherwise():
+    module = quantize(nn.LSTM(7, 19))
+    x, states = torch.randn(5, 4, 14)[..., ::2], [torch.randn(1, 19, 4).mT for _ in range(2)]
+    lengths = torch.full((4,), 5)
+    for kwargs in ({}, {"lengths": lengths}):
+        check(module, x, tuple(states), **kwargs)
+    x, states = torch._neg_view(x), [torch._neg_view(t) for t in states]
+    expected = module(-x.neg().clone(), tuple(-t.neg().clone() for t in states))
+    for kwargs in ({}, {"lengths": lengths}):
+        for a, b in zip(flat(module(x, states, **kwargs)), flat(expected), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_the_short_way(options, monkeypatch):
+    """The same bits, and without a question of a layer's."""
+    module, x = quantize(nn.LSTM(7, 19, **options)), torch.randn(5, 4, 7)
+    expected = module(x, lengths=torch.full((4,), 5))
+    cell = quantize(nn.LSTMCell(7, 19))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("by the layer")
+
+    monkeypatch.setattr(QuantizedLSTM, "_layers", refuse)
+    monkeypatch.setattr(QuantizedLSTMCell, "_by_layer", refuse)
+    assert all(map(torch.equal, flat(module(x)), flat(expected)))
+    cell(x[0])
+    with pytest.raises(AssertionError, match="by the layer"):
+        module(x.bfloat16())
+
+
+def test_vmap():
+    module, x = quantize(nn.LSTM(7, 19, 2, bidirectional=True)), torch.randn(3, 5, 4, 7)
+    hx = torch.randn(3, 4, 4, 19), torch.randn(3, 4, 4, 19)
+    lengths = torch.tensor([[5, 0, 2, 3], [1, 1, 5, 4], [5, 5, 5, 5]])
+    mapped = torch.vmap(lambda x, h, c, n: module(x, (h, c), lengths=n))(x, *hx, lengths)
+    for k in range(3):
+        one = module(x[k], (hx[0][k], hx[1][k]), lengths=lengths[k])
+        for a, b in zip(flat(mapped), flat(one), strict=True):
+            assert torch.equal(a[k], b)
+    y, _ = torch.vmap(module, in_dims=2, out_dims=2)(x.movedim(0, 2))
+    assert torch.equal(y[:, :, 1], module(x[1])[0])
+
+
+def test_no_features():
+    """nn.LSTM has none of it."""
+    for make in (nn.LSTMCell, lstm_ext.LSTMCell):
+        check(quantize(make(0, 20)), torch.randn(3, 0))
+
+
 def test_no_steps_and_no_sequences():
     module, hx = quantize(nn.LSTM(3, 4)), (torch.randn(1, 2, 4), torch.randn(1, 2, 4))
     y, states = module(torch.randn(0, 2, 3), hx)
@@ -326,6 +393,57 @@ def test_in_a_graph(bits):
     assert torch.equal(exported(x)[0], module(x)[0])
 
 
+def test_in_a_graph_with_cells():
+    module = quantize(lstm_ext.LSTM(7, 19, proj_size=5, return_cell_sequence=True))
+    compiled, x = torch.compile(module, fullgraph=True, backend="aot_eager"), torch.randn(5, 4, 7)
+    assert all(map(torch.equal, flat(compiled(x)), flat(module(x))))
+
+
+def test_a_graph_refuses_what_the_module_does():
+    module, x = quantize(nn.LSTM(7, 19)), torch.randn(5, 4, 7)
+    hx = torch.randn(1, 4, 19), torch.randn(1, 4, 19)
+    exported = torch.export.export(module, (x, hx)).module()
+    assert torch.equal(exported(x, hx)[0], module(x, hx)[0])
+    with pytest.raises(ValueError, match="Expected h0 to be torch.float32"):
+        exported(x, tuple(t.bfloat16() for t in hx))
+    for dtype in (torch.float64, torch.int64):
+        with pytest.raises(TypeError, match=f"expected an input of .*, got {dtype}"):
+            exported(x.to(dtype), tuple(t.to(dtype) for t in hx))
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="for inference"):
+        exported(x.clone().requires_grad_(), hx)
+
+
+def test_the_operator_checks_sizes():
+    w = list(quantize(nn.LSTM(7, 19))._weights("_l0")[:-1])
+
+    def run(rows, sequences, batch=4):
+        states = [torch.zeros(sequences, 19)] * 2
+        return torch.ops.lstm_ext.quantized_layer(
+            torch.randn(rows, 7), states + w, 16, [False], 5, batch, False, None, None, None, False
+        )
+
+    assert run(20, 4)[0].shape == (20, 19)
+    with pytest.raises(RuntimeError, match=r"Expected h0 of size \(4, 19\), got \(1, 19\)"):
+        run(20, 1)
+    with pytest.raises(RuntimeError, match="Expected input of 20 rows"):
+        run(5, 4)
+
+
+def test_autocast_of_another_device():
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        module, x = quantize(nn.LSTM(7, 19)), torch.randn(5, 4, 7)
+        hx = (torch.randn(1, 4, 19).bfloat16(),) * 2
+        with pytest.raises(ValueError, match="Expected h0 to be torch.float32"):
+            module(x, hx)
+        with pytest.raises(TypeError, match="got torch.float64"):
+            module(x.double())
+        with pytest.raises(TypeError, match="got torch.float64"):
+            quantize(nn.LSTMCell(7, 19))(x[0].double())
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
 def test_a_graph_checks_what_it_is_given():
     module = quantize(nn.LSTM(3, 4))
     exported = torch.export.export(
@@ -355,7 +473,9 @@ def test_every_lstm_of_a_model():
     assert model["a"][0] is model["b"]
     assert isinstance(model["a"][1], nn.Linear)
     before = model["c"]
-    quantize(model)  # again: nothing to do, and no warning
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize(model)  # again: nothing to do
     assert model["c"] is before
 
 
@@ -377,6 +497,34 @@ def test_variants_are_left_alone(options):
     assert type(model[0]) is lstm_ext.LSTM and type(model[1]) is lstm_ext.LSTMCell
     with pytest.raises(ValueError, match=f"without {name}"):
         QuantizedLSTM.from_float(model[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_replaced_weights_are_left_alone():
+    pruned, normed, x = nn.LSTM(3, 4), nn.LSTM(3, 4), torch.randn(2, 1, 3)
+    prune.l1_unstructured(pruned, "bias_hh_l0", 0.5)
+    nn.utils.weight_norm(normed, "weight_hh_l0")
+    meta = nn.LSTM(3, 4, device="meta")
+    model = nn.ModuleList([pruned, normed, meta])
+    before = [module(x)[0] for module in model[:2]]
+    words = r"0 \(LSTM\): .* bias_hh_l0, which was replaced.*1 \(LSTM\).*2 \(LSTM\): .*meta device"
+    with pytest.warns(UserWarning, match=words):
+        quantize(model)
+    assert [type(module) for module in model] == [nn.LSTM] * 3
+    assert all(torch.equal(m(x)[0], y) for m, y in zip(model[:2], before, strict=True))
+
+
+def test_a_parameter_of_the_user_stays():
+    module = nn.LSTM(3, 4)
+    module.own = nn.Parameter(torch.ones(2))
+    assert [name for name, _ in quantize(module).named_parameters()] == ["own"]
+
+
+def test_what_is_of_training_is_gone():
+    module = lstm_ext.LSTM(
+        3, 4, 2, dropout=0.5, checkpoint_every=2, forget_bias=1.0, weight_dropout=0.5
+    )
+    assert repr(quantize(module)) == "QuantizedLSTM(3, 4, num_layers=2)"
 
 
 def test_subclasses_are_left_alone():
@@ -430,6 +578,7 @@ def test_wrong_inputs():
 def test_wrong_buffers():
     x = torch.randn(2, 1, 3)
     for name, wrong, words in (
+        ("weight_ih_l0", torch.ones(1, 1, 64, dtype=torch.uint8), r"weight_ih: expected size"),
         ("scale_ih_l0", torch.ones(15), r"scale_ih: expected size \(16,\), got \(15,\)"),
         ("scale_hh_l0", None, "scale_hh: expected torch.float32 on the CPU, got None"),
         ("weight_hh_l0", torch.ones(1, 1, 256), "weight_hh: expected torch.uint8 on the CPU"),
@@ -443,6 +592,66 @@ def test_wrong_buffers():
     module.weight_hr_l0 = None
     with pytest.raises(RuntimeError, match="weight_hr: expected torch.uint8 on the CPU, got None"):
         module(x)
+
+
+@pytest.mark.parametrize("name, value", [("num_layers", 1), ("bidirectional", False)])
+@pytest.mark.parametrize("kwargs", [{}, {"lengths": torch.tensor([2])}], ids=str)
+def test_changed_attributes(name, value, kwargs):
+    module = quantize(nn.LSTM(3, 4, 2, bidirectional=True))
+    setattr(module, name, value)
+    with pytest.raises(RuntimeError, match="cannot be changed afterwards"):
+        module(torch.randn(2, 1, 3), **kwargs)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("bias", False), ("input_size", 4), ("zoneout", 0.5), ("checkpoint_every", 2)]
+)
+def test_other_changed_attributes(name, value):
+    module = quantize(nn.LSTM(3, 4))
+    setattr(module, name, value)
+    with pytest.raises(RuntimeError, match="cannot be changed afterwards"):
+        module(torch.randn(2, 1, module.input_size))
+    cell = quantize(nn.LSTMCell(3, 4))
+    cell.bias = False
+    with pytest.raises(RuntimeError, match="cannot be changed afterwards"):
+        cell(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.LSTMCell])
+def test_a_state_dict_of_other_sizes(make):
+    """Also where the codes take as many bytes."""
+    for inputs in (4, 6, 7, 8, 9):
+        for own in (5, 8, 6):
+            module = quantize(make(own, 19))
+            state = quantize(make(inputs, 19)).state_dict()
+            if inputs == own:
+                module.load_state_dict(state)
+                continue
+            with pytest.raises(RuntimeError, match="weight_ih"):
+                module.load_state_dict(state)
+    layers = {"num_layers": 2, "bidirectional": True, "proj_size": 5}
+    state = quantize(lstm_ext.LSTM(7, 19, **layers)).state_dict()
+    quantize(lstm_ext.LSTM(7, 19, **layers)).load_state_dict(state)
+    merged = quantize(lstm_ext.LSTM(7, 19, **layers, merge_mode="sum"))
+    with pytest.raises(RuntimeError, match="weight_ih_l1"):
+        merged.load_state_dict(state)
+    merged.load_state_dict(quantize(lstm_ext.LSTM(7, 19, **layers, merge_mode="mul")).state_dict())
+
+
+def test_dequantized_is_float32_on_the_cpu():
+    module = quantize(nn.LSTM(3, 4))
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            back = module.dequantize()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {(p.dtype, p.device.type) for p in back.parameters()} == {(torch.float32, "cpu")}
+
+
+def test_the_tracer_is_refused():
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace: use torch.export"):
+        torch.jit.trace(quantize(nn.LSTM(3, 4)), torch.randn(2, 1, 3))
 
 
 def test_buffers_may_be_strided():

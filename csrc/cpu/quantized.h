@@ -8,7 +8,7 @@
 // take half as many instructions.
 //
 // Weights of G rows that belong together (the gates) lie as [blocks of 16 rows][K / 4][G][16][4],
-// whatever the instruction set: quantization.py packs them so, absent ones as 128.
+// whatever the instruction set: quantization.py packs them so; of absent columns q is 0.
 #pragma once
 
 #include <limits>

@@ -66,7 +66,7 @@ class Forward<Byte, S> {
     meet();
     int64_t made = 0;  // row of gx where the rows of the step begin
     for (int64_t i = 0; i < p_.steps.T; ++i) {
-      if (i % steps_at_once_ == 0) {
+      if (p_.x && i % steps_at_once_ == 0) {
         input_product(m, s, units, i);
         made = 0;
       }
