@@ -265,7 +265,8 @@ PYBIND11_MODULE(_C, m) {
           "quantize",
           [](LstmForward& p, Memory ih_scale, Memory hh_scale, Memory hr_scale, int row_bits) {
             if (p.dtype == lstm_ext::Dtype::kFloat64 || (row_bits != 8 && row_bits != 16)) {
-              throw std::invalid_argument("weights of 8 bits: not in float64; rows of 8 or 16 bits");
+              throw std::invalid_argument(
+                  "weights of 8 bits: not in float64; rows of 8 or 16 bits");
             }
             p.quantized = {static_cast<const float*>(ih_scale.address),
                            static_cast<const float*>(hh_scale.address),
