@@ -146,3 +146,9 @@ def ways(monkeypatch):
     for what in (ForwardTangents, BackwardTangents, SecondDerivative):
         noted(what, "in_torch", "torch")
     return found
+
+
+@pytest.fixture
+def inference():
+    with torch.no_grad():
+        yield
