@@ -57,6 +57,7 @@ struct CpuPlain : PlainTensors {
       };
       for (int d = 0; d < in.directions; ++d) {
         scales[d].row_bits = row_bits;
+        scales[d].byte_products = cpu_kernels().byte_products;
         const auto take = [&](int k, const Sizes& sizes, PyObject* type = nullptr) -> void* {
           const int n = d * of_direction + k;
           return in.dense(PyList_GET_ITEM(weights.ptr(), n), sizes, kept[size_t(n)], type);

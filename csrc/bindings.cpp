@@ -270,7 +270,8 @@ PYBIND11_MODULE(_C, m) {
             }
             p.quantized = {static_cast<const float*>(ih_scale.address),
                            static_cast<const float*>(hh_scale.address),
-                           static_cast<const float*>(hr_scale.address), row_bits};
+                           static_cast<const float*>(hr_scale.address), row_bits,
+                           lstm_ext::cpu_kernels().byte_products};
           },
           "ih_scale"_a, "hh_scale"_a, "hr_scale"_a, "row_bits"_a, "As in QuantizedWeights.");
   py::class_<LstmBackward>(m, "CpuBackward", py::module_local(), "One direction's backward.")

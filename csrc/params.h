@@ -100,6 +100,7 @@ struct QuantizedWeights {
   const float* hh_scale;  // [4H]
   const float* hr_scale;  // [P]; null without a projection
   int row_bits;           // of what they are multiplied with: 16 or 8
+  bool byte_products;     // by an instruction for bytes, if CpuKernels::byte_products
 };
 
 // One direction of one layer. Rows of sequences past their length are left as they are.

@@ -22,6 +22,7 @@ AVX2 = ("avx2", "fma", "f16c")
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", *AVX2)
 CPU_VARIANTS = {
     "avx512_bf16": ("avx512_bf16", "avx512_vnni", *AVX512),
+    "avx512_vnni": ("avx512_vnni", *AVX512),
     "avx512": AVX512,
     "avx2": AVX2,
     "portable": (),

@@ -62,7 +62,8 @@ def pytest_collection_finish(session):
 
 def pytest_generate_tests(metafunc):
     if "isa" in metafunc.fixturenames:
-        metafunc.parametrize("isa", device.ISAS, indirect=True)
+        isas = getattr(metafunc.module, "ISAS", device.ISAS)
+        metafunc.parametrize("isa", isas, indirect=True)
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from lstm_ext import ops
+
+ISAS = ops.cpu_isas()  # all of them
 MARKS = [
     pytest.mark.cpu_only(reason="weights of 8 bits are for the CPU"),
     pytest.mark.usefixtures("inference"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from eight_bits import ISAS as ISAS
 from eight_bits import MARKS, check, flat
 from torch import nn
 

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from eight_bits import ISAS as ISAS
 from eight_bits import MARKS, check, flat
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence

@@ -10,7 +10,7 @@ namespace lstm_ext {
 namespace {
 
 struct Runnable {
-  const CpuKernels* list[5] = {};
+  const CpuKernels* list[6] = {};
   Runnable() {
     int count = 0;
 #if defined(__x86_64__)
@@ -20,6 +20,7 @@ struct Runnable {
 #if defined(LSTM_EXT_WITH_AVX512_BF16)
     if (avx2 && avx512 && cpu.avx512_vnni && cpu.avx512_bf16) list[count++] = &kKernelsAvx512Bf16;
 #endif
+    if (avx2 && avx512 && cpu.avx512_vnni) list[count++] = &kKernelsAvx512Vnni;
     if (avx2 && avx512) list[count++] = &kKernelsAvx512;
     if (avx2) list[count++] = &kKernelsAvx2;
 #endif

@@ -17,6 +17,7 @@ struct LayerKernels {
 struct CpuKernels {
   const char* name;
   bool bf16_products;  // whether that flag of params.h may be set
+  bool byte_products;  // likewise
   LayerKernels<LstmForward> forward;
   LayerKernels<LstmBackward> backward;
   int64_t (*matmul_workspace)(const Matmul&);
@@ -25,6 +26,7 @@ struct CpuKernels {
 
 #if defined(__x86_64__)
 extern const CpuKernels kKernelsAvx512Bf16;  // if LSTM_EXT_WITH_AVX512_BF16
+extern const CpuKernels kKernelsAvx512Vnni;  // the next, but for products of bytes
 extern const CpuKernels kKernelsAvx512;
 extern const CpuKernels kKernelsAvx2;
 #endif

@@ -103,11 +103,12 @@ inline void matmul(const Matmul& p) {
 }  // namespace LSTM_EXT_ISA
 }  // namespace lstm_ext
 
-#define LSTM_EXT_DEFINE_KERNELS(variable, name)                               \
+#define LSTM_EXT_DEFINE_KERNELS(variable, name, byte_products)                \
   namespace lstm_ext {                                                        \
   const CpuKernels variable = {                                               \
       name,                                                                   \
       LSTM_EXT_ISA::kPairs,                                                   \
+      byte_products,                                                          \
       LSTM_EXT_ISA::LayerOf<LSTM_EXT_ISA::Forward, LstmForward>::kernels(),   \
       LSTM_EXT_ISA::LayerOf<LSTM_EXT_ISA::Backward, LstmBackward>::kernels(), \
       LSTM_EXT_ISA::matmul_workspace,                                         \

@@ -3,4 +3,4 @@
 #define LSTM_EXT_VECTOR_BYTES 16
 #include "kernels_inl.h"
 
-LSTM_EXT_DEFINE_KERNELS(kKernelsPortable, "portable")
+LSTM_EXT_DEFINE_KERNELS(kKernelsPortable, "portable", false)

@@ -28,43 +28,47 @@ constexpr float kMost16 = 32639;    // 127 * 256 + 127: both bytes of q, rounded
 constexpr float kMost8 = 127;
 constexpr int kZeroPoint = 128;
 
+// Whether there may be an instruction that multiplies bytes (AVX512_VNNI), four to a sum. kBytes
+// below: it is used.
+#if defined(__AVX512BW__)
+constexpr bool kByteProducts = true;
+#else
+constexpr bool kByteProducts = false;
+#endif
+
 inline int64_t blocks_of_16(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 inline int64_t depth_of_8(int64_t K) { return (K + kDepth8 - 1) / kDepth8; }
 
 // q of a row. An instruction that multiplies bytes takes it as q = 256 high + low, both signed, or
 // in 8 bits as high alone, and the weights as they are, so that 128 times the sum of either is to
-// be taken off.
+// be taken off. Others take words.
 struct WholeRow {
   float scale;  // 0: a row of zeros, or of what is below 1e-30; NaN: something in it is not finite
-#if defined(__AVX512VNNI__)
+  int16_t* words;
   int8_t *high, *low;
   int32_t sum_high, sum_low;
-#else
-  int16_t* q;
-#endif
 
-  // Room for rows of K numbers, and for what a vector writes past them.
-  static WholeRow* take(Arena& arena, int64_t count, int64_t K) {
+  // Room for rows of K numbers, and for what a vector writes past them. bytes: high and low, else
+  // words.
+  static WholeRow* take(Arena& arena, int64_t count, int64_t K, bool bytes) {
     WholeRow* rows = arena.take<WholeRow>(count);
     const int64_t room = K + 64;
     for (int64_t r = 0; r < count; ++r) {
       WholeRow row{};
-#if defined(__AVX512VNNI__)
-      row.high = arena.take<int8_t>(room);
-      row.low = arena.take<int8_t>(room);
-#else
-      row.q = arena.take<int16_t>(room);
-#endif
+      row.words = bytes ? nullptr : arena.take<int16_t>(room);
+      row.high = bytes ? arena.take<int8_t>(room) : nullptr;
+      row.low = bytes ? arena.take<int8_t>(room) : nullptr;
       if (rows) rows[r] = row;
     }
     return rows;
   }
 
-  template <bool kWords>
+  // kWords: in 16 bits.
+  template <bool kBytes, bool kWords>
   void set(const float* x, int64_t K) {
-    constexpr float limit = kWords ? kMost16 : kMost8;
     using Bits = Lanes<float>::Bits;
     constexpr int L = Lanes<float>::kCount;
+    constexpr float limit = kWords ? kMost16 : kMost8;
     Bits most{};
     for (int64_t k = 0; k < K; k += L) {
       const Bits magnitude = bit_cast<Bits>(load<float>(x + k, K - k)) & 0x7fffffff;
@@ -78,56 +82,48 @@ struct WholeRow {
     scale = !finite ? std::numeric_limits<float>::quiet_NaN() : some ? peak / limit : 0;
     const Vec<float> factor = broadcast<float>(some ? limit / peak : 0);
     const Bits zero = bit_cast<Bits>(broadcast<float>(Lanes<float>::kRound));
-    [[maybe_unused]] Bits highs{}, lows{};
+    Bits highs{}, lows{};
     for (int64_t k = 0; k < (K + 3) / 4 * 4; k += L) {
       Bits whole{};
       if (some) {  // else 0 times what is there may be NaN
         const Vec<float> v = k < K ? load<float>(x + k, K - k) : Vec<float>{};
         whole = bit_cast<Bits>(v * factor + Lanes<float>::kRound) - zero;  // to nearest
       }
-#if defined(__AVX512VNNI__)
-      typedef int8_t Bytes __attribute__((vector_size(L)));
-      const Bits upper = kWords ? (whole + 128) >> 8 : whole, lower = whole - (upper << 8);
-      highs += upper;
-      lows += lower;
-      const Bytes bytes[2] = {__builtin_convertvector(upper, Bytes),
-                              __builtin_convertvector(lower, Bytes)};
-      std::memcpy(high + k, &bytes[0], L);
-      std::memcpy(low + k, &bytes[1], L);
-#else
-      typedef int16_t Words __attribute__((vector_size(2 * L)));
-      const Words words = __builtin_convertvector(whole, Words);
-      std::memcpy(q + k, &words, sizeof words);
-#endif
+      if constexpr (kBytes) {
+        typedef int8_t Bytes __attribute__((vector_size(L)));
+        const Bits upper = kWords ? (whole + 128) >> 8 : whole, lower = whole - (upper << 8);
+        highs += upper;
+        lows += lower;
+        const Bytes bytes[2] = {__builtin_convertvector(upper, Bytes),
+                                __builtin_convertvector(lower, Bytes)};
+        std::memcpy(high + k, &bytes[0], L);
+        std::memcpy(low + k, &bytes[1], L);
+      } else {
+        typedef int16_t Words __attribute__((vector_size(2 * L)));
+        const Words numbers = __builtin_convertvector(whole, Words);
+        std::memcpy(words + k, &numbers, sizeof numbers);
+      }
     }
-#if defined(__AVX512VNNI__)
     sum_high = sum_low = 0;
     for (int l = 0; l < L; ++l) {
       sum_high += highs[l];
       sum_low += lows[l];
     }
-#endif
   }
 };
 
-// out[p * part_stride + (r * G + g) * lanes + l] for a block of 16 rows of weights and R rows: the
-// lanes of a vector are a part of the block. scales [G][parts].
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512BW__)
 
-// 2 x 3 x 4 sums, or 6 x 4, 4 weights and a broadcast fit 32 registers.
-template <bool kWords>
-constexpr int kRowsAtOnce = kWords ? 3 : 6;
-
-// sum + u x, four products a lane. Of the intrinsic gcc 12 makes a copy, and a spill, of each sum
-// at every step.
+// sum + u x, four products a lane: AVX512_VNNI, of a processor that is known to have it. Of the
+// intrinsic gcc 12 makes a copy, and a spill, of each sum at every step.
 LSTM_EXT_INLINE void add_products(Lanes<float>::Bits& sum, Lanes<float>::Bits u,
                                   Lanes<float>::Bits x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(x));
 }
 
 template <bool kWords, int R, int G>
-__attribute__((noinline)) void product_of_16(const WholeRow* rows, const uint8_t* w, int64_t depth,
-                                             const Vec<float>* scales, float* out, int64_t) {
+__attribute__((noinline)) void byte_product(const WholeRow* rows, const uint8_t* w, int64_t depth,
+                                            const Vec<float>* scales, float* out) {
   using Bits = Lanes<float>::Bits;
   Bits high[R][G], low[R][G];
 #pragma GCC unroll 8
@@ -172,6 +168,11 @@ __attribute__((noinline)) void product_of_16(const WholeRow* rows, const uint8_t
 }
 
 #else
+
+template <bool kWords, int R, int G>
+void byte_product(const WholeRow*, const uint8_t*, int64_t, const Vec<float>*, float*) {}
+
+#endif
 
 // Of what is summed in 32 bits: 256 times two products, of 32639 and 128 at most, just fit.
 constexpr int64_t kStretch = 256;
@@ -237,9 +238,6 @@ static inline Words add_pairs(Words sum, Words a, Words b) {
 }
 #endif
 
-template <bool>
-constexpr int kRowsAtOnce = kMostRows;
-
 // Adds sum q (u - 128) over [k0, k1) for R rows and a block's weights of N gates, in two parts
 // each.
 template <int R, int N>
@@ -252,7 +250,7 @@ void add_products(const WholeRow* rows, const uint8_t* w, int64_t stride, int64_
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       int64_t four;
-      std::memcpy(&four, rows[r].q + k * kDepth8, sizeof four);
+      std::memcpy(&four, rows[r].words + k * kDepth8, sizeof four);
       x[r] = four_words(four);
     }
 #pragma GCC unroll 4
@@ -275,10 +273,10 @@ void add_products(const WholeRow* rows, const uint8_t* w, int64_t stride, int64_
   }
 }
 
-template <bool, int R, int G>
-__attribute__((noinline)) void product_of_16(const WholeRow* rows, const uint8_t* w, int64_t depth,
-                                             const Vec<float>* scales, float* out,
-                                             int64_t part_stride) {
+template <int R, int G>
+__attribute__((noinline)) void word_product(const WholeRow* rows, const uint8_t* w, int64_t depth,
+                                            const Vec<float>* scales, float* out,
+                                            int64_t part_stride) {
   constexpr int L = Lanes<float>::kCount, parts = kBlockRows / L;
   constexpr int N = std::min(G, gates_at_once(R));
   const int64_t bytes = kBlockRows * kDepth8;
@@ -303,7 +301,21 @@ __attribute__((noinline)) void product_of_16(const WholeRow* rows, const uint8_t
   }
 }
 
-#endif
+// Rows at once: of bytes, 2 x 3 x 4 sums, or 6 x 4, 4 weights and a broadcast fit 32 registers.
+template <bool kBytes, bool kWords>
+constexpr int kRowsAtOnce = kBytes ? (kWords ? 3 : 6) : kMostRows;
+
+// out[p * part_stride + (r * G + g) * lanes + l] for a block of 16 rows of weights and R rows: the
+// lanes of a vector are a part of the block. scales [G][parts].
+template <bool kBytes, bool kWords, int R, int G>
+void product_of_16(const WholeRow* rows, const uint8_t* w, int64_t depth, const Vec<float>* scales,
+                   float* out, int64_t part_stride) {
+  if constexpr (kBytes) {
+    byte_product<kWords, R, G>(rows, w, depth, scales, out);
+  } else {
+    word_product<R, G>(rows, w, depth, scales, out, part_stride);
+  }
+}
 
 }  // namespace LSTM_EXT_ISA
 }  // namespace lstm_ext

@@ -35,6 +35,7 @@ class Forward<Byte, S> {
         batch_(batch),
         H_(p.H),
         P_(p.P),
+        bytes_(p.quantized.byte_products),
         words_(p.quantized.row_bits == 16),
         steps_at_once_(std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, batch.size()))),
         cells_(p, batch, slices, steps_at_once_, arena) {
@@ -45,7 +46,7 @@ class Forward<Byte, S> {
     for (int i = 0; i < slices; ++i) {
       arena.next_page();
       Scratch s{};
-      s.rows = WholeRow::take(arena, most, std::max(std::max(p.I, p.H), p.P));
+      s.rows = WholeRow::take(arena, most, std::max(std::max(p.I, p.H), p.P), bytes_);
       s.sums = arena.take<float>(kChunkRows * 4 * kBlockRows);
       if (scratch_) scratch_[i] = s;
     }
@@ -112,12 +113,22 @@ class Forward<Byte, S> {
     return {std::min(all, blocks.begin * kParts), std::min(all, blocks.end * kParts)};
   }
 
-  void set(WholeRow& row, const float* x, int64_t K) const {
-    if (words_) {
-      row.set<true>(x, K);
-    } else {
-      row.set<false>(x, K);
+  template <bool kBytes, bool kWords>
+  struct Kind {
+    static constexpr bool bytes = kBytes, words = kWords;
+  };
+
+  // What body returns for the products at hand.
+  template <class Body>
+  auto of_kind(const Body& body) const {
+    if constexpr (kByteProducts) {
+      if (bytes_) return words_ ? body(Kind<true, true>{}) : body(Kind<true, false>{});
     }
+    return words_ ? body(Kind<false, true>{}) : body(Kind<false, false>{});
+  }
+
+  void set(WholeRow& row, const float* x, int64_t K) const {
+    of_kind([&](auto kind) { row.set<kind.bytes, kind.words>(x, K); });
   }
 
   // gx = x W_ih^T + b for the columns of one thread and the steps from the i-th on.
@@ -163,18 +174,16 @@ class Forward<Byte, S> {
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const Range part = share(count, chunks, chunk);
         const int64_t stride = part.size() * G * L;
-        const int64_t at_once = words_ ? kRowsAtOnce<true> : kRowsAtOnce<false>;
-        const int64_t tiles = (part.size() + at_once - 1) / at_once;
-        for (int64_t t = 0; t < tiles; ++t) {
-          const Range tile = share(part.size(), tiles, t);
-          const WholeRow* rows = s.rows + part.begin + tile.begin;
-          float* sums = s.sums + tile.begin * G * L;
-          if (words_) {
-            rows_of_block<true, G>(int(tile.size()), rows, weights, depth, scales, sums, stride);
-          } else {
-            rows_of_block<false, G>(int(tile.size()), rows, weights, depth, scales, sums, stride);
+        of_kind([&](auto kind) {
+          constexpr int at_once = kRowsAtOnce<kind.bytes, kind.words>;
+          const int64_t tiles = (part.size() + at_once - 1) / at_once;
+          for (int64_t t = 0; t < tiles; ++t) {
+            const Range tile = share(part.size(), tiles, t);
+            rows_of_block<decltype(kind), G, at_once>(
+                int(tile.size()), s.rows + part.begin + tile.begin, weights, depth, scales,
+                s.sums + tile.begin * G * L, stride);
           }
-        }
+        });
         for (int p = 0; p < kParts && first + p * L < n; ++p) {
           done(first + p * L, part, s.sums + p * stride);
         }
@@ -183,17 +192,18 @@ class Forward<Byte, S> {
   }
 
   // R: at most so many.
-  template <bool kWords, int G, int R = kRowsAtOnce<kWords>, class... Arguments>
+  template <class Kind, int G, int R, class... Arguments>
   static void rows_of_block(int rows, Arguments... arguments) {
     if constexpr (R > 1) {
-      if (rows < R) return rows_of_block<kWords, G, R - 1>(rows, arguments...);
+      if (rows < R) return rows_of_block<Kind, G, R - 1>(rows, arguments...);
     }
-    product_of_16<kWords, R, G>(arguments...);
+    product_of_16<Kind::bytes, Kind::words, R, G>(arguments...);
   }
 
   const LstmForward& p_;
   const Range batch_;
   const int64_t H_, P_;
+  const bool bytes_;             // an instruction multiplies bytes
   const bool words_;             // rows in 16 bits, else in 8
   const int64_t steps_at_once_;  // of the input product
   ForwardCells<float, S> cells_;
