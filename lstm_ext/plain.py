@@ -333,7 +333,7 @@ def _second_of_a_step(
     if (
         steps != 0
         or h0 is None
-        or x.device.type != "cpu"
+        or _engine_of(x) is not cpu_engine
         or must_apply()
         or is_surrounded()
         or all(t is None for t in v)

@@ -42,14 +42,14 @@ class Recorder:
     def __init__(self, patch: pytest.MonkeyPatch):
         self.directions: list[Direction] = []
         self.steps: Steps | None = None
-        run = modules.lstm_layer
+        run = modules.LSTM._run_layer
 
         def spy(x: Tensor, directions: list[Direction], steps: Steps, **options: Any) -> Any:
             self.directions += directions
             self.steps = steps
             return run(x, directions, steps, **options)
 
-        patch.setattr(modules, "lstm_layer", spy)
+        patch.setattr(modules.LSTM, "_run_layer", staticmethod(spy))
 
     def weights(self) -> list[Tensor]:
         return [t for d in self.directions for t in tensors_of(d.w) if t is not None]
