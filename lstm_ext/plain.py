@@ -135,15 +135,16 @@ def plain_stack(
     steps: int,
     batch_first: bool,
     drop: Callable[[Tensor], Tensor] | None,
-    run: Callable[..., Any] = plain_layer,
+    run: Callable[..., Any] | None = None,
 ) -> Any:
     """(y, (h_n, c_n)) of several plain layers; None where they are not for the short way.
 
     Args:
         x, hx: as a module has them; hx of all layers, (L * D, B, H). layers: each one's weights.
-        drop: what becomes of an output on its way to the next layer. run: a layer.
+        drop: what becomes of an output on its way to the next layer. run: in plain_layer's place.
         The rest: see :func:`plain_layer`.
     """
+    run = plain_layer if run is None else run
     # It takes all of them or none, but for what is an error in a later one.
     if x.dtype == torch.bfloat16 and not takes_more(x):
         return None  # the CPU's short way depends on the width of a layer's input
