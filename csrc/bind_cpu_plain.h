@@ -53,7 +53,8 @@ struct CpuPlain : PlainTensors {
         return false;
       }
       const auto codes = [](int64_t rows, int64_t columns) {
-        return Sizes{(rows + 15) / 16, (columns + 3) / 4, 4 * 16 * 4};
+        constexpr int64_t block = QuantizedWeights::kRows, depth = QuantizedWeights::kDepth;
+        return Sizes{(rows + block - 1) / block, (columns + depth - 1) / depth, 4 * block * depth};
       };
       for (int d = 0; d < in.directions; ++d) {
         scales[d].row_bits = row_bits;

@@ -96,6 +96,9 @@ struct TangentOf {
 // Forward with weights of 8 bits. w_ih, w_hh and w_hr are then as cpu/quantized.h says, b_ih, the
 // sum of both, is float or null, x is float, and there is no layer norm.
 struct QuantizedWeights {
+  // Codes lie in blocks of so many rows of weights, so many along a row side by side.
+  static constexpr int64_t kRows = 16, kDepth = 4;
+
   const float* ih_scale;  // [4H]; null: weights are of the storage type
   const float* hh_scale;  // [4H]
   const float* hr_scale;  // [P]; null without a projection

@@ -16,6 +16,11 @@
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
 
+// Steps of the input product at once: enough rows to use each weight often.
+inline int64_t input_steps(Range batch) {
+  return std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, batch.size()));
+}
+
 // E: the element of products, S: the storage type (operand.h). With pairs there are no variants.
 template <class E, class S>
 class Forward {
@@ -58,7 +63,7 @@ class Forward {
         copied_(dots_ && p.steps.B == 1 && p.steps.T >= kCopyMinSteps &&
                 4 * H_ * K_ * int64_t(sizeof(S)) <= kCopyMaxBytes),
         input_dots_(input_dots(p)),
-        steps_at_once_(std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, batch.size()))),
+        steps_at_once_(input_steps(batch)),
         normed_(p.variants.gamma_hh),
         cells_(p, batch, slices, steps_at_once_, arena) {
     meet_ = take_barrier(arena, slices);
@@ -262,7 +267,7 @@ class Forward {
   const bool dots_;
   const bool copied_;  // W_hh is read from a copy
   const bool input_dots_;
-  const int64_t steps_at_once_;  // of the input product: enough rows to use each weight often
+  const int64_t steps_at_once_;  // of the input product
   const bool normed_;            // layer norm
   ForwardCells<E, S> cells_;
   Barrier* meet_;

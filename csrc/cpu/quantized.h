@@ -22,9 +22,8 @@
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
 
-constexpr int64_t kBlockRows = 16;  // of weights
-constexpr int64_t kDepth8 = 4;      // numbers along K that lie side by side
-constexpr float kMost16 = 32639;    // 127 * 256 + 127: both bytes of q, rounded, fit theirs
+constexpr int64_t kBlockRows = QuantizedWeights::kRows, kDepth8 = QuantizedWeights::kDepth;
+constexpr float kMost16 = 32639;  // 127 * 256 + 127: both bytes of q, rounded, fit theirs
 constexpr float kMost8 = 127;
 constexpr int kZeroPoint = 128;
 
@@ -112,12 +111,17 @@ struct WholeRow {
   }
 };
 
+// out as of product_of_16.
+template <bool kWords, int R, int G>
+void byte_product(const WholeRow* rows, const uint8_t* w, int64_t depth, const Vec<float>* scales,
+                  float* out);
+
 #if defined(__AVX512BW__)
 
 // sum + u x, four products a lane: AVX512_VNNI, of a processor that is known to have it. Of the
 // intrinsic gcc 12 makes a copy, and a spill, of each sum at every step.
-LSTM_EXT_INLINE void add_products(Lanes<float>::Bits& sum, Lanes<float>::Bits u,
-                                  Lanes<float>::Bits x) {
+LSTM_EXT_INLINE void add_bytes(Lanes<float>::Bits& sum, Lanes<float>::Bits u,
+                               Lanes<float>::Bits x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(x));
 }
 
@@ -148,11 +152,11 @@ __attribute__((noinline)) void byte_product(const WholeRow* rows, const uint8_t*
     for (int r = 0; r < R; ++r) {
       const Bits upper = four(rows[r].high + k * kDepth8);
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) add_products(high[r][g], weight[g], upper);
+      for (int g = 0; g < G; ++g) add_bytes(high[r][g], weight[g], upper);
       if constexpr (kWords) {
         const Bits lower = four(rows[r].low + k * kDepth8);
 #pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) add_products(low[r][g], weight[g], lower);
+        for (int g = 0; g < G; ++g) add_bytes(low[r][g], weight[g], lower);
       }
     }
   }
@@ -166,11 +170,6 @@ __attribute__((noinline)) void byte_product(const WholeRow* rows, const uint8_t*
     }
   }
 }
-
-#else
-
-template <bool kWords, int R, int G>
-void byte_product(const WholeRow*, const uint8_t*, int64_t, const Vec<float>*, float*) {}
 
 #endif
 

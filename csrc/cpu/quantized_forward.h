@@ -37,7 +37,7 @@ class Forward<Byte, S> {
         P_(p.P),
         bytes_(p.quantized.byte_products),
         words_(p.quantized.row_bits == 16),
-        steps_at_once_(std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, batch.size()))),
+        steps_at_once_(input_steps(batch)),
         cells_(p, batch, slices, steps_at_once_, arena) {
     meet_ = take_barrier(arena, slices);
     members_ = Member<float>::take(arena, slices, batch.size());
