@@ -22,7 +22,7 @@ from lstm_ext.autograd import LSTMLayer, LSTMLayerBackward, has_tangent, needs_g
 from lstm_ext.engine import acc_dtype, is_recorded
 from lstm_ext.flat import Kind, flatten, kinds_of, unflatten
 from lstm_ext.ops import Direction, Masks
-from lstm_ext.steps import Steps, check_lengths, check_packed
+from lstm_ext.steps import Steps, check_steps
 from lstm_ext.torch_engine import LayerOutputs, side_by_side
 
 # What both take. directions: h0, c0 and the weights of each, as flat.flatten lists them; masks and
@@ -141,13 +141,8 @@ def _backward(*arguments: Any) -> list[Tensor]:
 
 def _check(x: Tensor, directions: list[Direction], steps: Steps) -> None:
     """As a graph's inputs, nothing has been checked yet."""
-    if steps.offsets is None and x.size(0) != steps.T * steps.B:
-        raise RuntimeError(f"Expected input of {steps.T * steps.B} rows, got {x.size(0)}")
     ops.check_layer(x, directions, steps)
-    if steps.lengths is not None:
-        check_lengths(steps.lengths, steps.T)
-    if steps.offsets is not None:
-        check_packed(steps)
+    check_steps(steps)
 
 
 def _forward_fake(*arguments: Any) -> list[Tensor]:

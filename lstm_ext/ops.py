@@ -142,7 +142,7 @@ def check_layer(x: Tensor, directions: list[Direction], steps: Steps) -> None:
         TypeError: a dtype without kernels. ValueError: dtypes or devices that differ.
         RuntimeError: a wrong size.
     """
-    dtype, device, I = x.dtype, x.device, x.size(-1)
+    dtype, I = x.dtype, x.size(-1)
     if dtype not in DTYPE_CODE:
         raise TypeError(
             f"lstm_ext has no kernel for {dtype}: convert input and module to torch.float64, "
@@ -153,17 +153,29 @@ def check_layer(x: Tensor, directions: list[Direction], steps: Steps) -> None:
     H, P = directions[0].c0.size(-1), directions[0].h0.size(-1)
     sizes = _sizes(steps.B, I, H, P)
     for direction in directions:
-        tensors = (direction.h0, direction.c0, *tensors_of(direction.w))
-        for tensor, size in zip(tensors, sizes, strict=False):
-            if tensor is None:
-                continue
-            if tensor.shape != size or tensor.dtype != dtype or tensor.device != device:
-                _refuse(tensors, sizes, x)
+        check_tensors(x, (direction.h0, direction.c0, *tensors_of(direction.w)), sizes)
         if direction.w.w_hr is None and P != H:
             got = tuple(direction.h0.shape)
             raise RuntimeError(f"Expected h0 of size {(steps.B, H)}, got {got}")
         if direction.w.masks is not None:
             _check_masks(direction.w.masks, ((steps.B, P), (steps.rows, P), (steps.rows, H)))
+
+
+def check_tensors(
+    x: Tensor, tensors: Sequence[Tensor | None], sizes: Sequence[tuple[int, ...]]
+) -> None:
+    """Refuses what is not of its size, or of another dtype or device than x: of a direction's h0,
+    c0 and what follows, as far as given.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`check_layer`.
+    """
+    dtype, device = x.dtype, x.device
+    for tensor, size in zip(tensors, sizes, strict=False):
+        if tensor is None:
+            continue
+        if tensor.shape != size or tensor.dtype != dtype or tensor.device != device:
+            _refuse(tensors, sizes, x)
 
 
 @functools.lru_cache(maxsize=256)

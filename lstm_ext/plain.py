@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from lstm_ext.modules import LSTM
 
 _TYPES = (Tensor, nn.Parameter)
-_WEIGHTS = 4  # of a direction
-QUANTIZED_WEIGHTS = 5  # likewise, where they have 8 bits: two, their scales, and a bias
+QUANTIZED_WEIGHTS = 5  # of a direction: two of 8 bits, their scales, and a bias
 _RESULTS = 3  # of forward that are saved: gates, c_t and y
 _plain = _C.CpuPlain(
     types=_TYPES,
@@ -115,36 +114,49 @@ def plain_module(module: LSTM, x: Any, hx: Any) -> Any:
             layers.append(own)
     if len(module._all_weights) != module.num_layers * directions:
         return None  # as well
+    return plain_layers(module, x, hx, layers, plain_layer)
+
+
+def plain_layers(
+    module: LSTM,
+    x: Any,
+    hx: Any,
+    layers: Sequence[Sequence[Tensor | None]],
+    run: Callable[..., Any],
+) -> Any:
+    """As :func:`plain_module`, for weights that are known. layers: each one's; run: a layer, as
+    :func:`plain_layer`."""
     steps = x.size(1 if module.batch_first else 0)
     if not steps:
         return None
     sizes = (module.input_size, module.hidden_size, steps, module.batch_first)
-    if module.num_layers == 1:
-        made = plain_layer(x, hx, layers[0], *sizes)
+    if len(layers) == 1:
+        made = run(x, hx, layers[0], *sizes)
         return made if made is None else (made[0], made[1:])
     drop = module._drop if module.dropout and module.training else None
-    return plain_stack(x, hx, layers, *sizes, drop)
+    directions = 2 if module.bidirectional else 1
+    return plain_stack(x, hx, layers, directions, *sizes, drop, run)
 
 
 def plain_stack(
     x: Any,
     hx: Any,
     layers: Sequence[Sequence[Tensor | None]],
+    D: int,
     input_size: int,
     hidden_size: int,
     steps: int,
     batch_first: bool,
     drop: Callable[[Tensor], Tensor] | None,
-    run: Callable[..., Any] | None = None,
+    run: Callable[..., Any],
 ) -> Any:
     """(y, (h_n, c_n)) of several plain layers; None where they are not for the short way.
 
     Args:
         x, hx: as a module has them; hx of all layers, (L * D, B, H). layers: each one's weights.
-        drop: what becomes of an output on its way to the next layer. run: in plain_layer's place.
+        D: directions. drop: what becomes of an output on its way to the next layer. run: a layer.
         The rest: see :func:`plain_layer`.
     """
-    run = plain_layer if run is None else run
     # It takes all of them or none, but for what is an error in a later one.
     if x.dtype == torch.bfloat16 and not takes_more(x):
         return None  # the CPU's short way depends on the width of a layer's input
@@ -152,7 +164,6 @@ def plain_stack(
         for weight in weights:
             if weight is not None and (type(weight) not in _TYPES or weight.is_neg()):
                 return None
-    D = 2 if len(layers[0]) >= 2 * _WEIGHTS else 1  # each has that many, or QUANTIZED_WEIGHTS
     states = [None] * len(layers)
     if hx is not None:
         if not (isinstance(hx, (tuple, list)) and len(hx) == 2):

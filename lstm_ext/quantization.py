@@ -28,8 +28,9 @@ from lstm_ext.engine import (
 )
 from lstm_ext.flat import Kind
 from lstm_ext.native import _C
+from lstm_ext.ops import check_tensors
 from lstm_ext.profiling import recorded
-from lstm_ext.steps import Steps, check_lengths, check_packed
+from lstm_ext.steps import Steps, check_steps
 from lstm_ext.torch_engine import LayerOutputs, side_by_side
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -219,10 +220,7 @@ def _kernel(
     cells: bool,
 ) -> list[Tensor]:
     steps = Steps.of((T, B, x.size(0), batch_first), offsets, lengths, reset_mask)
-    if lengths is not None:
-        check_lengths(lengths, T)
-    if offsets is not None:
-        check_packed(steps)
+    check_steps(steps)
     return _run(x, flat, bits, reverse, steps, cells)
 
 
@@ -283,13 +281,7 @@ def _forward(
     h0, c0, w, reverse = direction
     H, P, I = c0.size(1), h0.size(1), x.size(1)
     _check_weights(H, P, I, w)
-    w = w._replace(
-        **{
-            name: tensor.contiguous()
-            for name, tensor in w._asdict().items()
-            if isinstance(tensor, Tensor)
-        }
-    )
+    w = QuantizedWeights(*(t.contiguous() if isinstance(t, Tensor) else t for t in w))
     h0, c0 = h0.contiguous(), c0.contiguous()
     h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
     c_seq = None
@@ -319,20 +311,11 @@ def _check_sizes(x: Tensor, flat: Sequence[Tensor | None], steps: Steps, D: int)
         expected = ", ".join(map(str, DTYPES))
         raise TypeError(f"weights of 8 bits: expected an input of {expected}, got {x.dtype}")
     size = 2 + _TENSORS
-    rows = steps.T * steps.B if steps.offsets is None else steps.rows
-    if len(flat) != D * size or x.dim() != 2 or x.size(0) != rows:
-        raise RuntimeError(f"Expected input of {rows} rows, got size {tuple(x.shape)}")
+    if len(flat) != D * size or x.dim() != 2 or x.size(0) != steps.rows:
+        raise RuntimeError(f"Expected input of {steps.rows} rows, got size {tuple(x.shape)}")
     P, H = flat[0].size(-1), flat[1].size(-1)
     for k in range(D):
-        for name, state, width in zip(("h0", "c0"), flat[k * size :], (P, H), strict=False):
-            if state.shape != (steps.B, width):
-                got = tuple(state.shape)
-                raise RuntimeError(f"Expected {name} of size {(steps.B, width)}, got {got}")
-            if state.dtype != x.dtype or state.device != x.device:
-                raise ValueError(
-                    f"Expected {name} to be {x.dtype} on {x.device} like the input, got "
-                    f"{state.dtype} on {state.device}"
-                )
+        check_tensors(x, flat[k * size : k * size + 2], ((steps.B, P), (steps.B, H)))
 
 
 def _check_weights(H: int, P: int, I: int, w: QuantizedWeights) -> None:

@@ -14,7 +14,7 @@ from .convert import replaced
 from .engine import is_surrounded
 from .lstm_cell import LSTMCell
 from .modules import LSTM
-from .plain import QUANTIZED_WEIGHTS, plain_quantized, plain_stack
+from .plain import QUANTIZED_WEIGHTS, plain_layers, plain_quantized
 from .quantization import (
     DTYPES,
     QuantizedWeights,
@@ -248,9 +248,6 @@ class QuantizedLSTM(_Quantized, LSTM):
             or x.dim() != 3
         ):
             return None
-        steps = x.size(1 if self.batch_first else 0)
-        if not steps:
-            return None
         directions, layers = 2 if self.bidirectional else 1, []
         for k, suffix in enumerate(self._suffixes()):
             weights = self._weights(suffix)[:QUANTIZED_WEIGHTS]
@@ -258,12 +255,8 @@ class QuantizedLSTM(_Quantized, LSTM):
                 layers[-1] += weights
             else:
                 layers.append(list(weights))
-        sizes = (self.input_size, self.hidden_size, steps, self.batch_first)
         run = functools.partial(plain_quantized, activation_bits=self.activation_bits)
-        if len(layers) > 1:
-            return plain_stack(x, hx, layers, *sizes, None, run)
-        made = run(x, hx, layers[0], *sizes)
-        return made if made is None else (made[0], made[1:])
+        return plain_layers(self, x, hx, layers, run)
 
     def _named_weights(self) -> list[list[str]]:
         kinds = ["weight_ih", "weight_hh", "scale_ih", "scale_hh"]

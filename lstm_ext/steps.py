@@ -300,6 +300,20 @@ def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str
     return _moved(copy, device)
 
 
+def check_steps(steps: Steps) -> None:
+    """Refuses what an operator was given and no module has checked.
+
+    Raises:
+        RuntimeError: rows that are not all those of the steps. The rest: see below.
+    """
+    if steps.offsets is None and steps.rows != steps.T * steps.B:
+        raise RuntimeError(f"Expected input of {steps.T * steps.B} rows, got {steps.rows}")
+    if steps.lengths is not None:
+        check_lengths(steps.lengths, steps.T)
+    if steps.offsets is not None:
+        check_packed(steps)
+
+
 def check_packed(steps: Steps) -> None:
     """Refuses offsets and lengths that are not those of a PackedSequence of ``steps.rows``.
 
