@@ -130,7 +130,9 @@ def step_second(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """:func:`layer_second` of a single step of a plain direction: the same algebra, without a
-    recurrence, in a third of the time that the questions of a layer take.
+    recurrence and without the questions of a layer. A loop over LSTMCell with B 16, H 64 so takes
+    0.95 of nn.LSTMCell's time in float32, 0.79 in bfloat16; by layer_second it took 1.37 and 1.08
+    (two records, Zen 4).
 
     Args:
         d: of h_1 and c_1, (B, H); None for zero. inputs: x (B, I), h_0 and c_0 (B, H), the two
