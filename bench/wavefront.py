@@ -129,7 +129,7 @@ def time_row(
                 way["same_bits"] = all(torch.equal(found[k], off_bits[k]) for k in found)
                 way["differs"] = way["off_by"] > allowed
                 if engine.wavefront:
-                    tf32 = engine._uses_tf32(x)
+                    tf32 = engine.uses_tf32(x)
                     sizes = (problem.batch, problem.hidden_size, problem.num_layers, problem.steps)
                     way["parts"] = [
                         plan_of(engine, device, dtype, tf32, backward, *sizes).parts

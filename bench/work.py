@@ -154,7 +154,7 @@ def make_call(
 
     def step() -> Tensor:
         x, leaf = next(leaves)
-        output = values(module(x)[0])
+        output = run(module, x, mode)
         backward(mode, output, leaf, cotangent)
         # Dropped here and not before the next call: gradients that one module keeps while the
         # other is timed push the other's to the top of the heap, which malloc gives back to the
@@ -165,6 +165,18 @@ def make_call(
         return output
 
     return step
+
+
+def run(module: nn.Module, x: Input, mode: str) -> Tensor:
+    """The output. On CUDA, nn.LSTM in the mode second goes without cuDNN, which has no second
+    derivatives."""
+    if mode != SECOND or not values(x).is_cuda:
+        return values(module(x)[0])
+    before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
+    try:
+        return values(module(x)[0])
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def backward(mode: str, output: Tensor, leaf: Tensor, cotangent: Tensor) -> None:
@@ -183,7 +195,7 @@ def outcome(module: nn.Module, x: Input, mode: str, cotangent: Tensor) -> dict[s
         with torch.inference_mode():
             return {"output": values(module.eval()(x)[0])}
     x, leaf = with_leaf(x)
-    output = values(module.train()(x)[0])
+    output = run(module.train(), x, mode)
     backward(mode, output, leaf, cotangent.to(output))
     found = {"output": output.detach(), "x": leaf.grad}
     for name, parameter in module.named_parameters():

@@ -8,14 +8,13 @@ multiplication by the Hessian"). So there are two recurrences more, with W_hh as
 forward's, one like backward's. Backward itself runs once more, for it keeps nothing.
 In forward mode d has a tangent too: backward, linear in d, adds what it makes of that.
 
-Half types compute in float32. Letters as in :mod:`ops`.
+Letters as in :mod:`ops`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
@@ -30,13 +29,13 @@ from lstm_ext.engine import (
     Direction,
     DirectionGrads,
     LayerWeights,
-    acc_dtype,
     native_steps,
     native_variants,
+    of_direction,
     rows_of,
+    sum_of,
     without_autocast,
 )
-from lstm_ext.flat import grouped, map_tensors
 from lstm_ext.native import _C
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
@@ -67,33 +66,19 @@ def layer_second(
     *,
     wanted_x: bool,
     wanted: list[DirectionGrads],
-    cells: bool = False,
-    d_dot: Sequence[Tensor | None] | None = None,
+    cells: bool,
+    d_dot: Sequence[Tensor | None],
 ) -> tuple[list[Tensor | None], Tensor | None, list[DirectionGrads]]:
-    """See :func:`ops.layer_second`."""
-    dtype, acc = x.dtype, acc_dtype(x.dtype)
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(acc)
-
-    def cast_back(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [t if t is None or dtype == acc else t.to(dtype) for t in tensors]
-
-    v_x, *flat = [None if t is None else t.resolve_neg() for t in (v_x, *itertools.chain(*v))]
-    d_dot = [None] * len(d) if d_dot is None else d_dot
-    if dtype != acc:
-        x, directions = map_tensors(cast, x, directions)
-        v_x, y, *flat = map(cast, (v_x, y, *flat))
-        d, d_dot = list(map(cast, d)), list(map(cast, d_dot))
+    """See :func:`ops.layer_second`; x float32 or float64."""
     P, H, D = directions[0].h0.size(1), directions[0].c0.size(1), len(directions)
     y_dot = allocate(x, steps.rows, D * P, zero=steps.has_padding)
     work = gates_bytes(x, directions, steps)
     parts = [
         _Second(
-            *(v_x, DirectionGrads(*own), _of_direction(d, k, H, P), _of_direction(d_dot, k, H, P)),
+            *(v_x, own, of_direction(d, k, H, P), of_direction(d_dot, k, H, P)),
             *(x, directions[k], rows_of(y, k * P, P), saved[k], steps, wanted_x, wanted[k]),
         )
-        for k, own in enumerate(grouped(flat, D))
+        for k, own in enumerate(v)
     ]
     with without_autocast(x.device):
         running = [p.forward(y_dot[:, k * P : (k + 1) * P]) for k, p in enumerate(parts)]
@@ -102,23 +87,12 @@ def layer_second(
         cells_dot = torch.cat([dot.c_seq for dot in dots], 1) if cells else None
         outputs = [y_dot, cells_dot, *(dot.h_n for dot in dots), *(dot.c_n for dot in dots)]
         if not (wanted_x or any(flag for one in wanted for flag in one)):
-            return cast_back(outputs), None, [DirectionGrads(*[None] * len(one)) for one in wanted]
+            return outputs, None, [DirectionGrads(*[None] * len(one)) for one in wanted]
         core = recorded(_C.cpu_backward)
         first = run_directions(core, [p.gradients_again() for p in parts], work)
         second = run_directions(core, [p.backward() for p in parts], work)
         grads = [p.sums(*own) for p, *own in zip(parts, first, second, strict=True)]
-    (dx,) = cast_back([functools.reduce(_sum, [part for part, _ in (*first, *second)])])
-    return cast_back(outputs), dx, [DirectionGrads(*cast_back(one)) for one in grads]
-
-
-def _of_direction(d: Sequence[Tensor | None], k: int, H: int, P: int) -> tuple[Any, ...]:
-    """The k-th one's part of the gradients of y and of the cells, its h_n's and its c_n's."""
-    half = len(d) // 2
-    return rows_of(d[0], k * P, P), rows_of(d[1], k * H, H), d[2 + k], d[half + 1 + k]
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return a if b is None else b if a is None else a + b
+    return outputs, functools.reduce(sum_of, [dx for dx, _ in (*first, *second)]), grads
 
 
 def step_second(
@@ -209,7 +183,7 @@ def step_second(
         sides = [t if flag else None for t, flag in zip((v_x, v_h0), flags, strict=True)]
         if any(t is not None for t in sides):
             *more, _ = transposed_matmul(da, *sides, False)
-            of_weights = list(map(_sum, of_weights, more))
+            of_weights = list(map(sum_of, of_weights, more))
         results[5:7] = of_weights
         if needed[7]:
             results[7] = total
@@ -258,7 +232,7 @@ class _Second:
             b_ih is None and b_hh is None
         ):  # the core adds them to what x makes
             gx = x.new_zeros(steps.rows, 4 * H) if gx is None else gx
-            gx += _sum(b_ih, b_hh)
+            gx += sum_of(b_ih, b_hh)
         w_ih = None if v_x is None else w.w_ih.contiguous()
         v_x = None if v_x is None else v_x.contiguous()
         gx_after = gx_first = h_more = cell_out = None
@@ -322,7 +296,7 @@ class _Second:
 
     def sums(self, first: tuple[Any, ...], second: tuple[Any, ...]) -> DirectionGrads:
         """Of both backwards' gradients, and what neither has."""
-        sums = DirectionGrads(*map(_sum, first[1], second[1]))
+        sums = DirectionGrads(*map(sum_of, first[1], second[1]))
         if not self.wanted.w_hr:
             return sums
         real = self.steps.active_rows if self.steps.has_padding else slice(None)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lstm_ext.cuda_gradients import gradients
 from lstm_ext.cuda_precision import lstm_uses_tf32
 from lstm_ext.cuda_products import Products, TorchProducts, VendorProducts, open_vendor
+from lstm_ext.cuda_second import layer_second
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,
@@ -79,7 +80,10 @@ class CudaEngine:
         self.products: Products = VendorProducts(self) if use else TorchProducts()
         #: Plain layers in one call of the core each way; None: only by cuBLASLt.
         self.plain: Any = None
+        #: As of :func:`ops.layer_second`; None: only by cuBLASLt.
+        self.layer_second: Any = None
         if use:
+            self.layer_second = functools.partial(layer_second, self)
             self.plain = self.core.CudaPlain(
                 types=(Tensor, nn.Parameter),
                 codes=DTYPE_CODE,
@@ -115,7 +119,8 @@ class CudaEngine:
         """So many streams beside the current one."""
         return Lanes(device, count) if count else NoLanes()
 
-    def _uses_tf32(self, x: Tensor) -> bool:
+    def uses_tf32(self, x: Tensor) -> bool:
+        """Whether x's products round their factors to TF32."""
         # Turing has no TF32: nn.LSTM is exact there too.
         return (
             x.dtype == torch.float32 and lstm_uses_tf32() and self.properties(x.device).major >= 8
@@ -205,7 +210,7 @@ class CudaEngine:
         """See :func:`ops.layer_forward`."""
         core, dtype, acc = self.core, x.dtype, acc_dtype(x.dtype)
         H, P, D = directions[0].c0.size(1), directions[0].h0.size(1), len(directions)
-        tf32 = self._uses_tf32(x)
+        tf32 = self.uses_tf32(x)
         with self.guard(x.device), without_autocast(x.device):
             y = x.new_empty(steps.rows, D * P)
             result = LayerResult(y, [], [], [], [], [])
@@ -286,7 +291,7 @@ class CudaEngine:
         """See :func:`ops.layer_backward`."""
         core, dtype = self.core, x.dtype
         H, P = directions[0].c0.size(1), directions[0].h0.size(1)
-        tf32 = self._uses_tf32(x)
+        tf32 = self.uses_tf32(x)
         with self.guard(x.device), without_autocast(x.device):
             parts, kept, outputs = [], [], []
             for k, (direction, want) in enumerate(zip(directions, wanted, strict=True)):

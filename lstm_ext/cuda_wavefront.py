@@ -124,7 +124,7 @@ def forward(
     """
     core, dtype, acc = engine.core, x.dtype, acc_dtype(x.dtype)
     L, H, B, rows = len(layers), layers[0].c0.size(1), steps.B, steps.rows
-    tf32 = engine._uses_tf32(x)
+    tf32 = engine.uses_tf32(x)
     with engine.guard(x.device), without_autocast(x.device):
         wave = plan_of(engine, x.device, dtype, tf32, False, B, H, L, steps.T)
         at = cuts(steps.T, wave.parts)
@@ -212,7 +212,7 @@ def backward(
     core, x, T, B = engine.core, saved.x[0], steps.T, steps.B
     dtype = x.dtype
     L, H, rows = len(layers), layers[0].c0.size(1), steps.rows
-    tf32 = engine._uses_tf32(x)
+    tf32 = engine.uses_tf32(x)
     lowest = 0 if wanted_x else next((k for k, w in enumerate(wanted) if any(w)), L)
     grads: list[DirectionGrads | None] = [None] * L
     if lowest == L:

@@ -236,6 +236,19 @@ def rows_of(gradient: Tensor | None, start: int, size: int) -> Tensor | None:
     return part if size <= 1 or part.stride(1) == 1 else part.contiguous()
 
 
+def of_direction(
+    d: Sequence[Tensor | None], k: int, H: int, P: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The k-th direction's part of what there is of y, of the cells, of each h_n and each c_n."""
+    half = len(d) // 2
+    return rows_of(d[0], k * P, P), rows_of(d[1], k * H, H), d[2 + k], d[half + 1 + k]
+
+
+def sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """None for zero."""
+    return a if b is None else b if a is None else a + b
+
+
 def autocast_is_on(device_type: str) -> bool:
     """Whether autocast is enabled for a device type; False for those that know no autocast."""
     if not torch._C._is_any_autocast_enabled():  # the usual case, and much the cheapest question

@@ -34,6 +34,7 @@ from lstm_ext.engine import (
     with_masks,
     without_autocast,
 )
+from lstm_ext.flat import map_tensors
 from lstm_ext.native import _C
 from lstm_ext.steps import Steps
 
@@ -62,7 +63,7 @@ __all__ = [
 
 class Engine(Protocol):
     """What runs a layer on one kind of device; the arguments are those of the functions below. It
-    may have a ``layer_second`` as well."""
+    may have a ``layer_second`` as well, which computes in float32 or float64."""
 
     def layer_forward(
         self,
@@ -299,7 +300,7 @@ def layer_backward(*arguments: Any, **wanted: Any) -> tuple[Tensor | None, list[
 def has_native_second(x: Tensor, directions: list[Direction], steps: Steps) -> bool:
     """Whether x's engine makes second derivatives of such a layer."""
     return (
-        hasattr(_engines.get(x.device.type), "layer_second")
+        getattr(_engines.get(x.device.type), "layer_second", None) is not None
         and steps.rows > 0
         and not any(direction.w.varied for direction in directions)
     )
@@ -310,8 +311,15 @@ def layer_second(
     v: list[DirectionGrads],
     d: Sequence[Tensor | None],
     x: Tensor,
-    *rest: Any,
-    **wanted: Any,
+    directions: list[Direction],
+    y: Tensor,
+    saved: list[tuple[Tensor, ...]],
+    steps: Steps,
+    *,
+    wanted_x: bool,
+    wanted: list[DirectionGrads],
+    cells: bool = False,
+    d_dot: Sequence[Tensor | None] | None = None,
 ) -> tuple[list[Tensor | None], Tensor | None, list[DirectionGrads]]:
     """The derivative of v^T g by the arguments of :func:`layer_backward`, g being its results.
 
@@ -331,11 +339,31 @@ def layer_second(
         TypeError: a dtype or device of v or d_dot that is not x's. The rest: see
             :func:`check_saved`.
     """
-    check_saved(d, x, *rest)
-    for tensor in (v_x, *itertools.chain(*v), *(wanted.get("d_dot") or ())):
+    check_saved(d, x, directions, y, saved, steps)
+    d_dot = [None] * len(d) if d_dot is None else d_dot
+    for tensor in (v_x, *itertools.chain(*v), *d_dot):
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
             raise TypeError(
                 f"Expected tangents to be {x.dtype} on {x.device} like the tensors they belong to, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
-    return engine_of(x.device).layer_second(v_x, v, d, x, *rest, **wanted)
+    dtype, acc = x.dtype, acc_dtype(x.dtype)
+
+    def cast(tensors: Sequence[Tensor | None], to: torch.dtype = acc) -> list[Tensor | None]:
+        return [None if t is None else t.resolve_neg().to(to) for t in tensors]
+
+    if dtype != acc:
+        x, directions = map_tensors(lambda t: t.to(acc), x, directions)
+    outputs, dx, grads = engine_of(x.device).layer_second(
+        *(cast([v_x])[0], [DirectionGrads(*cast(own)) for own in v], cast(d)),
+        *(x, directions, cast([y])[0], saved, steps),
+        wanted_x=wanted_x,
+        wanted=wanted,
+        cells=cells,
+        d_dot=cast(d_dot),
+    )
+    return (
+        cast(outputs, dtype),
+        cast([dx], dtype)[0],
+        [DirectionGrads(*cast(own, dtype)) for own in grads],
+    )

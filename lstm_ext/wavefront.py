@@ -56,7 +56,7 @@ def applies(module: LSTM, x: Tensor, steps: Steps) -> bool:
     ):
         return False
     dtype = _dtype(x)
-    tf32 = engine._uses_tf32(x.new_empty(0, dtype=dtype))
+    tf32 = engine.uses_tf32(x.new_empty(0, dtype=dtype))
     sizes = (steps.B, module.hidden_size, module.num_layers, steps.T)
     return any(
         cuda_wavefront.plan_of(engine, x.device, dtype, tf32, backward, *sizes).parts > 1

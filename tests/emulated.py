@@ -26,7 +26,7 @@ H100 |= {"clusters": [132, 66, 32, 16, 8], "vendor": True}
 #: Chooses among the plans that could run a problem.
 Pick = Callable[[list[Any], Any], Any]
 SOURCES = [
-    *(f"csrc/cuda/{name}.cu" for name in ("arrange", "engine", "plain", "vendor_steps")),
+    *(f"csrc/cuda/{name}.cu" for name in ("arrange", "engine", "plain", "second", "vendor_steps")),
     *(f"csrc/cuda/{name}plan.cpp" for name in ("", "describe_", "resident_", "vendor_")),
     "csrc/cuda/pointwise.cu",
     "csrc/cuda/bindings.cpp",

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from device import here
+from second_order import F32, F64, Problem, assert_near, by_layer, by_reference, make_steps
 from tolerances import TF32_EPS, assert_as_good, tol
 
 import lstm_ext
@@ -127,3 +128,21 @@ def test_both_directions(monkeypatch, H, B, option, dtype):
     eps = TF32_EPS if as_tf32 else None
     for mine, peer, exact in zip(got, run(plain, leaves, dtype), truth, strict=True):
         assert_as_good(mine, peer, exact, eps=eps)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["whole", "both", "packed"])
+@pytest.mark.parametrize("proj", [0, 4], ids=["plain", "proj"])
+def test_second_derivatives(proj, kind, dtype):
+    problem = Problem(make_steps(kind, T, 5), I, 40, proj, 2, dtype=dtype)
+    ours, truth = problem.second(by_layer), problem.second(by_reference, dtype=F64)
+    if dtype == torch.bfloat16:
+        peers = problem.second(by_reference)
+        for mine, peer, exact in zip(ours, peers, truth, strict=True):
+            assert_as_good(mine, peer, exact)
+    elif dtype == F32 and device.tf32():
+        for mine, exact in zip(ours, truth, strict=True):
+            # In the emulator at most 2.4 roundings of the largest element.
+            assert (mine - exact).abs().max() <= 8 * TF32_EPS * exact.abs().max()
+    else:
+        assert_near(ours, [t.to(dtype) for t in truth])

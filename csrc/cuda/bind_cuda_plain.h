@@ -98,7 +98,7 @@ class CudaPlain : public PlainTensors {
     PyObject* is_current = PyUnicode_InternFromString("is_current");
     PyObject* guard = PyUnicode_InternFromString("guard");
     PyObject* device = PyUnicode_InternFromString("device");
-    PyObject* uses_tf32 = PyUnicode_InternFromString("_uses_tf32");
+    PyObject* uses_tf32 = PyUnicode_InternFromString("uses_tf32");
     PyObject* raw_stream = PyUnicode_InternFromString("raw_stream");
     PyObject* plan = PyUnicode_InternFromString("plan");
   };

@@ -9,6 +9,7 @@
 
 #include "cuda/arrange.h"
 #include "cuda/bind_cuda_plain.h"
+#include "cuda/bind_second.h"
 #include "cuda/bind_vendor.h"
 #include "cuda/engine.h"
 #include "cuda/pointwise.h"
@@ -232,6 +233,7 @@ void bind_cuda(py::module_& m) {
       "dtype"_a, "matrix"_a, "rows"_a, "columns"_a, "first"_a, "second"_a, "stream"_a,
       py::call_guard<py::gil_scoped_release>());
   bind_vendor(m, &cuda_make_current);
+  bind_second(m);
   bind_cuda_plain(m);
 }
 
