@@ -14,10 +14,10 @@ struct CpuPlain : PlainTensors {
       : PlainTensors(std::move(types), std::move(codes), std::move(half_acc),
                      pybind11::str("is_cpu")) {}
 
-  // Arguments as for PlainInputs::read. Returns what PlainOutputs::all has, saved if grad and any
-  // tensor requires grad; or None, for what PlainInputs::read refuses.
+  // Arguments as for PlainInputs::read. Returns what PlainOutputs::all has, saved as save says; or
+  // None, for what PlainInputs::read refuses.
   Object forward(Handle x, Handle hx, const pybind11::list& weights, int64_t I, int64_t H,
-                 int64_t T, bool batch_first, int threads, bool pack_input, bool grad,
+                 int64_t T, bool batch_first, int threads, bool pack_input, int save,
                  const pybind11::function& workspace) const {
     PlainInputs in(*this);
     LstmForward p{};
@@ -32,7 +32,7 @@ struct CpuPlain : PlainTensors {
       return in.read(x, hx, weights, I, H, T, batch_first, nullptr, true, accepts);
     };
     if (!answered(read)) return pybind11::none();
-    const PlainOutputs out(in, x, grad && in.requires_grad);
+    const PlainOutputs out(in, x, in.saves(save));
     run(p, in, out, nullptr, workspace);
     return out.all();
   }
@@ -113,7 +113,7 @@ inline void bind_cpu_plain(pybind11::module_& m) {
   py::class_<CpuPlain>(m, "CpuPlain", py::module_local())
       .def(py::init<py::tuple, py::dict, py::object>(), "types"_a, "codes"_a, "half_acc"_a)
       .def("cpu_forward", &CpuPlain::forward, "x"_a, "hx"_a, "weights"_a, "I"_a, "H"_a, "T"_a,
-           "batch_first"_a, "threads"_a, "pack_input"_a, "grad"_a, "workspace"_a)
+           "batch_first"_a, "threads"_a, "pack_input"_a, "save"_a, "workspace"_a)
       .def("cpu_forward_quantized", &CpuPlain::forward_quantized, "x"_a, "hx"_a, "weights"_a,
            "byte"_a, "row_bits"_a, "I"_a, "H"_a, "T"_a, "batch_first"_a, "threads"_a, "grad"_a,
            "workspace"_a)

@@ -191,6 +191,10 @@ struct PlainInputs : PlainCall {
     return memory[k];
   }
 
+  // save: whether what backward needs is to be saved: 0: no; 1: if any of them requires grad; 2: in
+  // any case.
+  bool saves(int save) const { return save > 1 || (save && requires_grad); }
+
   bool requires_grad = false;  // any of them
   Objects given;               // as the caller has them; null: none
 };

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
-from lstm_ext import batching, ops
+from lstm_ext import batching, ops, plain
 from lstm_ext.autograd import LSTMLayer, LSTMLayerBackward, has_tangent, needs_grad
-from lstm_ext.engine import acc_dtype, is_recorded
-from lstm_ext.flat import Kind, flatten, kinds_of, unflatten
+from lstm_ext.engine import acc_dtype, is_recorded, is_surrounded, is_watched
+from lstm_ext.flat import Kind, flatten, grouped, kinds_of, unflatten
 from lstm_ext.ops import Direction, Masks
 from lstm_ext.steps import Steps, check_steps
 from lstm_ext.torch_engine import LayerOutputs, side_by_side
@@ -116,6 +116,9 @@ def _decode(
 
 
 def _forward(*arguments: Any) -> list[Tensor]:
+    made = _plain_forward(*arguments)
+    if made is not None:
+        return made
     *layer, cells, save = arguments
     x, flat = layer[:2]
     steps, kinds = _decode(*layer)
@@ -131,12 +134,73 @@ def _forward(*arguments: Any) -> list[Tensor]:
 
 
 def _backward(*arguments: Any) -> list[Tensor]:
+    made = _plain_backward(*arguments)
+    if made is not None:
+        return made
     *layer, grads, results, wanted = arguments
     x, flat = layer[:2]
     steps, kinds = _decode(*layer)
     _check(x, unflatten(flat, kinds), steps)
     made = LSTMLayerBackward.forward(steps, kinds, tuple(wanted), *grads, x, *flat, *results)
     return [g.contiguous() for g, want in zip(made, wanted, strict=True) if want]
+
+
+# Of a plain direction: h0, c0, four weights, and no projection.
+_PLAIN_INPUTS = 7
+
+
+def _plain_steps(layer: Sequence[Any]) -> int | Steps | None:
+    """The steps of a layer for the short way, as :mod:`plain` takes them; None for another one."""
+    x, flat, masks, _, reverse, T, _, _, *differing = layer
+    D = len(reverse)
+    if masks or T == 0 or len(flat) != _PLAIN_INPUTS * D or list(reverse) != [False, True][:D]:
+        return None
+    if any(flat[k] is not None for k in range(_PLAIN_INPUTS - 1, len(flat), _PLAIN_INPUTS)):
+        return None
+    if all(t is None for t in differing):
+        return T
+    if not plain.takes_more(x):
+        return None
+    steps, _ = _decode(*layer)
+    check_steps(steps)
+    return steps
+
+
+def _plain_forward(*arguments: Any) -> list[Tensor] | None:
+    """By the short way; None where there is none. What it refuses goes the layer's way, which has
+    the errors."""
+    *layer, cells, save = arguments
+    # What it saves of two directions lies in one tensor, and results must not.
+    two = len(layer[1]) > _PLAIN_INPUTS
+    steps = None if cells or (save and two) or is_watched() else _plain_steps(layer)
+    if steps is None:
+        return None
+    x, flat, *_, batch_first, _, _, _ = layer
+    states, weights = [], []
+    for h0, c0, *own in grouped(flat, len(flat) // _PLAIN_INPUTS):
+        states += (h0, c0)
+        weights += own[:4]
+    sizes = x.size(-1), states[1].size(-1)
+    made = plain.plain_results(x, states, weights, *sizes, steps, batch_first, 2 * save)
+    if made is None:
+        return None
+    outputs, saved = made
+    return [*outputs, *saved[:2]] if save else list(outputs)
+
+
+def _plain_backward(*arguments: Any) -> list[Tensor] | None:
+    """As _plain_forward, of a single direction."""
+    *layer, grads, results, wanted = arguments
+    if len(layer[1]) != _PLAIN_INPUTS or grads[1] is not None or is_surrounded():
+        return None
+    steps = _plain_steps(layer)
+    if steps is None:
+        return None
+    x, flat, *_, batch_first, _, _, _ = layer
+    y, *of_forward = results
+    saved = (x, *flat[:-1], *of_forward, y)
+    made = plain.plain_gradients((grads[0], *grads[2:]), saved, tuple(wanted), steps, batch_first)
+    return made if made is None else [g for g in made if g is not None]
 
 
 def _check(x: Tensor, directions: list[Direction], steps: Steps) -> None:
@@ -253,6 +317,9 @@ def _forward_autograd(*arguments: Any) -> list[Tensor]:
     x, flat = layer[:2]
     _refuse_transforms([x, *flat])
     if not needs_grad([x, *flat]):
+        made = _plain_forward(*arguments)
+        if made is not None:
+            return made
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.lstm_ext.lstm_layer(*arguments)
     steps, kinds = _decode(*layer)
@@ -265,6 +332,9 @@ def _backward_autograd(*arguments: Any) -> list[Tensor]:
     x, flat = layer[:2]
     _refuse_transforms([x, *flat, *grads])
     if not needs_grad([x, *flat, *grads]):
+        made = _plain_backward(*arguments)
+        if made is not None:
+            return made
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.lstm_ext.lstm_layer_backward(*arguments)
     steps, kinds = _decode(*layer)

@@ -6,16 +6,35 @@ import torch
 from torch import Tensor, nn
 
 from .compat import States, adopt, check_match, check_none, check_pair, forget
-from .engine import is_surrounded
+from .autograd import needs_grad
+from .engine import autocast_is_on, is_surrounded
+from .flat import flatten
 from .layer import lstm_layer
 from .ops import Direction, LayerWeights
 from .plain import plain_cell
 from .steps import Steps
+from .torch_engine import reference_layer
 from .variants import Variants
 
 __all__ = ["LSTMCell"]
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+# Numbers of W_ih and W_hh below which a compiled step takes less time in torch's operations.
+_FEW_WEIGHTS = 1 << 18
+
+
+def _is_fused(input: Tensor, direction: Direction) -> bool:
+    """Whether torch.compile is to see the step's operations, which it fuses, and not an operator
+    that calls the core."""
+    w = direction.w
+    few = w.w_ih.numel() + w.w_hh.numel() < _FEW_WEIGHTS
+    return (
+        input.dtype in (torch.float32, torch.float64)
+        and not torch.compiler.is_exporting()
+        and not autocast_is_on(input.device.type)
+        and (few or needs_grad([input, *flatten([direction])]))
+    )
 
 
 class LSTMCell(Variants, nn.RNNCellBase):
@@ -117,7 +136,11 @@ class LSTMCell(Variants, nn.RNNCellBase):
         steps = Steps.padded(1, batch)
         w = self._layer_weights(weights, input, steps, h, c)
         check_match("hidden", (h, c), input)
-        _, (h,), (c,), _ = self._run_layer(input, [Direction(h, c, w, False)], steps)
+        direction = Direction(h, c, w, False)
+        if torch.compiler.is_compiling() and _is_fused(input, direction):
+            _, (h,), (c,), _ = reference_layer(input, [direction], steps, cells=False)
+        else:
+            _, (h,), (c,), _ = self._run_layer(input, [direction], steps)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
     _run_layer = staticmethod(lstm_layer)

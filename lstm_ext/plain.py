@@ -59,21 +59,9 @@ def plain_layer(
         steps: T; 0 for a cell's only one, x being (B, in): then there is no y. Of a layer, where
             :func:`takes_more`, also Steps with lengths, offsets or resets.
     """
-    engine = _engine_of(x)
-    if engine is None:
-        return None
-    T, rows = _native(engine, steps)
-    call = (x, hx, weights, input_size, hidden_size, T, batch_first)
-    if engine is cpu_engine:
-        made = recorded(_plain.cpu_forward)(
-            *call,
-            torch.get_num_threads(),
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_grad_enabled(),
-            cpu_products.workspace,
-        )
-    else:
-        made = recorded(engine.plain.cuda_forward)(engine, *call, rows, torch.is_grad_enabled())
+    made = plain_results(
+        *(x, hx, weights, input_size, hidden_size, steps, batch_first), torch.is_grad_enabled()
+    )
     if made is None:
         return None
     outputs, saved = made
@@ -81,6 +69,38 @@ def plain_layer(
         return outputs
     # Function.apply looks for wrappers of transforms before, which the core found none of.
     return super(Function, PlainLayer).apply(steps, batch_first, outputs, *saved)
+
+
+def plain_results(
+    x: Any,
+    hx: Any,
+    weights: Sequence[Tensor | None],
+    input_size: int,
+    hidden_size: int,
+    steps: int | Steps,
+    batch_first: bool,
+    save: int,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...] | None] | None:
+    """As :func:`plain_layer`, which makes them differentiable: the outputs, and what
+    :class:`PlainLayer` saves besides, gates, c_seq and the inputs, or None.
+
+    Args:
+        save: whether to save: 0: no; 1: if any of the tensors requires grad; 2: in any case.
+    """
+    engine = _engine_of(x)
+    if engine is None:
+        return None
+    T, rows = _native(engine, steps)
+    call = (x, hx, weights, input_size, hidden_size, T, batch_first)
+    if engine is not cpu_engine:
+        return recorded(engine.plain.cuda_forward)(engine, *call, rows, save)
+    return recorded(_plain.cpu_forward)(
+        *call,
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        save,
+        cpu_products.workspace,
+    )
 
 
 def plain_module(module: LSTM, x: Any, hx: Any) -> Any:
@@ -281,7 +301,7 @@ class PlainLayer(Function):
         if not is_surrounded():
             recording = torch.is_grad_enabled()  # not the products that are torch's
             with torch.no_grad() if recording else contextlib.nullcontext():
-                made = _backward(gradients, saved, wanted, *ctx.steps)
+                made = plain_gradients(gradients, saved, wanted, *ctx.steps)
             if made is not None and recording:
                 call = (*ctx.steps, wanted, made, *gradients, *saved)
                 made = super(Function, PlainLayerBackward).apply(*call)  # as in plain_layer
@@ -371,7 +391,7 @@ def _second_of_a_step(
     return tuple(made)
 
 
-def _backward(
+def plain_gradients(
     gradients: tuple[Tensor | None, ...],
     saved: tuple[Tensor | None, ...],
     wanted: tuple[bool, ...],
@@ -379,7 +399,11 @@ def _backward(
     batch_first: bool,
 ) -> tuple[Tensor | None, ...] | None:
     """The gradients of the inputs, None where not wanted; None where the call is not one for the
-    short way."""
+    short way. Only where not :func:`engine.is_surrounded`.
+
+    Args:
+        gradients: of the outputs; None for zero. saved: as PlainLayer saves. wanted: of each input.
+    """
     engine = _engine_of(saved[0])
     if engine is None or (engine is cpu_engine and not isinstance(steps, int)):
         return None  # the latter: by a hook on saved tensors
@@ -399,7 +423,7 @@ def _by_the_layer(
     steps: int | Steps,
     batch_first: bool,
 ) -> tuple[Tensor | None, ...]:
-    """As :func:`_backward`, by LSTMLayerBackward."""
+    """As :func:`plain_gradients`, by LSTMLayerBackward."""
     form = LayerForm(gradients, saved, steps, batch_first)
     run = LSTMLayerBackward.run if must_apply() else LSTMLayerBackward.forward
     return form.as_inputs(run(form.steps, form.kinds, form.inputs(wanted), *form.tensors))

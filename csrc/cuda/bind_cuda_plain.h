@@ -20,10 +20,10 @@ class CudaPlain : public PlainTensors {
         bytes_(std::move(bytes)) {}
 
   // engine: a cuda_engine.CudaEngine, always the same. The rest as for PlainInputs::read. Returns
-  // what PlainOutputs::all has, saved if grad and any tensor requires grad; or None, for what
-  // PlainInputs::read refuses, or if a size is 0.
+  // what PlainOutputs::all has, saved as save says; or None, for what PlainInputs::read refuses, or
+  // if a size is 0.
   Object forward(Handle engine, Handle x, Handle hx, const pybind11::list& weights, int64_t I,
-                 int64_t H, int64_t T, bool batch_first, Handle rows, bool grad) {
+                 int64_t H, int64_t T, bool batch_first, Handle rows, int save) {
     PlainInputs in(*this);
     const Steps* const where = steps_of(rows);
     const auto accepts = [&] { return I > 0 && H > 0; };
@@ -32,7 +32,7 @@ class CudaPlain : public PlainTensors {
     };
     if (!answered(read)) return pybind11::none();
     const Guard guard(engine, x, in.device);
-    const PlainOutputs out(in, x, grad && in.requires_grad);
+    const PlainOutputs out(in, x, in.saves(save));
     CudaPlainForward p{};
     p.layer = layer(engine, x, in, false);
     p.I = I;
@@ -193,7 +193,7 @@ inline void bind_cuda_plain(pybind11::module_& m) {
       .def(py::init<py::tuple, py::dict, py::object, py::object, py::object>(), "types"_a,
            "codes"_a, "half_acc"_a, "is_here"_a, "bytes"_a)
       .def("cuda_forward", &CudaPlain::forward, "engine"_a, "x"_a, "hx"_a, "weights"_a, "I"_a,
-           "H"_a, "T"_a, "batch_first"_a, "rows"_a, "grad"_a)
+           "H"_a, "T"_a, "batch_first"_a, "rows"_a, "save"_a)
       .def("cuda_backward", &CudaPlain::backward, "engine"_a, "gradients"_a, "saved"_a, "wanted"_a,
            "T"_a, "batch_first"_a, "rows"_a);
 }
