@@ -21,7 +21,7 @@ from bench import records
 from bench.records import OURS, PEER
 
 # What must be the same for two records to be of the same thing on a machine of the same kind.
-SAME_SETTINGS = ("suite", "device", "dtype", "threads", "host")
+SAME_SETTINGS = ("suite", "device", "dtype", "threads", "host", "compiled")
 SAME_ENVIRONMENT = ("cpu", "cores", "torch", "torch_cpu_capability", "lstm_ext_cpu_isa", "gpu")
 LEAST_SPREAD = 0.01  # of logarithms: few samples can lie on each other by chance
 BAD = ("slower", "fails", "wrong")

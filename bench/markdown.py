@@ -122,6 +122,7 @@ def section(record: Record, name: str, folder: Path) -> list[str]:
     others = [peer for peer in records.peers(record) if peer != PEER]
     special = ", beside other peers" if others else ""
     special += ", one thread" if settings["threads"] == 1 and settings["device"] == "cpu" else ""
+    special += ", by torch.compile" if settings.get("compiled") else ""
     lines = [f"## {settings['suite']}, {settings['dtype']}{special}", ""]
     if not record["complete"]:
         lines += ["**Not complete: the run was interrupted.**", ""]

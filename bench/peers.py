@@ -279,8 +279,25 @@ PEERS: dict[str, Builder] = {
 }
 
 
-def builders(names: list[str]) -> dict[str, Builder]:
-    """nn.LSTM first, then the named peers, lstm_ext last."""
+def builders(names: list[str], by_compile: bool = False) -> dict[str, Builder]:
+    """nn.LSTM first, then the named peers, lstm_ext last. by_compile: each by torch.compile."""
     chosen = {PEER: drop_in(nn.LSTM)}
     chosen |= {name: PEERS[name] for name in names}
-    return chosen | {OURS: drop_in(lstm_ext.LSTM)}
+    chosen |= {OURS: drop_in(lstm_ext.LSTM)}
+    if not by_compile:
+        return chosen
+    return {name: compiled(builder, afresh=name == PEER) for name, builder in chosen.items()}
+
+
+def compiled(builder: Builder, afresh: bool) -> Builder:
+    """By torch.compile. afresh: what was compiled before is forgotten, for torch.compile gives up
+    after so many problems."""
+
+    def make(reference: nn.Module, problem: Problem, mode: str) -> nn.Module:
+        if afresh:
+            torch._dynamo.reset()
+        module = builder(reference, problem, mode)
+        module.compile()
+        return module
+
+    return make

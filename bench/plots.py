@@ -44,7 +44,8 @@ def _figure(*size: float, **options: Any) -> tuple[Any, Any, Callable[[Path], No
 def title(record: Record) -> str:
     settings, facts = record["settings"], record["environment"]
     where = facts.get("gpu") or f"{facts['cpu']}, {settings['threads']} threads"
-    return f"{settings['dtype']} on {where}, torch {facts['torch']}"
+    how = ", by torch.compile" if settings.get("compiled") else ""
+    return f"{settings['dtype']} on {where}, torch {facts['torch']}{how}"
 
 
 def speedup(record: Record, path: Path) -> bool:

@@ -100,6 +100,11 @@ MALLOC_MMAP_THRESHOLD_=1000000000 in the environment; the record says whether th
         help="with --device cuda: the time of the calling thread, the GPU's work left out",
     )
     parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="every module by torch.compile; nn.LSTM breaks the graph, and runs as it is",
+    )
+    parser.add_argument(
         "--floor",
         type=Path,
         metavar="FILE",
@@ -110,7 +115,7 @@ MALLOC_MMAP_THRESHOLD_=1000000000 in the environment; the record says whether th
         type=Path,
         metavar="FILE",
         help="JSON lines; default: "
-        "bench/results/<machine>/<suite>-<dtype>-<device>[-peers][-host][-<N>threads].jsonl",
+        "bench/results/<machine>/<suite>-<dtype>-<device>[-peers][-host][-compiled][-<N>threads].jsonl",
     )
     return parser
 
@@ -282,10 +287,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "min_sample_ms": 5 if args.quick else 20,
         "quick": args.quick,
         "host": args.host,
-    }
+    } | ({"compiled": True} if args.compiled else {})
     out = args.out
     if out is None:
         ends = ("-peers" if names else "") + ("-host" if args.host else "")
+        ends += "-compiled" if args.compiled else ""
         ends += f"-{args.threads}threads" if args.threads else ""
         folder = machine.results_folder(torch.device(args.device))
         out = folder / f"{args.suite}-{args.dtype}-{args.device}{ends}.jsonl"
@@ -302,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     work = [(problem, mode) for problem in problems for mode in modes]
     try:
-        builders = peers.builders(names)
+        builders = peers.builders(names, args.compiled)
         rows = run(
             work,
             builders,

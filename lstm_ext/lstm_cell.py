@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .compat import States, adopt, check_match, check_none, check_pair, forget
 from .autograd import needs_grad
+from .compat import States, adopt, check_match, check_none, check_pair, forget
 from .engine import autocast_is_on, is_surrounded
 from .flat import flatten
 from .layer import lstm_layer
 from .ops import Direction, LayerWeights
 from .plain import plain_cell
 from .steps import Steps
-from .torch_engine import reference_layer
+from .torch_engine import reference_step
 from .variants import Variants
 
 __all__ = ["LSTMCell"]
@@ -138,7 +138,7 @@ class LSTMCell(Variants, nn.RNNCellBase):
         check_match("hidden", (h, c), input)
         direction = Direction(h, c, w, False)
         if torch.compiler.is_compiling() and _is_fused(input, direction):
-            _, (h,), (c,), _ = reference_layer(input, [direction], steps, cells=False)
+            h, c = reference_step(input, direction)
         else:
             _, (h,), (c,), _ = self._run_layer(input, [direction], steps)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lstm_ext import reference
@@ -27,6 +28,16 @@ def side_by_side(parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
     """The parts (rows, n) that are there, as one of that dtype."""
     tensors = [part.to(dtype) for part in parts if part is not None]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
+
+
+def reference_step(x: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
+    """h_1 and c_1, (B, H) each, of a cell's step; x (B, in)."""
+    h0, c0, w, _ = direction
+    if w.varied:
+        layer = reference_layer(x, [direction], Steps.padded(1, x.size(0)), cells=False)
+        return layer.h_n[0], layer.c_n[0]
+    a = F.linear(x, w.w_ih, w.b_ih) + F.linear(h0, w.w_hh, w.b_hh)  # (B, 4H)
+    return reference.lstm_cell(a, c0)
 
 
 def reference_layer(

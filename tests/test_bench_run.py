@@ -110,6 +110,15 @@ def test_a_row_that_lstm_ext_refuses_makes_the_run_fail(monkeypatch, tmp_path, c
     assert capsys.readouterr().out.count("lstm_ext cannot run this") == 2
 
 
+@pytest.mark.parametrize("options", [(), ("--compiled",)])
+def test_by_torch_compile(options, monkeypatch, tmp_path, no_limits):
+    made, out = [], tmp_path / "r.jsonl"
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: made.append(type(self)))
+    assert cli.main((*TINY, *options, "--out", str(out))) == 0
+    assert made == [torch.nn.LSTM, lstm_ext.LSTM] * 2 * len(options)  # in two modes
+    assert records.read(out)["settings"].get("compiled", False) == bool(options)
+
+
 def test_a_wrong_result_makes_the_run_fail(monkeypatch, tmp_path, no_limits):
     monkeypatch.setattr(lstm_ext, "LSTM", Off)
     assert cli.main((*TINY, "--out", str(tmp_path / "r.jsonl"))) == 1
