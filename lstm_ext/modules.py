@@ -30,7 +30,7 @@ from .compat import (
 )
 from .layer import lstm_layer
 from .ops import Direction, LayerWeights
-from .plain import plain_module
+from .plain_module import plain_module
 from .steps import Steps
 from .variants import check_bool, check_merge_mode, merged
 

@@ -9,8 +9,8 @@ there it is for sequences of one length only, and of two directions for forward 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,11 @@ from lstm_ext.plain_form import LayerForm
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
 
-if TYPE_CHECKING:
-    from lstm_ext.modules import LSTM
-
-_TYPES = (Tensor, nn.Parameter)
+TYPES = (Tensor, nn.Parameter)
 QUANTIZED_WEIGHTS = 5  # of a direction: two of 8 bits, their scales, and a bias
 _RESULTS = 3  # of forward that are saved: gates, c_t and y
 _plain = _C.CpuPlain(
-    types=_TYPES,
+    types=TYPES,
     codes={t: DTYPE_CODE[t] for t in (torch.float64, torch.float32, torch.bfloat16)},
     half_acc=torch.float32,
 )
@@ -87,7 +84,7 @@ def plain_results(
     Args:
         save: whether to save: 0: no; 1: if any of the tensors requires grad; 2: in any case.
     """
-    engine = _engine_of(x)
+    engine = engine_of(x)
     if engine is None:
         return None
     T, rows = _native(engine, steps)
@@ -103,114 +100,11 @@ def plain_results(
     )
 
 
-def plain_module(module: LSTM, x: Any, hx: Any) -> Any:
-    """What a module's forward returns for its input and hx; None where they are not for the short
-    way."""
-    directions = 2 if module.bidirectional else 1
-    if (
-        is_surrounded()
-        or (module.num_layers > 1 and getattr(_engine_of(x), "wavefront", False))
-        or module.proj_size
-        or module.merge_mode != "concat"
-        or module.return_cell_sequence
-        or module.checkpoint_every is not None
-        or module._varied()
-        or x.dim() != 3
-    ):
-        return None
-    parameters, layers = module._parameters, []
-    for k, names in enumerate(module._all_weights):
-        own = [parameters.get(name) for name in names]
-        for weight in own:
-            if weight is None:
-                return None  # replaced: to look at one may change a parametrization's state
-        if len(own) != (4 if module.bias else 2):
-            return None  # attributes changed after construction
-        if not module.bias:
-            own += (None, None)
-        if k % directions:
-            layers[-1] += own
-        else:
-            layers.append(own)
-    if len(module._all_weights) != module.num_layers * directions:
-        return None  # as well
-    return plain_layers(module, x, hx, layers, plain_layer)
-
-
-def plain_layers(
-    module: LSTM,
-    x: Any,
-    hx: Any,
-    layers: Sequence[Sequence[Tensor | None]],
-    run: Callable[..., Any],
-) -> Any:
-    """As :func:`plain_module`, for weights that are known. layers: each one's; run: a layer, as
-    :func:`plain_layer`."""
-    steps = x.size(1 if module.batch_first else 0)
-    if not steps:
-        return None
-    sizes = (module.input_size, module.hidden_size, steps, module.batch_first)
-    if len(layers) == 1:
-        made = run(x, hx, layers[0], *sizes)
-        return made if made is None else (made[0], made[1:])
-    drop = module._drop if module.dropout and module.training else None
-    directions = 2 if module.bidirectional else 1
-    return plain_stack(x, hx, layers, directions, *sizes, drop, run)
-
-
-def plain_stack(
-    x: Any,
-    hx: Any,
-    layers: Sequence[Sequence[Tensor | None]],
-    D: int,
-    input_size: int,
-    hidden_size: int,
-    steps: int,
-    batch_first: bool,
-    drop: Callable[[Tensor], Tensor] | None,
-    run: Callable[..., Any],
-) -> Any:
-    """(y, (h_n, c_n)) of several plain layers; None where they are not for the short way.
-
-    Args:
-        x, hx: as a module has them; hx of all layers, (L * D, B, H). layers: each one's weights.
-        D: directions. drop: what becomes of an output on its way to the next layer. run: a layer.
-        The rest: see :func:`plain_layer`.
-    """
-    # It takes all of them or none, but for what is an error in a later one.
-    if x.dtype == torch.bfloat16 and not takes_more(x):
-        return None  # the CPU's short way depends on the width of a layer's input
-    for weights in layers[1:]:
-        for weight in weights:
-            if weight is not None and (type(weight) not in _TYPES or weight.is_neg()):
-                return None
-    states = [None] * len(layers)
-    if hx is not None:
-        if not (isinstance(hx, (tuple, list)) and len(hx) == 2):
-            return None
-        for state in hx:
-            if type(state) not in _TYPES or state.dim() != 3 or len(state) != len(layers) * D:
-                return None
-        states = list(zip(*(state.split(D) for state in hx), strict=True))
-    last = []
-    for k, (state, weights) in enumerate(zip(states, layers, strict=True)):
-        made = run(x, state, weights, input_size, hidden_size, steps, batch_first)
-        if made is None:
-            return None
-        x, *own = made
-        last.append(own)
-        input_size = D * hidden_size
-        if drop is not None and k + 1 < len(layers):
-            x = drop(x)
-    h_n, c_n = (torch.cat(parts) for parts in zip(*last, strict=True))
-    return x, (h_n, c_n)
-
-
 def takes_more(x: Any) -> bool:
     """Whether the short way for x takes sequences that differ: asked before all else, for on the
     CPU, where it does not, they would pay for the questions."""
     # What traces this reads no further.
-    return not torch.compiler.is_compiling() and _engine_of(x) not in (None, cpu_engine)
+    return not torch.compiler.is_compiling() and engine_of(x) not in (None, cpu_engine)
 
 
 def _native(engine: Any, steps: int | Steps) -> tuple[int, Any]:
@@ -220,9 +114,9 @@ def _native(engine: Any, steps: int | Steps) -> tuple[int, Any]:
     return steps.T, native_steps(engine.core, steps, False)
 
 
-def _engine_of(x: Any) -> Any:
+def engine_of(x: Any) -> Any:
     """The engine that has a short way for x; None where there is none."""
-    if type(x) not in _TYPES:
+    if type(x) not in TYPES:
         return None
     engine = ops._engines.get(x.device.type)
     return engine if engine is cpu_engine or getattr(engine, "plain", None) is not None else None
@@ -365,7 +259,7 @@ def _second_of_a_step(
     if (
         steps != 0
         or h0 is None
-        or _engine_of(x) is not cpu_engine
+        or engine_of(x) is not cpu_engine
         or must_apply()
         or is_surrounded()
         or all(t is None for t in v)
@@ -374,7 +268,7 @@ def _second_of_a_step(
         return None
     *every, _ = (*v, *tensors)  # y there is none
     for tensor in every:
-        if tensor is not None and (type(tensor) not in _TYPES or tensor.is_neg()):
+        if tensor is not None and (type(tensor) not in TYPES or tensor.is_neg()):
             return None
     if x.dtype == torch.bfloat16:
         every = [t if t is None else t.float() for t in every]
@@ -404,7 +298,7 @@ def plain_gradients(
     Args:
         gradients: of the outputs; None for zero. saved: as PlainLayer saves. wanted: of each input.
     """
-    engine = _engine_of(saved[0])
+    engine = engine_of(saved[0])
     if engine is None or (engine is cpu_engine and not isinstance(steps, int)):
         return None  # the latter: by a hook on saved tensors
     T, rows = _native(engine, steps)

@@ -14,7 +14,8 @@ from .convert import replaced
 from .engine import is_surrounded
 from .lstm_cell import LSTMCell
 from .modules import LSTM
-from .plain import QUANTIZED_WEIGHTS, plain_layers, plain_quantized
+from .plain import QUANTIZED_WEIGHTS, plain_quantized
+from .plain_module import plain_layers
 from .quantization import (
     DTYPES,
     QuantizedWeights,
@@ -238,7 +239,7 @@ class QuantizedLSTM(_Quantized, LSTM):
     _run_layer = staticmethod(quantized_layer)
 
     def _short_way(self, x: Any, hx: Any) -> Any:
-        """As :func:`plain.plain_module`."""
+        """As :func:`plain_module.plain_module`."""
         self._check_attributes()
         if (
             is_surrounded()

@@ -9,7 +9,7 @@ from device import here, leaf
 from short_way import CLOSE, DTYPES, gradients
 
 import lstm_ext
-from lstm_ext import plain
+from lstm_ext import plain, plain_module
 
 pytestmark = pytest.mark.usefixtures("exact_float32")
 I, H = 6, 10
@@ -19,7 +19,7 @@ class Stacks:
     """Stands before plain_stack: counts what it takes, or refuses it all."""
 
     def __init__(self):
-        self.plain_stack = plain.plain_stack
+        self.plain_stack = plain_module.plain_stack
         self.taken, self.refuses = [], False
 
     def __call__(self, *args):
@@ -31,7 +31,7 @@ class Stacks:
 @pytest.fixture
 def stacks(monkeypatch):
     spy = Stacks()
-    monkeypatch.setattr(plain, "plain_stack", spy)
+    monkeypatch.setattr(plain_module, "plain_stack", spy)
     return spy
 
 
