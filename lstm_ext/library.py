@@ -152,8 +152,7 @@ _PLAIN_INPUTS = 7
 def _plain_steps(layer: Sequence[Any]) -> int | Steps | None:
     """The steps of a layer for the short way, as :mod:`plain` takes them; None for another one."""
     x, flat, masks, _, reverse, T, _, _, *differing = layer
-    D = len(reverse)
-    if masks or T == 0 or len(flat) != _PLAIN_INPUTS * D or list(reverse) != [False, True][:D]:
+    if masks or len(flat) != _PLAIN_INPUTS * len(reverse) or not plain.takes(T, reverse):
         return None
     if any(flat[k] is not None for k in range(_PLAIN_INPUTS - 1, len(flat), _PLAIN_INPUTS)):
         return None

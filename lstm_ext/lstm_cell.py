@@ -28,6 +28,8 @@ def _is_fused(input: Tensor, direction: Direction) -> bool:
     """Whether torch.compile is to see the step's operations, which it fuses, and not an operator
     that calls the core."""
     w = direction.w
+    if not isinstance(w, LayerWeights):  # of 8 bits
+        return False
     few = w.w_ih.numel() + w.w_hh.numel() < _FEW_WEIGHTS
     return (
         input.dtype in (torch.float32, torch.float64)

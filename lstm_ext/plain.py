@@ -107,6 +107,11 @@ def takes_more(x: Any) -> bool:
     return not torch.compiler.is_compiling() and engine_of(x) not in (None, cpu_engine)
 
 
+def takes(T: int, reverse: Sequence[bool]) -> bool:
+    """Whether there is a short way for so many steps of a layer's directions."""
+    return T > 0 and list(reverse) == [False, True][: len(reverse)]
+
+
 def _native(engine: Any, steps: int | Steps) -> tuple[int, Any]:
     """T, and the core's description of Steps, which only an engine with a core has."""
     if isinstance(steps, int):

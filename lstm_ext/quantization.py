@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lstm_ext import batching
+from lstm_ext import batching, plain
 from lstm_ext.autograd import has_tangent, needs_grad
 from lstm_ext.cpu_calls import allocate, biases_alone, gates_bytes, run_directions
 from lstm_ext.engine import (
@@ -26,7 +26,7 @@ from lstm_ext.engine import (
     native_steps,
     native_variants,
 )
-from lstm_ext.flat import Kind
+from lstm_ext.flat import Kind, grouped
 from lstm_ext.native import _C
 from lstm_ext.ops import check_tensors
 from lstm_ext.profiling import recorded
@@ -200,8 +200,40 @@ _library.define(
 )
 
 
+def _plain(
+    x: Tensor,
+    flat: Sequence[Tensor | None],
+    bits: int,
+    reverse: Sequence[bool],
+    T: int,
+    B: int,
+    batch_first: bool,
+    *differing: Any,
+) -> list[Tensor] | None:
+    """By the short way; None where there is none. What it refuses goes the long one, which has the
+    errors. differing: offsets, lengths, reset_mask and cells."""
+    *tensors, cells = differing
+    if cells or any(t is not None for t in tensors):
+        return None
+    size = (2 + _TENSORS) * len(reverse)
+    if len(flat) != size or not plain.takes(T, reverse) or is_watched():
+        return None
+    states, weights = [], []
+    for h0, c0, *own, w_hr, _ in grouped(flat, len(reverse)):
+        if w_hr is not None:
+            return None
+        states += (h0, c0)
+        weights += own
+    sizes = x.size(-1), states[1].size(-1), T, batch_first
+    made = plain.plain_quantized(x, states, weights, *sizes, activation_bits=bits)
+    return made if made is None else list(made)
+
+
 def _autograd(*arguments: Any) -> list[Tensor]:
     _refuse_derivatives([arguments[0], *arguments[1]])
+    made = _plain(*arguments)
+    if made is not None:
+        return made
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.lstm_ext.quantized_layer(*arguments)
 
@@ -219,6 +251,10 @@ def _kernel(
     reset_mask: Tensor | None,
     cells: bool,
 ) -> list[Tensor]:
+    layout = T, B, batch_first, offsets, lengths, reset_mask
+    made = _plain(x, flat, bits, reverse, *layout, cells)
+    if made is not None:
+        return made
     steps = Steps.of((T, B, x.size(0), batch_first), offsets, lengths, reset_mask)
     check_steps(steps)
     return _run(x, flat, bits, reverse, steps, cells)

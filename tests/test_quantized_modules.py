@@ -201,6 +201,13 @@ def test_in_a_graph(bits):
     assert torch.equal(exported(x)[0], module(x)[0])
 
 
+def test_a_cell_in_a_graph():
+    cell, x = quantize(nn.LSTMCell(7, 19)), torch.randn(4, 7)
+    compiled = torch.compile(cell, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, compiled(x), cell(x)))
+    assert all(map(torch.equal, compiled(x, cell(x)), cell(x, cell(x))))
+
+
 def test_in_a_graph_with_cells():
     module = quantize(lstm_ext.LSTM(7, 19, proj_size=5, return_cell_sequence=True))
     compiled, x = torch.compile(module, fullgraph=True, backend="aot_eager"), torch.randn(5, 4, 7)
