@@ -33,7 +33,8 @@ def _is_fused(input: Tensor, direction: Direction) -> bool:
     few = w.w_ih.numel() + w.w_hh.numel() < _FEW_WEIGHTS
     return (
         input.dtype in (torch.float32, torch.float64)
-        and not torch.compiler.is_exporting()
+        # Not is_exporting(), which torch.compile takes for true before PyTorch 2.13.
+        and not torch.compiler._is_exporting_flag
         and not autocast_is_on(input.device.type)
         and (few or needs_grad([input, *flatten([direction])]))
     )

@@ -161,6 +161,15 @@ def test_export_with_any_steps_and_batch(strict, training):
         assert_close(by_name[name], gradient, **BITS)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_cell_is_one_operator(strict):
+    """torch.compile sees its operations."""
+    cell, x = here(lstm_ext.LSTMCell(I, H)), here(torch.randn(B, I))
+    program = export(cell, (x,), strict=strict)
+    assert nodes(program) == ["lstm_ext.lstm_layer.default"]
+    assert_close(program.module()(x), cell(x), **BITS)
+
+
 def test_export_with_lengths(tmp_path):
     """Saved and loaded; lengths are still checked when it runs."""
     module = here(Tagger()).eval()
