@@ -161,7 +161,8 @@ def step_second(
         return call, dgates, dc0
 
     h_dot = c0.new_empty(B, H)  # what a step makes of dh_0 without W_hh is not used
-    first, da, _ = backwards(*(None if t is None else t.contiguous() for t in d))
+    dense = [None if t is None else t.contiguous() for t in d]  # kept: calls have addresses only
+    first, da, _ = backwards(*dense)
     dout, dc = gates.new_empty(B, H), gates.new_empty(B, H)
     first.keep_gradients(dout, dc)
     recorded(_C.cpu_backward)(first, None, workspace)
@@ -223,6 +224,7 @@ class _Second:
         )
         H, P = c0.size(1), h0.size(1)
         padding = steps.has_padding
+        v_x = v_x if x.size(1) else None  # of no features: the core would take it for no x
         point, c_seq = (t.contiguous() for t in self.saved)
         # W_ih v_x + v_b + v_W_ih x + v_W_hh h_{t-1} + W_hh times the tangent of h_{t-1}. The core
         # makes all but the products with v_W_ih and v_W_hh, and knows which row holds h_{t-1}.

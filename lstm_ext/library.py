@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
-from lstm_ext import batching, ops, plain
+from lstm_ext import batching, ops
 from lstm_ext.autograd import LSTMLayer, LSTMLayerBackward, has_tangent, needs_grad
-from lstm_ext.engine import acc_dtype, is_recorded, is_surrounded, is_watched
-from lstm_ext.flat import Kind, flatten, grouped, kinds_of, unflatten
+from lstm_ext.engine import acc_dtype, is_recorded
+from lstm_ext.flat import Kind, flatten, kinds_of, unflatten
 from lstm_ext.ops import Direction, Masks
+from lstm_ext.plain_operator import plain_backward, plain_forward
 from lstm_ext.steps import Steps, check_steps
 from lstm_ext.torch_engine import LayerOutputs, side_by_side
 
@@ -116,7 +117,7 @@ def _decode(
 
 
 def _forward(*arguments: Any) -> list[Tensor]:
-    made = _plain_forward(*arguments)
+    made = plain_forward(*arguments)
     if made is not None:
         return made
     *layer, cells, save = arguments
@@ -134,78 +135,41 @@ def _forward(*arguments: Any) -> list[Tensor]:
 
 
 def _backward(*arguments: Any) -> list[Tensor]:
-    made = _plain_backward(*arguments)
+    made = plain_backward(*arguments)
     if made is not None:
         return made
     *layer, grads, results, wanted = arguments
     x, flat = layer[:2]
     steps, kinds = _decode(*layer)
-    _check(x, unflatten(flat, kinds), steps)
+    directions = unflatten(flat, kinds)
+    _check(x, directions, steps)
+    _check_gradients(grads, directions, steps)
     made = LSTMLayerBackward.forward(steps, kinds, tuple(wanted), *grads, x, *flat, *results)
     return [g.contiguous() for g, want in zip(made, wanted, strict=True) if want]
 
 
-# Of a plain direction: h0, c0, four weights, and no projection.
-_PLAIN_INPUTS = 7
-
-
-def _plain_steps(layer: Sequence[Any]) -> int | Steps | None:
-    """The steps of a layer for the short way, as :mod:`plain` takes them; None for another one."""
-    x, flat, masks, _, reverse, T, _, _, *differing = layer
-    if masks or len(flat) != _PLAIN_INPUTS * len(reverse) or not plain.takes(T, reverse):
-        return None
-    if any(flat[k] is not None for k in range(_PLAIN_INPUTS - 1, len(flat), _PLAIN_INPUTS)):
-        return None
-    if all(t is None for t in differing):
-        return T
-    if not plain.takes_more(x):
-        return None
-    steps, _ = _decode(*layer)
-    check_steps(steps)
-    return steps
-
-
-def _plain_forward(*arguments: Any) -> list[Tensor] | None:
-    """By the short way; None where there is none. What it refuses goes the layer's way, which has
-    the errors."""
-    *layer, cells, save = arguments
-    # What it saves of two directions lies in one tensor, and results must not.
-    two = len(layer[1]) > _PLAIN_INPUTS
-    steps = None if cells or (save and two) or is_watched() else _plain_steps(layer)
-    if steps is None:
-        return None
-    x, flat, *_, batch_first, _, _, _ = layer
-    states, weights = [], []
-    for h0, c0, *own in grouped(flat, len(flat) // _PLAIN_INPUTS):
-        states += (h0, c0)
-        weights += own[:4]
-    sizes = x.size(-1), states[1].size(-1)
-    made = plain.plain_results(x, states, weights, *sizes, steps, batch_first, 2 * save)
-    if made is None:
-        return None
-    outputs, saved = made
-    return [*outputs, *saved[:2]] if save else list(outputs)
-
-
-def _plain_backward(*arguments: Any) -> list[Tensor] | None:
-    """As _plain_forward, of a single direction."""
-    *layer, grads, results, wanted = arguments
-    if len(layer[1]) != _PLAIN_INPUTS or grads[1] is not None or is_surrounded():
-        return None
-    steps = _plain_steps(layer)
-    if steps is None:
-        return None
-    x, flat, *_, batch_first, _, _, _ = layer
-    y, *of_forward = results
-    saved = (x, *flat[:-1], *of_forward, y)
-    made = plain.plain_gradients((grads[0], *grads[2:]), saved, tuple(wanted), steps, batch_first)
-    return made if made is None else [g for g in made if g is not None]
-
-
 def _check(x: Tensor, directions: list[Direction], steps: Steps) -> None:
     """As a graph's inputs, nothing has been checked yet."""
+    if len(directions) not in (1, 2):
+        raise RuntimeError(f"Expected 1 or 2 directions, got {len(directions)}")
+    for h0, c0, w, _ in directions:
+        if any(t is None for t in (h0, c0, w.w_ih, w.w_hh)):
+            raise RuntimeError("Expected h0, c0, weight_ih and weight_hh, got None for one")
     ops.check_layer(x, directions, steps)
     check_steps(steps)
+
+
+def _check_gradients(
+    grads: Sequence[Tensor | None], directions: list[Direction], steps: Steps
+) -> None:
+    """Of y, of the cells, and of each h_n and each c_n."""
+    D, P, H = len(directions), directions[0].h0.size(1), directions[0].c0.size(1)
+    sizes = [(steps.rows, D * P), (steps.rows, D * H), *[(steps.B, P)] * D, *[(steps.B, H)] * D]
+    if len(grads) != len(sizes):
+        raise RuntimeError(f"Expected {len(sizes)} gradients, got {len(grads)}")
+    for grad, size in zip(grads, sizes, strict=True):
+        if grad is not None and grad.shape != size:
+            raise RuntimeError(f"Expected a gradient of size {size}, got {tuple(grad.shape)}")
 
 
 def _forward_fake(*arguments: Any) -> list[Tensor]:
@@ -316,7 +280,7 @@ def _forward_autograd(*arguments: Any) -> list[Tensor]:
     x, flat = layer[:2]
     _refuse_transforms([x, *flat])
     if not needs_grad([x, *flat]):
-        made = _plain_forward(*arguments)
+        made = plain_forward(*arguments)
         if made is not None:
             return made
         with torch._C._AutoDispatchBelowAutograd():
@@ -331,7 +295,7 @@ def _backward_autograd(*arguments: Any) -> list[Tensor]:
     x, flat = layer[:2]
     _refuse_transforms([x, *flat, *grads])
     if not needs_grad([x, *flat, *grads]):
-        made = _plain_backward(*arguments)
+        made = plain_backward(*arguments)
         if made is not None:
             return made
         with torch._C._AutoDispatchBelowAutograd():

@@ -10,7 +10,7 @@ from .compat import States, adopt, check_match, check_none, check_pair, forget
 from .engine import autocast_is_on, is_surrounded
 from .flat import flatten
 from .layer import lstm_layer
-from .ops import Direction, LayerWeights
+from .ops import Direction, LayerWeights, check_layer
 from .plain import plain_cell
 from .steps import Steps
 from .torch_engine import reference_step
@@ -141,6 +141,7 @@ class LSTMCell(Variants, nn.RNNCellBase):
         check_match("hidden", (h, c), input)
         direction = Direction(h, c, w, False)
         if torch.compiler.is_compiling() and _is_fused(input, direction):
+            check_layer(input, [direction], steps)
             h, c = reference_step(input, direction)
         else:
             _, (h,), (c,), _ = self._run_layer(input, [direction], steps)

@@ -152,7 +152,8 @@ def check_layer(x: Tensor, directions: list[Direction], steps: Steps) -> None:
     if x.shape != (steps.rows, I):
         raise RuntimeError(f"Expected input rows of size {(steps.rows, I)}, got {tuple(x.shape)}")
     H, P = directions[0].c0.size(-1), directions[0].h0.size(-1)
-    sizes = _sizes(steps.B, I, H, P)
+    # torch.compile takes a cache of numbers amiss.
+    sizes = (_sizes_of if torch.compiler.is_compiling() else _sizes)(steps.B, I, H, P)
     for direction in directions:
         check_tensors(x, (direction.h0, direction.c0, *tensors_of(direction.w)), sizes)
         if direction.w.w_hr is None and P != H:
@@ -179,12 +180,14 @@ def check_tensors(
             _refuse(tensors, sizes, x)
 
 
-@functools.lru_cache(maxsize=256)
-def _sizes(B: int, I: int, H: int, P: int) -> tuple[tuple[int, ...], ...]:
+def _sizes_of(B: int, I: int, H: int, P: int) -> tuple[tuple[int, ...], ...]:
     """Of the tensors of a direction, in the order of _DIRECTION_INPUTS."""
     gates = (4 * H,)
     weights = ((4 * H, I), (4 * H, P), gates, gates, (P, H), (3 * H,), gates, gates, (H,), (H,))
     return ((B, P), (B, H), *weights)
+
+
+_sizes = functools.lru_cache(maxsize=256)(_sizes_of)
 
 
 def _refuse(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lstm_ext.engine import without_autocast
 from lstm_ext.flat import grouped
 from lstm_ext.steps import Steps
 from lstm_ext.torch_engine import side_by_side
@@ -104,7 +105,10 @@ def _joined(parts: Sequence[Tensor | None], like: Tensor | None) -> Tensor | Non
     """The states of several directions, in the shape of those of a caller."""
     if parts[0] is None:
         return None
-    return (parts[0] if len(parts) == 1 else torch.cat(list(parts))).view(like.shape)
+    if len(parts) == 1:
+        return parts[0].view(like.shape)
+    with without_autocast(like.device):
+        return torch.cat(list(parts)).view(like.shape)
 
 
 def _rows(tensor: Tensor | None, width: int) -> Tensor | None:

@@ -33,6 +33,7 @@ from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps, check_steps
 from lstm_ext.torch_engine import LayerOutputs, side_by_side
 
+ACTIVATION_BITS = (8, 16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS, _DEPTH, _ZERO_POINT = 16, 4, 128  # as in csrc/cpu/quantized.h
 _ABSENT = 0  # the code of a column that is not there, and of no weight
@@ -216,7 +217,10 @@ def _plain(
     if cells or any(t is not None for t in tensors):
         return None
     size = (2 + _TENSORS) * len(reverse)
-    if len(flat) != size or not plain.takes(T, reverse) or is_watched():
+    # First whether it is watched: T may be a symbol, which is asked for nothing then.
+    if is_watched() or len(flat) != size or not plain.takes(T, reverse):
+        return None
+    if bits not in ACTIVATION_BITS or x.dim() != 2 or x.size(0) != T * B:
         return None
     states, weights = [], []
     for h0, c0, *own, w_hr, _ in grouped(flat, len(reverse)):

@@ -17,6 +17,7 @@ from .modules import LSTM
 from .plain import QUANTIZED_WEIGHTS, plain_quantized
 from .plain_module import plain_layers
 from .quantization import (
+    ACTIVATION_BITS,
     DTYPES,
     QuantizedWeights,
     is_of_columns,
@@ -61,7 +62,7 @@ class _Quantized(nn.Module):
 
     def _take(self, suffixes: list[str], activation_bits: int) -> None:
         """Put codes, scales and biases in the place of the adopted parameters."""
-        if activation_bits not in (8, 16):
+        if activation_bits not in ACTIVATION_BITS:
             raise ValueError(f"activation_bits should be 8 or 16, got {activation_bits!r}")
         self.activation_bits = activation_bits
         variants = self._variants()
@@ -347,7 +348,7 @@ def quantize(model: nn.Module, activation_bits: int = 16) -> nn.Module:
         TypeError: model is no nn.Module.
         ValueError: other activation_bits.
     """
-    if activation_bits not in (8, 16):
+    if activation_bits not in ACTIVATION_BITS:
         raise ValueError(f"activation_bits should be 8 or 16, got {activation_bits!r}")
     makers = {
         LSTM: QuantizedLSTM.from_float,

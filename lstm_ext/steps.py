@@ -304,10 +304,20 @@ def check_steps(steps: Steps) -> None:
     """Refuses what an operator was given and no module has checked.
 
     Raises:
-        RuntimeError: rows that are not all those of the steps. The rest: see below.
+        RuntimeError: rows that are not all those of the steps, a tensor of another size or dtype.
+            The rest: see below.
     """
     if steps.offsets is None and steps.rows != steps.T * steps.B:
         raise RuntimeError(f"Expected input of {steps.T * steps.B} rows, got {steps.rows}")
+    for name, size, dtype in (
+        ("offsets", (steps.T,), torch.int64),
+        ("lengths", (steps.B,), torch.int64),
+        ("reset_mask", (steps.T, steps.B), torch.bool),
+    ):
+        tensor = getattr(steps, name)
+        if tensor is not None and (tensor.shape != size or tensor.dtype != dtype):
+            got = f"{tensor.dtype} of size {tuple(tensor.shape)}"
+            raise RuntimeError(f"Expected {name} to be {dtype} of size {size}, got {got}")
     if steps.lengths is not None:
         check_lengths(steps.lengths, steps.T)
     if steps.offsets is not None:

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
 
 import lstm_ext
+from lstm_ext import plain
 
 T, B, I, H = 6, 3, 3, 4
 HALF = [torch.bfloat16, torch.float16]
@@ -236,3 +237,28 @@ def test_training_follows_float32():
     assert losses[0][-1] < 0.3 * losses[0][0]
     assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-3, atol=0)
     assert all(p.dtype == torch.float32 for p in ours.parameters())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True}, {"num_layers": 2, "bidirectional": True}], ids=str
+)
+@pytest.mark.parametrize("dtype, other", [HALF, HALF[::-1]], ids=str)
+def test_backward_inside_another_autocast(dtype, other, options):
+    """The layer keeps its dtype, in a first backward and a second, and of states too."""
+    module = here(lstm_ext.LSTM(3, 4, dtype=dtype, **options))
+    x, count = here(torch.randn(5, 2, 3, dtype=dtype)).requires_grad_(), len(module._all_weights)
+    # Else a gradient of them passes torch's own split or unbind, which autocast refuses.
+    of_states = plain.takes_more(x) and count <= 2
+    states = [here(torch.randn(count, 2, 4, dtype=dtype)).requires_grad_(of_states) for _ in "hc"]
+    leaves = [x, *states] if of_states else [x]
+
+    def gradients(around):
+        y, last = module(leaves[0], tuple(states))
+        loss = sum(t.float().square().sum() for t in (y, *last))
+        with autocast(other, enabled=around):
+            first = torch.autograd.grad(loss, leaves, create_graph=True)
+            penalty = sum(g.float().square().sum() for g in first)
+            return [*first, *torch.autograd.grad(penalty, [*leaves, *module.parameters()])]
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(found, expected)

@@ -4,7 +4,6 @@ import device
 import pytest
 import torch
 from device import here
-from second_order import assert_near
 from tolerances import across_ways
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -125,66 +124,6 @@ def test_packed_sequences_with_states():
     for N in (4, 6):
         with pytest.raises(ValueError, match=f"batch_sizes: expected .* states of {N} sequences"):
             made(in_order, states(N))
-
-
-def in_a_loop(cell):
-    def steps(x):
-        hx = None
-        for t in range(3):
-            hx = cell(x[t], hx)
-        return hx
-
-    return steps
-
-
-@pytest.mark.parametrize("options", [{}, {"peephole": True, "zoneout": 0.2}, {"layer_norm": True}])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_cells_in_a_loop(dtype, options):
-    cell = here(lstm_ext.LSTMCell(I, H, dtype=dtype, **options))
-    steps, x, parameters = in_a_loop(cell), inputs(dtype), list(cell.parameters())
-    found, expected = run(compiled(steps), x, parameters), run(steps, x, parameters)
-    if dtype == torch.bfloat16:
-        assert_close(found, expected, **BITS)
-    else:
-        assert_near(found, expected)
-
-
-@pytest.mark.parametrize(
-    "size, options, train, operators",
-    [
-        (H, {}, False, 0),
-        (H, {}, True, 0),
-        (H, {"peephole": True}, True, 0),
-        (256, {}, False, 3),
-        (256, {}, True, 0),
-        (H, {"dtype": torch.bfloat16}, False, 3),
-        (H, {"dtype": torch.bfloat16}, True, 3),
-    ],
-)
-def test_which_cells_are_operators(size, options, train, operators):
-    """Else the compiler sees the operations, and fuses them."""
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph
-
-    cell = here(lstm_ext.LSTMCell(I, size, **options)).requires_grad_(train)
-    compiled(in_a_loop(cell), backend)(inputs(options.get("dtype", torch.float32)))
-    (graph,) = graphs
-    found = [str(n.target) for n in graph.graph.nodes].count("lstm_ext.lstm_layer")
-    assert found == operators
-
-
-def test_an_autocast_cell_is_an_operator():
-    cell = here(lstm_ext.LSTMCell(I, H))
-
-    def step(x):
-        with torch.autocast(device.DEVICE.type, torch.bfloat16):
-            return cell(x[0])
-
-    x, parameters = inputs(), list(cell.parameters())
-    assert_close(run(compiled(step), x, parameters), run(step, x, parameters), **BITS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

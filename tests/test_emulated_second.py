@@ -2,8 +2,11 @@
 --device=emulated, does not ask."""
 
 import pytest
+import torch
 from emulated import installed, load
 from second_order import Problem, assert_near, by_layer, by_reference, make_steps
+
+import lstm_ext
 
 pytestmark = pytest.mark.cpu_only(reason="the emulator runs on tensors of the CPU")
 
@@ -25,6 +28,11 @@ def test_without_the_vendor_s_library(ways):
         engine._use_vendor(False)
         assert_near(problem.second(by_layer), expected)
     assert set(ways) == {"torch"}
+
+
+def test_no_hidden_units():
+    with installed(), pytest.raises(ValueError, match="has hidden units, got 0"):
+        lstm_ext.LSTMCell(3, 0)(torch.randn(2, 3))
 
 
 REFUSED = [(2, {}, "float32 and float64"), (1, {"H": 0}, "got 0")]

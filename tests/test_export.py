@@ -120,6 +120,50 @@ def test_operators_check_what_they_get():
         run(*packed[:8], offsets, *packed[9:], False)
 
 
+ONES = here(torch.ones(2, 2, dtype=torch.bool))
+#: What stands where in the operator's arguments, and the words of the error.
+REFUSED = {
+    "rows": ({6: B + 1}, r"Expected h0 of size \(5, 8\), got \(4, 8\)"),
+    "another_batch": ({5: 2 * T, 6: B // 2}, "Expected h0 of size"),
+    "of_a_module": ({0: lambda x: x.view(T, B, I)}, "Expected input rows of size"),
+    "no_weight": ({1: lambda flat: [*flat[:2], None, *flat[3:]]}, "weight_hh, got None for one"),
+    "no_state": ({1: lambda flat: [None, *flat[1:]]}, "got None"),
+    "of_three": ({1: lambda flat: flat * 3, 4: [False, True, False]}, "1 or 2 directions, got 3"),
+    "reset_mask": ({10: ONES}, r"Expected reset_mask to be torch.bool of size \(5, 4\), got"),
+    "lengths": ({9: ONES.long()}, r"Expected lengths to be torch.int64 of size \(4,\), got"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("backward", [False, True])
+def test_operators_refuse_what_is_wrong(name, backward):
+    changes, words = REFUSED[name]
+    *layer, cells = operands()
+    results = torch.ops.lstm_ext.lstm_layer(*layer, cells, True)
+    for at, change in changes.items():
+        layer[at] = change(layer[at]) if callable(change) else change
+    with pytest.raises(RuntimeError, match=words):
+        if backward:
+            grads, wanted = [*results[:1], None, *results[1:3]], [True] * (1 + len(layer[1]))
+            saved = [results[0], *results[3:]]
+            torch.ops.lstm_ext.lstm_layer_backward(*layer, grads, saved, wanted)
+        else:
+            torch.ops.lstm_ext.lstm_layer(*layer, cells, False)
+
+
+@pytest.mark.parametrize("proj", [False, True])
+def test_backward_refuses_gradients_of_other_sizes(proj):
+    *layer, cells = operands(proj=proj)
+    y, h_n, c_n, *saved = torch.ops.lstm_ext.lstm_layer(*layer, cells, True)
+    wanted = [t is not None for t in (y, *layer[1])]
+    run = torch.ops.lstm_ext.lstm_layer_backward
+    for wrong in ([y[:2], None, h_n, c_n], [y, None, h_n[:1], c_n], [y, c_n, h_n, c_n]):
+        with pytest.raises(RuntimeError, match="Expected a gradient of size"):
+            run(*layer, wrong, [y, *saved], wanted)
+    with pytest.raises(RuntimeError, match="Expected 4 gradients, got 3"):
+        run(*layer, [y, None, h_n], [y, *saved], wanted)
+
+
 # --- torch.export ---------------------------------------------------------------------------------
 
 

@@ -231,10 +231,11 @@ def test_a_graph_refuses_what_the_module_does():
 def test_the_operator_checks_sizes():
     w = list(quantize(nn.LSTM(7, 19))._weights("_l0")[:-1])
 
-    def run(rows, sequences, batch=4):
-        states = [torch.zeros(sequences, 19)] * 2
+    def run(rows, sequences, batch=4, bits=16, dims=()):
+        states = [torch.zeros(*dims, sequences, 19)] * 2
+        x = torch.randn(*dims, rows, 7)
         return torch.ops.lstm_ext.quantized_layer(
-            torch.randn(rows, 7), states + w, 16, [False], 5, batch, False, None, None, None, False
+            x, states + w, bits, [False], 5, batch, False, None, None, None, False
         )
 
     assert run(20, 4)[0].shape == (20, 19)
@@ -242,6 +243,30 @@ def test_the_operator_checks_sizes():
         run(20, 1)
     with pytest.raises(RuntimeError, match="Expected input of 20 rows"):
         run(5, 4)
+    with pytest.raises(RuntimeError, match="Expected input of 495 rows"):
+        run(20, 4, batch=99)
+    with pytest.raises(RuntimeError, match="Expected input of 20 rows, got 1"):
+        run(20, 4, dims=(1,))
+    with pytest.raises(ValueError, match="rows of 8 or 16 bits"):
+        run(20, 4, bits=7)
+
+
+def test_a_length_that_only_the_run_knows():
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = quantize(nn.LSTM(5, 6))
+
+        def forward(self, x, steps):
+            steps = steps.item()
+            torch._check(steps >= 0)
+            torch._check(steps <= x.size(0))
+            return self.lstm(x[:steps])[0]
+
+    module, x = Cut(), torch.randn(7, 2, 5)
+    exported = torch.export.export(module, (x, torch.tensor(3))).module()
+    for steps in map(torch.tensor, (3, 7, 1)):
+        assert torch.equal(exported(x, steps), module(x, steps))
 
 
 def test_autocast_of_another_device():

@@ -23,7 +23,7 @@ from second_order import (
 )
 from tolerances import assert_as_good, tol
 from torch import nn
-from torch.func import vmap
+from torch.func import jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import lstm_ext
@@ -201,6 +201,44 @@ def test_a_cell_as_torch_s(dtype, bias, frozen, used):
             assert_as_good(ours, theirs, true)
         else:
             torch.testing.assert_close(ours.double(), true, **tol(dtype))
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, torch.bfloat16], ids=str)
+def test_a_cell_s_sums(dtype, poisoned):
+    """Gradients of a sum are expanded: copies of them must live as long as they are read."""
+    cell, x = here(nn.LSTMCell(3, 6, dtype=dtype)), here(torch.randn(5, 3, dtype=dtype))
+
+    def second(cell, x):
+        x = x.clone().requires_grad_()
+        h, c = cell(x)
+        (g,) = torch.autograd.grad(h.sum() + c.sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), [x, *cell.parameters()])
+
+    truth, peer = second(copy.deepcopy(cell).double(), x.double()), second(cell, x)
+    made = second(lstm_ext.LSTMCell.from_torch(cell), x)
+    if dtype != torch.bfloat16:
+        assert_near(made, [t.to(dtype) for t in truth])
+        return
+    for ours, theirs, true in zip(made, peer, truth, strict=True):
+        assert_as_good(ours, theirs, true)
+
+
+def test_a_layer_without_inputs():
+    """All that its gates have are biases."""
+    cell = nn.LSTMCell(0, 3, dtype=F64)
+    module, names = here(copy.deepcopy(cell)), [name for name, _ in cell.named_parameters()]
+
+    def tangents(cell):
+        def of(x, *parameters):
+            named = dict(zip(names, parameters, strict=True))
+            return torch.func.functional_call(cell, named, (x,))
+
+        at = next(cell.parameters()).new_zeros(2, 0), *(p.detach() for p in cell.parameters())
+        return jvp(of, at, tuple(map(torch.ones_like, at)))[1]
+
+    expected = here(tangents(cell))  # nn.LSTMCell has it on the CPU alone
+    assert expected[0].abs().max() > 0.1
+    assert_near(tangents(lstm_ext.LSTMCell.from_torch(module)), expected)
 
 
 def test_of_torch_func(ways):

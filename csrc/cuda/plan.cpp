@@ -179,6 +179,7 @@ std::vector<CudaPlan> all_cuda_plans(const CudaProblem& p, const CudaProperties&
 }
 
 CudaPlan make_cuda_plan(const CudaProblem& p, const CudaProperties& device) {
+  if (p.H < 1) throw std::invalid_argument("on a GPU a layer has hidden units, got 0");
   const std::vector<CudaPlan> plans = all_cuda_plans(p, device);
   if (plans.empty())
     throw std::runtime_error("no kernel fits a device with " + std::to_string(device.shared_bytes) +
