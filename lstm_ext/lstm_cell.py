@@ -20,7 +20,10 @@ __all__ = ["LSTMCell"]
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
-# Numbers of W_ih and W_hh below which a compiled step takes less time in torch's operations.
+# Numbers of W_ih and W_hh below which a compiled step takes less time in torch's operations. Their
+# time over the operator's, float32, B 1 to 128, two Zen 4 cores: a loop of four steps in inference
+# H 64 0.32 to 0.84, H 256 1.03 to 1.28, H 512 1.67 to 1.93; of eight with backward, H 64 to 1024
+# 0.40 to 0.88.
 _FEW_WEIGHTS = 1 << 18
 
 

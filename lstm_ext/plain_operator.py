@@ -52,6 +52,8 @@ def plain_forward(*arguments: Any) -> list[Tensor] | None:
     for h0, c0, *own in grouped(flat, len(flat) // _PLAIN_INPUTS):
         states += (h0, c0)
         weights += own[:4]
+    if states[1] is None:
+        return None
     sizes = x.size(-1), states[1].size(-1)
     made = plain.plain_results(x, states, weights, *sizes, steps, batch_first, 2 * save)
     if made is None:

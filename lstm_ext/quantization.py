@@ -228,6 +228,8 @@ def _plain(
             return None
         states += (h0, c0)
         weights += own
+    if states[1] is None:
+        return None
     sizes = x.size(-1), states[1].size(-1), T, batch_first
     made = plain.plain_quantized(x, states, weights, *sizes, activation_bits=bits)
     return made if made is None else list(made)
