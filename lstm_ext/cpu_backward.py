@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lstm_ext.cpu_calls import allocate, bf16_products
+from lstm_ext.cpu_calls import bf16_products
 from lstm_ext.cpu_products import matmul, transposed_matmul
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,
     DirectionGrads,
     LayerWeights,
+    allocate,
     native_steps,
     native_variants,
     norm_input_backward,

@@ -27,11 +27,6 @@ def bf16_products(dtype: torch.dtype, w: LayerWeights) -> bool:
     )
 
 
-def allocate(like: Tensor, *size: int, zero: bool, dtype: torch.dtype | None = None) -> Tensor:
-    """Rows of padding are not touched by the core: then the tensor starts as zeros."""
-    return (like.new_zeros if zero else like.new_empty)(size, dtype=dtype)
-
-
 def biases_alone(rows: int, columns: int, biases: Iterable[Tensor | None], like: Tensor) -> Tensor:
     """What an input of no features gives: the sum of the biases in every row."""
     gx = like.new_zeros(rows, columns)

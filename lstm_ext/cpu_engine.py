@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lstm_ext.cpu_backward import backward
 from lstm_ext.cpu_calls import (
-    allocate,
     bf16_products,
     biases_alone,
     gates_bytes,
@@ -33,6 +32,7 @@ from lstm_ext.engine import (
     DirectionGrads,
     LayerResult,
     acc_dtype,
+    allocate,
     native_steps,
     native_variants,
     norm_input,

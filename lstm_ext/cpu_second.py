@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from lstm_ext.cpu_backward import Kept, backward
-from lstm_ext.cpu_calls import allocate, gates_bytes, run_directions
+from lstm_ext.cpu_calls import gates_bytes, run_directions
 from lstm_ext.cpu_products import linear, matmul, transposed_matmul, workspace
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,
     DirectionGrads,
     LayerWeights,
+    allocate,
     native_steps,
     native_variants,
     of_direction,

@@ -21,6 +21,7 @@ from lstm_ext.engine import (
     Direction,
     DirectionGrads,
     address,
+    allocate,
     native_steps,
     of_direction,
     rows_of,
@@ -71,8 +72,7 @@ def layer_second(
 
 
 def _rows(like: Tensor, columns: int, steps: Steps) -> Tensor:
-    """Of every row; the kernels leave rows of padding as they are."""
-    return (like.new_zeros if steps.has_padding else like.new_empty)(steps.rows, columns)
+    return allocate(like, steps.rows, columns, zero=steps.has_padding)
 
 
 def _filled(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -123,25 +123,25 @@ class _Second:
     def forward(self) -> None:
         """The tangents of forward: gates before the activations, c_seq, cell_out, h_n, c_n and, in
         y_dot, y."""
-        engine, core, x, y, v, steps = (
-            *(self.engine, self.engine.core, self.x, self.y, self.v, self.steps),
-        )
+        engine, core, x, v, steps = self.engine, self.engine.core, self.x, self.v, self.steps
         (h0, c0, w, _), (point, c_seq) = self.direction, self.saved
         (B, P), H = h0.shape, c0.size(1)
 
         # What does not wait for the recurrence.
         self.gates = x.new_empty(steps.rows, 4 * H)
-        factors = [(a, b) for a, b in ((self.v_x, w.w_ih), (x, v.w_ih)) if None not in (a, b)]
-        for k, (a, b) in enumerate(factors):
-            engine.products.into(self.gates, a, b.t(), self.tf32, add=k > 0)
-        if not factors:
+        made = False
+        for a, b in ((self.v_x, w.w_ih), (x, v.w_ih)):
+            if a is not None and b is not None:
+                engine.products.into(self.gates, a, b.t(), self.tf32, add=made)
+                made = True
+        if not made:
             self.gates.zero_()
         for bias in (v.b_ih, v.b_hh):
             if bias is not None:
                 self.gates += bias
         after = first = more = None
         if v.w_hh is not None:
-            after, first = self._product(y, v.w_hh.t()), self._product(h0, v.w_hh.t())
+            after, first = self._product(self.y, v.w_hh.t()), self._product(h0, v.w_hh.t())
         if v.w_hr is not None:
             more = self._product(point[:, 3 * H :] * c_seq.tanh(), v.w_hr.t())
 
@@ -153,9 +153,10 @@ class _Second:
         w_hh, w_hr = engine.arranged(w.w_hh), None
         if self.projects:
             w_hr, self.cell_out = engine.arranged(w.w_hr), _rows(x, H, steps)
+        scratch = self._scratch(core.cuda_tangents_workspace)
         recorded(core.cuda_tangents)(
             self.native,
-            self._workspace(core.cuda_tangents_workspace),
+            address(scratch),
             gates=address(self.gates),
             gates_after=address(after),
             gates_first=address(first),
@@ -177,7 +178,7 @@ class _Second:
     ) -> tuple[Tensor | None, DirectionGrads]:
         """The tangents of backward's results."""
         engine, core, v, (h0, c0, w, _) = self.engine, self.engine.core, self.v, self.direction
-        here, tangent = _Side(self, self.d, h0, self.y, wanted), None
+        here = _Side(self, self.d, h0, self.y, wanted)
         tangent = _Side(self, self.d_dot, v.h0, self.y_dot, wanted)
         dh0 = _filled(self.d_dot[2], h0) if wanted.h0 else None
         dc0 = _filled(self.d_dot[3], c0) if wanted.c0 else None
@@ -186,9 +187,10 @@ class _Second:
             for t in (w.w_hh, w.w_hr, v.w_hh, v.w_hr)
         ]
         w_hh, w_hr, v_hh, v_hr = map(address, weights)
+        scratch = self._scratch(core.cuda_second_workspace)
         recorded(core.cuda_second)(
             self.native,
-            self._workspace(core.cuda_second_workspace),
+            address(scratch),
             here.native,
             tangent.native,
             gates_dot=address(self.gates),
@@ -227,9 +229,8 @@ class _Second:
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         return self.engine.product(a, b, a.dtype, self.tf32)
 
-    def _workspace(self, size_of: Any) -> int:
-        self.scratch = self.x.new_empty(size_of(self.native, self.projects), dtype=torch.uint8)
-        return address(self.scratch)
+    def _scratch(self, size_of: Any) -> Tensor:
+        return self.x.new_empty(size_of(self.native, self.projects), dtype=torch.uint8)
 
 
 class _Side:

@@ -236,6 +236,11 @@ def rows_of(gradient: Tensor | None, start: int, size: int) -> Tensor | None:
     return part if size <= 1 or part.stride(1) == 1 else part.contiguous()
 
 
+def allocate(like: Tensor, *size: int, zero: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows of padding are not touched by the core: then the tensor starts as zeros."""
+    return (like.new_zeros if zero else like.new_empty)(size, dtype=dtype)
+
+
 def of_direction(
     d: Sequence[Tensor | None], k: int, H: int, P: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:

@@ -19,6 +19,7 @@ from torch.autograd import Function
 from lstm_ext import batching, cpu_backward, cpu_engine, cpu_products, cpu_second, ops
 from lstm_ext.autograd import LSTMLayerBackward, must_apply, second_derivative
 from lstm_ext.engine import DTYPE_CODE, is_surrounded, native_steps
+from lstm_ext.flat import grouped
 from lstm_ext.native import _C
 from lstm_ext.plain_form import LayerForm
 from lstm_ext.profiling import recorded
@@ -107,9 +108,24 @@ def takes_more(x: Any) -> bool:
     return not torch.compiler.is_compiling() and engine_of(x) not in (None, cpu_engine)
 
 
-def takes(T: int, reverse: Sequence[bool]) -> bool:
-    """Whether there is a short way for so many steps of a layer's directions."""
-    return T > 0 and list(reverse) == [False, True][: len(reverse)]
+def takes(x: Tensor, T: int, reverse: Sequence[bool]) -> bool:
+    """Whether there is a short way for an operator's rows x, so many steps and directions."""
+    return T > 0 and x.dim() == 2 and list(reverse) == [False, True][: len(reverse)]
+
+
+def parts(
+    flat: Sequence[Tensor | None], D: int, count: int
+) -> tuple[list[Tensor | None], list[Tensor | None], int] | None:
+    """An operator's directions as :func:`plain_results` takes them: states and weights, and H; None
+    where there is no short way. count: weights of a direction; what follows, a projection's, must
+    be None."""
+    states, weights = [], []
+    for h0, c0, *own in grouped(flat, D):
+        if c0 is None or any(t is not None for t in own[count:]):
+            return None
+        states += (h0, c0)
+        weights += own[:count]
+    return states, weights, states[1].size(-1)
 
 
 def _native(engine: Any, steps: int | Steps) -> tuple[int, Any]:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lstm_ext import plain
 from lstm_ext.engine import is_surrounded, is_watched
-from lstm_ext.flat import grouped
 from lstm_ext.steps import Steps, check_steps
 
 # Of a plain direction: h0, c0, four weights, and no projection.
-_PLAIN_INPUTS = 7
+_WEIGHTS = 4
+_PLAIN_INPUTS = 2 + _WEIGHTS + 1
 # Of one such in backward: those, the gradients, the results that were saved, and a flag for each
 # input, x too.
 _PLAIN_BACKWARD = (_PLAIN_INPUTS, 4, 3, 1 + _PLAIN_INPUTS)
@@ -23,11 +23,7 @@ _PLAIN_BACKWARD = (_PLAIN_INPUTS, 4, 3, 1 + _PLAIN_INPUTS)
 def _plain_steps(layer: Sequence[Any]) -> int | Steps | None:
     """The steps of a layer for the short way, as :mod:`plain` takes them; None for another one."""
     x, flat, masks, _, reverse, T, B, batch_first, *differing = layer
-    if masks or len(flat) != _PLAIN_INPUTS * len(reverse) or not plain.takes(T, reverse):
-        return None
-    if x.dim() != 2:
-        return None
-    if any(flat[k] is not None for k in range(_PLAIN_INPUTS - 1, len(flat), _PLAIN_INPUTS)):
+    if masks or len(flat) != _PLAIN_INPUTS * len(reverse) or not plain.takes(x, T, reverse):
         return None
     if all(t is None for t in differing):
         return T if x.size(0) == T * B else None
@@ -48,14 +44,11 @@ def plain_forward(*arguments: Any) -> list[Tensor] | None:
     if steps is None:
         return None
     x, flat, *_, batch_first, _, _, _ = layer
-    states, weights = [], []
-    for h0, c0, *own in grouped(flat, len(flat) // _PLAIN_INPUTS):
-        states += (h0, c0)
-        weights += own[:4]
-    if states[1] is None:
+    parts = plain.parts(flat, 1 + two, _WEIGHTS)
+    if parts is None:
         return None
-    sizes = x.size(-1), states[1].size(-1)
-    made = plain.plain_results(x, states, weights, *sizes, steps, batch_first, 2 * save)
+    states, weights, H = parts
+    made = plain.plain_results(x, states, weights, x.size(-1), H, steps, batch_first, 2 * save)
     if made is None:
         return None
     outputs, saved = made
@@ -66,7 +59,9 @@ def plain_backward(*arguments: Any) -> list[Tensor] | None:
     """As :func:`plain_forward`, of a single direction."""
     *layer, grads, results, wanted = arguments
     counts = len(layer[1]), len(grads), len(results), len(wanted)
-    if counts != _PLAIN_BACKWARD or grads[1] is not None or is_surrounded():
+    if counts != _PLAIN_BACKWARD or is_surrounded():
+        return None
+    if layer[1][-1] is not None or grads[1] is not None:
         return None
     steps = _plain_steps(layer)
     if steps is None:

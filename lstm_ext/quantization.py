@@ -17,16 +17,17 @@ from torch import Tensor
 
 from lstm_ext import batching, plain
 from lstm_ext.autograd import has_tangent, needs_grad
-from lstm_ext.cpu_calls import allocate, biases_alone, gates_bytes, run_directions
+from lstm_ext.cpu_calls import biases_alone, gates_bytes, run_directions
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,
+    allocate,
     autocast_is_on,
     is_watched,
     native_steps,
     native_variants,
 )
-from lstm_ext.flat import Kind, grouped
+from lstm_ext.flat import Kind
 from lstm_ext.native import _C
 from lstm_ext.ops import check_tensors
 from lstm_ext.profiling import recorded
@@ -218,20 +219,15 @@ def _plain(
         return None
     size = (2 + _TENSORS) * len(reverse)
     # First whether it is watched: T may be a symbol, which is asked for nothing then.
-    if is_watched() or len(flat) != size or not plain.takes(T, reverse):
+    if is_watched() or len(flat) != size or not plain.takes(x, T, reverse):
         return None
-    if bits not in ACTIVATION_BITS or x.dim() != 2 or x.size(0) != T * B:
+    parts = plain.parts(flat, len(reverse), plain.QUANTIZED_WEIGHTS)
+    if parts is None or bits not in ACTIVATION_BITS or x.size(0) != T * B:
         return None
-    states, weights = [], []
-    for h0, c0, *own, w_hr, _ in grouped(flat, len(reverse)):
-        if w_hr is not None:
-            return None
-        states += (h0, c0)
-        weights += own
-    if states[1] is None:
-        return None
-    sizes = x.size(-1), states[1].size(-1), T, batch_first
-    made = plain.plain_quantized(x, states, weights, *sizes, activation_bits=bits)
+    states, weights, H = parts
+    made = plain.plain_quantized(
+        *(x, states, weights, x.size(-1), H, T, batch_first), activation_bits=bits
+    )
     return made if made is None else list(made)
 
 
@@ -244,24 +240,12 @@ def _autograd(*arguments: Any) -> list[Tensor]:
         return torch.ops.lstm_ext.quantized_layer(*arguments)
 
 
-def _kernel(
-    x: Tensor,
-    flat: Sequence[Tensor | None],
-    bits: int,
-    reverse: Sequence[bool],
-    T: int,
-    B: int,
-    batch_first: bool,
-    offsets: Tensor | None,
-    lengths: Tensor | None,
-    reset_mask: Tensor | None,
-    cells: bool,
-) -> list[Tensor]:
-    layout = T, B, batch_first, offsets, lengths, reset_mask
-    made = _plain(x, flat, bits, reverse, *layout, cells)
+def _kernel(*arguments: Any) -> list[Tensor]:
+    made = _plain(*arguments)
     if made is not None:
         return made
-    steps = Steps.of((T, B, x.size(0), batch_first), offsets, lengths, reset_mask)
+    x, flat, bits, reverse, T, B, batch_first, *tensors, cells = arguments
+    steps = Steps.of((T, B, x.size(0), batch_first), *tensors)
     check_steps(steps)
     return _run(x, flat, bits, reverse, steps, cells)
 

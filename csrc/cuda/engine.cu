@@ -114,14 +114,8 @@ void require_plan(const CudaLayer& layer, bool backward, bool projection) {
   if (layer.directions < 1 || layer.directions > kMaxDirections)
     throw std::invalid_argument("a layer has 1 or 2 directions, got " +
                                 std::to_string(layer.directions));
-  // Rows and blocks are counted in 32 bits, 16-byte pieces of a matrix in 32 bits without sign.
-  const int64_t limit = int64_t(1) << 30;
-  for (const int64_t size : {layer.steps.T, layer.steps.B, layer.H, layer.P})
-    if (size < 0 || size > limit)
-      throw std::invalid_argument("a size of a layer is at most 2^30, got " + std::to_string(size));
-  if (layer.steps.rows >= int64_t(1) << 32)
-    throw std::invalid_argument("the steps of all sequences are less than 2^32, got " +
-                                std::to_string(layer.steps.rows));
+  require_sizes(layer.steps, layer.H, layer.P);
+  // 16-byte pieces of a matrix are counted in 32 bits without sign.
   const int64_t row = padded(4 * layer.H, layer.dtype) * storage_bytes(layer.dtype) / 16;
   if (row * std::max(layer.steps.B, layer.P) >= int64_t(1) << 32)
     throw std::invalid_argument("the gates of a step are at most 64 GB");
@@ -232,6 +226,17 @@ Kernel find_cell(const CudaLayer& layer, Kernel (*plain)(int, int, int),
 }
 
 }  // namespace
+
+void require_sizes(const Steps& steps, int64_t H, int64_t P) {
+  // Rows and blocks are counted in 32 bits.
+  const int64_t limit = int64_t(1) << 30;
+  for (const int64_t size : {steps.T, steps.B, H, P})
+    if (size < 0 || size > limit)
+      throw std::invalid_argument("a size of a layer is at most 2^30, got " + std::to_string(size));
+  if (steps.rows >= int64_t(1) << 32)
+    throw std::invalid_argument("the steps of all sequences are less than 2^32, got " +
+                                std::to_string(steps.rows));
+}
 
 int64_t cuda_forward_workspace(const CudaLayer& layer, bool projection) {
   return pieces_bytes<ForwardArgs>(layer, projection) +

@@ -78,6 +78,9 @@ struct CudaBackwardDirection {
   void* dc0;     // storage [B, H]; null: not wanted
 };
 
+// Throws std::invalid_argument for sizes that the kernels cannot count in 32 bits.
+void require_sizes(const Steps&, int64_t H, int64_t P);
+
 // Bytes of scratch, which need no particular contents; 256-byte aligned.
 int64_t cuda_forward_workspace(const CudaLayer&, bool projection);
 int64_t cuda_backward_workspace(const CudaLayer&, bool projection);

@@ -214,19 +214,11 @@ __global__ void __launch_bounds__(kThreads) second_cell(const __grid_constant__ 
 // out [M, N] = a [M, K] b^T, b [N, K]; rows of a and b have K elements. added: to what out holds.
 VendorProduct product_of(const CudaSecond& second, int64_t M, int64_t N, int64_t K, bool added) {
   make_current(second.device);
-  Product p{};
-  p.dtype = second.dtype;
-  p.tf32 = second.tf32;
-  p.wide = true;
+  Product p = rows_product(second.dtype, second.tf32, second.device, M, N, K);
   p.accumulate = added;
-  p.b_transposed = true;
-  p.device = second.device;
   // All begin on 16 bytes but the second side's sums, which lie behind the first's.
   const int64_t begins = 16 | (added ? M * N * storage_bytes(second.dtype) : 0);
   p.alignment = int(begins & -begins);
-  p.M = M;
-  p.N = p.ldout = N;
-  p.K = p.lda = p.ldb = K;
   return VendorProduct(p);
 }
 
@@ -279,13 +271,9 @@ void cut(Cutter& cutter, bool projection, SecondArgs& args) {
 void require(const CudaSecond& s) {
   if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64)
     throw std::invalid_argument("second derivatives are made in float32 and float64");
-  const int64_t limit = int64_t(1) << 30;
-  for (const int64_t size : {s.steps.T, s.steps.B, s.H, s.P})
-    if (size < 1 || size > limit)
-      throw std::invalid_argument("a size of a layer is 1 to 2^30, got " + std::to_string(size));
-  if (s.steps.rows >= int64_t(1) << 32)
-    throw std::invalid_argument("the steps of all sequences are less than 2^32, got " +
-                                std::to_string(s.steps.rows));
+  require_sizes(s.steps, s.H, s.P);
+  if (!s.steps.T || !s.steps.B || !s.H || !s.P)
+    throw std::invalid_argument("a derivative's steps, sequences and units are some, got 0");
 }
 
 template <class Args>

@@ -32,6 +32,22 @@ inline int alignment_of(std::initializer_list<const void*> addresses) {
   return int(bits & (~bits + 1));
 }
 
+// out [M, N] = a [M, K] b^T, b [N, K], in type acc; each begins on 16 bytes, and its rows lie
+// densely.
+inline Product rows_product(Dtype dtype, bool tf32, int device, int64_t M, int64_t N, int64_t K) {
+  Product p{};
+  p.dtype = dtype;
+  p.tf32 = tf32;
+  p.wide = true;
+  p.b_transposed = true;
+  p.device = device;
+  p.alignment = 16;
+  p.M = M;
+  p.N = p.ldout = N;
+  p.K = p.lda = p.ldb = K;
+  return p;
+}
+
 // Opens the library unless one is open. name: of the file, such as libcublasLt.so.13, or a path.
 // Returns why it cannot be used, empty if it can. From any thread.
 std::string open_vendor(const std::string& name);

@@ -103,17 +103,10 @@ auto with_arithmetic(const CudaLayer& layer, const Choose& choose) {
 // is given transposed. What lies past the end of a row is zero in both factors.
 VendorProduct step_product(const CudaLayer& layer, bool backward) {
   make_current(layer.device);
-  Product p{};
-  p.dtype = layer.dtype;
-  p.tf32 = layer.tf32;
-  p.wide = true;
-  p.b_transposed = true;
-  p.device = layer.device;
-  p.alignment = 16;
-  p.M = layer.steps.B;
-  p.N = backward ? layer.H : 4 * layer.H;
-  p.K = p.lda = p.ldb = backward ? padded(4 * layer.H, layer.dtype) : layer.K;
-  p.ldout = backward && layer.normed ? 6 * layer.H : p.N;
+  Product p = rows_product(layer.dtype, layer.tf32, layer.device, layer.steps.B,
+                           backward ? layer.H : 4 * layer.H,
+                           backward ? padded(4 * layer.H, layer.dtype) : layer.K);
+  if (backward && layer.normed) p.ldout = 6 * layer.H;
   return VendorProduct(p);
 }
 
