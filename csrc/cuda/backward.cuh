@@ -146,7 +146,12 @@ __global__ void __launch_bounds__(kThreads,
         else if (!kFetches)
           now = load(j, b);
         if (kFetches && here(b)) now.dc = dc_before(j, b);
-        if (kFetches && round == 0) weights.wait_for_others();
+        if (kFetches && round == 0) {
+          if (projected || j > 0)
+            weights.wait_for_others();
+          else
+            async_wait<0>();  // there was no product, so no weights were asked for since fetch()
+        }
         __syncthreads();  // all warps' parts are there
         if (kAhead && round + 1 < Sum::kRounds)
           in = load(j, tile + Sum::sequence(round + 1));

@@ -143,7 +143,9 @@ class ThroughL2 {
       const auto pair = [](uint32_t lo, uint32_t hi) { return (lo & 0xffff) | hi << 16; };
       return make_uint4(pair(a.x, a.y), pair(a.z, a.w), pair(b.x, b.y), pair(b.z, b.w));
     } else {
-      return words[0];  // tensor cores do not read those bits, nor does word_of()
+      // PTX leaves it to the architecture what a tensor core makes of bits that TF32 has not.
+      const uint4& w = words[0];
+      return make_uint4(w.x & ~kTagBits, w.y & ~kTagBits, w.z & ~kTagBits, w.w & ~kTagBits);
     }
   }
 

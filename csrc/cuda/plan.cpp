@@ -189,11 +189,6 @@ CudaPlan make_cuda_plan(const CudaProblem& p, const CudaProperties& device) {
     const bool timed = !plan.ahead && plan.family != CudaFamily::kTagged;
     if ((timed || device.untimed) && (!best || plan.step_us < best->step_us)) best = &plan;
   }
-  if (best->family != CudaFamily::kGrid || device.untimed) return *best;
-  for (const CudaPlan& plan : plans)
-    if (plan.ahead && plan.m_tiles == best->m_tiles && plan.n_tiles == best->n_tiles &&
-        plan.groups == best->groups && plan.step_us < best->step_us)
-      return plan;
   return *best;
 }
 

@@ -93,8 +93,7 @@ inline CudaPlan begin_plan(const CudaProblem& p, const Tile& tile, CudaFamily fa
 std::vector<CudaPlan> all_cuda_plans(const CudaProblem&, const CudaProperties&);
 
 // The one of them that the cost model expects to be the fastest, of those whose cost was measured,
-// or of all with `untimed`. Streaming ahead was not measured, and else is taken only in place of
-// the same plan without; nor was the family tagged.
+// or of all with `untimed`: streaming ahead was not, nor the family tagged.
 CudaPlan make_cuda_plan(const CudaProblem&, const CudaProperties&);
 
 // A stack of like layers as a wavefront: each takes its steps in parts, and part k of layer l needs

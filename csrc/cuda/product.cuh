@@ -159,8 +159,7 @@ class Weights {
   LSTM_EXT_DEVICE void arrived() {
     if constexpr (kHasStream) stream_.begin(source());
   }
-  // What the thread had asked for by cp.async is here: before the last product, or, if there was
-  // none yet, before the weights.
+  // What the thread had asked for by cp.async before the last product is here.
   LSTM_EXT_DEVICE void wait_for_others() {
     if constexpr (kHasStream)
       if (stream_.on()) return stream_.wait_for_others();
