@@ -73,7 +73,7 @@ def machine(device: torch.device) -> str:
 
     vectors = cpu_isas()[0].split("_")[0]
     used = slug(torch.backends.cpu.get_cpu_capability())
-    held = "" if used == vectors or vectors == "portable" else f"-as-{used}"
+    held = "" if used == vectors or vectors in ("neon", "portable") else f"-as-{used}"
     model, family = slug(cpu_model()), cpu_family()
     if family and not re.search(r"\d", model):
         # AMD's family and the vectors are a generation; Intel's family is always 6.

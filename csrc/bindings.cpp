@@ -42,7 +42,8 @@ py::dict cpu_features_dict() {
                   "avx512f"_a = cpu.avx512f, "avx512bw"_a = cpu.avx512bw,
                   "avx512dq"_a = cpu.avx512dq, "avx512vl"_a = cpu.avx512vl,
                   "avx512cd"_a = cpu.avx512cd, "avx512_vnni"_a = cpu.avx512_vnni,
-                  "avx512_bf16"_a = cpu.avx512_bf16, "amx_tile"_a = cpu.amx_tile);
+                  "avx512_bf16"_a = cpu.avx512_bf16, "amx_tile"_a = cpu.amx_tile,
+                  "neon_dot"_a = cpu.neon_dot, "neon_bf16"_a = cpu.neon_bf16, "sve"_a = cpu.sve);
 }
 
 py::list cpu_isas() {

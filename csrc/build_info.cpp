@@ -5,6 +5,8 @@
 #if defined(__x86_64__) || defined(__i386__)
 #define LSTM_EXT_X86 1
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace lstm_ext {
@@ -49,6 +51,12 @@ CpuFeatures cpu_features() {
   cpu.avx512_bf16 = __builtin_cpu_supports("avx512bf16");
   cpu.amx_tile = __builtin_cpu_supports("amx-tile");
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+  // Bits of Linux's interface, arch/arm64/include/uapi/asm/hwcap.h; older headers lack the names.
+  const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+  cpu.neon_dot = first >> 20 & 1;    // HWCAP_ASIMDDP
+  cpu.sve = first >> 22 & 1;         // HWCAP_SVE
+  cpu.neon_bf16 = second >> 14 & 1;  // HWCAP2_BF16
 #endif
   return cpu;
 }

@@ -19,13 +19,16 @@ struct BuildInfo {
 BuildInfo build_info();
 
 // Usable means: the processor has the instructions and the operating system saves
-// their registers. All false on a processor that is not x86.
+// their registers. All false on a processor of another architecture.
 struct CpuFeatures {
   bool avx2, fma, f16c;
   bool avx512f, avx512bw, avx512dq, avx512vl, avx512cd;
   bool avx512_vnni;
   bool avx512_bf16;
   bool amx_tile;
+  bool neon_dot;   // FEAT_DotProd: SDOT
+  bool neon_bf16;  // FEAT_BF16: BFDOT
+  bool sve;
 };
 
 CpuFeatures cpu_features();

@@ -17,17 +17,25 @@ from lstm_ext import _C, _build
 from lstm_ext._version import __version__
 from lstm_ext.cuda_products import open_vendor
 
-# What each variant of the CPU kernels was compiled with (csrc/CMakeLists.txt), best first.
+# What each variant of the CPU kernels needs (csrc/cpu/dispatch.cpp), best first.
 AVX2 = ("avx2", "fma", "f16c")
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", *AVX2)
-CPU_VARIANTS = {
+X86_VARIANTS = {
     "avx512_bf16": ("avx512_bf16", "avx512_vnni", *AVX512),
     "avx512_vnni": ("avx512_vnni", *AVX512),
     "avx512": AVX512,
     "avx2": AVX2,
     "portable": (),
 }
-X86 = ("x86_64", "amd64", "i386", "i686")
+ARM_VARIANTS = {
+    "neon_bf16": ("neon_bf16", "neon_dot"),
+    "neon_dot": ("neon_dot",),
+    "portable": (),
+}
+# By architecture; on another one, portable alone.
+CPU_VARIANTS = dict.fromkeys(("x86_64", "amd64"), X86_VARIANTS)
+CPU_VARIANTS |= dict.fromkeys(("aarch64", "arm64"), ARM_VARIANTS)
+UNUSED = {"x86_64": ("AMX", "amx_tile"), "aarch64": ("SVE", "sve")}
 
 NO_KERNEL_IMAGE = 209  # cudaErrorNoKernelImageForDevice
 NO_CUDA_TORCH = (
@@ -39,14 +47,12 @@ def cpu_report() -> dict[str, Any]:
     """Which kernel variants run on this processor, each with the reason if it does not."""
     features = _C.cpu_features()
     runnable, selected = list(_C.cpu_isas()), _C.cpu_isa()
-    is_x86 = _C.build_info()["architecture"].lower() in X86
+    architecture = _C.build_info()["architecture"].lower()
     variants = {}
-    for name, needed in CPU_VARIANTS.items():
+    for name, needed in CPU_VARIANTS.get(architecture, {"portable": ()}).items():
         missing = [feature for feature in needed if not features[feature]]
         if name in runnable:
             reason = ""
-        elif needed and not is_x86:
-            reason = "for x86 processors only"
         elif missing:
             reason = f"this processor or system lacks {', '.join(missing)}"
         else:
@@ -187,7 +193,9 @@ def lines(report: dict[str, Any]) -> list[str]:
         chosen = f" (selected{by})" if name == cpu["selected"] else ""
         row(name, f"yes{chosen}" if variant["runs"] else f"no: {variant['reason']}")
     row("threads", f"{cpu['threads']}, as torch.get_num_threads() says")
-    row("not used", f"AMX {'yes' if cpu['features']['amx_tile'] else 'no'}")
+    if found := UNUSED.get(build["architecture"]):
+        name, feature = found
+        row("not used", f"{name} {'yes' if cpu['features'][feature] else 'no'}")
 
     out += ["", "CUDA"]
     if cuda["built"]:

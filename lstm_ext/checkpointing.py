@@ -7,12 +7,14 @@ part's gates at a time exist.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.utils.checkpoint import checkpoint
 
+from lstm_ext.flat import flatten
 from lstm_ext.layer import lstm_layer
 from lstm_ext.ops import Direction, Masks, with_masks
 from lstm_ext.steps import Steps
@@ -25,7 +27,17 @@ def checkpointed_layer(
     """:func:`layer.lstm_layer` in parts of ``every`` steps.
 
     Each direction is taken alone, for the two cut the sequence at different steps.
+
+    Raises:
+        RuntimeError: under torch.func.grad and what is made of it. In backward: a tensor that is
+            read again then has been changed in place since.
     """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and any(t.key() == TransformType.Grad for t in get_interpreter_stack() or []):
+        raise RuntimeError(
+            f"checkpoint_every={every}: torch.func.grad, vjp, jacrev and hessian know no checkpoints "
+            "(hooks on saved tensors). Set it to None on the module, or use torch.autograd"
+        )
     results = [_direction(x, d, steps, cells, every) for d in directions]
     y, h_n, c_n, all_cells = zip(*results, strict=True)
     D = len(directions)
@@ -51,10 +63,10 @@ def _direction(
             keep = [part.take(k) if isinstance(k, Tensor) else k for k in keep]
             h_dropout = None if h_dropout is None else h_dropout[:B]
             w_part = with_masks(w, Masks(h_dropout, *keep))
+        taken = part.take(x), [Direction(h[:B], c[:B], w_part, reverse)]
         y, (h_part,), (c_part,), part_cells = checkpoint(
-            lstm_layer,
-            part.take(x),
-            [Direction(h[:B], c[:B], w_part, reverse)],
+            _unchanged(*taken),
+            *taken,
             part.steps,
             cells=cells,
             use_reentrant=False,
@@ -66,3 +78,24 @@ def _direction(
         parts.append((y, part_cells))
     y, all_cells = zip(*(reversed(parts) if reverse else parts), strict=True)
     return steps.joined(y), h, c, steps.joined(all_cells) if cells else None
+
+
+def _unchanged(x: Tensor, directions: list[Direction]) -> Callable[..., LayerOutputs]:
+    """:func:`layer.lstm_layer` for these tensors as they are now: torch.utils.checkpoint reads them
+    again in backward, and does not ask whether they are still the same."""
+    if torch.compiler.is_compiling():
+        return lstm_layer  # a graph has no changes in place
+    read = [t for t in (x, *flatten(directions)) if t is not None and not t.is_inference()]
+    versions = [t._version for t in read]
+
+    def run(*args, **options) -> LayerOutputs:
+        for tensor, version in zip(read, versions, strict=True):
+            if tensor._version != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an "
+                    f"inplace operation: with checkpoint_every a tensor of size {tuple(tensor.shape)}"
+                    f" is read again in backward, is at version {tensor._version}, expected {version}"
+                )
+        return lstm_layer(*args, **options)
+
+    return run

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from .steps import is_packed
-from .variants import Variants
+from .variants import Variants, check_bool, check_merge_mode
 
 States = tuple[Tensor, Tensor]
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -103,7 +103,7 @@ class LSTMBase(Variants, nn.RNNBase):
         """Refuse attributes set after construction that the parameters were not made for."""
         if self._all_weights == self._named_weights():
             return
-        names = ("num_layers", "bias", "bidirectional", "proj_size")
+        names = ("num_layers", "bias", "bidirectional", "proj_size", "peephole", "layer_norm")
         raise RuntimeError(
             f"got {', '.join(f'{name}={getattr(self, name)}' for name in names)}, expected what "
             f"the module was constructed with, having {', '.join(self._flat_weights_names)}: "
@@ -143,7 +143,16 @@ class LSTMBase(Variants, nn.RNNBase):
     # Past nn.RNNBase's own, which keep a flat buffer, but not past what a user mixes in behind it.
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super(nn.RNNBase, self).__setattr__(name, value)
+        super(nn.RNNBase, self).__setattr__(name, self._checked(name, value))
+
+    def _checked(self, name: str, value: Any) -> Any:
+        if name == "merge_mode":
+            check_merge_mode(value, self.bidirectional, self.num_layers)
+        elif name == "return_cell_sequence":
+            check_bool(name, value)
+        elif name == "checkpoint_every":
+            check_every(value)
+        return super()._checked(name, value)
 
     def _replicate_for_data_parallel(self) -> LSTMBase:
         return super(nn.RNNBase, self)._replicate_for_data_parallel()

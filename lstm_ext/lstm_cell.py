@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .autograd import needs_grad
-from .compat import States, adopt, check_match, check_none, check_pair, forget
+from .compat import States, adopt, check_match, check_none, check_pair, check_weights, forget
 from .engine import autocast_is_on, is_surrounded
 from .flat import flatten
 from .layer import lstm_layer
@@ -156,9 +156,13 @@ class LSTMCell(Variants, nn.RNNCellBase):
         self, weights: list[Tensor | None], input: Tensor, steps: Steps, h: Tensor, c: Tensor
     ) -> LayerWeights:
         """weights, with those of the variants, and masks drawn for this call."""
+        names = list(_WEIGHTS)
         if self.peephole or self.layer_norm:
-            weights += [getattr(self, name) for name in self._variant_names()]
-        check_match("parameter", [w for w in weights if w is not None], input)
+            names += self._variant_names()
+            weights += [getattr(self, name) for name in names[len(_WEIGHTS) :]]
+        for name, weight in zip(names, weights, strict=True):
+            if weight is not None or not name.startswith("bias"):  # as torch.nn's cell takes them
+                check_weights([name], [weight], input)
         return self._arranged(weights, True, False, steps, h, c)
 
     def _check_state(self, state: Tensor, k: int, batch: int) -> None:

@@ -21,7 +21,6 @@ from .compat import (
     States,
     adopt,
     check_batch_sizes,
-    check_every,
     check_match,
     check_none,
     check_pair,
@@ -32,7 +31,7 @@ from .layer import lstm_layer
 from .ops import Direction, LayerWeights
 from .plain_module import plain_module
 from .steps import Steps
-from .variants import check_bool, check_merge_mode, merged
+from .variants import merged
 
 __all__ = ["LSTM"]
 
@@ -134,9 +133,6 @@ class LSTM(LSTMBase):
         self._set_variants(
             peephole, layer_norm, recurrent_dropout, weight_dropout, zoneout, forget_bias
         )
-        check_merge_mode(merge_mode, bidirectional, num_layers)
-        check_bool("return_cell_sequence", return_cell_sequence)
-        check_every(checkpoint_every)
         self.merge_mode, self.return_cell_sequence = merge_mode, return_cell_sequence
         self.checkpoint_every = checkpoint_every
         for k, suffix in enumerate(self._suffixes()):
@@ -337,12 +333,8 @@ class LSTM(LSTMBase):
                 rows, n = x.shape
                 dropped = self._drop(x if packed else x.view(*steps.padded_shape, n))
                 x = dropped.reshape(rows, n)
-        return (
-            x,
-            h_n[0].unsqueeze(0) if count == 1 else torch.stack(h_n),
-            c_n[0].unsqueeze(0) if count == 1 else torch.stack(c_n),
-            cells,
-        )
+        # No views, so that a state may be detached in place on its way to the next sequence.
+        return x, torch.stack(h_n), torch.stack(c_n), cells
 
     def _weight_count(self) -> int:
         """Of a layer and direction, as the attributes are now."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -20,18 +21,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lstm_ext.cnn import CNNLSTM
 from lstm_ext.compat import States, check_match, check_pair
 from lstm_ext.lstm_cell import LSTMCell
 from lstm_ext.modules import LSTM
-from lstm_ext.onnx_node import NodeConstants, layer_suffixes, lstm_node, node_constants, translation
+from lstm_ext.onnx_node import (
+    NodeConstants,
+    layer_suffixes,
+    lstm_node,
+    node_constants,
+    translation,
+    weight_names,
+)
 from lstm_ext.ops import autocast_is_on
 from lstm_ext.quantized import QuantizedLSTM, QuantizedLSTMCell
 
 __all__ = ["export"]
 
+# Where a module has its name in the model during an export.
+_NAME = "_onnx_name"
+# Hooks that make a weight of parameters whenever the module runs.
+_WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 _BFLOAT16_OPSET = 22  # the first whose LSTM takes it
 
 
@@ -69,8 +84,8 @@ def export(
         TypeError: model is no nn.Module; dynamo=False.
         ValueError: what ONNX's LSTM cannot say: layer_norm, zoneout, return_cell_sequence,
             reset_mask, a PackedSequence, autocast, a dropout that is on, an initial state with a
-            projection that loses precision in being inverted, bfloat16 in an older opset. And the
-            modules' own errors.
+            projection that loses precision in being inverted, bfloat16 in an older opset, weights
+            that are given while the model runs. And the modules' own errors.
     """
     _check_packages()
     if not isinstance(model, nn.Module):
@@ -126,15 +141,17 @@ class _Exporter:
 
     def __init__(self, model: nn.Module) -> None:
         self.refusals: list[Exception] = []
-        self.names: dict[nn.Module, str] = {}  # of what is a node
-        self.cnns: set[nn.Module] = set()
+        self.names: dict[nn.Module, str] = {}
         self.buffers: dict[nn.Module, list[str]] = {}
+        # Weights that are no parameters, as the constants were made of them; None: made by a hook.
+        self.plain: dict[tuple[str, str], Tensor | None] = {}
+        self.stale = False
         for name, module in model.named_modules():
-            if isinstance(module, (LSTM, LSTMCell)):
+            node = isinstance(module, (LSTM, LSTMCell))
+            if node or (isinstance(module, CNNLSTM) and isinstance(module.lstm, LSTM)):
                 self.names[module] = f"{name or 'the model itself'} ({type(module).__name__})"
+            if node:
                 self._check(module)
-            elif isinstance(module, CNNLSTM) and isinstance(module.lstm, LSTM):
-                self.cnns.add(module)
 
     def _check(self, module: LSTM | LSTMCell) -> None:
         if isinstance(module, (QuantizedLSTM, QuantizedLSTMCell)):
@@ -154,20 +171,58 @@ class _Exporter:
             raise self.refuse(module, f"a dropout that is on, got {got}: call model.eval() before")
 
     def refuse(self, module: nn.Module, text: str) -> ValueError:
-        return ValueError(f"export: {self.names[module]}: {text}")
+        return ValueError(f"export: {self._name(module)}: {text}")
+
+    def _name(self, module: nn.Module) -> str:
+        return self.names.get(module) or module.__dict__[_NAME]
 
     def attach(self) -> None:
         """Give the modules the constants of their nodes, as buffers, whose names the file keeps."""
-        for module in self.names:
+        for module, own_name in self.names.items():
+            module.__dict__[_NAME] = own_name
             names = self.buffers[module] = []
+            if isinstance(module, CNNLSTM):
+                continue
+            self._make_weights(module, own_name)
             for k, suffixes in enumerate(layer_suffixes(module)):
                 for field, tensor in node_constants(module, suffixes)._asdict().items():
                     name = f"onnx_l{k}_{field}"
                     module._buffers[name] = tensor
                     names.append(name)
 
+    def _make_weights(self, module: LSTM | LSTMCell, own_name: str) -> None:
+        """Let hooks make their weights of the parameters as they are now, and note the others that
+        are no parameters."""
+        for name in itertools.chain.from_iterable(weight_names(module)):
+            if name in module.__dict__:
+                self.plain[own_name, name] = module.__dict__[name]
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _WEIGHT_HOOKS):
+                hook(module, ())
+                name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
+                self.plain[own_name, name] = None
+
+    def _check_weights(self, module: LSTM | LSTMCell, k: int) -> None:
+        """Refuse what is not what the constants were made of."""
+        for name in weight_names(module)[k]:
+            here = module._parameters.get(name)
+            made = self.plain.get((self._name(module), name))
+            if isinstance(here, Tensor) and not isinstance(here, nn.Parameter):
+                got = "given at the call, as by torch.func.functional_call"
+            elif made is not None and module.__dict__.get(name) is not made:
+                got = "set while the model ran"
+            else:
+                continue
+            self.stale = True
+            raise self.refuse(
+                module,
+                f"the constants of a node are made before the model runs; got {name} {got}: set the "
+                "module's parameter, or use torch.nn.utils.parametrize",
+            )
+
     def detach(self) -> None:
         for module, names in self.buffers.items():
+            module.__dict__.pop(_NAME, None)
             for name in names:
                 module._buffers.pop(name, None)
 
@@ -266,6 +321,10 @@ class _Exporter:
         layer = NodeConstants(
             *(getattr(module, f"onnx_l{k}_{field}") for field in NodeConstants._fields)
         )
+        if not torch.compiler.is_dynamo_compiling():
+            self._check_weights(module, k)
+        elif self.stale:  # torch's second try, which does not see what the first did
+            raise ValueError("export: refused before")
         h0, c0 = (None, None) if hx is None else hx
         wide = h0
         if layer.projection is not None and h0 is not None:
@@ -316,23 +375,24 @@ def _exportable(model: nn.Module) -> Iterator[list[Exception]]:
     """
     exporter = _Exporter(model)
     kinds = (
-        (LSTM, exporter.names, _Exporter.lstm),
-        (LSTMCell, exporter.names, _Exporter.cell),
-        (CNNLSTM, exporter.cnns, _Exporter.cnn),
+        (LSTM, _Exporter.lstm),
+        (LSTMCell, _Exporter.cell),
+        (CNNLSTM, _Exporter.cnn),
     )
     with _lock, contextlib.ExitStack() as stack:
         stack.callback(exporter.detach)
         exporter.attach()
-        for kind, members, traced in kinds:
+        for kind, traced in kinds:
             stack.callback(setattr, kind, "forward", kind.forward)
-            kind.forward = _replaced(kind.forward, members, traced, exporter)
+            kind.forward = _replaced(kind.forward, traced, exporter)
         yield exporter.refusals
 
 
-def _replaced(original: Any, members: Any, traced: Any, exporter: _Exporter) -> Any:
+def _replaced(original: Any, traced: Any, exporter: _Exporter) -> Any:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self in members:
+        # Not by identity: torch.export runs a copy of a module that has two names.
+        if getattr(self, _NAME, None) is not None:
             return exporter.run(traced, self, *args, **kwargs)
         return original(self, *args, **kwargs)
 

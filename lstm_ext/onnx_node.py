@@ -144,6 +144,18 @@ def node_constants(module: LSTM | LSTMCell, suffixes: list[str]) -> NodeConstant
     )
 
 
+def weight_names(module: LSTM | LSTMCell) -> list[list[str]]:
+    """The names of the weights that a layer's node is made of, a list a layer."""
+    kinds = ["weight_ih", "weight_hh"]
+    kinds += ["bias_ih", "bias_hh"] if module.bias else []
+    kinds += ["weight_ch"] if module.peephole else []
+    kinds += ["weight_hr"] if getattr(module, "proj_size", 0) else []
+    return [
+        [kind + suffix for suffix in suffixes for kind in kinds]
+        for suffixes in layer_suffixes(module)
+    ]
+
+
 def layer_suffixes(module: LSTM | LSTMCell) -> list[list[str]]:
     """Of the names of parameters: a list a layer, an entry a direction."""
     if isinstance(module, LSTMCell):

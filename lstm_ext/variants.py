@@ -44,30 +44,39 @@ class Variants(nn.Module):
         zoneout: float | tuple[float, float],
         forget_bias: float | None,
     ) -> None:
-        """Checks and keeps the arguments; torch.nn's own come before, by its constructor."""
-        for name, flag in (("peephole", peephole), ("layer_norm", layer_norm)):
-            check_bool(name, flag)
-        _check_probability("recurrent_dropout", recurrent_dropout)
-        _check_probability("weight_dropout", weight_dropout)
-        if isinstance(zoneout, (tuple, list)):
-            if len(zoneout) != 2:
-                raise ValueError(
-                    f"zoneout should be a number or a pair (h, c), got {len(zoneout)} numbers"
-                )
-            zoneout = tuple(zoneout)
-        for part in zoneout if isinstance(zoneout, tuple) else (zoneout,):
-            _check_probability("zoneout", part, "keeping its old value")
-        if forget_bias is not None:
-            if not isinstance(forget_bias, numbers.Real) or isinstance(forget_bias, bool):
-                got = type(forget_bias).__name__
-                raise TypeError(f"forget_bias should be a number or None, got: {got}")
-            if not self.bias:
-                raise ValueError(
-                    f"forget_bias is the initial value of a bias, got {forget_bias} with bias=False"
-                )
+        """Keeps the arguments; torch.nn's own come before, by its constructor."""
         self.peephole, self.layer_norm = peephole, layer_norm
         self.recurrent_dropout, self.weight_dropout = recurrent_dropout, weight_dropout
         self.zoneout, self.forget_bias = zoneout, forget_bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, self._checked(name, value))
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """The value of an attribute, of the constructor's arguments also when set later; raises
+        for a wrong one."""
+        if name in ("peephole", "layer_norm"):
+            check_bool(name, value)
+        elif name in ("recurrent_dropout", "weight_dropout"):
+            _check_probability(name, value)
+        elif name == "zoneout":
+            if isinstance(value, (tuple, list)):
+                if len(value) != 2:
+                    raise ValueError(
+                        f"zoneout should be a number or a pair (h, c), got {len(value)} numbers"
+                    )
+                value = tuple(value)
+            for part in value if isinstance(value, tuple) else (value,):
+                _check_probability(name, part, "keeping its old value")
+        elif name == "forget_bias" and value is not None:
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
+                got = type(value).__name__
+                raise TypeError(f"forget_bias should be a number or None, got: {got}")
+            if not self.bias:
+                raise ValueError(
+                    f"forget_bias is the initial value of a bias, got {value} with bias=False"
+                )
+        return value
 
     def _variants(self) -> dict[str, Any]:
         """Those in use, by argument; forget_bias is none, being only how a bias starts."""

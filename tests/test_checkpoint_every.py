@@ -158,6 +158,40 @@ def test_only_where_gradients_are_recorded(monkeypatch):
     assert calls == [4]
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"bidirectional": True, "proj_size": 2}], ids=str)
+@pytest.mark.parametrize("changed", ["x", "h_0", "c_0", "weight_hh_l0", "bias_ih_l0"])
+def test_what_backward_reads_again_changed_in_place(changed, kwargs):
+    """torch.utils.checkpoint would take the new numbers for those of the forward."""
+    module = here(lstm_ext.LSTM(I, H, checkpoint_every=4, **kwargs))
+    D, P = 1 + module.bidirectional, module.proj_size or H
+    x, h_0, c_0 = (here(torch.randn(*size)) for size in ((T, B, I), (D, B, P), (D, B, H)))
+    y, _ = module(x, (h_0, c_0))
+    y.sum().backward(retain_graph=True)
+    with torch.no_grad():
+        {"x": x, "h_0": h_0, "c_0": c_0, **dict(module.named_parameters())}[changed].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_torch_func():
+    """It knows no hooks on saved tensors, which checkpoints are; vmap and forward mode ask none."""
+    whole, parts = pair(4, **F64)
+    x = here(torch.randn(T, B, I, **F64))
+
+    def loss(x, module=parts):
+        return module(x)[0].square().sum()
+
+    with pytest.raises(RuntimeError, match="checkpoint_every=4: torch.func.grad, vjp"):
+        torch.func.grad(loss)(x)
+    with pytest.raises(RuntimeError, match="Set it to None on the module"):
+        torch.func.vmap(torch.func.grad(loss), in_dims=1)(x.unsqueeze(2))
+    found, expected = (
+        torch.func.jvp(lambda x, module=module: loss(x, module), (x,), (x,))
+        for module in (parts, whole)
+    )
+    assert_close(found, expected, **tol(torch.float64))
+
+
 def test_arguments():
     with pytest.raises(ValueError, match="checkpoint_every should be at least 1, got 0"):
         lstm_ext.LSTM(I, H, checkpoint_every=0)

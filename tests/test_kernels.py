@@ -221,7 +221,8 @@ def test_batch_does_not_change_a_sequence(H, B):
 def test_extreme_values(isa):
     """Saturated gates, infinities and NaN behave as torch's sigmoid and tanh do."""
     values = torch.tensor(
-        [0.0, -0.0, 1e-30, 1e-8, 0.1, 1.0, 9.0, 20.0, 88.0, 100.0, 1e4, 1e38, float("inf")]
+        [0.0, -0.0, 1e-30, 1e-8, 0.1, 1.0, 9.0, 20.0, 88.0, 88.7, 89.0, 100.0, 709.5, 1e4, 1e38]
+        + [float("inf")]
     )
     values = here(torch.cat([values, -values, torch.tensor([float("nan")])]))
     for dtype in (torch.float32, torch.float64):
@@ -239,6 +240,21 @@ def test_extreme_values(isa):
             for mine, theirs in zip(ours[:3], (plain[0][0], *plain[1:3]), strict=True):
                 # inf * 0 is NaN in both products alike
                 torch.testing.assert_close(mine, theirs, equal_nan=True, **tol(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
+def test_a_closed_gate_is_zero(isa, dtype):
+    """And not the least number that there is: nothing of an infinite cell passes, but NaN does."""
+    module = here(lstm_ext.LSTM(1, 8).to(dtype))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+        module.bias_ih_l0[8:16] = torch.tensor([-torch.inf] * 4 + [-1e4] * 4)
+        h0 = here(torch.zeros(1, 2, 8, dtype=dtype))
+        c0 = torch.ones_like(h0)
+        c0[:, 1] = torch.inf
+        _, (_, c) = module(here(torch.zeros(1, 2, 1, dtype=dtype)), (h0, c0))
+    assert c[0, 0].eq(0).all() and c[0, 1].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -132,6 +132,25 @@ def test_errors_that_differ_on_purpose(theirs_raises, ours, args):
         ours_here(*args_here)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "weight_ch", "gamma_ih", "gamma_hh",
+                                  "gamma_ch", "beta_ch"])
+def test_a_missing_weight_is_refused(name, grad):
+    varied = not name.startswith("weight_") or name == "weight_ch"
+    cell = here(lstm_ext.LSTMCell(3, 4, peephole=varied, layer_norm=varied))
+    setattr(cell, name, None)
+    with torch.set_grad_enabled(grad), pytest.raises(TypeError, match=f"{name}: expected a Tensor"):
+        cell(here(X))
+
+
+@pytest.mark.parametrize("name", ["bias_ih", "bias_hh"])
+def test_a_missing_bias_is_none(name):
+    theirs = nn.LSTMCell(3, 4)
+    setattr(theirs, name, None)
+    ours = here(lstm_ext.LSTMCell.from_torch(theirs))
+    assert_close(ours(here(X)), here(theirs(X)), **tol(torch.float32))
+
+
 def test_a_state_batched_unlike_the_input_never_passes():
     ours = here(lstm_ext.LSTMCell(3, 4))
     for hx in [(torch.zeros(4, 4), torch.zeros(4, 4)), (torch.zeros(4, 1), torch.zeros(4, 1))]:

@@ -180,6 +180,8 @@ def test_second_derivative_memory_is_linear_in_the_steps():
         ({"bidirectional": True}, "bidirectional", False),
         ({}, "proj_size", 2),
         ({"proj_size": 2}, "proj_size", 0),
+        ({}, "peephole", True),
+        ({"layer_norm": True}, "layer_norm", False),
     ],
 )
 def test_attributes_changed_after_construction(made, name, value):
@@ -188,6 +190,41 @@ def test_attributes_changed_after_construction(made, name, value):
     setattr(module, name, value)
     with pytest.raises(RuntimeError, match=f"got .*{name}={value}.*, expected what the module was"):
         module(x)
+
+
+@pytest.mark.parametrize("make", [lstm_ext.LSTM, lstm_ext.LSTMCell])
+@pytest.mark.parametrize(
+    "name, value, error, text",
+    [
+        ("zoneout", 2.0, ValueError, "range"),
+        ("zoneout", (0.1,), ValueError, "got 1 numbers"),
+        ("recurrent_dropout", -0.1, ValueError, "recurrent_dropout should be a number in range"),
+        ("weight_dropout", True, ValueError, "weight_dropout should be a number in range"),
+        ("peephole", 1, TypeError, "peephole should be of type bool"),
+        ("merge_mode", "max", ValueError, "merge_mode should be one of"),
+        ("merge_mode", "sum", ValueError, "needs two directions"),
+        ("return_cell_sequence", 1, TypeError, "return_cell_sequence should be of type bool"),
+        ("checkpoint_every", 0, ValueError, "should be at least 1, got 0"),
+    ],
+)
+def test_attributes_set_to_what_the_constructor_refuses(make, name, value, error, text):
+    module = make(3, 4)
+    if not hasattr(module, name):
+        pytest.skip("the cell has none")
+    before = getattr(module, name)
+    with pytest.raises(error, match=text):
+        setattr(module, name, value)
+    assert getattr(module, name) == before
+
+
+def test_variants_may_be_changed():
+    module = lstm_ext.LSTM(3, 4, bidirectional=True)
+    module.zoneout, module.merge_mode = [0.5, 1], "ave"
+    same = lstm_ext.LSTM(3, 4, bidirectional=True, zoneout=(0.5, 1), merge_mode="ave")
+    same.load_state_dict(module.state_dict())
+    x = here(torch.randn(5, 2, 3))
+    module, same = here(module.eval()), here(same.eval())
+    assert repr(module) == repr(same) and torch.equal(module(x)[0], same(x)[0])
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])

@@ -285,6 +285,20 @@ def test_layouts_and_gradients(layers, bidirectional, batch_first, with_hx, batc
     assert results[1][0].is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"proj_size": 2}, {"num_layers": 2, "batch_first": True},
+                                    {"peephole": True}], ids=str)
+def test_states_may_be_detached_in_place(kwargs, dtype):
+    """On their way to the next part of a sequence, as nn.LSTM's."""
+    module, hx = here(lstm_ext.LSTM(3, 4, dtype=dtype, **kwargs)), None
+    for _ in range(2):
+        y, hx = module(here(X).to(dtype), hx)
+        y.sum().backward()
+        for state in hx:
+            assert state.requires_grad
+            state.detach_()
+
+
 def test_backward_in_eval_mode():
     theirs, ours = pair(3, 4, 2, dropout=0.5)
     x = randn(5, 2, 3).requires_grad_()

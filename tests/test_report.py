@@ -38,11 +38,13 @@ def test_report_as_json(tmp_path):
     assert found["cuda"]["built"] == _C.build_info()["cuda"]
 
 
-def fake_core(monkeypatch, *, features=(), isas=("portable",), **cuda):
+def fake_core(
+    monkeypatch, *, features=(), isas=("portable",), architecture="x86_64", **cuda
+):
     """Replaces the compiled module by one on another machine."""
     monkeypatch.delenv("LSTM_EXT_CPU_ISA", raising=False)
     build = _C.build_info() | {"cuda": bool(cuda), "cuda_reason": "LSTM_EXT_CUDA=0 was set"}
-    build |= {"architecture": "x86_64", "cuda_version": "13.0.88", "cuda_archs": "80-real;120"}
+    build |= {"architecture": architecture, "cuda_version": "13.0.88", "cuda_archs": "80-real;120"}
     core = SimpleNamespace(
         __file__="_C.so",
         build_info=lambda: build,
@@ -70,6 +72,28 @@ def test_report_names_missing_instructions(monkeypatch):
     ) in text
     assert "avx2        yes (selected)\n" in text
     assert "portable    yes\n" in text
+
+
+def test_report_of_an_arm_processor(monkeypatch):
+    fake_core(
+        monkeypatch,
+        features=("neon_dot", "sve"),
+        isas=("neon_dot", "portable"),
+        architecture="aarch64",
+    )
+    text = printed()
+    assert "neon_bf16   no: this processor or system lacks neon_bf16\n" in text
+    assert "neon_dot    yes (selected)\n" in text
+    assert "portable    yes\n" in text
+    assert "not used    SVE yes\n" in text
+    assert "avx" not in text and "AMX" not in text
+
+
+def test_report_of_another_architecture(monkeypatch):
+    fake_core(monkeypatch, architecture="riscv64")
+    text = printed()
+    assert "portable    yes (selected)\n" in text
+    assert "avx" not in text and "neon" not in text and "not used" not in text
 
 
 def test_report_without_cuda_build(monkeypatch):

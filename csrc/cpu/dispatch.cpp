@@ -13,8 +13,8 @@ struct Runnable {
   const CpuKernels* list[6] = {};
   Runnable() {
     int count = 0;
+    [[maybe_unused]] const CpuFeatures cpu = cpu_features();
 #if defined(__x86_64__)
-    const CpuFeatures cpu = cpu_features();
     const bool avx2 = cpu.avx2 && cpu.fma && cpu.f16c;
     const bool avx512 = cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl && cpu.avx512cd;
 #if defined(LSTM_EXT_WITH_AVX512_BF16)
@@ -23,6 +23,10 @@ struct Runnable {
     if (avx2 && avx512 && cpu.avx512_vnni) list[count++] = &kKernelsAvx512Vnni;
     if (avx2 && avx512) list[count++] = &kKernelsAvx512;
     if (avx2) list[count++] = &kKernelsAvx2;
+#endif
+#if defined(LSTM_EXT_WITH_NEON_DOT)
+    if (cpu.neon_dot && cpu.neon_bf16) list[count++] = &kKernelsNeonBf16;
+    if (cpu.neon_dot) list[count++] = &kKernelsNeonDot;
 #endif
     list[count++] = &kKernelsPortable;
   }

@@ -30,6 +30,10 @@ extern const CpuKernels kKernelsAvx512Vnni;  // the next, but for products of by
 extern const CpuKernels kKernelsAvx512;
 extern const CpuKernels kKernelsAvx2;
 #endif
+#if defined(LSTM_EXT_WITH_NEON_DOT)
+extern const CpuKernels kKernelsNeonBf16;  // the next, but for products of bf16
+extern const CpuKernels kKernelsNeonDot;   // the portable ones, but for products of bytes
+#endif
 extern const CpuKernels kKernelsPortable;
 
 // Best first, null-terminated: those that this machine can run.

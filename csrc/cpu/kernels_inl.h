@@ -11,12 +11,6 @@
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
 
-#if defined(__AVX512BF16__)
-constexpr bool kPairs = true;
-#else
-constexpr bool kPairs = false;
-#endif
-
 template <class E, class S>
 struct Types {
   using Element = E;
@@ -103,11 +97,12 @@ inline void matmul(const Matmul& p) {
 }  // namespace LSTM_EXT_ISA
 }  // namespace lstm_ext
 
-#define LSTM_EXT_DEFINE_KERNELS(variable, name, byte_products)                \
+// Several sets may be made of one file, which differ in the two flags.
+#define LSTM_EXT_DEFINE_KERNELS(variable, name, bf16_products, byte_products) \
   namespace lstm_ext {                                                        \
   const CpuKernels variable = {                                               \
       name,                                                                   \
-      LSTM_EXT_ISA::kPairs,                                                   \
+      bf16_products,                                                          \
       byte_products,                                                          \
       LSTM_EXT_ISA::LayerOf<LSTM_EXT_ISA::Forward, LstmForward>::kernels(),   \
       LSTM_EXT_ISA::LayerOf<LSTM_EXT_ISA::Backward, LstmBackward>::kernels(), \

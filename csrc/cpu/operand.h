@@ -17,6 +17,13 @@
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
 
+// Whether there may be one.
+#if defined(__AVX512BF16__) || defined(LSTM_EXT_WITH_NEON_DOT)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
 struct BFloat16Pair {
   bfloat16 low, high;
 };
@@ -100,10 +107,13 @@ LSTM_EXT_INLINE Vec<Acc<E>> load_weights_partial(const S* row, int64_t numbers) 
 template <class E>
 LSTM_EXT_INLINE Vec<Acc<E>> multiply_add(Vec<Acc<E>> sum, Vec<Acc<E>> x, Vec<Acc<E>> w) {
   if constexpr (kPaired<E>) {
-#if defined(__AVX512BF16__)
+#if defined(LSTM_EXT_WITH_NEON_DOT)
+    asm(".arch armv8.2-a+bf16\n\tbfdot %0.4s, %1.8h, %2.8h" : "+w"(sum) : "w"(x), "w"(w));
+    return sum;
+#elif defined(__AVX512BF16__)
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
 #else
-    static_assert(!kPaired<E>, "pairs need AVX512_BF16");
+    static_assert(!kPaired<E>, "kPairs says that there is no instruction");
 #endif
   } else {
     return sum + x * w;

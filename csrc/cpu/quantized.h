@@ -28,9 +28,9 @@ constexpr float kMost16 = 32639;  // 127 * 256 + 127: both bytes of q, rounded, 
 constexpr float kMost8 = 127;
 constexpr int kZeroPoint = 128;
 
-// Whether there may be an instruction that multiplies bytes (AVX512_VNNI), four to a sum. kBytes
-// below: it is used.
-#if defined(__AVX512BW__)
+// Whether there may be an instruction that multiplies bytes, four to a sum: VPDPBUSD (AVX512_VNNI)
+// or SDOT. kBytes below: it is used.
+#if defined(__AVX512BW__) || defined(LSTM_EXT_WITH_NEON_DOT)
 constexpr bool kByteProducts = true;
 #else
 constexpr bool kByteProducts = false;
@@ -40,8 +40,7 @@ inline int64_t blocks_of_16(int64_t rows) { return (rows + kBlockRows - 1) / kBl
 inline int64_t depth_of_8(int64_t K) { return (K + kDepth8 - 1) / kDepth8; }
 
 // q of a row. An instruction that multiplies bytes takes it as q = 256 high + low, both signed, or
-// in 8 bits as high alone, and the weights as they are, so that 128 times the sum of either is to
-// be taken off. Others take words.
+// in 8 bits as high alone. Others take words.
 struct WholeRow {
   float scale;  // 0: a row of zeros, or of what is below 1e-30; NaN: something in it is not finite
   int16_t* words;
@@ -115,59 +114,91 @@ struct WholeRow {
 // out as of product_of_16.
 template <bool kWords, int R, int G>
 void byte_product(const WholeRow* rows, const uint8_t* w, int64_t depth, const Vec<float>* scales,
-                  float* out);
+                  float* out, int64_t part_stride);
 
+// add_bytes: sum + w x, four products a lane, by an instruction of a processor that is known to
+// have it, and w as it takes them: of VPDPBUSD u itself, so that 128 times the sum of x is to be
+// taken off; of SDOT, whose factors are both signed, u - 128. From the intrinsic of the former gcc
+// 12 makes a copy, and a spill, of each sum at every step; that of the latter is for functions
+// compiled for it.
 #if defined(__AVX512BW__)
-
-// sum + u x, four products a lane: AVX512_VNNI, of a processor that is known to have it. Of the
-// intrinsic gcc 12 makes a copy, and a spill, of each sum at every step.
-LSTM_EXT_INLINE void add_bytes(Lanes<float>::Bits& sum, Lanes<float>::Bits u,
-                               Lanes<float>::Bits x) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(x));
+constexpr int kBytesZeroPoint = kZeroPoint;
+static inline void add_bytes(Lanes<float>::Bits& sum, Lanes<float>::Bits w, Lanes<float>::Bits x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
 }
+static inline Lanes<float>::Bits as_taken(Lanes<float>::Bits u) { return u; }
+#elif defined(LSTM_EXT_WITH_NEON_DOT)
+constexpr int kBytesZeroPoint = 0;
+static inline void add_bytes(Lanes<float>::Bits& sum, Lanes<float>::Bits w, Lanes<float>::Bits x) {
+  asm(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(x));
+}
+static inline Lanes<float>::Bits as_taken(Lanes<float>::Bits u) {
+  return u ^ int32_t(0x80808080);
+}
+#endif
+
+#if defined(__AVX512BW__) || defined(LSTM_EXT_WITH_NEON_DOT)
 
 template <bool kWords, int R, int G>
 __attribute__((noinline)) void byte_product(const WholeRow* rows, const uint8_t* w, int64_t depth,
-                                            const Vec<float>* scales, float* out) {
+                                            const Vec<float>* scales, float* out,
+                                            int64_t part_stride) {
   using Bits = Lanes<float>::Bits;
-  Bits high[R][G], low[R][G];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) {
-      high[r][g] = Bits{} - kZeroPoint * rows[r].sum_high;
-      if (kWords) low[r][g] = Bits{} - kZeroPoint * rows[r].sum_low;
-    }
-  }
+  constexpr int L = Lanes<float>::kCount, parts = kBlockRows / L;
+  constexpr int N = std::max(1, G / parts);  // gates whose sums the registers hold
   const auto four = [](const int8_t* numbers) {
     int32_t bits;
     std::memcpy(&bits, numbers, sizeof bits);
     return Bits{} + bits;
   };
-  for (int64_t k = 0; k < depth; ++k, w += G * 64) {
-    Bits weight[G];
-    static_assert(sizeof weight == G * kBlockRows * kDepth8, "a vector a gate");
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) std::memcpy(&weight[g], w + g * sizeof weight[g], sizeof weight[g]);
+  for (int first = 0; first < G; first += N) {
+    Bits high[R][N][parts], low[R][N][parts];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Bits upper = four(rows[r].high + k * kDepth8);
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) add_bytes(high[r][g], weight[g], upper);
-      if constexpr (kWords) {
-        const Bits lower = four(rows[r].low + k * kDepth8);
-#pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) add_bytes(low[r][g], weight[g], lower);
+      for (int i = 0; i < N * parts; ++i) {
+        high[r][i / parts][i % parts] = Bits{} - kBytesZeroPoint * rows[r].sum_high;
+        if (kWords) low[r][i / parts][i % parts] = Bits{} - kBytesZeroPoint * rows[r].sum_low;
       }
     }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+    const uint8_t* weights = w + first * kBlockRows * kDepth8;
+    for (int64_t k = 0; k < depth; ++k, weights += G * kBlockRows * kDepth8) {
+      Bits weight[N][parts];
+      static_assert(sizeof weight == N * kBlockRows * kDepth8, "4 numbers of 16 rows a gate");
 #pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) {
-      Vec<float> sum = __builtin_convertvector(high[r][g], Vec<float>);
-      if (kWords) sum = sum * 256.0f + __builtin_convertvector(low[r][g], Vec<float>);
-      store_full<float>(out + (r * G + g) * 16, sum * (rows[r].scale * scales[g]));
+      for (int i = 0; i < N * parts; ++i) {
+        Bits& v = weight[i / parts][i % parts];
+        std::memcpy(&v, weights + i * sizeof v, sizeof v);
+        v = as_taken(v);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Bits upper = four(rows[r].high + k * kDepth8);
+#pragma GCC unroll 4
+        for (int i = 0; i < N * parts; ++i) {
+          add_bytes(high[r][i / parts][i % parts], weight[i / parts][i % parts], upper);
+        }
+        if constexpr (kWords) {
+          const Bits lower = four(rows[r].low + k * kDepth8);
+#pragma GCC unroll 4
+          for (int i = 0; i < N * parts; ++i) {
+            add_bytes(low[r][i / parts][i % parts], weight[i / parts][i % parts], lower);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < N * parts; ++i) {
+        const int g = first + i / parts, p = i % parts;
+        Vec<float> sum = __builtin_convertvector(high[r][i / parts][p], Vec<float>);
+        if (kWords) {
+          sum = sum * 256.0f + __builtin_convertvector(low[r][i / parts][p], Vec<float>);
+        }
+        store_full<float>(out + p * part_stride + (r * G + g) * L,
+                          sum * (rows[r].scale * scales[g * parts + p]));
+      }
     }
   }
 }
@@ -214,6 +245,20 @@ static inline Words weights_at(const uint8_t* w) {
 }
 static inline Words add_pairs(Words sum, Words a, Words b) {
   return _mm_add_epi32(sum, _mm_madd_epi16(a, b));
+}
+#elif defined(__aarch64__)
+typedef int32x4_t Words;
+constexpr int kMostRows = 3;
+constexpr int gates_at_once(int) { return 1; }
+static inline Words four_words(int64_t x) { return vreinterpretq_s32_s64(vdupq_n_s64(x)); }
+static inline Words weights_at(const uint8_t* w) {
+  const int16x8_t words = vreinterpretq_s16_u16(vmovl_u8(vld1_u8(w)));
+  return vreinterpretq_s32_s16(vsubq_s16(words, vdupq_n_s16(kZeroPoint)));
+}
+static inline Words add_pairs(Words sum, Words a, Words b) {
+  const int16x8_t x = vreinterpretq_s16_s32(a), y = vreinterpretq_s16_s32(b);
+  const int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y)), high = vmull_high_s16(x, y);
+  return vaddq_s32(sum, vpaddq_s32(low, high));
 }
 #else
 struct Words {
@@ -311,7 +356,7 @@ template <bool kBytes, bool kWords, int R, int G>
 void product_of_16(const WholeRow* rows, const uint8_t* w, int64_t depth, const Vec<float>* scales,
                    float* out, int64_t part_stride) {
   if constexpr (kBytes) {
-    byte_product<kWords, R, G>(rows, w, depth, scales, out);
+    byte_product<kWords, R, G>(rows, w, depth, scales, out, part_stride);
   } else {
     word_product<R, G>(rows, w, depth, scales, out, part_stride);
   }

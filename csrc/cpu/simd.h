@@ -12,6 +12,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "../cell.h"
@@ -41,7 +43,7 @@ struct Lanes<float> {
   static constexpr int kMantissaBits = 23;
   static constexpr int32_t kExponentBias = 127;
   static constexpr float kExpMin = -87.0f;  // exp of it is still a normal number
-  static constexpr float kExpMax = 88.0f;
+  static constexpr float kExpMax = 89.0f;  // exp of it is infinity
   static constexpr float kRound = 12582912.0f;       // 1.5 * 2^23
   static constexpr float kLn2High = 0.693359375f;    // ln 2 in two parts (Cody & Waite), so that
   static constexpr float kLn2Low = -2.12194440e-4f;  // x - n ln 2 keeps all its bits
@@ -58,7 +60,7 @@ struct Lanes<double> {
   static constexpr int kMantissaBits = 52;
   static constexpr int64_t kExponentBias = 1023;
   static constexpr double kExpMin = -708.0;
-  static constexpr double kExpMax = 709.0;
+  static constexpr double kExpMax = 710.0;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLn2High = 6.93145751953125e-1;
   static constexpr double kLn2Low = 1.42860682030941723212e-6;
@@ -105,6 +107,9 @@ LSTM_EXT_INLINE Vec<A> at_least(A limit, Vec<A> x) {
   if constexpr (sizeof(A) == 4) {
     return (Vec<A>)_mm512_maskz_max_ps(0xffff, (__m512)broadcast<A>(limit), (__m512)x);
   }
+#elif defined(__aarch64__)
+  if constexpr (sizeof(A) == 4) return vmaxq_f32(broadcast<A>(limit), x);
+  if constexpr (sizeof(A) == 8) return vmaxq_f64(broadcast<A>(limit), x);
 #endif
   return x < limit ? broadcast<A>(limit) : x;
 }
@@ -115,6 +120,9 @@ LSTM_EXT_INLINE Vec<A> at_most(A limit, Vec<A> x) {
   if constexpr (sizeof(A) == 4) {
     return (Vec<A>)_mm512_maskz_min_ps(0xffff, (__m512)broadcast<A>(limit), (__m512)x);
   }
+#elif defined(__aarch64__)
+  if constexpr (sizeof(A) == 4) return vminq_f32(broadcast<A>(limit), x);
+  if constexpr (sizeof(A) == 8) return vminq_f64(broadcast<A>(limit), x);
 #endif
   return x > limit ? broadcast<A>(limit) : x;
 }
@@ -126,8 +134,10 @@ struct Math {
   using V = typename L::V;
   using Bits = typename L::Bits;
 
-  // x = n ln 2 + r; returns e^r - 1 and, in scale, 2^n. x is clamped to where 2^n is a normal
-  // number; a NaN passes the clamp (both comparisons are false) and reaches r.
+  // x = n ln 2 + r; returns e^r - 1 and, in scale, 2^(n - kLess). x is clamped to where 2^n is a
+  // normal number, or the next power above; a NaN passes the clamp (both comparisons are false)
+  // and reaches r.
+  template <int kLess>
   static LSTM_EXT_INLINE V expm1_reduced(V x, V& scale) {
     x = at_most<A>(L::kExpMax, at_least<A>(L::kExpMin, x));
     const V shifted = x * A(1.44269504088896340736) + L::kRound;  // n in the low mantissa bits
@@ -136,14 +146,15 @@ struct Math {
     V p = broadcast<A>(L::kExpm1[0]);
     for (unsigned j = 1; j < sizeof L::kExpm1 / sizeof L::kExpm1[0]; ++j) p = p * r + L::kExpm1[j];
     const Bits exponent = bit_cast<Bits>(shifted) - bit_cast<Bits>(broadcast<A>(L::kRound));
-    scale = bit_cast<V>((exponent + L::kExponentBias) << L::kMantissaBits);
+    scale = bit_cast<V>((exponent + (L::kExponentBias - kLess)) << L::kMantissaBits);
     return p * r * r + r;
   }
 
+  // By half of e^-x, which is a number where e^-x is infinity: a closed gate is 0.
   static LSTM_EXT_INLINE V sigmoid(V x) {
     V scale;
-    const V em1 = expm1_reduced(-x, scale);
-    return 1 / (1 + (scale * em1 + scale));
+    const V em1 = expm1_reduced<1>(-x, scale);
+    return 1 / (1 + 2 * (scale * em1 + scale));
   }
 
   // tanh |x| = -m / (2 + m) with m = e^(-2|x|) - 1: no overflow, and near zero the relative
@@ -153,7 +164,7 @@ struct Math {
     const Bits sign = bit_cast<Bits>(x) & sign_bit;
     const V magnitude = bit_cast<V>(bit_cast<Bits>(x) & ~sign_bit);
     V scale;
-    const V em1 = expm1_reduced(magnitude * A(-2), scale);
+    const V em1 = expm1_reduced<0>(magnitude * A(-2), scale);
     const V m = scale * em1 + (scale - 1);
     const V t = -m / (2 + m);
     return bit_cast<V>(bit_cast<Bits>(t) | sign);
@@ -200,6 +211,8 @@ LSTM_EXT_INLINE Vec<float> load_full(const float16* p) {
   v = (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__) && LSTM_EXT_VECTOR_BYTES == 32
   v = (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+  v = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
 #else
   for (int l = 0; l < Lanes<float>::kCount; ++l) v[l] = to_float(p[l]);
 #endif
@@ -213,6 +226,8 @@ LSTM_EXT_INLINE void store_full(float16* p, Vec<float> v) {
                       _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__) && LSTM_EXT_VECTOR_BYTES == 32
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(v)));
 #else
   for (int l = 0; l < Lanes<float>::kCount; ++l) p[l] = to_float16(v[l]);
 #endif

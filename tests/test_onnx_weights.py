@@ -1,0 +1,136 @@
+"""lstm_ext.onnx.export of weights that are not simply the module's parameters."""
+
+import pytest
+import torch
+from tolerances import tol
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.testing import assert_close
+
+import lstm_ext
+
+pytest.importorskip("onnx", reason="exports are read with it")
+onnxruntime = pytest.importorskip("onnxruntime", reason="exports are run with it")
+pytest.importorskip("onnxscript", reason="torch exports with it")
+
+import lstm_ext.onnx  # noqa: E402
+
+pytestmark = [
+    pytest.mark.cpu_only(reason="a graph holds no device"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # torch's own, of its own
+]
+
+X = torch.randn(4, 2, 3)
+
+
+def exported(model, path):
+    """What ONNX Runtime makes of X by the exported model."""
+    lstm_ext.onnx.export(model.eval(), (X,), path, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: X.numpy()})[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda module, name: prune.l1_unstructured(module, name, 0.3),
+        parametrizations.weight_norm,
+    ],
+    ids=["weight_norm", "spectral_norm", "prune", "parametrized"],
+)
+@pytest.mark.parametrize("kind", [lstm_ext.LSTM, lstm_ext.LSTMCell])
+def test_weights_made_by_a_hook_after_an_optimizer_step(make, kind, tmp_path):
+    """A hook makes the weight when the module runs: what it holds until then is of before the
+    step."""
+    cell = kind is lstm_ext.LSTMCell
+    module = kind(3, 4)
+    make(module, "weight_hh" if cell else "weight_hh_l0")
+    module.to(torch.float32)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = module
+
+        def forward(self, x):
+            if not cell:
+                return self.lstm(x)[0]
+            hx = None
+            for step in x.unbind(0):
+                hx = self.lstm(step, hx)
+            return hx[0]
+
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model(X).detach()
+    model(X).square().sum().backward()
+    optimizer.step()
+    found = exported(model, tmp_path / "model.onnx")
+    expected = model(X).detach()
+    assert (expected - before).abs().max() > 1e-2
+    assert_close(found, expected, **tol(torch.float32))
+    assert not [name for name in module._buffers if "onnx" in name]
+
+
+class Calls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = lstm_ext.LSTM(3, 4)
+
+    def forward(self, x):
+        weights = {name: 2 * weight for name, weight in self.lstm.named_parameters()}
+        return torch.func.functional_call(self.lstm, weights, (x,))[0]
+
+
+class Sets(nn.Module):
+    """As AWD-LSTM's WeightDrop."""
+
+    def __init__(self, anew):
+        super().__init__()
+        self.lstm, self.anew = lstm_ext.LSTM(3, 4), anew
+        self.raw = nn.Parameter(self.lstm.weight_hh_l0.detach().clone())
+        del self.lstm.weight_hh_l0
+        self.lstm.weight_hh_l0 = self.raw.detach().clone()
+
+    def forward(self, x):
+        if self.anew:
+            self.lstm.weight_hh_l0 = self.raw * 2
+        return self.lstm(x)[0]
+
+
+@pytest.mark.parametrize(
+    "model, text",
+    [
+        (Calls(), r"lstm \(LSTM\).*weight_ih_l0 given at the call"),
+        (Sets(True), r"lstm \(LSTM\).*weight_hh_l0 set while the model ran"),
+    ],
+    ids=["functional_call", "set"],
+)
+def test_weights_given_while_the_model_runs_are_refused(model, text, tmp_path):
+    path = tmp_path / "model.onnx"
+    with pytest.raises(ValueError, match=text):
+        lstm_ext.onnx.export(model.eval(), (X,), path, verbose=False)
+    assert not path.exists()
+    model(X)  # as it was before
+
+
+def test_a_weight_that_is_a_plain_tensor(tmp_path):
+    model = Sets(False)
+    assert_close(exported(model, tmp_path / "model.onnx"), model(X), **tol(torch.float32))
+
+
+def test_one_module_under_two_names(tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = lstm_ext.LSTM(3, 3, 2)
+            self.second = self.first
+            self.cnn = lstm_ext.CNNLSTM(nn.Linear(3, 3), self.first)
+
+        def forward(self, x):
+            return self.cnn(self.second(self.first(x)[0])[0])[0]
+
+    model = Model()
+    assert_close(exported(model, tmp_path / "model.onnx"), model(X), **tol(torch.float32))
