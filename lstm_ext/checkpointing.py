@@ -35,8 +35,9 @@ def checkpointed_layer(
     compiling = torch.compiler.is_compiling()
     if not compiling and any(t.key() == TransformType.Grad for t in get_interpreter_stack() or []):
         raise RuntimeError(
-            f"checkpoint_every={every}: torch.func.grad, vjp, jacrev and hessian know no checkpoints "
-            "(hooks on saved tensors). Set it to None on the module, or use torch.autograd"
+            f"checkpoint_every={every}: torch.func.grad, vjp, jacrev and hessian know no "
+            "checkpoints (hooks on saved tensors). Set it to None on the module, or use "
+            "torch.autograd"
         )
     results = [_direction(x, d, steps, cells, every) for d in directions]
     y, h_n, c_n, all_cells = zip(*results, strict=True)
@@ -93,8 +94,9 @@ def _unchanged(x: Tensor, directions: list[Direction]) -> Callable[..., LayerOut
             if tensor._version != version:
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an "
-                    f"inplace operation: with checkpoint_every a tensor of size {tuple(tensor.shape)}"
-                    f" is read again in backward, is at version {tensor._version}, expected {version}"
+                    "inplace operation: with checkpoint_every backward reads a tensor of size "
+                    f"{tuple(tensor.shape)} again, expected its version {version}, got "
+                    f"{tensor._version}"
                 )
         return lstm_layer(*args, **options)
 

@@ -84,15 +84,16 @@ class CNNLSTM(nn.Module):
             made = self._features(frames.index_select(0, rows))
             features = made.new_zeros(frames.size(0), made.size(1)).index_copy(0, rows, made)
             options["lengths"] = lengths
-        return self.lstm(features.view(first, second, -1), hx, **options)
+        return self.lstm(features.view(first, second, features.size(1)), hx, **options)
 
     def _features(self, frames: Tensor) -> Tensor:
         """(M, input_size) from (M, *frame)."""
         features = self.cnn(frames)
-        if not isinstance(features, Tensor) or features.dim() < 1 or len(features) != len(frames):
+        count = frames.size(0)  # not len(), which would be the export's for good
+        if not isinstance(features, Tensor) or features.dim() < 1 or features.size(0) != count:
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(
-                f"CNNLSTM: Expected the cnn to return a tensor of {len(frames)} frames, got {got}"
+                f"CNNLSTM: Expected the cnn to return a tensor of {count} frames, got {got}"
             )
         features = features.flatten(1) if features.dim() > 1 else features.unsqueeze(1)
         if features.size(1) != self.lstm.input_size:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lstm_ext.compat import States, check_match, check_pair
+from lstm_ext.compat import States, check_match, check_pair, check_weights
 from lstm_ext.conv_layer import ConvWeights, Walk, Window, conv_lstm_layer
-from lstm_ext.engine import autocast_is_on, without_autocast
+from lstm_ext.engine import autocast_is_on, is_recorded, without_autocast
+from lstm_ext.ops import check_dtype
 from lstm_ext.steps import Steps
 
 __all__ = [
@@ -67,23 +68,28 @@ class _ConvLSTMBase(nn.Module):
             self.padding: tuple[int, ...] | str = padding
         else:
             self.padding = self._each("padding", padding, 0)
-        C, at = hidden_channels, {"device": device, "dtype": dtype}
+        at = {"device": device, "dtype": dtype}
         self._names: list[dict[str, str]] = []
         for layer in range(num_layers):
-            end = suffix.format(layer)
-            inputs = C if layer else in_channels
-            sizes = {
-                "weight_ih": (4 * C, inputs, *self.kernel_size),
-                "weight_hh": (4 * C, C, *self.kernel_size),
-            }
-            if bias:
-                sizes |= {"bias_ih": (4 * C,), "bias_hh": (4 * C,)}
-            if peephole:
-                sizes["weight_ch"] = (3 * C,)
+            end, sizes = suffix.format(layer), self._sizes(layer)
             for name, size in sizes.items():
                 self.register_parameter(name + end, nn.Parameter(torch.empty(size, **at)))
             self._names.append({name: name + end for name in sizes})
         self.reset_parameters()
+
+    def _sizes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Of a layer's parameters, in the order of ConvWeights."""
+        C = self.hidden_channels
+        inputs = C if layer else self.in_channels
+        sizes: dict[str, tuple[int, ...]] = {
+            "weight_ih": (4 * C, inputs, *self.kernel_size),
+            "weight_hh": (4 * C, C, *self.kernel_size),
+        }
+        if self.bias:
+            sizes |= {"bias_ih": (4 * C,), "bias_hh": (4 * C,)}
+        if self.peephole:
+            sizes["weight_ch"] = (3 * C,)
+        return sizes
 
     def reset_parameters(self) -> None:
         """Draws every parameter from U(-1/sqrt(n), 1/sqrt(n)), n = C times the kernel's pixels."""
@@ -120,41 +126,52 @@ class _ConvLSTMBase(nn.Module):
         padding = (0,) * self._dims if self.padding == "valid" else self.padding
         return Window(self.kernel_size, self.stride, padding, self.dilation)
 
-    def _weights(self, layer: int) -> ConvWeights:
-        """The tensors of a layer, as they are now."""
+    def _weights(self, layer: int, x: Tensor) -> ConvWeights:
+        """The tensors of a layer, as they are now, for x."""
         names = self._names[layer]
-        tensors = {name: getattr(self, names[name]) for name in names}
+        tensors = {role: getattr(self, name) for role, name in names.items()}
+        check_weights(names.values(), tensors.values(), x)
+        sizes = self._sizes(layer)
+        for role, tensor in tensors.items():
+            if tensor.shape != sizes.get(role, tensor.shape):
+                got = tuple(tensor.shape)
+                raise RuntimeError(f"Expected {names[role]} of size {sizes[role]}, got {got}")
         roles = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ch")
         return ConvWeights(*(tensors.get(role) for role in roles))
+
+    def _check(self, input: Tensor, hx: States | None, batch: tuple[int, ...]) -> None:
+        """Refuse an input of other channels, and states of another size than an input of `batch`
+        (the sizes before the channels) asks for."""
+        channels, *size = input.shape[-self._dims - 1 :]
+        if channels != self.in_channels:
+            raise RuntimeError(
+                f"input must have in_channels channels. Expected {self.in_channels}, got {channels}"
+            )
+        expected = (*batch, self.hidden_channels, *self._window(0).output(size))
+        for k, state in enumerate(hx or ()):
+            if tuple(state.shape) != expected:
+                got = list(state.shape)
+                raise RuntimeError(f"Expected hidden[{k}] size {expected}, got {got}")
 
     def _run(
         self, x: Tensor, hx: States | None, steps: Steps, batch_first: bool
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """All layers on x (T, N, in, *size), or (N, T, ...): the output, and h and c of each.
 
-        hx: (num_layers, N, C, *output) each, checked here.
+        hx: (num_layers, N, C, *output) each.
         """
-        if x.size(2) != self.in_channels:
-            raise RuntimeError(
-                f"input must have in_channels channels. Expected {self.in_channels}, "
-                f"got {x.size(2)}"
-            )
         size = self._window(0).output(x.shape[3:])
-        expected = (self.num_layers, steps.B, self.hidden_channels, *size)
-        for k, state in enumerate(hx or ()):
-            if tuple(state.shape) != expected:
-                got = list(state.shape)
-                raise RuntimeError(f"Expected hidden[{k}] size {expected}, got {got}")
-        weights = [self._weights(layer) for layer in range(self.num_layers)]
-        check_match("parameter", [t for w in weights for t in w if t is not None], x)
+        weights = [self._weights(layer, x) for layer in range(self.num_layers)]
         check_match("hidden", hx or (), x)
+        check_dtype(x.dtype)
         device = x.device.type
         if autocast_is_on(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             x, hx = x.to(dtype), hx and (hx[0].to(dtype), hx[1].to(dtype))
             weights = [ConvWeights(*(t if t is None else t.to(dtype) for t in w)) for w in weights]
         with without_autocast(x.device):
-            h0, c0 = hx or [x.new_zeros(expected)] * 2
+            shape = (self.num_layers, steps.B, self.hidden_channels, *size)
+            h0, c0 = hx or [x.new_zeros(shape)] * 2
             walk = Walk.of(steps, math.prod(size), batch_first)
             x = walk.mask(x)  # a NaN in the padding ends here
             h_n, c_n = [], []
@@ -226,6 +243,8 @@ class _ConvLSTM(_ConvLSTMBase):
         batched = input.dim() == dims + 3
         if hx is not None:
             check_pair(hx)
+        N = (input.size(0 if self.batch_first else 1),) if batched else ()
+        self._check(input, hx, (self.num_layers, *N))
         if not batched:
             input = input.unsqueeze(0 if self.batch_first else 1)
             hx = hx and (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
@@ -233,6 +252,9 @@ class _ConvLSTM(_ConvLSTMBase):
                 lengths = lengths.unsqueeze(0)
         T, N = input.shape[:2][:: -1 if self.batch_first else 1]
         steps = Steps.padded(T, N, lengths=lengths, device=input.device)
+        if steps.lengths is not None and (torch.compiler.is_compiling() or is_recorded()):
+            right = ((steps.lengths >= 0) & (steps.lengths <= T)).all()
+            torch._assert_async(right, "lengths: expected 0 to as many as there are steps")
         y, h, c = self._run(input, hx, steps, self.batch_first)
         h_n, c_n = torch.stack(h), torch.stack(c)
         if not batched:
@@ -280,6 +302,7 @@ class _ConvLSTMCell(_ConvLSTMBase):
         batched = input.dim() == dims + 2
         if hx is not None:
             check_pair(hx, "hx")
+        self._check(input, hx, (input.size(0),) if batched else ())
         if not batched:
             input = input.unsqueeze(0)
             hx = hx and (hx[0].unsqueeze(0), hx[1].unsqueeze(0))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from lstm_ext.engine import acc_dtype
 from lstm_ext.pointwise import lstm_cell
@@ -87,9 +88,13 @@ class Window(NamedTuple):
             x, w = x.unsqueeze(2), w.unsqueeze(2)
             stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
         # A weight that lies channels last makes the output lie so, whatever the input's format.
-        format = torch.channels_last if w.dim() == 4 else torch.channels_last_3d
+        # vmap knows no formats.
+        if peek_interpreter_stack() is None:
+            w = w.contiguous(
+                memory_format=torch.channels_last if w.dim() == 4 else torch.channels_last_3d
+            )
         convolution = F.conv2d if w.dim() == 4 else F.conv3d
-        y = convolution(x, w.contiguous(memory_format=format), bias, stride, padding, dilation)
+        y = convolution(x, w, bias, stride, padding, dilation)
         return y.squeeze(2) if len(pads) == 1 else y
 
 
@@ -144,7 +149,11 @@ def conv_lstm_layer(
     time, batch = (1, 0) if walk.batch_first else (0, 1)
     T = x.size(time)
     gx = _pixels(window.convolve(x.flatten(0, 1).to(within), w.w_ih, bias))
-    gx = gx.view(*x.shape[:2], math.prod(size), 4 * C).unbind(time)  # T of (N, pixels, 4C)
+    gx = gx.view(*x.shape[:2], math.prod(size), 4 * C)
+    if T == 0:  # no numbers, but a place in the graph
+        y = gx[..., :C].to(dtype).reshape(*x.shape[:2], *size, C)
+        return y.movedim(-1, 2), h0, c0
+    gx = gx.unbind(time)  # T of (N, pixels, 4C)
     ones = (1,) * len(size)
     recurrent = Window(window.kernel, ones, "same", ones)
     h, c = _pixels(h0).to(acc), _pixels(c0).to(acc)
@@ -156,7 +165,6 @@ def conv_lstm_layer(
         a = gx[t].flatten(0, 1).to(acc) + _pixels(recurrent.convolve(image, w.w_hh)).to(acc)
         h, c = lstm_cell(a, h, c, walk.pixels[t], w_ch)
         outputs.append(h.to(dtype).view(N, *size, C))
-    shape = (N, T) if walk.batch_first else (T, N)
-    y = torch.stack(outputs, dim=time) if outputs else x.new_zeros(*shape, *size, C)
+    y = torch.stack(outputs, dim=time)
     h, c = (s.to(dtype).view(N, *size, C).movedim(-1, 1) for s in (h, c))
     return walk.mask(y.movedim(-1, 2)), h, c

@@ -227,11 +227,12 @@ class RecordedLayer(LSTMLayer):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
         wanted = ctx.needs_input_grad[3:]
-        x, *flat = ctx.saved_tensors[: len(wanted)]
+        tensors = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+        x, *flat = tensors[: len(wanted)]
         made = torch.ops.lstm_ext.lstm_layer_backward(
             *_encode(ctx.steps, ctx.kinds, x, flat),
             list(grad_outputs[: 2 + 2 * len(ctx.kinds)]),
-            list(ctx.saved_tensors[len(wanted) :]),
+            list(tensors[len(wanted) :]),
             list(wanted),
         )
         return (None, None, None, *(made.pop(0) if want else None for want in wanted))

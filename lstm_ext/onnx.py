@@ -216,8 +216,8 @@ class _Exporter:
             self.stale = True
             raise self.refuse(
                 module,
-                f"the constants of a node are made before the model runs; got {name} {got}: set the "
-                "module's parameter, or use torch.nn.utils.parametrize",
+                f"the constants of a node are made before the model runs; got {name} {got}: set "
+                "the module's parameter, or use torch.nn.utils.parametrize",
             )
 
     def detach(self) -> None:

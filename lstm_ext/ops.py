@@ -46,6 +46,7 @@ __all__ = [
     "Masks",
     "acc_dtype",
     "autocast_is_on",
+    "check_dtype",
     "check_layer",
     "check_saved",
     "cpu_isa",
@@ -143,12 +144,8 @@ def check_layer(x: Tensor, directions: list[Direction], steps: Steps) -> None:
         TypeError: a dtype without kernels. ValueError: dtypes or devices that differ.
         RuntimeError: a wrong size.
     """
-    dtype, I = x.dtype, x.size(-1)
-    if dtype not in DTYPE_CODE:
-        raise TypeError(
-            f"lstm_ext has no kernel for {dtype}: convert input and module to torch.float64, "
-            "torch.float32, torch.bfloat16 or torch.float16"
-        )
+    I = x.size(-1)
+    check_dtype(x.dtype)
     if x.shape != (steps.rows, I):
         raise RuntimeError(f"Expected input rows of size {(steps.rows, I)}, got {tuple(x.shape)}")
     H, P = directions[0].c0.size(-1), directions[0].h0.size(-1)
@@ -161,6 +158,15 @@ def check_layer(x: Tensor, directions: list[Direction], steps: Steps) -> None:
             raise RuntimeError(f"Expected h0 of size {(steps.B, H)}, got {got}")
         if direction.w.masks is not None:
             _check_masks(direction.w.masks, ((steps.B, P), (steps.rows, P), (steps.rows, H)))
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises TypeError for a dtype without kernels."""
+    if dtype not in DTYPE_CODE:
+        raise TypeError(
+            f"lstm_ext has no kernel for {dtype}: convert input and module to torch.float64, "
+            "torch.float32, torch.bfloat16 or torch.float16"
+        )
 
 
 def check_tensors(

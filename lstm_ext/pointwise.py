@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lstm_ext import cpu_cell, ops, reference
+from lstm_ext.batching import batched_gradients
 from lstm_ext.cuda_cell import CudaCells
 from lstm_ext.cuda_engine import CudaEngine
 from lstm_ext.steps import Steps
@@ -107,11 +108,12 @@ class PointwiseCell(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @batched_gradients
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        a = ctx.saved_tensors[0]
+        a, *others = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
         # With create_graph the gradients must be differentiable.
         run = _formula_backward if torch.is_grad_enabled() else _cells(a.device).cell_backward
-        return None, *run(ctx.steps, grads, *ctx.saved_tensors)
+        return None, *run(ctx.steps, grads, a, *others)
 
 
 def _formula_backward(

@@ -29,6 +29,11 @@ from .quantization import (
 __all__ = ["QuantizedLSTM", "QuantizedLSTMCell", "quantize"]
 
 
+def _check_bits(bits: Any) -> None:
+    if type(bits) is not int or bits not in ACTIVATION_BITS:
+        raise ValueError(f"activation_bits should be 8 or 16, got {bits!r}")
+
+
 class _Quantized(nn.Module):
     """What both have: buffers in place of parameters, and evaluation mode for good."""
 
@@ -56,14 +61,17 @@ class _Quantized(nn.Module):
                 self._buffers[name] = before[name].to(tensor.device)
         return self
 
+    def _checked(self, name: str, value: Any) -> Any:
+        if name == "activation_bits":
+            _check_bits(value)
+        return super()._checked(name, value)
+
     def extra_repr(self) -> str:
         bits = "" if self.activation_bits == 16 else f", activation_bits={self.activation_bits}"
         return super().extra_repr() + bits
 
     def _take(self, suffixes: list[str], activation_bits: int) -> None:
         """Put codes, scales and biases in the place of the adopted parameters."""
-        if activation_bits not in ACTIVATION_BITS:
-            raise ValueError(f"activation_bits should be 8 or 16, got {activation_bits!r}")
         self.activation_bits = activation_bits
         variants = self._variants()
         for name in ("recurrent_dropout", "weight_dropout"):  # of training
@@ -328,7 +336,7 @@ class QuantizedLSTMCell(_Quantized, LSTMCell):
         return self._weights("")
 
 
-def quantize(model: nn.Module, activation_bits: int = 16) -> nn.Module:
+def quantize(model: nn.Module, activation_bits: int | None = None) -> nn.Module:
     """Swap every LSTM and LSTMCell in model, lstm_ext's and torch.nn's, for its counterpart with
     weights of 8 bits, in place. For inference on the CPU.
 
@@ -337,9 +345,10 @@ def quantize(model: nn.Module, activation_bits: int = 16) -> nn.Module:
 
     Args:
         model: any module; copy it before (copy.deepcopy) to keep the float weights.
-        activation_bits: of inputs and states in the products. 16: no error beside that of the
-            weights. 8: an error some twice as large; with several sequences, processors that
-            multiply bytes (AVX512_VNNI) take up to half of the time.
+        activation_bits: of inputs and states in the products, of what has weights of 8 bits
+            already too; None: 16, and there as before. 16: no error beside that of the weights. 8:
+            an error some twice as large; with several sequences, processors that multiply bytes
+            (AVX512_VNNI, ARM's SDOT) may take half of the time.
 
     Returns:
         model, or, where model is itself such a module, its replacement.
@@ -348,8 +357,11 @@ def quantize(model: nn.Module, activation_bits: int = 16) -> nn.Module:
         TypeError: model is no nn.Module.
         ValueError: other activation_bits.
     """
-    if activation_bits not in ACTIVATION_BITS:
-        raise ValueError(f"activation_bits should be 8 or 16, got {activation_bits!r}")
+    if activation_bits is not None:
+        _check_bits(activation_bits)
+        for module in model.modules() if isinstance(model, nn.Module) else ():
+            if isinstance(module, _Quantized):
+                module.activation_bits = activation_bits  # the weights are the same
     makers = {
         LSTM: QuantizedLSTM.from_float,
         nn.LSTM: QuantizedLSTM.from_torch,
@@ -357,7 +369,7 @@ def quantize(model: nn.Module, activation_bits: int = 16) -> nn.Module:
         nn.LSTMCell: QuantizedLSTMCell.from_torch,
     }
     makers = {
-        kind: functools.partial(make, activation_bits=activation_bits)
+        kind: functools.partial(make, activation_bits=activation_bits or 16)
         for kind, make in makers.items()
     }
     return replaced("quantize", model, makers, done=_Quantized)

@@ -124,3 +124,22 @@ def test_errors():
         mixing(here(x))
     with pytest.raises(ValueError, match="Expected lengths between 0 and"):
         model(here(x), lengths=torch.tensor([1, 5, 2]))
+
+
+@pytest.mark.parametrize("size", [(L, 0), (0, N)])
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_no_frames(size, with_lengths):
+    model = here(lstm_ext.CNNLSTM(nn.Linear(7, 4), lstm_ext.LSTM(4, H)))
+    options = {"lengths": here(torch.zeros(size[1], dtype=torch.int64))} if with_lengths else {}
+    y, (h_n, _) = model(here(torch.randn(*size, 7)), **options)
+    assert y.shape == (*size, H) and h_n.shape == (1, size[1], H)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_any_frames(strict):
+    model, x = _model(), here(torch.randn(L, N, *FRAME, **F64))
+    sizes = {"input": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(model, (x,), dynamic_shapes=sizes, strict=strict).module()
+    for steps, sequences in ((L, N), (6, 2), (3, 7)):
+        x = here(torch.randn(steps, sequences, *FRAME, **F64))
+        _close(program(x)[0], model(x)[0])

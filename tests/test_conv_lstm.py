@@ -401,3 +401,51 @@ def test_autocast():
         assert got.dtype == torch.bfloat16 and torch.equal(got, want)
     y.float().sum().backward()
     assert module.weight_ih_l0.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_an_ensemble(dims):
+    members = [here(SEQUENCES[dims](IN, C, 3, peephole=True, **F64)) for _ in range(3)]
+    x = here(torch.randn(2, N, IN, *[4] * dims, **F64))
+    stacked, _ = torch.func.stack_module_state(members)
+    y = torch.func.vmap(lambda p: torch.func.functional_call(members[0], p, (x,))[0])(stacked)
+    for found, member in zip(y, members, strict=True):
+        torch.testing.assert_close(found, member(x)[0], **tol(torch.float64))
+
+
+def test_a_jacobian_by_torchs_own_vmap():
+    module = here(lstm_ext.ConvLSTM1d(IN, C, 3, **F64))
+    x = here(torch.randn(2, 1, IN, 4, **F64))
+    found, expected = (
+        torch.autograd.functional.jacobian(lambda x: module(x)[0], x, vectorize=vectorize)
+        for vectorize in (True, False)
+    )
+    torch.testing.assert_close(found, expected, **tol(torch.float64))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_inside_a_checkpoint(reentrant):
+    """Which lets backward read each saved tensor once."""
+    module = here(lstm_ext.ConvLSTM2d(IN, C, 3, peephole=True, **F64))
+    x = leaf(torch.randn(L, N, IN, 5, 5, **F64))
+    inputs = [x, *module.parameters()]
+
+    def gradients(y):
+        y.square().sum().backward()
+        made = [t.grad for t in inputs]
+        for t in inputs:
+            t.grad = None
+        return made
+
+    inside = torch.utils.checkpoint.checkpoint(
+        lambda x: module(x)[0], x, use_reentrant=reentrant
+    )
+    for found, expected in zip(gradients(inside), gradients(module(x)[0]), strict=True):
+        torch.testing.assert_close(found, expected, **tol(torch.float64))
+
+
+def test_no_steps_have_a_place_in_the_graph():
+    module, x = here(lstm_ext.ConvLSTM2d(IN, C, 3)), leaf(torch.randn(0, N, IN, 5, 5))
+    y, _ = module(x)
+    y.sum().backward()
+    assert x.grad.shape == x.shape and not module.weight_ih_l0.grad.any()

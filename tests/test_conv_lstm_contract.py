@@ -1,8 +1,10 @@
 """ConvLSTM1d, 2d, 3d and their cells: parameters, repr and errors."""
 
+import device
 import pytest
 import torch
 from device import here
+from tolerances import tol
 
 import lstm_ext
 from lstm_ext import pointwise
@@ -95,3 +97,57 @@ def test_a_device_without_kernels_is_refused(monkeypatch):
     monkeypatch.setattr(pointwise.ops, "has_native_kernels", refuse)
     with pytest.raises(RuntimeError, match="built for the CPU only"):
         lstm_ext.ConvLSTM1d(1, 1, 1)(torch.zeros(1, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        ("weight_ih_l0", (4 * C, IN, 3)),
+        ("weight_hh_l0", (4 * C, C, 1, 1)),
+        ("bias_ih_l0", (1,)),
+        ("bias_hh_l1", (C,)),
+        ("weight_ch_l0", (C,)),
+        ("weight_ch_l1", (9 * C,)),
+    ],
+)
+def test_parameters_of_a_wrong_size_are_refused(name, size):
+    """A short peephole would be read past its end, a bias of one number broadcast."""
+    module = here(lstm_ext.ConvLSTM2d(IN, C, 3, 2, peephole=True))
+    setattr(module, name, torch.nn.Parameter(here(torch.zeros(size))))
+    with pytest.raises(RuntimeError, match=f"Expected {name} of size .*, got "):
+        module(here(torch.randn(L, N, IN, 6, 6)))
+    setattr(module, name, None)
+    with pytest.raises(TypeError, match=f"{name}: expected a Tensor, got NoneType"):
+        module(here(torch.randn(L, N, IN, 6, 6)))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_dtypes_without_kernels_are_refused(dtype):
+    module = here(lstm_ext.ConvLSTM1d(IN, C, 3)).to(dtype)
+    with pytest.raises(TypeError, match="lstm_ext has no kernel for torch"):
+        module(here(torch.zeros(L, N, IN, 6)).to(dtype))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "export"])
+def test_lengths_in_a_graph_are_checked_when_it_runs(backend):
+    module, x = here(lstm_ext.ConvLSTM1d(IN, C, 3)), here(torch.randn(L, N, IN, 6))
+    right = here(torch.tensor([2, 0, 4]))
+    if backend == "export":
+        run = torch.export.export(module, (x,), {"lengths": right}).module()
+    else:
+        run = torch.compile(module, fullgraph=True, backend=backend)
+    expected = module(x, lengths=right)[0]
+    torch.testing.assert_close(run(x, lengths=right)[0], expected, **tol(torch.float32))
+    if device.DEVICE.type == "cpu":
+        for wrong in (L + 1, -1):
+            with pytest.raises(RuntimeError, match="lengths: expected 0 to"):
+                run(x, lengths=here(torch.tensor([2, wrong, 4])))
+
+
+def test_states_of_another_size_are_named_as_they_were_given():
+    cell, states = here(lstm_ext.ConvLSTM2dCell(IN, C, 3)), here(torch.zeros(1, C, 6, 6))
+    with pytest.raises(RuntimeError, match=r"hidden\[0\] size \(5, 6, 6\), got \[1, 5, 6, 6\]"):
+        cell(here(torch.zeros(IN, 6, 6)), (states, states))
+    module, state = here(lstm_ext.ConvLSTM2d(IN, C, 3)), here(torch.zeros(()))
+    with pytest.raises(RuntimeError, match=r"hidden\[0\] size \(1, 5, 6, 6\), got \[\]"):
+        module(here(torch.zeros(L, IN, 6, 6)), (state, state))

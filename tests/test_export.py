@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.testing import assert_close
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 import lstm_ext
 from lstm_ext import library
@@ -354,4 +355,20 @@ def test_a_recorded_first_derivative_can_be_differentiated_when_it_runs():
         return torch.autograd.grad(y.square().sum() + h_n.sum(), x)[0]
 
     (made,) = torch.autograd.grad(make_fx(first)(x)(x).square().sum(), x)
+    assert_close(made, expected)
+
+
+def test_an_exported_layer_inside_a_checkpoint():
+    """Which lets backward read each saved tensor once."""
+    module = here(lstm_ext.LSTM(I, H, dtype=torch.float64))
+    x = here(torch.randn(T, B, I, dtype=torch.float64)).requires_grad_()
+    program = export(module, (x,), strict=False).module()
+
+    def run(x):
+        return program(x)[0]
+
+    made, expected = (
+        torch.autograd.grad(y.square().sum(), x)
+        for y in (checkpoint(run, x, use_reentrant=False), module(x)[0])
+    )
     assert_close(made, expected)

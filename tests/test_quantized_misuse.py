@@ -1,5 +1,6 @@
 """What quantize takes and leaves alone, and the errors of modules with weights of 8 bits."""
 
+import copy
 import warnings
 
 import pytest
@@ -241,3 +242,22 @@ def test_onnx_is_told_to_dequantize(tmp_path):
     model = nn.Sequential(quantize(nn.LSTM(3, 4)))
     with pytest.raises(ValueError, match=r"0 \(QuantizedLSTM\).* dequantize\(\)"):
         onnx.export(model, torch.randn(2, 1, 3), tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("bits", [4, 8.0, True, "8"])
+def test_activation_bits_are_8_or_16(bits):
+    with pytest.raises(ValueError, match="activation_bits should be 8 or 16, got"):
+        quantize(lstm_ext.LSTM(3, 4), bits)
+    module = quantize(lstm_ext.LSTM(3, 4))
+    with pytest.raises(ValueError, match="activation_bits should be 8 or 16, got"):
+        module.activation_bits = bits
+    assert module.activation_bits == 16
+
+
+def test_activation_bits_of_what_is_quantized_already():
+    model, x = nn.ModuleList([lstm_ext.LSTM(64, 64), lstm_ext.LSTMCell(3, 4)]), torch.randn(3, 2, 64)
+    other = copy.deepcopy(model)
+    assert quantize(quantize(model), 8) is model and quantize(quantize(other, 8)) is other
+    assert [m.activation_bits for m in (*model, *other)] == [8] * 4
+    with torch.inference_mode():
+        assert torch.equal(model[0](x)[0], other[0](x)[0])
