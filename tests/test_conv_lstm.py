@@ -437,9 +437,7 @@ def test_inside_a_checkpoint(reentrant):
             t.grad = None
         return made
 
-    inside = torch.utils.checkpoint.checkpoint(
-        lambda x: module(x)[0], x, use_reentrant=reentrant
-    )
+    inside = torch.utils.checkpoint.checkpoint(lambda x: module(x)[0], x, use_reentrant=reentrant)
     for found, expected in zip(gradients(inside), gradients(module(x)[0]), strict=True):
         torch.testing.assert_close(found, expected, **tol(torch.float64))
 

@@ -133,8 +133,9 @@ def test_errors_that_differ_on_purpose(theirs_raises, ours, args):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "weight_ch", "gamma_ih", "gamma_hh",
-                                  "gamma_ch", "beta_ch"])
+@pytest.mark.parametrize(
+    "name", ["weight_ih", "weight_hh", "weight_ch", "gamma_ih", "gamma_hh", "gamma_ch", "beta_ch"]
+)
 def test_a_missing_weight_is_refused(name, grad):
     varied = not name.startswith("weight_") or name == "weight_ch"
     cell = here(lstm_ext.LSTMCell(3, 4, peephole=varied, layer_norm=varied))

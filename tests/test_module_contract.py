@@ -286,8 +286,11 @@ def test_layouts_and_gradients(layers, bidirectional, batch_first, with_hx, batc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("kwargs", [{}, {"proj_size": 2}, {"num_layers": 2, "batch_first": True},
-                                    {"peephole": True}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"proj_size": 2}, {"num_layers": 2, "batch_first": True}, {"peephole": True}],
+    ids=str,
+)
 def test_states_may_be_detached_in_place(kwargs, dtype):
     """On their way to the next part of a sequence, as nn.LSTM's."""
     module, hx = here(lstm_ext.LSTM(3, 4, dtype=dtype, **kwargs)), None

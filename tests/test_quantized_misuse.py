@@ -255,7 +255,8 @@ def test_activation_bits_are_8_or_16(bits):
 
 
 def test_activation_bits_of_what_is_quantized_already():
-    model, x = nn.ModuleList([lstm_ext.LSTM(64, 64), lstm_ext.LSTMCell(3, 4)]), torch.randn(3, 2, 64)
+    model = nn.ModuleList([lstm_ext.LSTM(64, 64), lstm_ext.LSTMCell(3, 4)])
+    x = torch.randn(3, 2, 64)
     other = copy.deepcopy(model)
     assert quantize(quantize(model), 8) is model and quantize(quantize(other, 8)) is other
     assert [m.activation_bits for m in (*model, *other)] == [8] * 4

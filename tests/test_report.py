@@ -38,9 +38,7 @@ def test_report_as_json(tmp_path):
     assert found["cuda"]["built"] == _C.build_info()["cuda"]
 
 
-def fake_core(
-    monkeypatch, *, features=(), isas=("portable",), architecture="x86_64", **cuda
-):
+def fake_core(monkeypatch, *, features=(), isas=("portable",), architecture="x86_64", **cuda):
     """Replaces the compiled module by one on another machine."""
     monkeypatch.delenv("LSTM_EXT_CPU_ISA", raising=False)
     build = _C.build_info() | {"cuda": bool(cuda), "cuda_reason": "LSTM_EXT_CUDA=0 was set"}

@@ -132,9 +132,7 @@ constexpr int kBytesZeroPoint = 0;
 static inline void add_bytes(Lanes<float>::Bits& sum, Lanes<float>::Bits w, Lanes<float>::Bits x) {
   asm(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(x));
 }
-static inline Lanes<float>::Bits as_taken(Lanes<float>::Bits u) {
-  return u ^ int32_t(0x80808080);
-}
+static inline Lanes<float>::Bits as_taken(Lanes<float>::Bits u) { return u ^ int32_t(0x80808080); }
 #endif
 
 #if defined(__AVX512BW__) || defined(LSTM_EXT_WITH_NEON_DOT)

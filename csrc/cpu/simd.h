@@ -42,8 +42,8 @@ struct Lanes<float> {
   typedef uint16_t Half __attribute__((vector_size(LSTM_EXT_VECTOR_BYTES / 2)));
   static constexpr int kMantissaBits = 23;
   static constexpr int32_t kExponentBias = 127;
-  static constexpr float kExpMin = -87.0f;  // exp of it is still a normal number
-  static constexpr float kExpMax = 89.0f;  // exp of it is infinity
+  static constexpr float kExpMin = -87.0f;           // exp of it is still a normal number
+  static constexpr float kExpMax = 89.0f;            // exp of it is infinity
   static constexpr float kRound = 12582912.0f;       // 1.5 * 2^23
   static constexpr float kLn2High = 0.693359375f;    // ln 2 in two parts (Cody & Waite), so that
   static constexpr float kLn2Low = -2.12194440e-4f;  // x - n ln 2 keeps all its bits
