@@ -128,8 +128,8 @@ def address(tensor: Tensor | None) -> int:
     pointer = tensor.data_ptr()
     if pointer == 0 and tensor.numel():
         raise RuntimeError(
-            f"lstm_ext needs tensors with memory, got a {type(tensor).__name__} without: tracing "
-            "with fake or functionalized tensors is not supported"
+            f"lstm_ext needs tensors with memory, got a {type(tensor).__name__} without: tensors "
+            "that wrap others, and tracing with fake or functionalized ones, are not supported"
         )
     return pointer
 

@@ -146,6 +146,7 @@ def check_layer(x: Tensor, directions: list[Direction], steps: Steps) -> None:
     """
     I = x.size(-1)
     check_dtype(x.dtype)
+    check_dense("input", x)
     if x.shape != (steps.rows, I):
         raise RuntimeError(f"Expected input rows of size {(steps.rows, I)}, got {tuple(x.shape)}")
     H, P = directions[0].c0.size(-1), directions[0].h0.size(-1)
@@ -169,6 +170,12 @@ def check_dtype(dtype: torch.dtype) -> None:
         )
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raises RuntimeError for a sparse tensor."""
+    if tensor.layout is not torch.strided:
+        raise RuntimeError(f"Expected {name} to be dense, got {tensor.layout}: use to_dense()")
+
+
 def check_tensors(
     x: Tensor, tensors: Sequence[Tensor | None], sizes: Sequence[tuple[int, ...]]
 ) -> None:
@@ -182,7 +189,12 @@ def check_tensors(
     for tensor, size in zip(tensors, sizes, strict=False):
         if tensor is None:
             continue
-        if tensor.shape != size or tensor.dtype != dtype or tensor.device != device:
+        if (
+            tensor.shape != size
+            or tensor.dtype != dtype
+            or tensor.device != device
+            or tensor.layout is not torch.strided
+        ):
             _refuse(tensors, sizes, x)
 
 
@@ -210,6 +222,7 @@ def _refuse(
                 f"Expected {name} to be {x.dtype} on {x.device} like the input, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
+        check_dense(name, tensor)
     raise AssertionError("no tensor is wrong")
 
 

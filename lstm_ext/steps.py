@@ -259,6 +259,11 @@ _plain: dict[tuple[int, int, bool], Steps] = {}
 _PLAIN_KEPT = 1024
 
 
+def _check_values(name: str, tensor: Tensor, device: torch.device | str) -> None:
+    if tensor.is_meta and torch.device(device).type != "meta":
+        raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
+
+
 def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
     """On the device; from the CPU to CUDA without waiting for what runs there.
 
@@ -291,6 +296,7 @@ def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str
         raise TypeError(f"lengths should have an integer dtype, got {lengths.dtype}")
     if lengths.shape != (B,):
         raise ValueError(f"Expected lengths of size {(B,)}, got {tuple(lengths.shape)}")
+    _check_values("lengths", lengths, device)
     # A copy: backward reads it again, whatever the caller does to the tensor meanwhile.
     copy = lengths.detach().to(torch.int64, copy=True).contiguous()
     if torch.device(device).type == "cpu":
@@ -382,5 +388,6 @@ def _checked_reset_mask(
     expected = (B, T) if batch_first else (T, B)
     if reset_mask.shape != expected:
         raise ValueError(f"Expected reset_mask of size {expected}, got {tuple(reset_mask.shape)}")
+    _check_values("reset_mask", reset_mask, device)
     mask = (reset_mask.T if batch_first else reset_mask).detach()
     return _moved(mask.to(copy=True, memory_format=torch.contiguous_format), device)

@@ -217,6 +217,24 @@ def test_attributes_set_to_what_the_constructor_refuses(make, name, value, error
     assert getattr(module, name) == before
 
 
+@pytest.mark.parametrize("name", ["lengths", "reset_mask"])
+def test_lengths_and_mask_without_values(name):
+    meta = {"lengths": torch.zeros(2, dtype=torch.int64), "reset_mask": torch.zeros(5, 2).bool()}
+    module, x = here(lstm_ext.LSTM(3, 4)), here(torch.randn(5, 2, 3))
+    with pytest.raises(ValueError, match=f"{name}: expected a tensor with values, got one on the"):
+        module(x, **{name: meta[name].to("meta")})
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_sparse_tensors_are_refused(layout):
+    cell, x = here(lstm_ext.LSTMCell(3, 4)), here(torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match="Expected input to be dense, got torch.sparse_"):
+        cell(x.to_sparse(layout=layout))
+    states = tuple(here(torch.zeros(2, 4)).to_sparse(layout=layout) for _ in range(2))
+    with pytest.raises(RuntimeError, match="Expected h0 to be dense, got torch.sparse_"):
+        cell(x, states)
+
+
 def test_variants_may_be_changed():
     module = lstm_ext.LSTM(3, 4, bidirectional=True)
     module.zoneout, module.merge_mode = [0.5, 1], "ave"
