@@ -26,8 +26,8 @@ inline void* memory_of(pybind11::handle tensor) {
   if (!pointer && tensor.attr("numel")().cast<int64_t>()) {
     throw std::runtime_error("lstm_ext needs tensors with memory, got a " +
                              py::type::of(tensor).attr("__name__").cast<std::string>() +
-                             " without: tracing with fake or functionalized tensors is not "
-                             "supported");
+                             " without: tensors that wrap others, and tracing with fake or "
+                             "functionalized ones, are not supported");
   }
   return pointer;
 }

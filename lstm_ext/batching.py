@@ -192,6 +192,21 @@ def unwrapped(steps: Steps, kinds: tuple[Kind, ...]) -> tuple[Steps, tuple[Kind,
     return pytree.tree_map_only(Tensor, unwrap_if_dead, (steps, kinds))
 
 
+class _SavedOnce:
+    """A ctx whose saved tensors are asked for once: torch.utils.checkpoint gives them no second
+    time."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+
+    @functools.cached_property
+    def saved_tensors(self) -> tuple[Tensor | None, ...]:
+        return self._ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def batched_gradients(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """A Function's backward(ctx, *gradients), or its jvp, under torch.autograd's own vmap too: a
     call each.
@@ -215,9 +230,10 @@ def batched_gradients(backward: Callable[..., tuple[Any, ...]]) -> Callable[...,
             torch._remove_batch_dim(g, level, 1, 0).unbind(0) if batched else None
             for g, batched in zip(gradients, is_batched, strict=True)
         ]
+        once = _SavedOnce(ctx)
         each = [
             backward(
-                ctx, *(g if p is None else p[v] for g, p in zip(gradients, parts, strict=True))
+                once, *(g if p is None else p[v] for g, p in zip(gradients, parts, strict=True))
             )
             for v in range(len(parts[is_batched.index(True)]))
         ]

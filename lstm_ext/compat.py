@@ -147,7 +147,9 @@ class LSTMBase(Variants, nn.RNNBase):
 
     def _checked(self, name: str, value: Any) -> Any:
         if name == "merge_mode":
-            check_merge_mode(value, self.bidirectional, self.num_layers)
+            # What is set before the others counts with those that it needs.
+            own = self.__dict__
+            check_merge_mode(value, own.get("bidirectional", True), own.get("num_layers", 1))
         elif name == "return_cell_sequence":
             check_bool(name, value)
         elif name == "checkpoint_every":

@@ -32,8 +32,10 @@ from lstm_ext.lstm_cell import LSTMCell
 from lstm_ext.modules import LSTM
 from lstm_ext.onnx_node import (
     NodeConstants,
+    held,
     layer_suffixes,
     lstm_node,
+    merged,
     node_constants,
     translation,
     weight_names,
@@ -143,8 +145,9 @@ class _Exporter:
         self.refusals: list[Exception] = []
         self.names: dict[nn.Module, str] = {}
         self.buffers: dict[nn.Module, list[str]] = {}
-        # Weights that are no parameters, as the constants were made of them; None: made by a hook.
-        self.plain: dict[tuple[str, str], Tensor | None] = {}
+        # By the names of module and weight: where it is and the tensor; and those made by a hook.
+        self.weights: dict[tuple[str, str], tuple[str, Any]] = {}
+        self.hooked: set[tuple[str, str]] = set()
         self.stale = False
         for name, module in model.named_modules():
             node = isinstance(module, (LSTM, LSTMCell))
@@ -183,41 +186,45 @@ class _Exporter:
             names = self.buffers[module] = []
             if isinstance(module, CNNLSTM):
                 continue
-            self._make_weights(module, own_name)
+            self._run_hooks(module)
             for k, suffixes in enumerate(layer_suffixes(module)):
                 for field, tensor in node_constants(module, suffixes)._asdict().items():
                     name = f"onnx_l{k}_{field}"
                     module._buffers[name] = tensor
                     names.append(name)
 
-    def _make_weights(self, module: LSTM | LSTMCell, own_name: str) -> None:
-        """Let hooks make their weights of the parameters as they are now, and note the others that
-        are no parameters."""
-        for name in itertools.chain.from_iterable(weight_names(module)):
-            if name in module.__dict__:
-                self.plain[own_name, name] = module.__dict__[name]
+    def _run_hooks(self, module: LSTM | LSTMCell) -> None:
+        """Let hooks make their weights of the parameters as they are now."""
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, _WEIGHT_HOOKS):
+                if isinstance(hook, SpectralNorm) and module.training:
+                    raise self.refuse(module, "spectral_norm in training: call model.eval() before")
                 hook(module, ())
-                name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
-                self.plain[own_name, name] = None
+                name = getattr(hook, "name", None) or hook._tensor_name
+                self.hooked.add((self._name(module), name))
+
+    def start(self, model: nn.Module, args: Any) -> None:
+        """A hook of the model's: note the weights that the constants were made of. They are other
+        tensors by now, for torch.export has put its own in their place."""
+        if not torch.compiler.is_dynamo_compiling():
+            for module in self.buffers:
+                names = () if isinstance(module, CNNLSTM) else weight_names(module)
+                for name in itertools.chain.from_iterable(names):
+                    self.weights[self._name(module), name] = held(module, name)
 
     def _check_weights(self, module: LSTM | LSTMCell, k: int) -> None:
         """Refuse what is not what the constants were made of."""
         for name in weight_names(module)[k]:
-            here = module._parameters.get(name)
-            made = self.plain.get((self._name(module), name))
-            if isinstance(here, Tensor) and not isinstance(here, nn.Parameter):
-                got = "given at the call, as by torch.func.functional_call"
-            elif made is not None and module.__dict__.get(name) is not made:
-                got = "set while the model ran"
-            else:
+            key = self._name(module), name
+            (place, found), (before, made) = held(module, name), self.weights[key]
+            if place == before and (found is made or key in self.hooked):
                 continue
             self.stale = True
             raise self.refuse(
                 module,
-                f"the constants of a node are made before the model runs; got {name} {got}: set "
-                "the module's parameter, or use torch.nn.utils.parametrize",
+                "the constants of a node are made before the model runs; got another "
+                f"{name} while it ran, set or given by torch.func.functional_call: set the "
+                "module's parameter before, or use torch.nn.utils.parametrize",
             )
 
     def detach(self) -> None:
@@ -277,7 +284,7 @@ class _Exporter:
             initial = None if hx is None else (hx[0][rows], hx[1][rows])
             parts, h, c = self._node(module, k, y, initial, lengths)
             states.append((h, c))
-            y = _merged(parts, module.merge_mode)
+            y = merged(parts, module.merge_mode)
         h_n, c_n = (torch.cat(s) if len(s) > 1 else s[0] for s in zip(*states, strict=True))
         if module.batch_first:
             y = y.transpose(0, 1)
@@ -350,19 +357,6 @@ class _Exporter:
             raise self.refuse(module, "autocast is on: convert model and inputs to its dtype")
 
 
-def _merged(y: Tensor, mode: str | None) -> Tensor:
-    """(T, B, D*P) or, merged, (T, B, P) from (T, D, B, P)."""
-    if y.size(1) == 1:
-        return y.squeeze(1)
-    if mode in ("concat", None):
-        return y.transpose(1, 2).flatten(2)
-    forward, backward = y.unbind(1)
-    if mode == "mul":
-        return forward * backward
-    total = forward + backward
-    return total if mode == "sum" else total / 2
-
-
 _lock = threading.RLock()
 
 
@@ -382,6 +376,7 @@ def _exportable(model: nn.Module) -> Iterator[list[Exception]]:
     with _lock, contextlib.ExitStack() as stack:
         stack.callback(exporter.detach)
         exporter.attach()
+        stack.callback(model.register_forward_pre_hook(exporter.start).remove)
         for kind, traced in kinds:
             stack.callback(setattr, kind, "forward", kind.forward)
             kind.forward = _replaced(kind.forward, traced, exporter)

@@ -6,7 +6,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lstm_ext import reference
 from lstm_ext.lstm_cell import LSTMCell
@@ -81,6 +81,19 @@ def translation() -> Any:
         )
 
     return onnx_lstm
+
+
+def merged(y: Tensor, mode: str | None) -> Tensor:
+    """(T, B, D*P) or, merged, (T, B, P) from (T, D, B, P)."""
+    if y.size(1) == 1:
+        return y.squeeze(1)
+    if mode in ("concat", None):
+        return y.transpose(1, 2).flatten(2)
+    forward, backward = y.unbind(1)
+    if mode == "mul":
+        return forward * backward
+    total = forward + backward
+    return total if mode == "sum" else total / 2
 
 
 def _ordered(rows: Tensor, parts: int, order: tuple[int, ...]) -> Tensor:
@@ -162,3 +175,12 @@ def layer_suffixes(module: LSTM | LSTMCell) -> list[list[str]]:
         return [[""]]
     flat, D = module._suffixes(), 1 + module.bidirectional
     return [flat[k : k + D] for k in range(0, len(flat), D)]
+
+
+def held(module: nn.Module, name: str) -> tuple[str, Any]:
+    """Where a module has a tensor, and the tensor; not that of a parametrization, which makes a
+    new one each time."""
+    for place in ("_parameters", "_buffers"):
+        if module.__dict__[place].get(name) is not None:
+            return place, module.__dict__[place][name]
+    return ("__dict__" if name in module.__dict__ else "", module.__dict__.get(name))

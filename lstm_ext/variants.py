@@ -72,7 +72,7 @@ class Variants(nn.Module):
             if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 got = type(value).__name__
                 raise TypeError(f"forget_bias should be a number or None, got: {got}")
-            if not self.bias:
+            if not self.__dict__.get("bias", True):
                 raise ValueError(
                     f"forget_bias is the initial value of a bias, got {value} with bias=False"
                 )

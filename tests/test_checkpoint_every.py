@@ -192,6 +192,19 @@ def test_torch_func():
     assert_close(found, expected, **tol(torch.float64))
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"peephole": True}, {"num_layers": 2}], ids=str)
+def test_batched_gradients(kwargs):
+    """A gradient at a time, of saved tensors that may be unpacked once."""
+    whole, parts = pair(4, **F64, **kwargs)
+    x = leaf(torch.randn(T, B, I, **F64))
+    v = here(torch.randn(3, T, B, H, **F64))
+    found, expected = (
+        torch.autograd.grad(module(x)[0], [x, *module.parameters()], v, is_grads_batched=True)
+        for module in (parts, whole)
+    )
+    assert_close(found, expected, **tol(torch.float64))
+
+
 def test_arguments():
     with pytest.raises(ValueError, match="checkpoint_every should be at least 1, got 0"):
         lstm_ext.LSTM(I, H, checkpoint_every=0)

@@ -235,6 +235,16 @@ def test_sparse_tensors_are_refused(layout):
         cell(x, states)
 
 
+def test_attributes_in_any_order():
+    made = lstm_ext.LSTM(3, 4, bidirectional=True, merge_mode="sum", forget_bias=1.0)
+    copy = lstm_ext.LSTM.__new__(lstm_ext.LSTM)
+    torch.nn.Module.__init__(copy)
+    for name, value in sorted(made.__dict__.items(), reverse=True):
+        setattr(copy, name, value)
+    x = torch.randn(5, 2, 3)
+    assert torch.equal(copy(x)[0], made(x)[0])
+
+
 def test_variants_may_be_changed():
     module = lstm_ext.LSTM(3, 4, bidirectional=True)
     module.zoneout, module.merge_mode = [0.5, 1], "ave"

@@ -100,20 +100,67 @@ class Sets(nn.Module):
         return self.lstm(x)[0]
 
 
+class CallsWithAnothers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.other = lstm_ext.LSTM(3, 4), lstm_ext.LSTM(3, 4)
+
+    def forward(self, x):
+        weights = dict(self.other.named_parameters())
+        return torch.func.functional_call(self.lstm, weights, (x,))[0]
+
+
+class SetsItsOwn(nn.Module):
+    """One that is a parameter too."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.w = lstm_ext.LSTM(3, 4), nn.Parameter(torch.randn(16, 4))
+
+    def forward(self, x):
+        self.lstm.weight_hh_l0 = self.w
+        return self.lstm(x)[0]
+
+
+class Makes(nn.Module):
+    """A network that makes weights, in the place of what was a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.network = lstm_ext.LSTM(3, 4), nn.Linear(2, 64)
+
+    def forward(self, x):
+        self.lstm._parameters.pop("weight_hh_l0", None)
+        self.lstm.weight_hh_l0 = self.network(x.new_ones(2)).view(16, 4)
+        return self.lstm(x)[0]
+
+
 @pytest.mark.parametrize(
-    "model, text",
+    "model, name",
     [
-        (Calls(), r"lstm \(LSTM\).*weight_ih_l0 given at the call"),
-        (Sets(True), r"lstm \(LSTM\).*weight_hh_l0 set while the model ran"),
+        (Calls(), "weight_ih_l0"),
+        (CallsWithAnothers(), "weight_ih_l0"),
+        (Sets(True), "weight_hh_l0"),
+        (SetsItsOwn(), "weight_hh_l0"),
+        (Makes(), "weight_hh_l0"),
     ],
-    ids=["functional_call", "set"],
+    ids=lambda value: type(value).__name__,
 )
-def test_weights_given_while_the_model_runs_are_refused(model, text, tmp_path):
+def test_weights_given_while_the_model_runs_are_refused(model, name, tmp_path):
     path = tmp_path / "model.onnx"
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=rf"lstm \(LSTM\): .* got another {name} while it ran"):
         lstm_ext.onnx.export(model.eval(), (X,), path, verbose=False)
     assert not path.exists()
     model(X)  # as it was before
+
+
+def test_spectral_norm_in_training_is_refused(tmp_path):
+    """Every run of it takes a step of an iteration."""
+    module = nn.utils.spectral_norm(lstm_ext.LSTM(3, 4), "weight_hh_l0")
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with pytest.raises(ValueError, match=r"spectral_norm in training: call model.eval\(\) before"):
+        lstm_ext.onnx.export(module, (X,), tmp_path / "model.onnx", verbose=False)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
 
 
 def test_a_weight_that_is_a_plain_tensor(tmp_path):

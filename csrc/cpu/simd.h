@@ -16,6 +16,10 @@
 #include <arm_neon.h>
 #endif
 
+// In front of an ARM instruction that the compiler was not told of: what the assembler is to accept
+// from there on, which must hold all that the compiler was told of too.
+#define LSTM_EXT_ARM_LATER ".arch armv8.6-a+sve\n\t"
+
 #include "../cell.h"
 #include "../half.h"
 
