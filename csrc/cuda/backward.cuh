@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads,
           if (projected || j > 0)
             weights.wait_for_others();
           else
-            async_wait<0>();  // there was no product, so no weights were asked for since fetch()
+            async_wait<0>();  // no product, so perhaps no weights were asked for since fetch()
         }
         __syncthreads();  // all warps' parts are there
         if (kAhead && round + 1 < Sum::kRounds)

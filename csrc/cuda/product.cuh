@@ -161,8 +161,10 @@ class Weights {
   }
   // What the thread had asked for by cp.async before the last product is here.
   LSTM_EXT_DEVICE void wait_for_others() {
+    // A stream has waited: before its last chunk for all but as many groups as it has asked for
+    // since the product began, or fewer.
     if constexpr (kHasStream)
-      if (stream_.on()) return stream_.wait_for_others();
+      if (stream_.on()) return;
     async_wait<0>();
   }
   // After the last product.

@@ -75,9 +75,6 @@ class WeightStream {
     turn_ += unsigned(end_ - first_);
     due_ = arrives();
   }
-  // What the thread has asked for besides, before a product: since then it has asked for the chunks
-  // of a turn, at least as many as are on their way at once.
-  LSTM_EXT_DEVICE void wait_for_others() { async_wait<int(kSlots) * kMTiles>(); }
   // What is on its way is waited for: nothing may come after the block has gone.
   LSTM_EXT_DEVICE void stop() { async_wait<0>(); }
 
