@@ -153,8 +153,9 @@ def quantized_layer(
     else:
         y, *results = _run(x, flat, bits, reverse, steps, cells)
     D = len(directions)
-    every = results.pop(0) if cells else None
-    return LayerOutputs(y, results[:D], results[D:], every)
+    # By indices: of a star's rest torch.compile makes a tuple before PyTorch 2.13.
+    every, last = (results[0], results[1:]) if cells else (None, results)
+    return LayerOutputs(y, list(last[:D]), list(last[D:]), every)
 
 
 def _refuse_derivatives(tensors: Sequence[Tensor | None]) -> None:
