@@ -34,7 +34,9 @@ fi
   -DLSTM_EXT_PYBIND11_INCLUDE="$("$bin/python" -c 'import pybind11; print(pybind11.get_include())')" \
   -DLSTM_EXT_VERSION="$("$bin/python" -c 'import lstm_ext; print(lstm_ext.__version__)')"
 "$bin/cmake" --build "$folder/core"
-cp "$folder"/core/_C*.so lstm_ext/_C.cpython-311-aarch64-linux-gnu.so
+# By another name first: a run that has the file loaded keeps its own.
+cp "$folder"/core/_C*.so "$folder/_C.so"
+mv "$folder/_C.so" lstm_ext/_C.cpython-311-aarch64-linux-gnu.so
 
 printf '%s\n' "$site" "$PWD" >"$root/usr/lib/python3/dist-packages/lstm_ext.pth"
 
