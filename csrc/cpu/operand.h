@@ -108,11 +108,7 @@ template <class E>
 LSTM_EXT_INLINE Vec<Acc<E>> multiply_add(Vec<Acc<E>> sum, Vec<Acc<E>> x, Vec<Acc<E>> w) {
   if constexpr (kPaired<E>) {
 #if defined(LSTM_EXT_WITH_NEON_DOT)
-#if !defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     asm(LSTM_EXT_ARM_LATER "bfdot %0.4s, %1.8h, %2.8h" : "+w"(sum) : "w"(x), "w"(w));
-#else
-    asm("bfdot %0.4s, %1.8h, %2.8h" : "+w"(sum) : "w"(x), "w"(w));
-#endif
     return sum;
 #elif defined(__AVX512BF16__)
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);

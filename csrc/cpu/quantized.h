@@ -130,11 +130,7 @@ static inline Lanes<float>::Bits as_taken(Lanes<float>::Bits u) { return u; }
 #elif defined(LSTM_EXT_WITH_NEON_DOT)
 constexpr int kBytesZeroPoint = 0;
 static inline void add_bytes(Lanes<float>::Bits& sum, Lanes<float>::Bits w, Lanes<float>::Bits x) {
-#if !defined(__ARM_FEATURE_DOTPROD)
   asm(LSTM_EXT_ARM_LATER "sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(x));
-#else
-  asm("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(x));
-#endif
 }
 static inline Lanes<float>::Bits as_taken(Lanes<float>::Bits u) { return u ^ int32_t(0x80808080); }
 #endif

@@ -16,9 +16,13 @@
 #include <arm_neon.h>
 #endif
 
-// In front of an ARM instruction that the compiler was not told of: what the assembler is to accept
-// from there on, which must hold all that the compiler was told of too.
+// In front of an ARM instruction that the compiler may not have been told of: what the assembler is
+// to accept from there on, which must hold all that the compiler was told of too.
+#if defined(__ARM_FEATURE_DOTPROD) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define LSTM_EXT_ARM_LATER ""
+#else
 #define LSTM_EXT_ARM_LATER ".arch armv8.6-a+sve\n\t"
+#endif
 
 #include "../cell.h"
 #include "../half.h"
