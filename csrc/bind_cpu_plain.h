@@ -49,7 +49,8 @@ struct CpuPlain : PlainTensors {
     const auto read = [&] {
       in.directions = int(weights.size() / of_direction);
       if (weights.size() % of_direction || !in.read_sizes(x, I, H, T, batch_first, nullptr) ||
-          in.code != Dtype::kFloat32 || !in.read_states(x, hx, true)) {
+          in.code != Dtype::kFloat32 || std::max(I, H) > QuantizedWeights::kMostColumns ||
+          !in.read_states(x, hx, true)) {
         return false;
       }
       const auto codes = [](int64_t rows, int64_t columns) {

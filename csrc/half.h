@@ -21,13 +21,16 @@ static inline float to_float(float16 h) {
   uint32_t bits;
   if (magnitude >= 0x7c00) {
     bits = 0x7f800000u | (magnitude << 13);  // infinity, NaN with its payload
+  } else if (magnitude >= 0x400) {
+    bits = (magnitude << 13) + 0x38000000u;  // the exponent counts from -127, not from -15
   } else {
-    // As a float with the half's exponent field, then rescaled: right for subnormals too.
-    bits = magnitude << 13;
-    float scaled;
-    std::memcpy(&scaled, &bits, sizeof scaled);
-    scaled *= 5.192296858534828e33f;  // 2^112
-    std::memcpy(&bits, &scaled, sizeof bits);
+    // Subnormal, a multiple of 2^-24, the last bit of 0.5's mantissa. No float on the way is
+    // subnormal: a processor may take those for 0.
+    bits = magnitude | 0x3f000000u;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    value -= 0.5f;
+    std::memcpy(&bits, &value, sizeof bits);
   }
   bits |= sign;
   float out;

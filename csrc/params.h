@@ -98,6 +98,7 @@ struct TangentOf {
 struct QuantizedWeights {
   // Codes lie in blocks of so many rows of weights, so many along a row side by side.
   static constexpr int64_t kRows = 16, kDepth = 4;
+  static constexpr int64_t kMostColumns = 1 << 16;  // so many products have a sum of 32 bits
 
   const float* ih_scale;  // [4H]; null: weights are of the storage type
   const float* hh_scale;  // [4H]

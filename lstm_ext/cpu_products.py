@@ -109,6 +109,7 @@ def _product(
 
 _kept = threading.local()
 _KEEP_BYTES = 64 << 20
+_KEEP_BYTES_A_THREAD = 2 << 20  # what the products of backward take, and then some
 
 
 def workspace(size: int) -> Tensor:
@@ -121,6 +122,6 @@ def workspace(size: int) -> Tensor:
     if buffer is None or buffer.numel() < size:
         with torch.inference_mode(False):
             buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
-        if size <= _KEEP_BYTES:
+        if size <= max(_KEEP_BYTES, torch.get_num_threads() * _KEEP_BYTES_A_THREAD):
             _kept.buffer = buffer
     return buffer

@@ -60,7 +60,13 @@ _TENSORS = len(QuantizedWeights._fields) - 1  # all but the last
 
 
 def packed_size(rows: int, columns: int, gates: int) -> tuple[int, ...]:
-    """Of the codes of (rows, columns) weights, those of all gates below each other."""
+    """Of the codes of (rows, columns) weights, those of all gates below each other.
+
+    Raises:
+        ValueError: there are more than 65536 columns.
+    """
+    if columns > _MOST_COLUMNS:
+        raise ValueError(f"quantize: expected at most {_MOST_COLUMNS} columns, got {columns}")
     return -(-(rows // gates) // _ROWS), -(-columns // _DEPTH), gates * _ROWS * _DEPTH
 
 
@@ -78,15 +84,13 @@ def pack(weight: Tensor, gates: int = 4) -> tuple[Tensor, Tensor]:
         raise ValueError("quantize: expected weights with values, got some on the meta device")
     weight = weight.detach().to("cpu", torch.float32)
     rows, K = weight.shape
-    if K > _MOST_COLUMNS:
-        raise ValueError(f"quantize: expected at most {_MOST_COLUMNS} columns, got {K}")
+    size = blocks, depth, _ = packed_size(rows, K, gates)
     if not weight.isfinite().all():
         raise ValueError("quantize: expected finite weights, got infinity or NaN among them")
     scale = weight.abs().amax(1) / 127 if K else weight.new_zeros(rows)
     scale = torch.where(scale < torch.finfo(scale.dtype).tiny, 0, scale)
     codes = weight / torch.where(scale == 0, torch.inf, scale)[:, None]
     codes = codes.round().add(_ZERO_POINT).to(torch.uint8)
-    size = blocks, depth, _ = packed_size(rows, K, gates)
     codes = codes.view(gates, rows // gates, K)
     pad = (0, depth * _DEPTH - K, 0, blocks * _ROWS - rows // gates)
     codes = F.pad(codes, pad, value=_ABSENT)

@@ -317,7 +317,7 @@ class ForwardCells {
   template <bool kVaried>
   LSTM_EXT_INLINE void put_output(const Row& row, int64_t j, V out, O* h_new) {
     if (p_.w_hr) {
-      store_full<A>(cell_out_ + row.local * c_stride_ + j, out);
+      put_operand(cell_out_ + row.local * c_stride_ + j, out, H_ - j);
     } else {
       put_h<kVaried>(row, j, out, h_new);
     }
@@ -337,7 +337,7 @@ class ForwardCells {
     S* y = static_cast<S*>(p_.y) + row.row * p_.y_stride + j;
     O* state = h_new + row.local * h_stride_ + j;
     if constexpr (kPaired<E>) {
-      store_full<A>(state, h);
+      put_operand(state, h, n);
       if (n >= L) {
         std::memcpy(y, state, L * sizeof(S));
       } else {
@@ -348,6 +348,12 @@ class ForwardCells {
       store_full<A>(state, dropped<kVaried>(rounded_to<A, S>(h), row.b, j));
     }
     if (row.last) store<A>(static_cast<S*>(p_.h_n) + row.b * P_ + j, h, n);
+  }
+
+  // n elements of a row that a product reads. Of pairs, that which an odd row lacks is 0, as
+  // operand.h says: what is past the last unit may be NaN, made of an h0 that is infinite.
+  static void put_operand(O* to, V v, int64_t n) {
+    store_full<A>(to, kPaired<E> ? first_lanes<A>(v, n) : v);
   }
 
   // h as the recurrent product sees it.

@@ -51,7 +51,7 @@ class MatmulOf {
   };
 
  public:
-  explicit MatmulOf(const Matmul& p) : p_(p) {
+  explicit MatmulOf(const Matmul& p) : p_(of_useful_threads(p)) {
     Arena arena(p.workspace);
     take_scratch(arena);
     workspace_ = arena.used();
@@ -62,11 +62,7 @@ class MatmulOf {
   int64_t workspace() const { return workspace_; }
 
   void run() {
-    // A team is started for this product alone, as for a single step.
-    const int64_t macs = p_.M * (p_.N + p_.more_N) * p_.K;
-    const int64_t useful = std::max<int64_t>(1, macs / kWorkOfFewSteps);
-    run_team(int(std::min<int64_t>(p_.threads, useful)),
-             [this](int thread, int threads) { work(thread, threads); });
+    run_team(p_.threads, [this](int thread, int threads) { work(thread, threads); });
   }
 
   // The product over K rows more, of an a that is transposed. first: there were none before. Not of
@@ -122,6 +118,13 @@ class MatmulOf {
   }
 
  private:
+  // A team is started for this product alone, as for a single step.
+  static Matmul of_useful_threads(Matmul p) {
+    const int64_t useful = p.M * (p.N + p.more_N) * p.K / kWorkOfFewSteps;
+    p.threads = int(std::clamp<int64_t>(useful, 1, p.threads));
+    return p;
+  }
+
   void take_scratch(Arena& arena) {
     scratch_ = arena.take<Scratch>(p_.threads);
     const bool kept = rounded_ && slice_ < depth_of<E>(p_.K);

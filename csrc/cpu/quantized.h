@@ -195,7 +195,7 @@ __attribute__((noinline)) void byte_product(const WholeRow* rows, const uint8_t*
           sum = sum * 256.0f + __builtin_convertvector(low[r][i / parts][p], Vec<float>);
         }
         store_full<float>(out + p * part_stride + (r * G + g) * L,
-                          sum * (rows[r].scale * scales[g * parts + p]));
+                          sum * scales[g * parts + p] * rows[r].scale);
       }
     }
   }
@@ -337,7 +337,7 @@ __attribute__((noinline)) void word_product(const WholeRow* rows, const uint8_t*
         for (int p = 0; p < parts; ++p) {
           const Vec<float> sum = load_full<float>(pairs + p * L);
           store_full<float>(out + p * part_stride + (r * G + g) * L,
-                            sum * (rows[r].scale * scales[g * parts + p]));
+                            sum * scales[g * parts + p] * rows[r].scale);
         }
       }
     }
