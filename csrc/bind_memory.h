@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <string>
 
 namespace lstm_ext {
@@ -12,24 +13,34 @@ struct Memory {
   void* address = nullptr;
 };
 
-// Raises RuntimeError for a tensor that has elements but no memory, as a fake or functionalized
-// one.
-inline void* memory_of(pybind11::handle tensor) {
-  namespace py = pybind11;
-  if (tensor.is_none()) return nullptr;
+inline void* address_of(pybind11::handle tensor) {
   static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
-  const auto address =
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr));
-  if (!address) throw py::error_already_set();
+  const auto address = pybind11::reinterpret_steal<pybind11::object>(
+      PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr));
+  if (!address) throw pybind11::error_already_set();
   void* const pointer = PyLong_AsVoidPtr(address.ptr());
-  if (!pointer && PyErr_Occurred()) throw py::error_already_set();
-  if (!pointer && tensor.attr("numel")().cast<int64_t>()) {
-    throw std::runtime_error("lstm_ext needs tensors with memory, got a " +
-                             py::type::of(tensor).attr("__name__").cast<std::string>() +
-                             " without: tensors that wrap others, and tracing with fake or "
-                             "functionalized ones, are not supported");
-  }
+  if (!pointer && PyErr_Occurred()) throw pybind11::error_already_set();
   return pointer;
+}
+
+// Whether a tensor's elements, if it has any, are at its address. A fake or functionalized one has
+// no address. A zero of forward mode has none either, and that of a part of it is the part's place
+// in nothing: a low number, where to ask once more costs a tensor of another kind nothing.
+inline bool has_memory(pybind11::handle tensor, const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) >> 40) return true;
+  const bool none = !address || tensor.attr("_is_zerotensor")().cast<bool>();
+  return !none || tensor.attr("numel")().cast<int64_t>() == 0;
+}
+
+// Raises RuntimeError for a tensor that has elements but no memory.
+inline void* memory_of(pybind11::handle tensor) {
+  if (tensor.is_none()) return nullptr;
+  void* const address = address_of(tensor);
+  if (has_memory(tensor, address)) return address;
+  throw std::runtime_error("lstm_ext needs tensors with memory, got a " +
+                           pybind11::type::of(tensor).attr("__name__").cast<std::string>() +
+                           " without: tensors that wrap others, and tracing with fake or "
+                           "functionalized ones, are not supported");
 }
 
 }  // namespace lstm_ext

@@ -112,7 +112,8 @@ class PlainTensors {
     // Lazily negated, the memory is that of the opposite.
     if (call(value, names().is_neg).ptr() != Py_False) return nullptr;
     kept = call(value, names().contiguous);
-    return memory_of(kept);
+    void* const address = address_of(kept);
+    return has_memory(kept, address) ? address : nullptr;
   }
 
   // Whether read() says yes. Where torch refuses a question, such as for the memory of a tensor

@@ -18,6 +18,7 @@ from lstm_ext.derivatives import (
     SecondDerivative,
     save,
 )
+from lstm_ext.engine import is_recording
 from lstm_ext.flat import Kind, grouped, unflatten
 from lstm_ext.ops import DirectionGrads
 from lstm_ext.steps import Steps
@@ -26,7 +27,7 @@ from lstm_ext.torch_engine import side_by_side
 
 def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
     """Whether what is made of the tensors is to be recorded for backward."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return is_recording() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def has_tangent(tensors: Sequence[Tensor | None]) -> bool:

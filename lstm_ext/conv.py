@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from lstm_ext.compat import States, check_match, check_pair, check_weights
 from lstm_ext.conv_layer import ConvWeights, Walk, Window, conv_lstm_layer
-from lstm_ext.engine import autocast_is_on, is_recorded, without_autocast
+from lstm_ext.engine import (
+    as_one_function,
+    autocast_is_on,
+    is_intercepted,
+    is_recorded,
+    without_autocast,
+)
 from lstm_ext.ops import check_dtype
 from lstm_ext.steps import Steps
 
@@ -234,6 +240,8 @@ class _ConvLSTM(_ConvLSTMBase):
                 is no pair of tensors. RuntimeError: another number of channels, an input smaller
                 than the kernel, an hx of another size; a CUDA tensor and a build without CUDA.
         """
+        if is_intercepted():
+            return as_one_function(_ConvLSTM.forward, self, input, hx, lengths=lengths)
         dims, name = self._dims, type(self).__name__
         if input.dim() not in (dims + 2, dims + 3):
             raise ValueError(
@@ -293,6 +301,8 @@ class _ConvLSTMCell(_ConvLSTMBase):
         Raises:
             As the sequence's forward.
         """
+        if is_intercepted():
+            return as_one_function(_ConvLSTMCell.forward, self, input, hx)
         dims, name = self._dims, type(self).__name__
         if input.dim() not in (dims + 1, dims + 2):
             raise ValueError(

@@ -17,7 +17,7 @@ def convert(model: nn.Module) -> nn.Module:
 
     The new modules share the Parameters (an optimizer made before stays valid), hooks and training
     flags of the old ones; one that is registered in several places stays one. A module compiled on
-    its own (`module.compile()`) comes back uncompiled.
+    its own comes back compiled by `torch.compile(module)`, uncompiled by `module.compile()`.
 
     Subclasses of the two, which parametrized modules are too, and modules whose forward was
     replaced are left alone, with one warning that names them: what they add would be lost.
@@ -63,6 +63,9 @@ def replaced(
         for child_name, child in list(parent._modules.items()):
             if child in swapped:
                 parent.add_module(child_name, swapped[child])
+                if child_name == "_orig_mod" and "dynamo_ctx" in parent.__dict__:
+                    # Of torch.compile(module), which keeps that module's forward besides.
+                    parent.__setstate__(parent.__getstate__())
     if others:
         refused.insert(
             0,

@@ -19,6 +19,7 @@ from lstm_ext.engine import (
     DirectionGrads,
     LayerWeights,
     allocate,
+    in_memory,
     native_steps,
     native_variants,
     norm_input_backward,
@@ -51,7 +52,7 @@ def _fused(w: LayerWeights, steps: Steps, operand: torch.dtype, wanted: Directio
 
 
 def _dense(gradient: Tensor | None) -> Tensor | None:
-    return gradient if gradient is None else gradient.resolve_neg().contiguous()
+    return gradient if gradient is None else in_memory(gradient).contiguous()
 
 
 class Kept:

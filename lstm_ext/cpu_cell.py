@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lstm_ext import cpu_products
-from lstm_ext.engine import DTYPE_CODE, address, native_steps
+from lstm_ext.engine import DTYPE_CODE, address, in_memory, native_steps
 from lstm_ext.native import _C
 from lstm_ext.steps import Steps
 
@@ -53,7 +53,7 @@ def cell_backward(
     rows, C = c.shape
     code, threads = DTYPE_CODE[a.dtype], torch.get_num_threads()
     variants = _C.Variants(peephole=address(w_ch))
-    dh, dc = (None if g is None else g.resolve_neg().contiguous() for g in grads)
+    dh, dc = (None if g is None else in_memory(g).contiguous() for g in grads)
     gates = torch.empty_like(a)
     _, c_new = cell_forward(steps, a, h, c, w_ch, gates)
     da = torch.empty_like(a) if steps.lengths is None else torch.zeros_like(a)

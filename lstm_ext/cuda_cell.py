@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lstm_ext.cuda_engine import CudaEngine
-from lstm_ext.engine import DTYPE_CODE, address
+from lstm_ext.engine import DTYPE_CODE, address, in_memory
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
 
@@ -50,7 +50,7 @@ class CudaCells:
         c: Tensor,
         w_ch: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        dh, dc = (None if g is None else g.resolve_neg().contiguous() for g in grads)
+        dh, dc = (None if g is None else in_memory(g).contiguous() for g in grads)
         da, dh0, dc0 = torch.empty_like(a), torch.empty_like(h), torch.empty_like(c)
         dw_ch = None if w_ch is None else a.new_empty(c.size(0), 3 * c.size(1))
         with self.engine.guard(a.device):

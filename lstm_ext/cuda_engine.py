@@ -26,6 +26,7 @@ from lstm_ext.engine import (
     LayerResult,
     acc_dtype,
     address,
+    in_memory,
     native_steps,
     native_variants,
     norm_input,
@@ -304,7 +305,7 @@ class CudaEngine:
                 w_hh = self.arranged(w.w_hh, transposed=True)
                 w_hr = None if w.w_hr is None else self.arranged(w.w_hr, transposed=True)
                 tensors = [
-                    None if t is None else t.resolve_neg().contiguous()
+                    None if t is None else in_memory(t).contiguous()
                     for t in (h0, c0, dh_n[k], dc_n[k], rows_of(dcells, k * H, H))
                 ]
                 dgates = x.new_empty(steps.rows, 4 * H, dtype=acc_dtype(dtype) if normed else dtype)

@@ -22,6 +22,7 @@ from lstm_ext.engine import (
     DirectionGrads,
     address,
     allocate,
+    in_memory,
     native_steps,
     of_direction,
     rows_of,
@@ -246,7 +247,7 @@ class _Side:
     ) -> None:
         x, steps, P = second.x, second.steps, y.size(1)
         dy, *rest = d
-        kept = [None if t is None else t.resolve_neg().contiguous() for t in rest]
+        kept = [None if t is None else in_memory(t).contiguous() for t in rest]
         dcells, dh_n, dc_n = kept
         self.dgates = _rows(x, 4 * second.direction.c0.size(1), steps)
         self.h_prev = _rows(x, P, steps) if wanted.w_hh else None

@@ -26,6 +26,7 @@ from lstm_ext.engine import (
     DirectionGrads,
     acc_dtype,
     address,
+    in_memory,
     native_steps,
     native_variants,
     rows_of,
@@ -233,7 +234,7 @@ def backward(
             (h0, c0, w, _), want = layers[layer], wanted[layer]
             part_dy = dys[layer + 1]
             tensors = [
-                None if t is None else t.resolve_neg().contiguous()
+                None if t is None else in_memory(t).contiguous()
                 for t in (
                     h0,
                     c0,

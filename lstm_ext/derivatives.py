@@ -144,7 +144,7 @@ class LayerDerivative(LayerFunction):
     @staticmethod
     @batching.batched_gradients
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors
+        tensors = unwrap_dead_wrappers(ctx.saved_tensors)
         needed = ctx.needs_input_grad[5 : 5 + len(tensors)]
         with ops.without_autocast(_device(ctx, tensors)):
             results = _pulled(_again(ctx), tensors, gradients, needed)
@@ -153,7 +153,7 @@ class LayerDerivative(LayerFunction):
     @staticmethod
     @batching.batched_gradients
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors
+        tensors = unwrap_dead_wrappers(ctx.saved_tensors)
         with ops.without_autocast(_device(ctx, tensors)):
             return _tangents(_again(ctx), tensors, tangents[5 : 5 + len(tensors)])
 

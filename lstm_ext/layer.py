@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from lstm_ext import library, ops
 from lstm_ext.autograd import LSTMLayer, has_tangent, needs_grad
-from lstm_ext.engine import is_recorded, is_surrounded
+from lstm_ext.engine import in_memory, is_lazy, is_recorded, is_surrounded
 from lstm_ext.flat import flatten, kinds_of, map_tensors
 from lstm_ext.ops import Direction
 from lstm_ext.plain import plain_layer, takes_more
@@ -69,8 +69,8 @@ def lstm_layer(
             "for ONNX there is lstm_ext.onnx.export."
         )
     flat = [x, *flatten(directions)]
-    if _any_negated(flat):  # lazily: the memory is that of the opposite
-        x, directions = map_tensors(Tensor.resolve_neg, x, directions)
+    if _any_lazy(flat):
+        x, directions = map_tensors(in_memory, x, directions)
         flat = [x, *flatten(directions)]
     ops.check_layer(x, directions, steps)
     forward_mode = _is_forward_mode(flat)
@@ -108,9 +108,9 @@ def _plain(x: Tensor, directions: list[Direction], steps: Steps) -> LayerOutputs
     return LayerOutputs(y, last[:D], last[D:], None)
 
 
-def _any_negated(tensors: list[Tensor | None]) -> bool:
+def _any_lazy(tensors: list[Tensor | None]) -> bool:
     for tensor in tensors:  # a loop: a generator takes twice as long, at every call
-        if tensor is not None and tensor.is_neg():
+        if tensor is not None and is_lazy(tensor):
             return True
     return False
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .autograd import needs_grad
 from .compat import States, adopt, check_match, check_none, check_pair, check_weights, forget
-from .engine import autocast_is_on, is_surrounded
+from .engine import as_one_function, autocast_is_on, is_intercepted, is_surrounded
 from .flat import flatten
 from .layer import lstm_layer
 from .ops import Direction, LayerWeights, check_layer
@@ -100,6 +100,8 @@ class LSTMCell(Variants, nn.RNNCellBase):
             ValueError, RuntimeError, TypeError: nn.LSTMCell's own for what it refuses; RuntimeError
                 also for a c_0 of another dtype, which nn.LSTMCell lets pass.
         """
+        if is_intercepted():
+            return as_one_function(LSTMCell.forward, self, input, hx)
         # getattr finds every kind of replaced weight, but is slow for a plain parameter.
         parameters = self._parameters
         weights = [parameters[n] if n in parameters else getattr(self, n) for n in _WEIGHTS]

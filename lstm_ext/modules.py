@@ -27,6 +27,7 @@ from .compat import (
     check_weights,
     forget,
 )
+from .engine import as_one_function, is_intercepted, is_recording
 from .layer import lstm_layer
 from .ops import Direction, LayerWeights
 from .plain_module import plain_module
@@ -196,6 +197,9 @@ class LSTM(LSTMBase):
                 of tensors; RuntimeError for num_layers, bias, bidirectional or proj_size changed
                 after construction.
         """
+        if is_intercepted():
+            given = {"lengths": lengths, "reset_mask": reset_mask}
+            return as_one_function(LSTM.forward, self, input, hx, **given)
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths: a PackedSequence already holds its lengths; got both")
@@ -304,7 +308,7 @@ class LSTM(LSTMBase):
         if self.num_layers > 1 and wavefront.applies(self, x, steps):
             return wavefront.run(self, x, h0, c0, steps)
         run, every = self._run_layer, self.checkpoint_every
-        if every is not None and steps.T > every and torch.is_grad_enabled():
+        if every is not None and steps.T > every and is_recording():
             run = functools.partial(checkpointed_layer, every=every)
         h_n, c_n = [], []
         cells: Tensor | None = None

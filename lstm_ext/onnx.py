@@ -190,7 +190,8 @@ class _Exporter:
             for k, suffixes in enumerate(layer_suffixes(module)):
                 for field, tensor in node_constants(module, suffixes)._asdict().items():
                     name = f"onnx_l{k}_{field}"
-                    module._buffers[name] = tensor
+                    # A buffer that is None makes torch.export fail at first.
+                    (module.__dict__ if tensor is None else module._buffers)[name] = tensor
                     names.append(name)
 
     def _run_hooks(self, module: LSTM | LSTMCell) -> None:
@@ -232,6 +233,7 @@ class _Exporter:
             module.__dict__.pop(_NAME, None)
             for name in names:
                 module._buffers.pop(name, None)
+                module.__dict__.pop(name, None)
 
     def run(self, forward: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -30,6 +30,7 @@ from lstm_ext.engine import (
     Masks,
     acc_dtype,
     autocast_is_on,
+    in_memory,
     tensors_of,
     with_masks,
     without_autocast,
@@ -372,7 +373,7 @@ def layer_second(
     dtype, acc = x.dtype, acc_dtype(x.dtype)
 
     def cast(tensors: Sequence[Tensor | None], to: torch.dtype = acc) -> list[Tensor | None]:
-        return [None if t is None else t.resolve_neg().to(to) for t in tensors]
+        return [None if t is None else in_memory(t).to(to) for t in tensors]
 
     if dtype != acc:
         x, directions = map_tensors(lambda t: t.to(acc), x, directions)

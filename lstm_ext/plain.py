@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from lstm_ext import batching, cpu_backward, cpu_engine, cpu_products, cpu_second, ops
 from lstm_ext.autograd import LSTMLayerBackward, must_apply, second_derivative
-from lstm_ext.engine import DTYPE_CODE, is_surrounded, native_steps
+from lstm_ext.engine import DTYPE_CODE, is_lazy, is_recording, is_surrounded, native_steps
 from lstm_ext.flat import grouped
 from lstm_ext.native import _C
 from lstm_ext.plain_form import LayerForm
@@ -58,7 +58,7 @@ def plain_layer(
             :func:`takes_more`, also Steps with lengths, offsets or resets.
     """
     made = plain_results(
-        *(x, hx, weights, input_size, hidden_size, steps, batch_first), torch.is_grad_enabled()
+        *(x, hx, weights, input_size, hidden_size, steps, batch_first), is_recording()
     )
     if made is None:
         return None
@@ -175,7 +175,7 @@ def plain_quantized(
         steps,
         batch_first,
         torch.get_num_threads(),
-        torch.is_grad_enabled(),
+        is_recording(),
         cpu_products.workspace,
     )
     return None if made is None else made[0]
@@ -289,7 +289,7 @@ def _second_of_a_step(
         return None
     *every, _ = (*v, *tensors)  # y there is none
     for tensor in every:
-        if tensor is not None and (type(tensor) not in TYPES or tensor.is_neg()):
+        if tensor is not None and (type(tensor) not in TYPES or is_lazy(tensor)):
             return None
     if x.dtype == torch.bfloat16:
         every = [t if t is None else t.float() for t in every]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lstm_ext import plain
-from lstm_ext.engine import is_surrounded
+from lstm_ext.engine import is_lazy, is_surrounded
 
 if TYPE_CHECKING:
     from lstm_ext.modules import LSTM
@@ -94,7 +94,7 @@ def plain_stack(
         return None  # the CPU's short way depends on the width of a layer's input
     for weights in layers[1:]:
         for weight in weights:
-            if weight is not None and (type(weight) not in plain.TYPES or weight.is_neg()):
+            if weight is not None and (type(weight) not in plain.TYPES or is_lazy(weight)):
                 return None
     states = [None] * len(layers)
     if hx is not None:

@@ -18,6 +18,7 @@ from lstm_ext import cpu_cell, ops, reference
 from lstm_ext.batching import batched_gradients
 from lstm_ext.cuda_cell import CudaCells
 from lstm_ext.cuda_engine import CudaEngine
+from lstm_ext.engine import in_memory
 from lstm_ext.steps import Steps
 
 
@@ -65,8 +66,8 @@ def lstm_cell(
     """
     if _must_be_seen() or not ops.has_native_kernels(a.device):
         return _formula(a, h, c, w_ch, steps)
-    a, h, c = (t.resolve_neg().contiguous() for t in (a, h, c))
-    w_ch = None if w_ch is None else w_ch.resolve_neg().contiguous()
+    a, h, c = (in_memory(t).contiguous() for t in (a, h, c))
+    w_ch = None if w_ch is None else in_memory(w_ch).contiguous()
     return PointwiseCell.apply(steps, a, h, c, w_ch)
 
 

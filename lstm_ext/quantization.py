@@ -23,6 +23,7 @@ from lstm_ext.engine import (
     Direction,
     allocate,
     autocast_is_on,
+    in_memory,
     is_watched,
     native_steps,
     native_variants,
@@ -142,7 +143,7 @@ def quantized_layer(
         raise RuntimeError(
             "weights of 8 bits cannot be traced by torch.jit.trace: use torch.export.export"
         )
-    x, *states = [t.resolve_neg() for t in tensors]
+    x, *states = [in_memory(t) for t in tensors]
     flat = []
     for k, direction in enumerate(directions):
         flat += (*states[2 * k : 2 * k + 2], *direction.w[:_TENSORS])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .compat import States, adopt
 from .convert import replaced
-from .engine import is_surrounded
+from .engine import as_one_function, is_intercepted, is_surrounded
 from .lstm_cell import LSTMCell
 from .modules import LSTM
 from .plain import QUANTIZED_WEIGHTS, plain_quantized
@@ -318,6 +318,8 @@ class QuantizedLSTMCell(_Quantized, LSTMCell):
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         """Take one step, as :meth:`LSTMCell.forward`."""
+        if is_intercepted():
+            return as_one_function(QuantizedLSTMCell.forward, self, input, hx)
         self._check_attributes()
         if not is_surrounded():
             weights = list(self._weights("")[:QUANTIZED_WEIGHTS])

@@ -16,7 +16,7 @@ from torch.autograd import Function, forward_ad
 from lstm_ext import batching, cuda_wavefront, ops
 from lstm_ext.autograd import needs_grad
 from lstm_ext.cuda_wavefront import Saved, StackResult
-from lstm_ext.engine import is_recorded, tensors_of
+from lstm_ext.engine import in_memory, is_recorded, is_recording, tensors_of
 from lstm_ext.flat import grouped
 from lstm_ext.layer import lstm_layer
 from lstm_ext.ops import Direction, DirectionGrads, LayerWeights
@@ -39,7 +39,7 @@ def applies(module: LSTM, x: Tensor, steps: Steps) -> bool:
     engine: Any = ops._engines.get(x.device.type)
     if not getattr(engine, "wavefront", False):
         return False
-    grads = torch.is_grad_enabled()
+    grads = is_recording()
     if (
         torch.compiler.is_compiling()
         or is_recorded()
@@ -237,7 +237,7 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 def _prepared(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast casts; and its own values where it is lazily negated."""
-    return tensor.to(dtype).resolve_neg() if tensor.dtype != torch.float64 else tensor.resolve_neg()
+    return in_memory(tensor.to(dtype) if tensor.dtype != torch.float64 else tensor)
 
 
 def _draw(p: float, like: Tensor, rows: int, width: int) -> Tensor:

@@ -222,6 +222,21 @@ def test_a_compiled_module_comes_back_uncompiled():
     assert_close(model[0](x), nn.LSTM.forward(theirs, x), **TOL)
 
 
+@pytest.mark.parametrize("where", ["the model", "inside"])
+def test_what_torch_compile_wraps_runs_as_the_new_module(monkeypatch, where):
+    """The wrapper keeps the forward of what it was made of."""
+    theirs = here(nn.LSTM(3, 4).double())
+    x = here(torch.randn(5, 2, 3).double())
+    expected = theirs(x)
+    compiled = torch.compile(theirs, backend="eager")
+    model = lstm_ext.convert(compiled if where == "the model" else nn.Sequential(compiled))
+    monkeypatch.setattr(nn.LSTM, "forward", None)
+    assert_close(model(x), expected, **TOL)
+    zeros = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    model.load_state_dict(zeros, assign=True)
+    assert not model(x)[0].any()
+
+
 @pytest.mark.parametrize("model", [None, nn.LSTM, {"lstm": 1}])
 def test_convert_of_no_module_is_refused(model):
     got = type(model).__name__
