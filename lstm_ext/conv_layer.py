@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
+from lstm_ext.autograd import needs_grad
 from lstm_ext.engine import acc_dtype
 from lstm_ext.pointwise import lstm_cell
 from lstm_ext.steps import Steps
@@ -73,19 +74,15 @@ class Window(NamedTuple):
             result.append(span // s + 1)
         return tuple(result)
 
-    def convolve(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (N, in, *size), w (out, in, *kernel), bias (out) -> (N, out, *output)."""
-        pads = self.pads(x.shape[2:])
-        if all(before == after for before, after in pads):
-            padding = [before for before, _ in pads]
-        else:
-            x = F.pad(x, [n for pair in reversed(pads) for n in pair])
-            padding = [0] * len(pads)
+    def convolution(self, w: Tensor, size: Sequence[int]) -> Convolution:
+        """Of images (N, in, *size) with w (out, in, *kernel); gives (N, out, *output)."""
+        pads = self.pads(size)
+        even = all(before == after for before, after in pads)
+        padding = [before for before, _ in pads] if even else [0] * len(pads)
         stride, dilation = list(self.stride), list(self.dilation)
-        if (
-            len(pads) == 1
-        ):  # as an image one pixel high: torch has no channels last in one dimension
-            x, w = x.unsqueeze(2), w.unsqueeze(2)
+        row = len(pads) == 1
+        if row:  # as an image one pixel high: torch has no channels last in one dimension
+            w = w.unsqueeze(2)
             stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
         # A weight that lies channels last makes the output lie so, whatever the input's format.
         # vmap knows no formats.
@@ -93,9 +90,39 @@ class Window(NamedTuple):
             w = w.contiguous(
                 memory_format=torch.channels_last if w.dim() == 4 else torch.channels_last_3d
             )
-        convolution = F.conv2d if w.dim() == 4 else F.conv3d
-        y = convolution(x, w, bias, stride, padding, dilation)
-        return y.squeeze(2) if len(pads) == 1 else y
+        unequal = None if even else [n for pair in reversed(pads) for n in pair]
+        return Convolution(w, stride, padding, dilation, unequal, row)
+
+
+class Convolution(NamedTuple):
+    """A window's, made once for all steps: a weight is copied to lie channels last."""
+
+    w: Tensor
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    unequal: list[int] | None  # zeros that F.pad adds before
+    row: bool  # images are rows of pixels
+
+    def is_product(self) -> bool:
+        """Whether a pixel of the output is made of one of the input: a product of matrices, which
+        leaves the channels last whatever the weight's format, and so takes a third of the time."""
+        ones = self.stride + list(self.w.shape[2:])
+        return self.unequal is None and not any(self.padding) and all(n == 1 for n in ones)
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (N, in, *size), bias (out)."""
+        w, stride, padding, dilation, unequal, row = self
+        if self.is_product():
+            y = F.linear(x.movedim(1, -1), w.flatten(1), bias)
+            return y.movedim(-1, 1)
+        if unequal is not None:
+            x = F.pad(x, unequal)
+        if row:
+            x = x.unsqueeze(2)
+        convolve = F.conv2d if w.dim() == 4 else F.conv3d
+        y = convolve(x, w, bias, stride, padding, dilation)
+        return y.squeeze(2) if row else y
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -129,7 +156,13 @@ class Walk(NamedTuple):
 
 
 def conv_lstm_layer(
-    x: Tensor, h0: Tensor, c0: Tensor, w: ConvWeights, window: Window, walk: Walk
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w: ConvWeights,
+    window: Window,
+    walk: Walk,
+    zero: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer.
 
@@ -137,6 +170,7 @@ def conv_lstm_layer(
         x: (T, N, in, *size), or (N, T, in, *size) with batch_first.
         h0, c0: (N, C, *output).
         window: of the input's convolution.
+        zero: h0 is zero.
 
     Returns:
         Output shaped as x with C and the output's size, h_n and c_n (N, C, *output).
@@ -148,21 +182,26 @@ def conv_lstm_layer(
     bias = w.b_ih if w.b_ih is None else w.b_ih + w.b_hh
     time, batch = (1, 0) if walk.batch_first else (0, 1)
     T = x.size(time)
-    gx = _pixels(window.convolve(x.flatten(0, 1).to(within), w.w_ih, bias))
+    of_input = window.convolution(w.w_ih, x.shape[3:])
+    gx = _pixels(of_input(x.flatten(0, 1).to(within), bias)).to(acc)
     gx = gx.view(*x.shape[:2], math.prod(size), 4 * C)
     if T == 0:  # no numbers, but a place in the graph
         y = gx[..., :C].to(dtype).reshape(*x.shape[:2], *size, C)
         return y.movedim(-1, 2), h0, c0
     gx = gx.unbind(time)  # T of (N, pixels, 4C)
     ones = (1,) * len(size)
-    recurrent = Window(window.kernel, ones, "same", ones)
+    recurrent = Window(window.kernel, ones, "same", ones).convolution(w.w_hh, size)
     h, c = _pixels(h0).to(acc), _pixels(c0).to(acc)
     w_ch = None if w.w_ch is None else w.w_ch.to(acc)
     outputs = []
+    # A convolution of zeros is left out, but where W_hh would be out of the graph.
+    zero = zero and (T > 1 or not needs_grad((w.w_hh,)))
     for t in range(T):
-        # The recurrence goes on with h as the user sees it: rounded to its dtype.
-        image = h.to(dtype).to(within).view(N, *size, C).movedim(-1, 1)
-        a = gx[t].flatten(0, 1).to(acc) + _pixels(recurrent.convolve(image, w.w_hh)).to(acc)
+        a = gx[t].flatten(0, 1)
+        if t or not zero:
+            # The recurrence goes on with h as the user sees it: rounded to its dtype.
+            image = h.to(dtype).to(within).view(N, *size, C).movedim(-1, 1)
+            a = a + _pixels(recurrent(image)).to(acc)
         h, c = lstm_cell(a, h, c, walk.pixels[t], w_ch)
         outputs.append(h.to(dtype).view(N, *size, C))
     y = torch.stack(outputs, dim=time)

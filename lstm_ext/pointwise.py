@@ -11,13 +11,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lstm_ext import cpu_cell, ops, reference
+from lstm_ext.autograd import needs_grad
 from lstm_ext.batching import batched_gradients
 from lstm_ext.cuda_cell import CudaCells
 from lstm_ext.cuda_engine import CudaEngine
+from lstm_ext.derivatives import LayerFunction
 from lstm_ext.engine import in_memory
 from lstm_ext.steps import Steps
 
@@ -68,7 +69,9 @@ def lstm_cell(
         return _formula(a, h, c, w_ch, steps)
     a, h, c = (in_memory(t).contiguous() for t in (a, h, c))
     w_ch = None if w_ch is None else in_memory(w_ch).contiguous()
-    return PointwiseCell.apply(steps, a, h, c, w_ch)
+    if needs_grad((a, h, c, w_ch)):
+        return PointwiseCell.run(steps, a, h, c, w_ch)
+    return PointwiseCell.forward(steps, a, h, c, w_ch)
 
 
 def _must_be_seen() -> bool:
@@ -92,7 +95,7 @@ def _formula(
     return torch.where(on, h_new, h), torch.where(on, c_new, c)
 
 
-class PointwiseCell(Function):
+class PointwiseCell(LayerFunction):
     """The native cell. Saves its inputs, and makes the activated gates again in backward: a
     second derivative needs the pre-activations, and to keep both would double the memory."""
 

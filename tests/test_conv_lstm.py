@@ -322,7 +322,7 @@ def test_gates_lie_channels_last():
 
     ones = (1, 1)
     x = torch.randn(4, 8, 16, 16)  # of the user: channels first
-    y = Window((3, 3), ones, "same", ones).convolve(x, torch.randn(32, 8, 3, 3))
+    y = Window((3, 3), ones, "same", ones).convolution(torch.randn(32, 8, 3, 3), x.shape[2:])(x)
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
