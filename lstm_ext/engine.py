@@ -144,6 +144,8 @@ def is_lazy(tensor: Tensor) -> bool:
 
 def in_memory(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of one that :func:`is_lazy`."""
+    if torch.compiler.is_compiling():
+        return tensor.resolve_neg()  # the only question that goes into a graph
     return tensor.clone() if is_lazy(tensor) else tensor
 
 
@@ -312,8 +314,10 @@ def is_surrounded() -> bool:
 
 def is_recording() -> bool:
     """Whether autograd records what is made of tensors that require grad: never in inference mode,
-    whatever torch.enable_grad says."""
-    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    whatever torch.enable_grad says. A graph cannot ask."""
+    return torch.is_grad_enabled() and (
+        torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
+    )
 
 
 def is_intercepted() -> bool:

@@ -84,6 +84,10 @@ class Steps:
             TypeError: a dtype other than those.
             ValueError: another shape, or a length outside 0..T.
         """
+        if lengths is not None:
+            lengths = _checked_lengths(lengths, T, B, device)
+        if reset_mask is not None:
+            reset_mask = _checked_reset_mask(reset_mask, T, B, batch_first, device)
         plain = lengths is None and reset_mask is None and not torch.compiler.is_compiling()
         if plain and isinstance(T, int) and isinstance(B, int):  # else symbols of a graph
             # The same for every call of a shape, with what the engines keep there.
@@ -94,10 +98,6 @@ class Steps:
                     _plain.clear()
                 steps = _plain[key] = Steps(T, B, rows=T * B, batch_first=batch_first)
             return steps
-        if lengths is not None:
-            lengths = _checked_lengths(lengths, T, B, device)
-        if reset_mask is not None:
-            reset_mask = _checked_reset_mask(reset_mask, T, B, batch_first, device)
         return Steps(
             T,
             B,
@@ -289,7 +289,8 @@ def _refuse_capture() -> None:
         )
 
 
-def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str) -> Tensor:
+def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str) -> Tensor | None:
+    """None where all are known to be T: whole sequences take less time."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths should be a tensor of integers, got {type(lengths).__name__}")
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
@@ -302,7 +303,8 @@ def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str
     if torch.device(device).type == "cpu":
         copy = copy.cpu()
     if not (torch.compiler.is_compiling() or is_recorded()):  # else the operator's kernel does
-        check_lengths(copy, T)
+        if check_lengths(copy, T) and not is_watched():
+            return None
     return _moved(copy, device)
 
 
@@ -353,8 +355,11 @@ def check_packed(steps: Steps) -> None:
         )
 
 
-def check_lengths(lengths: Tensor, T: int) -> None:
+def check_lengths(lengths: Tensor, T: int) -> bool:
     """Refuses lengths (B), int64, that are not all in 0..T.
+
+    Returns:
+        Whether they are known to be T, all of them.
 
     Raises:
         ValueError: on the CPU. On CUDA an assertion of the device fails.
@@ -362,25 +367,27 @@ def check_lengths(lengths: Tensor, T: int) -> None:
     while is_functorch_wrapped_tensor(lengths):
         lengths = get_unwrapped(lengths)
     if not lengths.numel():
-        return
+        return False
     if lengths.is_cuda:
         # Reading the values would wait for the device.
         torch._assert_async(
             ((lengths < 0) | (lengths > T)).any().logical_not(),
             f"lstm_ext: lengths must lie between 0 and the number of steps, {T}",
         )
-        return
+        return False
     low, high = (int(v) for v in lengths.aminmax())
     if low < 0 or high > T:
         raise ValueError(
             f"Expected lengths between 0 and the number of steps, {T}, got values from "
             f"{low} to {high}"
         )
+    return low == T
 
 
 def _checked_reset_mask(
     reset_mask: Tensor, T: int, B: int, batch_first: bool, device: torch.device | str
-) -> Tensor:
+) -> Tensor | None:
+    """None where nothing is known to be reset."""
     if not isinstance(reset_mask, Tensor):
         raise TypeError(f"reset_mask should be a bool tensor, got {type(reset_mask).__name__}")
     if reset_mask.dtype != torch.bool:
@@ -389,5 +396,7 @@ def _checked_reset_mask(
     if reset_mask.shape != expected:
         raise ValueError(f"Expected reset_mask of size {expected}, got {tuple(reset_mask.shape)}")
     _check_values("reset_mask", reset_mask, device)
+    if reset_mask.device.type == "cpu" and not is_watched() and not reset_mask.any():
+        return None
     mask = (reset_mask.T if batch_first else reset_mask).detach()
     return _moved(mask.to(copy=True, memory_format=torch.contiguous_format), device)

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from device import PLACES, here
+from device import DEVICE, PLACES, here
 from tolerances import tol
 from torch.testing import assert_close
 
 import lstm_ext
 from lstm_ext import reference
+from lstm_ext.steps import Steps
 
 TOL = tol(torch.float64)
 BITS = {"rtol": 0, "atol": 0}
@@ -109,3 +110,23 @@ def test_batch_first_takes_its_reset_mask_batch_first():
     ours(x, reset_mask=torch.zeros(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="reset_mask"):
         ours(x, reset_mask=torch.zeros(5, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_lengths_and_resets_that_change_nothing_are_left_out(batch_first):
+    """Where the host knows: such a call then takes the time of one without."""
+    T, B = 5, 3
+    full = torch.full((B,), T, dtype=torch.int32)
+    none = torch.zeros((B, T) if batch_first else (T, B), dtype=torch.bool)
+    given = {"batch_first": batch_first, "device": DEVICE}
+    assert Steps.padded(T, B, lengths=full, reset_mask=none, **given) is Steps.padded(
+        T, B, batch_first=batch_first
+    )
+    some, one = full.clone(), none.clone()
+    some[1], one[1, 1] = T - 1, True
+    kept = Steps.padded(T, B, lengths=some, reset_mask=one, **given)
+    assert kept.lengths.tolist() == [5, 4, 5] and kept.reset_mask.sum() == 1
+    assert Steps.padded(T, B, lengths=full, reset_mask=one, **given).lengths is None
+    assert Steps.padded(0, B, lengths=full * 0, **given).lengths is None
+    mapped = torch.func.vmap(lambda n: Steps.padded(T, B, lengths=n, **given).lengths)(full[None])
+    assert mapped.shape == (1, B)
