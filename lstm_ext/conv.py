@@ -183,7 +183,7 @@ class _ConvLSTMBase(nn.Module):
             h_n, c_n = [], []
             for layer in range(self.num_layers):
                 x, h, c = conv_lstm_layer(
-                    x, h0[layer], c0[layer], weights[layer], self._window(layer), walk, hx is None
+                    x, h0[layer], c0[layer], weights[layer], self._window(layer), walk
                 )
                 h_n.append(h)
                 c_n.append(c)

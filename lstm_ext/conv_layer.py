@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
-from lstm_ext.autograd import needs_grad
 from lstm_ext.engine import acc_dtype
 from lstm_ext.pointwise import lstm_cell
 from lstm_ext.steps import Steps
@@ -162,7 +161,6 @@ def conv_lstm_layer(
     w: ConvWeights,
     window: Window,
     walk: Walk,
-    zero: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer.
 
@@ -170,7 +168,6 @@ def conv_lstm_layer(
         x: (T, N, in, *size), or (N, T, in, *size) with batch_first.
         h0, c0: (N, C, *output).
         window: of the input's convolution.
-        zero: h0 is zero.
 
     Returns:
         Output shaped as x with C and the output's size, h_n and c_n (N, C, *output).
@@ -194,14 +191,10 @@ def conv_lstm_layer(
     h, c = _pixels(h0).to(acc), _pixels(c0).to(acc)
     w_ch = None if w.w_ch is None else w.w_ch.to(acc)
     outputs = []
-    # A convolution of zeros is left out, but where W_hh would be out of the graph.
-    zero = zero and (T > 1 or not needs_grad((w.w_hh,)))
     for t in range(T):
-        a = gx[t].flatten(0, 1)
-        if t or not zero:
-            # The recurrence goes on with h as the user sees it: rounded to its dtype.
-            image = h.to(dtype).to(within).view(N, *size, C).movedim(-1, 1)
-            a = a + _pixels(recurrent(image)).to(acc)
+        # The recurrence goes on with h as the user sees it: rounded to its dtype.
+        image = h.to(dtype).to(within).view(N, *size, C).movedim(-1, 1)
+        a = gx[t].flatten(0, 1) + _pixels(recurrent(image)).to(acc)
         h, c = lstm_cell(a, h, c, walk.pixels[t], w_ch)
         outputs.append(h.to(dtype).view(N, *size, C))
     y = torch.stack(outputs, dim=time)

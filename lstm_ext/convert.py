@@ -64,8 +64,10 @@ def replaced(
             if child in swapped:
                 parent.add_module(child_name, swapped[child])
                 if child_name == "_orig_mod" and "dynamo_ctx" in parent.__dict__:
-                    # Of torch.compile(module), which keeps that module's forward besides.
+                    # Of torch.compile(module), which keeps that module's forward besides, compiled
+                    # and, for another torch.compile, as it was.
                     parent.__setstate__(parent.__getstate__())
+                    parent.__dict__["_torchdynamo_orig_callable"] = swapped[child].forward
     if others:
         refused.insert(
             0,

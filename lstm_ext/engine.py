@@ -325,7 +325,7 @@ def is_intercepted() -> bool:
     of a tensor, and may change what they return, the memory that the core is to read and write
     too. A default device is one: asked about all that is within, a call of LSTMCell takes 85 us
     instead of 14."""
-    return torch._C._len_torch_function_stack() > 0 and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and torch._C._is_torch_function_mode_enabled()
 
 
 def as_one_function(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

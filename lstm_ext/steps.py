@@ -123,8 +123,7 @@ class Steps:
         B = int(batch_sizes[0]) if has_values or sequences is None else sequences
         if has_values:
             to_gpu = torch.device(device).type == "cuda"
-            if to_gpu:
-                _refuse_capture()
+            _refuse_capture(device)
             table = torch.empty(T + B, dtype=torch.int64, device="cpu", pin_memory=to_gpu)
             _C.packed_rows(address(batch_sizes), T, address(table))
         else:
@@ -277,12 +276,12 @@ def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
         or torch._C._are_functorch_transforms_active()
     ):
         return tensor.to(device)
-    _refuse_capture()
+    _refuse_capture(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _refuse_capture() -> None:
-    if torch.cuda.is_current_stream_capturing():
+def _refuse_capture(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "lengths, reset_mask or batch sizes on the CPU cannot be captured in a CUDA graph, got "
             "them during a capture: give lengths= and reset_mask= on the device"
@@ -304,6 +303,7 @@ def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str
         copy = copy.cpu()
     if not (torch.compiler.is_compiling() or is_recorded()):  # else the operator's kernel does
         if check_lengths(copy, T) and not is_watched():
+            _refuse_capture(device)
             return None
     return _moved(copy, device)
 
@@ -397,6 +397,7 @@ def _checked_reset_mask(
         raise ValueError(f"Expected reset_mask of size {expected}, got {tuple(reset_mask.shape)}")
     _check_values("reset_mask", reset_mask, device)
     if reset_mask.device.type == "cpu" and not is_watched() and not reset_mask.any():
+        _refuse_capture(device)
         return None
     mask = (reset_mask.T if batch_first else reset_mask).detach()
     return _moved(mask.to(copy=True, memory_format=torch.contiguous_format), device)

@@ -235,6 +235,8 @@ def test_what_torch_compile_wraps_runs_as_the_new_module(monkeypatch, where):
     zeros = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     model.load_state_dict(zeros, assign=True)
     assert not model(x)[0].any()
+    if where == "the model":
+        assert not torch.compile(model, backend="eager")(x)[0].any()
 
 
 @pytest.mark.parametrize("model", [None, nn.LSTM, {"lstm": 1}])

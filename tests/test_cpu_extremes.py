@@ -57,6 +57,19 @@ def test_an_infinite_state_and_an_odd_number_of_units(isa, hidden_size, proj_siz
     assert output.isfinite().all()
 
 
+@pytest.mark.parametrize("weight, number", [(2e34, 2e-30), (2e-30, 2e34)])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_weights_of_8_bits_and_scales_far_from_each_other(isa, bits, weight, number):
+    torch.manual_seed(0)
+    module = lstm_ext.LSTM(1, 4)
+    module.weight_ih_l0.data.fill_(weight)
+    module.bias_ih_l0.data.fill_(-weight * number)
+    quantized = lstm_ext.quantize(module, activation_bits=bits)
+    with torch.no_grad():
+        x = torch.tensor([[[number]]])
+        torch.testing.assert_close(quantized(x), quantized.dequantize()(x), rtol=0.02, atol=0.01)
+
+
 def test_weights_of_8_bits_and_scales_whose_product_overflows(isa):
     torch.manual_seed(0)
     module = lstm_ext.LSTM(2, 4)

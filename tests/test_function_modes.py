@@ -94,6 +94,13 @@ def test_every_mode_of_a_stack_sees_a_call():
     assert "LSTM.forward" in outer.names and inner.names == ["LSTM.forward"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_modes_are_off(kind):
+    module, x = _made(kind)
+    with torch.device(x.device), torch._C.DisableTorchFunction():
+        module(x)
+
+
 def test_lengths_and_packed_input_in_a_mode():
     module, x = _made("plain")
     packed, lengths = _packed(x), torch.tensor([4, 2, 1])

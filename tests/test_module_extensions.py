@@ -130,3 +130,12 @@ def test_lengths_and_resets_that_change_nothing_are_left_out(batch_first):
     assert Steps.padded(0, B, lengths=full * 0, **given).lengths is None
     mapped = torch.func.vmap(lambda n: Steps.padded(T, B, lengths=n, **given).lengths)(full[None])
     assert mapped.shape == (1, B)
+
+
+def test_nothing_is_left_out_of_a_cuda_graph(monkeypatch):
+    """Its replays would not see another value."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    full, none = torch.full((3,), 5), torch.zeros(5, 3, dtype=torch.bool)
+    for given in ({"lengths": full}, {"reset_mask": none}):
+        with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+            Steps.padded(5, 3, **given, device="cuda")

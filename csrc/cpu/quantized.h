@@ -47,6 +47,13 @@ struct WholeRow {
   int8_t *high, *low;
   int32_t sum_high, sum_low;
 
+  // The scale of sums with weights of these scales; finite, so that no sum of 0 becomes NaN.
+  LSTM_EXT_INLINE Vec<float> times(Vec<float> scales) const {
+    const Vec<float> product = scale * scales;
+    const Vec<float> most = broadcast<float>(std::numeric_limits<float>::max());
+    return product > most ? most : product;
+  }
+
   // Room for rows of K numbers, and for what a vector writes past them. bytes: high and low, else
   // words.
   static WholeRow* take(Arena& arena, int64_t count, int64_t K, bool bytes) {
@@ -195,7 +202,7 @@ __attribute__((noinline)) void byte_product(const WholeRow* rows, const uint8_t*
           sum = sum * 256.0f + __builtin_convertvector(low[r][i / parts][p], Vec<float>);
         }
         store_full<float>(out + p * part_stride + (r * G + g) * L,
-                          sum * scales[g * parts + p] * rows[r].scale);
+                          sum * rows[r].times(scales[g * parts + p]));
       }
     }
   }
@@ -337,7 +344,7 @@ __attribute__((noinline)) void word_product(const WholeRow* rows, const uint8_t*
         for (int p = 0; p < parts; ++p) {
           const Vec<float> sum = load_full<float>(pairs + p * L);
           store_full<float>(out + p * part_stride + (r * G + g) * L,
-                            sum * scales[g * parts + p] * rows[r].scale);
+                            sum * rows[r].times(scales[g * parts + p]));
         }
       }
     }
