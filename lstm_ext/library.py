@@ -177,6 +177,7 @@ def _forward_fake(*arguments: Any) -> list[Tensor]:
     x, flat = layer[:2]
     _, kinds = _decode(*layer)
     directions, rows, D = unflatten(flat, kinds), x.size(0), len(kinds)
+    ops.check_devices(x, flat)
     h0, c0, w, _ = directions[0]
     H, P = c0.size(1), h0.size(1)
     results = [x.new_empty(rows, D * P)]
@@ -196,6 +197,7 @@ def _forward_fake(*arguments: Any) -> list[Tensor]:
 
 def _backward_fake(*arguments: Any) -> list[Tensor]:
     (x, flat, *_), wanted = arguments[:_LAYER_COUNT], arguments[-1]
+    ops.check_devices(x, flat)
     return [t.new_empty(t.shape) for t, want in zip([x, *flat], wanted, strict=True) if want]
 
 

@@ -171,6 +171,16 @@ def check_dtype(dtype: torch.dtype) -> None:
         )
 
 
+def check_devices(x: Tensor, tensors: Sequence[Tensor | None]) -> None:
+    """Refuses tensors on another device than x: with one on the meta device among them torch calls
+    an operator's fake, whose results hold nothing."""
+    for tensor in tensors:
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(
+                f"Expected all tensors on {x.device} like the input, got one on {tensor.device}"
+            )
+
+
 def check_dense(name: str, tensor: Tensor) -> None:
     """Raises RuntimeError for a sparse tensor."""
     if tensor.layout is not torch.strided:

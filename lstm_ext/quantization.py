@@ -30,7 +30,7 @@ from lstm_ext.engine import (
 )
 from lstm_ext.flat import Kind
 from lstm_ext.native import _C
-from lstm_ext.ops import check_tensors
+from lstm_ext.ops import check_devices, check_tensors
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps, check_steps
 from lstm_ext.torch_engine import LayerOutputs, side_by_side
@@ -259,6 +259,7 @@ def _kernel(*arguments: Any) -> list[Tensor]:
 def _fake(
     x: Tensor, flat: Sequence[Tensor | None], bits: int, reverse: Sequence[bool], *rest: Any
 ) -> list[Tensor]:
+    check_devices(x, flat)
     D, cells, (h0, c0) = len(reverse), rest[-1], flat[:2]
     widths = (h0.size(1), c0.size(1)) if cells else (h0.size(1),)
     rows = [x.new_empty(x.size(0), D * width) for width in widths]
