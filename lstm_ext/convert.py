@@ -16,8 +16,9 @@ def convert(model: nn.Module) -> nn.Module:
     """Swap every nn.LSTM and nn.LSTMCell in model for its lstm_ext counterpart, in place.
 
     The new modules share the Parameters (an optimizer made before stays valid), hooks and training
-    flags of the old ones; one that is registered in several places stays one. A module compiled on
-    its own comes back compiled by `torch.compile(module)`, uncompiled by `module.compile()`.
+    flags of the old ones; one that is registered in several places stays one. What
+    `torch.compile(module)` wraps stays compiled; a module compiled in place (`module.compile()`)
+    comes back uncompiled.
 
     Subclasses of the two, which parametrized modules are too, and modules whose forward was
     replaced are left alone, with one warning that names them: what they add would be lost.
