@@ -21,10 +21,8 @@ from torch import Tensor, nn
 
 import lstm_ext
 from bench.machine import environment, grow_heap
-from bench.timing import seconds, warm_up
-from bench.work import make_call
-
-MODES = ("inference", "training")
+from bench.suites import MODES
+from bench.timing import samples_in_turn
 
 
 class Film(NamedTuple):
@@ -92,15 +90,9 @@ def measure(
     lstm = lstm_ext.ConvLSTM2d(film.inputs, film.channels, film.kernel)
     x = torch.randn(film.steps, film.batch, film.inputs, film.size, film.size, device=device)
     lstm = lstm.to(device)
-    modules, calls = [lstm, Loop(lstm)], []
-    ours, theirs = (module(x)[0] for module in modules)
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    for module in modules:
-        call = make_call(module, [x], mode, torch.randn_like(ours))
-        calls.append((call, warm_up(call, min_sample, device)))
-    samples = [
-        [seconds(call, inner, device) / inner for call, inner in calls] for _ in range(repeats)
-    ]
+    modules = [lstm, Loop(lstm)]
+    torch.testing.assert_close(*(module(x)[0] for module in modules), rtol=1e-3, atol=1e-4)
+    samples = samples_in_turn(modules, x, mode, repeats, min_sample, device)
     return {
         "film": film.name,
         "mode": mode,

@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -173,6 +173,22 @@ def warm_up(call: Callable[[], object], min_sample: float, device: torch.device)
     # One sample that a neighbour slowed down would make every later one too short.
     fastest = min(spent, *(seconds(call, times, device) for _ in range(2)))
     return math.ceil(times * min_sample / fastest)
+
+
+def samples_in_turn(
+    modules: Sequence[nn.Module],
+    x: torch.Tensor,
+    mode: str,
+    repeats: int,
+    min_sample: float,
+    device: torch.device,
+) -> list[list[float]]:
+    """Seconds of a call of each module, turn by turn, without a check of what they compute."""
+    calls = []
+    for module in modules:
+        call = make_call(module, [x], mode, torch.randn_like(module(x)[0]))
+        calls.append((call, warm_up(call, min_sample, device)))
+    return [[seconds(call, inner, device) / inner for call, inner in calls] for _ in range(repeats)]
 
 
 def free_memory(device: torch.device) -> None:

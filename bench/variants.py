@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 import lstm_ext
 from bench.machine import environment, grow_heap
-from bench.timing import seconds, warm_up
-from bench.work import make_call
+from bench.suites import MODES
+from bench.timing import samples_in_turn
 from lstm_ext import reference
 
 #: Arguments of the variant; those that the LSTM beside it has too come from BASES.
@@ -38,7 +38,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "merge_mode": {"merge_mode": "sum"},
 }
 BASES: dict[str, dict[str, Any]] = {"merge_mode": {"bidirectional": True}}
-MODES = ("inference", "training")
 
 
 class Loop(nn.Module):
@@ -97,15 +96,9 @@ def measure(
     T, B, H = size
     plain = lstm_ext.LSTM(H, H, **BASES.get(name, {}))
     variant = lstm_ext.LSTM(H, H, **BASES.get(name, {}), **VARIANTS[name])
-    x, calls = torch.randn(T, B, H, device=device), []
-    for module in (variant, plain, Loop(variant)):
-        module = module.to(device)
-        cotangent = torch.randn_like(module(x)[0])
-        call = make_call(module, [x], mode, cotangent)
-        calls.append((call, warm_up(call, min_sample, device)))
-    samples = [
-        [seconds(call, inner, device) / inner for call, inner in calls] for _ in range(repeats)
-    ]
+    modules = [module.to(device) for module in (variant, plain, Loop(variant))]
+    x = torch.randn(T, B, H, device=device)
+    samples = samples_in_turn(modules, x, mode, repeats, min_sample, device)
     return {
         "variant": name,
         "mode": mode,

@@ -90,7 +90,8 @@ class Window(NamedTuple):
                 memory_format=torch.channels_last if w.dim() == 4 else torch.channels_last_3d
             )
         unequal = None if even else [n for pair in reversed(pads) for n in pair]
-        return Convolution(w, stride, padding, dilation, unequal, row)
+        product = even and not any(padding) and all(n == 1 for n in (*stride, *w.shape[2:]))
+        return Convolution(w, stride, padding, dilation, unequal, row, product)
 
 
 class Convolution(NamedTuple):
@@ -102,17 +103,14 @@ class Convolution(NamedTuple):
     dilation: list[int]
     unequal: list[int] | None  # zeros that F.pad adds before
     row: bool  # images are rows of pixels
-
-    def is_product(self) -> bool:
-        """Whether a pixel of the output is made of one of the input: a product of matrices, which
-        leaves the channels last whatever the weight's format, and so takes a third of the time."""
-        ones = self.stride + list(self.w.shape[2:])
-        return self.unequal is None and not any(self.padding) and all(n == 1 for n in ones)
+    # A pixel of the output is made of one of the input: a product of matrices, which leaves the
+    # channels last, as no weight of one pixel tells a convolution to.
+    product: bool
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (N, in, *size), bias (out)."""
-        w, stride, padding, dilation, unequal, row = self
-        if self.is_product():
+        w, stride, padding, dilation, unequal, row, product = self
+        if product:
             y = F.linear(x.movedim(1, -1), w.flatten(1), bias)
             return y.movedim(-1, 1)
         if unequal is not None:
@@ -155,12 +153,7 @@ class Walk(NamedTuple):
 
 
 def conv_lstm_layer(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    w: ConvWeights,
-    window: Window,
-    walk: Walk,
+    x: Tensor, h0: Tensor, c0: Tensor, w: ConvWeights, window: Window, walk: Walk
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer.
 
