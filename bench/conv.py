@@ -56,6 +56,7 @@ FILMS = tuple(
         (10, 8, 1, 64, 5, 32),
     )
 )
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Loop(nn.Module):
@@ -83,15 +84,21 @@ class Loop(nn.Module):
 
 
 def measure(
-    film: Film, mode: str, repeats: int, min_sample: float, device: torch.device
+    film: Film,
+    mode: str,
+    dtype: torch.dtype,
+    repeats: int,
+    min_sample: float,
+    device: torch.device,
 ) -> dict[str, Any]:
     """One row."""
     torch.manual_seed(0)
     lstm = lstm_ext.ConvLSTM2d(film.inputs, film.channels, film.kernel)
-    x = torch.randn(film.steps, film.batch, film.inputs, film.size, film.size, device=device)
-    lstm = lstm.to(device)
+    x = torch.randn(film.steps, film.batch, film.inputs, film.size, film.size)
+    lstm, x = lstm.to(device, dtype), x.to(device, dtype)
     modules = [lstm, Loop(lstm)]
-    torch.testing.assert_close(*(module(x)[0] for module in modules), rtol=1e-3, atol=1e-4)
+    limits = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0, "atol": 0.05}
+    torch.testing.assert_close(*(module(x)[0] for module in modules), **limits)
     samples = samples_in_turn(modules, x, mode, repeats, min_sample, device)
     return {
         "film": film.name,
@@ -120,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--film", metavar="TEXT", default="", help="only problems with it in them")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--min-sample", type=float, default=0.02, help="seconds (default: 0.02)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="default: torch's own")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the samples as JSON")
@@ -128,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     grow_heap()
     films, device = [f for f in FILMS if args.film in f.name], torch.device(args.device)
+    dtype = getattr(torch, args.dtype)
     if not films:
         parser.error(f"--film {args.film!r} is in none of {', '.join(f.name for f in FILMS)}")
     rows = []
@@ -135,13 +144,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     def measured() -> Iterator[dict[str, Any]]:
         for film in films:
             for mode in MODES:
-                rows.append(measure(film, mode, args.repeats, args.min_sample, device))
+                rows.append(measure(film, mode, dtype, args.repeats, args.min_sample, device))
                 yield rows[-1]
 
     for line in table(measured()):
         print(line, flush=True)
     if args.out is not None:
-        settings = {"repeats": args.repeats, "threads": torch.get_num_threads()}
+        threads = torch.get_num_threads()
+        settings = {"dtype": args.dtype, "repeats": args.repeats, "threads": threads}
         facts = {"settings": settings, "environment": environment(device), "rows": rows}
         args.out.write_text(json.dumps(facts, indent=1) + "\n")
     return 0

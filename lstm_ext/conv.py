@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lstm_ext.compat import States, check_match, check_pair, check_weights
-from lstm_ext.conv_layer import ConvWeights, Walk, Window, conv_lstm_layer
+from lstm_ext.conv_layer import ConvWeights, Walk, conv_lstm_layer
+from lstm_ext.convolutions import Window
 from lstm_ext.engine import (
     as_one_function,
     autocast_is_on,
@@ -160,9 +161,9 @@ class _ConvLSTMBase(nn.Module):
                 raise RuntimeError(f"Expected hidden[{k}] size {expected}, got {got}")
 
     def _run(
-        self, x: Tensor, hx: States | None, steps: Steps, batch_first: bool
+        self, x: Tensor, hx: States | None, steps: Steps
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """All layers on x (T, N, in, *size), or (N, T, ...): the output, and h and c of each.
+        """All layers on x (T, N, in, *size): the output, and h and c of each.
 
         hx: (num_layers, N, C, *output) each.
         """
@@ -178,7 +179,7 @@ class _ConvLSTMBase(nn.Module):
         with without_autocast(x.device):
             shape = (self.num_layers, steps.B, self.hidden_channels, *size)
             h0, c0 = hx or [x.new_zeros(shape)] * 2
-            walk = Walk.of(steps, math.prod(size), batch_first)
+            walk = Walk.of(x.dtype, steps, math.prod(size))
             x = walk.mask(x)  # a NaN in the padding ends here
             h_n, c_n = [], []
             for layer in range(self.num_layers):
@@ -263,7 +264,9 @@ class _ConvLSTM(_ConvLSTMBase):
         if steps.lengths is not None and (torch.compiler.is_compiling() or is_recorded()):
             right = ((steps.lengths >= 0) & (steps.lengths <= T)).all()
             torch._assert_async(right, "lengths: expected 0 to as many as there are steps")
-        y, h, c = self._run(input, hx, steps, self.batch_first)
+        y, h, c = self._run(input.transpose(0, 1) if self.batch_first else input, hx, steps)
+        if self.batch_first:  # in memory too: whoever takes all frames as one batch copies nothing
+            y = y.movedim((0, 2), (1, -1)).contiguous().movedim(-1, 2)
         h_n, c_n = torch.stack(h), torch.stack(c)
         if not batched:
             y, h_n, c_n = y.squeeze(0 if self.batch_first else 1), h_n.squeeze(1), c_n.squeeze(1)
@@ -318,7 +321,7 @@ class _ConvLSTMCell(_ConvLSTMBase):
             hx = hx and (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
         hx = hx and (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
         steps = Steps.padded(1, input.size(0))
-        _, (h,), (c,) = self._run(input.unsqueeze(0), hx, steps, False)
+        _, (h,), (c,) = self._run(input.unsqueeze(0), hx, steps)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
 

@@ -1,24 +1,31 @@
 """One layer of a ConvLSTM: the convolutions and the loop over the steps.
 
-Everything lies channels last inside: a convolution leaves the four gates of a pixel side by side,
-as the fused cell (:mod:`pointwise`) wants them, and no step transposes anything.
+On the native cells it is one function for autograd, :class:`ConvLayer`: backward walks the steps
+back by the input's gradient alone of the recurrent convolution, and makes the weights' gradients in
+one convolution over all steps. In torch operations it is under whatever must see those:
+torch.compile (whose compiler fuses them itself), torch.export, make_fx, vmap, jvp; and for second
+derivatives.
 
 Letters: T steps, N sequences, C hidden channels.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from lstm_ext.engine import acc_dtype
-from lstm_ext.pointwise import lstm_cell
+from lstm_ext import ops, pointwise
+from lstm_ext.autograd import must_apply, needs_grad
+from lstm_ext.batching import batched_gradients
+from lstm_ext.convolutions import Convolution, Window
+from lstm_ext.derivatives import LayerFunction, pulled
+from lstm_ext.engine import acc_dtype, in_memory, sum_of
+from lstm_ext.native import _C
 from lstm_ext.steps import Steps
 
 
@@ -32,124 +39,51 @@ class ConvWeights(NamedTuple):
     w_ch: Tensor | None  # (3C), rows i, f, o
 
 
-class Window(NamedTuple):
-    """How a kernel moves over its input, a number a dimension."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...] | str  # or "same"
-    dilation: tuple[int, ...]
-
-    def pads(self, size: Sequence[int]) -> list[tuple[int, int]]:
-        """Zeros before and after each dimension of an input of that size.
-
-        "same": so many that the output has ceil(size / stride), the odd one after (TensorFlow's
-        rule, and torch's where the stride is 1).
-        """
-        if self.padding != "same":
-            return [(p, p) for p in self.padding]
-        pads = []
-        for n, k, s, d in zip(size, self.kernel, self.stride, self.dilation, strict=True):
-            total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
-            pads.append((total // 2, total - total // 2))
-        return pads
-
-    def output(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Size of the output for an input of that size.
-
-        Raises:
-            RuntimeError: the input is smaller than the kernel.
-        """
-        pads, result = self.pads(size), []
-        for n, k, s, d, (before, after) in zip(
-            size, self.kernel, self.stride, self.dilation, pads, strict=True
-        ):
-            span = n + before + after - d * (k - 1) - 1
-            if n < 1 or span < 0:
-                raise RuntimeError(
-                    f"input of size {tuple(size)} with padding {self.padding} is too small for "
-                    f"kernel size {self.kernel} and dilation {self.dilation}"
-                )
-            result.append(span // s + 1)
-        return tuple(result)
-
-    def convolution(self, w: Tensor, size: Sequence[int]) -> Convolution:
-        """Of images (N, in, *size) with w (out, in, *kernel); gives (N, out, *output)."""
-        pads = self.pads(size)
-        even = all(before == after for before, after in pads)
-        padding = [before for before, _ in pads] if even else [0] * len(pads)
-        stride, dilation = list(self.stride), list(self.dilation)
-        row = len(pads) == 1
-        if row:  # as an image one pixel high: torch has no channels last in one dimension
-            w = w.unsqueeze(2)
-            stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
-        # A weight that lies channels last makes the output lie so, whatever the input's format.
-        # vmap knows no formats.
-        if peek_interpreter_stack() is None:
-            w = w.contiguous(
-                memory_format=torch.channels_last if w.dim() == 4 else torch.channels_last_3d
-            )
-        unequal = None if even else [n for pair in reversed(pads) for n in pair]
-        product = even and not any(padding) and all(n == 1 for n in (*stride, *w.shape[2:]))
-        return Convolution(w, stride, padding, dilation, unequal, row, product)
-
-
-class Convolution(NamedTuple):
-    """A window's, made once for all steps: a weight is copied to lie channels last."""
-
-    w: Tensor
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    unequal: list[int] | None  # zeros that F.pad adds before
-    row: bool  # images are rows of pixels
-    # A pixel of the output is made of one of the input: a product of matrices, which leaves the
-    # channels last, as no weight of one pixel tells a convolution to.
-    product: bool
-
-    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (N, in, *size), bias (out)."""
-        w, stride, padding, dilation, unequal, row, product = self
-        if product:
-            y = F.linear(x.movedim(1, -1), w.flatten(1), bias)
-            return y.movedim(-1, 1)
-        if unequal is not None:
-            x = F.pad(x, unequal)
-        if row:
-            x = x.unsqueeze(2)
-        convolve = F.conv2d if w.dim() == 4 else F.conv3d
-        y = convolve(x, w, bias, stride, padding, dilation)
-        return y.squeeze(2) if row else y
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """(N, C, *size) as (N * pixels, C)."""
-    return x.movedim(1, -1).reshape(-1, x.size(1))
-
-
 class Walk(NamedTuple):
-    """What the layers share of a batch: its sequences' ends and the layout of the output."""
+    """What the layers share of a batch: its dtype, its sequences' ends."""
 
+    dtype: torch.dtype
     steps: Steps  # T steps of N sequences
     pixels: list[Steps]  # per step: which of the N * pixels rows take it
-    batch_first: bool
 
     @staticmethod
-    def of(steps: Steps, pixels: int, batch_first: bool) -> Walk:
+    def of(dtype: torch.dtype, steps: Steps, pixels: int) -> Walk:
         rows = steps.B * pixels
         if steps.lengths is None:
-            return Walk(steps, [Steps.padded(1, rows)] * steps.T, batch_first)
+            return Walk(dtype, steps, [Steps.padded(1, rows)] * steps.T)
         on = steps.active().to(torch.int64).repeat_interleave(pixels, dim=1)  # (T, rows)
         each = [Steps(1, rows, rows=rows, lengths=row) for row in on.unbind(0)]
-        return Walk(steps, each, batch_first)
+        return Walk(dtype, steps, each)
 
     def mask(self, x: Tensor) -> Tensor:
-        """x, whose first two dimensions are time and batch, with zeros past each sequence's end."""
+        """x (T, N, ...) with zeros past each sequence's end."""
         if self.steps.lengths is None:
             return x
         on = self.steps.active()
-        on = on.T if self.batch_first else on
         return torch.where(on.view(*on.shape, *[1] * (x.dim() - 2)), x, 0)
+
+
+class _Layer(NamedTuple):
+    """What a layer is but for its tensors, which are always these: x (T, N, in, *size), w_ih, bias,
+    w_hh, all of the convolutions' dtype; h0 and c0 (N, *output, C) and w_ch, of the cell's. bias
+    and w_ch may be None. Its results: output (T, N, *output, C) of walk.dtype, h_n and c_n as h0.
+    """
+
+    walk: Walk
+    window: Window  # of the input's convolution
+    size: tuple[int, ...]  # output
+
+    def recurrent(self, w_hh: Tensor) -> Convolution:
+        ones = (1,) * len(self.size)
+        return Window(self.window.kernel, ones, "same", ones).convolution(w_hh, self.size)
+
+    def frames(self, rows: Tensor) -> Tensor:
+        """(T, N * pixels, channels) as (T, N, *output, channels)."""
+        return rows.view(rows.size(0), self.walk.steps.B, *self.size, rows.size(-1))
+
+    def images(self, rows: Tensor) -> Tensor:
+        """(T, N * pixels, channels) as (T, N, channels, *output)."""
+        return self.frames(rows).movedim(-1, 2)
 
 
 def conv_lstm_layer(
@@ -158,38 +92,217 @@ def conv_lstm_layer(
     """One layer.
 
     Args:
-        x: (T, N, in, *size), or (N, T, in, *size) with batch_first.
-        h0, c0: (N, C, *output).
+        x: (T, N, in, *size) of walk.dtype.
+        h0, c0: (N, C, *output), likewise.
         window: of the input's convolution.
 
     Returns:
-        Output shaped as x with C and the output's size, h_n and c_n (N, C, *output).
+        Output (T, N, C, *output), h_n and c_n (N, C, *output), of walk.dtype.
     """
-    dtype, acc, (N, C, *size) = x.dtype, acc_dtype(x.dtype), h0.shape
-    # Half types compute in float32 on the CPU, as the LSTM does.
-    within = acc if x.device.type == "cpu" else dtype
-    w = ConvWeights(*(t if t is None else t.to(within) for t in w))
-    bias = w.b_ih if w.b_ih is None else w.b_ih + w.b_hh
-    time, batch = (1, 0) if walk.batch_first else (0, 1)
-    T = x.size(time)
-    of_input = window.convolution(w.w_ih, x.shape[3:])
-    gx = _pixels(of_input(x.flatten(0, 1).to(within), bias)).to(acc)
-    gx = gx.view(*x.shape[:2], math.prod(size), 4 * C)
+    dtype, acc = walk.dtype, acc_dtype(walk.dtype)
+    convolved = _convolved(dtype, x.device)
+    layer = _Layer(walk, window, tuple(h0.shape[2:]))
+    w_ih, w_hh, b_ih, b_hh, w_ch = w
+    bias = None if b_ih is None else (b_ih.to(acc) + b_hh.to(acc)).to(convolved)
+    tensors = [x.to(convolved), w_ih.to(convolved), bias, w_hh.to(convolved)]
+    tensors += [h0.movedim(1, -1).to(acc), c0.movedim(1, -1).to(acc)]
+    tensors.append(None if w_ch is None else w_ch.to(acc))
+    if x.size(0) == 0 or _must_be_seen() or not ops.has_native_kernels(x.device):
+        y, h, c = _in_torch(layer, *tensors)
+    else:
+        tensors = [None if t is None else in_memory(t) for t in tensors]
+        if needs_grad(tensors):
+            y, h, c = ConvLayer.run(layer, *tensors)
+        else:
+            y, h, c = _on_cells(layer, *tensors, save=False)[0]
+    return y.movedim(-1, 2), h.to(dtype).movedim(-1, 1), c.to(dtype).movedim(-1, 1)
+
+
+def _convolved(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the convolutions compute in. Half types on a CPU that has no instructions for them, and
+    float16 on any: float32."""
+    half = device.type != "cpu" or (dtype == torch.bfloat16 and _has_bf16_convolutions())
+    return dtype if half else acc_dtype(dtype)
+
+
+@torch.compiler.assume_constant_result
+def _has_bf16_convolutions() -> bool:
+    return torch.backends.mkldnn.is_available() and _C.cpu_bf16_products()
+
+
+def _must_be_seen() -> bool:
+    """Whether something follows torch's operations that would see none of the core's."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _get_current_dispatch_mode() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, *size) as (N * pixels, C), contiguous: reshape alone does not see to that."""
+    return x.movedim(1, -1).reshape(-1, x.size(1)).contiguous()
+
+
+# --- in torch operations --------------------------------------------------------------------------
+
+
+def _in_torch(
+    layer: _Layer,
+    x: Tensor,
+    w_ih: Tensor,
+    bias: Tensor | None,
+    w_hh: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ch: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer's results."""
+    (walk, window, _), T, C = layer, x.size(0), h0.size(-1)
+    convolved, acc, h, c = x.dtype, h0.dtype, h0.reshape(-1, C), c0.reshape(-1, C)
+    gx = _rows(window.convolution(w_ih, x.shape[3:])(x.flatten(0, 1), bias))
+    gx = gx.view(T, h.size(0), 4 * C)
     if T == 0:  # no numbers, but a place in the graph
-        y = gx[..., :C].to(dtype).reshape(*x.shape[:2], *size, C)
-        return y.movedim(-1, 2), h0, c0
-    gx = gx.unbind(time)  # T of (N, pixels, 4C)
-    ones = (1,) * len(size)
-    recurrent = Window(window.kernel, ones, "same", ones).convolution(w.w_hh, size)
-    h, c = _pixels(h0).to(acc), _pixels(c0).to(acc)
-    w_ch = None if w.w_ch is None else w.w_ch.to(acc)
-    outputs = []
-    for t in range(T):
+        return layer.frames(gx[..., :C].to(walk.dtype)), h0, c0
+    recurrent, outputs = layer.recurrent(w_hh), []
+    for gx_t, steps in zip(gx.unbind(0), walk.pixels, strict=True):
         # The recurrence goes on with h as the user sees it: rounded to its dtype.
-        image = h.to(dtype).to(within).view(N, *size, C).movedim(-1, 1)
-        a = gx[t].flatten(0, 1) + _pixels(recurrent(image)).to(acc)
-        h, c = lstm_cell(a, h, c, walk.pixels[t], w_ch)
-        outputs.append(h.to(dtype).view(N, *size, C))
-    y = torch.stack(outputs, dim=time)
-    h, c = (s.to(dtype).view(N, *size, C).movedim(-1, 1) for s in (h, c))
-    return walk.mask(y.movedim(-1, 2)), h, c
+        image = layer.images(h.to(walk.dtype).to(convolved).unsqueeze(0)).squeeze(0)
+        a = gx_t.to(acc) + _rows(recurrent(image)).to(acc)
+        h, c = pointwise.lstm_cell(a, h, c, steps, w_ch)
+        outputs.append(h.to(walk.dtype))
+    return walk.mask(layer.frames(torch.stack(outputs))), h.view(h0.shape), c.view(c0.shape)
+
+
+# --- on the native cells --------------------------------------------------------------------------
+
+
+def _on_cells(
+    layer: _Layer,
+    x: Tensor,
+    w_ih: Tensor,
+    bias: Tensor | None,
+    w_hh: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ch: Tensor | None,
+    *,
+    save: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """The layer's results, and what backward needs.
+
+    That is what the cells keep (T, rows, 4C) and c (T + 1, rows, C), of the cell's dtype, and h
+    (T + 1, rows, C) as the convolutions see it; without ``save`` they are of fewer steps.
+    """
+    (walk, window, _), T, C = layer, x.size(0), h0.size(-1)
+    convolved, acc, (h, c) = x.dtype, h0.dtype, (s.contiguous().view(-1, C) for s in (h0, c0))
+    cells, rows = pointwise.cells_of(x.device), h.size(0)
+    of_input, recurrent = window.convolution(w_ih, x.shape[3:]), layer.recurrent(w_hh)
+    gx = _rows(of_input(x.flatten(0, 1), bias)).view(T, rows, 4 * C)
+    w_ch = None if w_ch is None else w_ch.contiguous()
+    kept = gx if convolved == acc else h.new_empty(T if save else 1, rows, 4 * C)
+    h_seq, c_seq = x.new_empty(T + 1, rows, C), h.new_empty(T + 1 if save else 2, rows, C)
+    h_seq[0], c_seq[0] = h, c
+    # What a step takes, made for all steps at once: of few pixels, views would cost more than sums.
+    images, states = layer.images(h_seq).unbind(0), h_seq.unbind(0)
+    gates, gate_images = kept.unbind(0), layer.images(kept).unbind(0)
+    gx_images, cell_states = layer.images(gx).unbind(0), c_seq.unbind(0)
+    for t, steps in enumerate(walk.pixels):
+        a, product = gate_images[t % len(gates)], recurrent(images[t])
+        if convolved == acc:
+            a.add_(product)
+        else:
+            torch.add(gx_images[t].to(acc), product.to(acc), out=a)
+        c, c_new = (cell_states[k % len(cell_states)] for k in (t, t + 1))
+        h_new = states[t + 1] if walk.dtype == acc else torch.empty_like(h)
+        cells.cell_forward(steps, gates[t % len(gates)], h, c, w_ch, h_new, c_new, save)
+        if walk.dtype != acc:
+            states[t + 1].copy_(h_new.to(walk.dtype))
+        h, c = h_new, c_new
+    y, h, c = layer.frames(h_seq[1:]), h.view(h0.shape), c.view(c0.shape)
+    masked = walk.mask(y).to(walk.dtype)
+    if save:  # whoever changes a result in place must not change what backward reads
+        h, c = h.clone(), c.clone()
+        masked = masked.clone() if masked is y else masked
+    return (masked, h, c), (kept, h_seq, c_seq)
+
+
+class ConvLayer(LayerFunction):
+    """The layer on the native cells.
+
+    Saves its inputs, and of every step the gates, h and c.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, layer: _Layer, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        results, saved = _on_cells(layer, *tensors, save=True)
+        ctx.layer = layer
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    @batched_gradients
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        layer, wanted = ctx.layer, ctx.needs_input_grad[1:]
+        # Once: torch.utils.checkpoint gives them no second time.
+        *tensors, kept, h_seq, c_seq = ctx.saved_tensors
+        with ops.without_autocast(kept.device):
+            if must_apply():
+                run = functools.partial(_in_torch, layer)
+                return None, *pulled(run, tensors, grads, wanted)
+            return None, *_gradients(layer, wanted, grads, tensors, kept, h_seq, c_seq)
+
+
+def _gradients(
+    layer: _Layer,
+    wanted: Sequence[bool],
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Any],
+    kept: Tensor,
+    h_seq: Tensor,
+    c_seq: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Of the layer's tensors, None where not wanted, from those of its results, None for zero."""
+    x, w_ih, bias, w_hh, h0, _, w_ch = tensors
+    of_x, of_w_ih, of_bias, of_w_hh, of_h0, of_c0, of_w_ch = wanted
+    (walk, window, _), (T, rows, _), acc = layer, kept.shape, kept.dtype
+    cells = pointwise.cells_of(x.device)
+    of_input, recurrent = window.convolution(w_ih, x.shape[3:]), layer.recurrent(w_hh)
+    dy, dh, dc = (None if g is None else in_memory(g) for g in grads)
+    dy = None if dy is None else walk.mask(dy).to(acc).contiguous().view(T, rows, -1)
+    dh, dc = (None if g is None else g.contiguous().view(rows, -1) for g in (dh, dc))
+    da_seq = x.new_empty(kept.shape)
+    da_images, h_images = layer.images(da_seq).unbind(0), layer.images(h_seq).unbind(0)
+    dw_ch = None if w_ch is None else torch.zeros_like(w_ch)
+    for t in reversed(range(T)):
+        dh = sum_of(dh, None if dy is None else dy[t])
+        da = da_seq[t] if x.dtype == acc else torch.empty_like(kept[t])
+        step = (kept[t], c_seq[t], c_seq[t + 1], w_ch)
+        dh_passed, dc, dw_t = cells.cell_backward(walk.pixels[t], dh, dc, *step, da)
+        if x.dtype != acc:
+            da_seq[t] = da
+        dw_ch = sum_of(dw_ch, dw_t)
+        if t or of_h0:
+            dh = _rows(recurrent.gradients(da_images[t], h_images[t], True, False)[0]).to(acc)
+            if walk.steps.lengths is not None:
+                dh += dh_passed
+    g = layer.images(da_seq).flatten(0, 1)
+    dw_hh = None
+    if of_w_hh:  # what a sequence without steps starts with is no part of any product
+        h_prev = walk.mask(layer.images(h_seq[:T])).flatten(0, 1)
+        dw_hh = recurrent.gradients(g, h_prev, False, True)[1]
+    dx = dw_ih = None
+    if of_x or of_w_ih:
+        dx, dw_ih = of_input.gradients(g, x.flatten(0, 1), of_x, of_w_ih)
+    return (
+        None if dx is None else dx.view(x.shape),
+        dw_ih,
+        da_seq.flatten(0, 1).sum(0, dtype=acc).to(bias.dtype) if of_bias else None,
+        dw_hh,
+        dh.view(h0.shape) if of_h0 else None,
+        dc.view(h0.shape) if of_c0 else None,
+        dw_ch if of_w_ch else None,
+    )

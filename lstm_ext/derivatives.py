@@ -115,7 +115,7 @@ class SecondDerivative:
         def gradients(*some: Tensor | None) -> Results:
             return _gradients(steps, kinds, some[:count], some[count:], first)
 
-        return _pulled(gradients, (*d, *inputs), v, flags)
+        return pulled(gradients, (*d, *inputs), v, flags)
 
 
 class LayerDerivative(LayerFunction):
@@ -147,7 +147,7 @@ class LayerDerivative(LayerFunction):
         tensors = unwrap_dead_wrappers(ctx.saved_tensors)
         needed = ctx.needs_input_grad[5 : 5 + len(tensors)]
         with ops.without_autocast(_device(ctx, tensors)):
-            results = _pulled(_again(ctx), tensors, gradients, needed)
+            results = pulled(_again(ctx), tensors, gradients, needed)
         return (*[None] * 5, *results, *[None] * ctx.results)
 
     @staticmethod
@@ -248,10 +248,10 @@ def _gradients(
     steps: Steps, kinds: Kinds, d: Tensors, inputs: Tensors, wanted: Sequence[bool]
 ) -> Results:
     """Backward's results."""
-    return _pulled(lambda *some: _outputs(steps, kinds, some, d[1] is not None), inputs, d, wanted)
+    return pulled(lambda *some: _outputs(steps, kinds, some, d[1] is not None), inputs, d, wanted)
 
 
-def _pulled(
+def pulled(
     function: Callable[..., Results], at: Tensors, gradients: Tensors, wanted: Sequence[bool]
 ) -> Results:
     """The gradients of function's arguments that are wanted, None for the others, from those of its

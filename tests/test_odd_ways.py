@@ -9,9 +9,6 @@ from torch.func import functional_call
 
 import lstm_ext
 from lstm_ext import quantize
-from lstm_ext.pointwise import lstm_cell
-from lstm_ext.reference import lstm_cell as formula
-from lstm_ext.steps import Steps
 
 pytestmark = pytest.mark.cpu_only(reason="made of tensors on the CPU")
 
@@ -101,38 +98,92 @@ def test_cells_of_8_bits_in_a_graph():
 # --- the cell alone, and ConvLSTM -----------------------------------------------------------------
 
 
-def test_tensors_of_a_cell_that_lie_otherwise():
-    a, h, c, p = (torch.randn(s) for s in ((3, 8), (3, 2), (3, 2), (6,)))
-    steps = Steps.padded(1, 3)
-    expected = lstm_cell(a, h, c, steps, p)
-    for k in range(4):
-        given = [negated(t) if i == k else t for i, t in enumerate((a, h, c, p))]
-        assert all(map(torch.equal, lstm_cell(*given[:3], steps, given[3]), expected))
-    assert all(map(torch.equal, lstm_cell(a, h, c, steps, strided(p)), expected))
+def convolutional(**kwargs):
+    """A module and its input, initial states and parameters, of which it is a function."""
+    torch.manual_seed(0)
+    module = lstm_ext.ConvLSTM1d(2, 3, 3, peephole=True, **kwargs)
+    tensors = [torch.randn(4, 2, 2, 5, **kwargs), *torch.randn(2, 1, 2, 3, 5, **kwargs)]
+    tensors += [p.detach() for p in module.parameters()]
+    names = [name for name, _ in module.named_parameters()]
+
+    def run(x, h, c, *parameters):
+        replaced = dict(zip(names, parameters, strict=True))
+        y, states = functional_call(module, replaced, (x, (h, c)))
+        return y, *states
+
+    return run, tensors
 
 
-def test_negated_gradients_of_a_cell():
-    inputs = [torch.randn(3, n).requires_grad_() for n in (8, 2, 2)]
-    outputs = lstm_cell(*inputs, Steps.padded(1, 3))
-    v = [torch.randn(3, 2) for _ in outputs]
-    found, expected = (
-        gradients(outputs, inputs, d, allow_unused=True) for d in (list(map(negated, v)), v)
-    )
+@pytest.mark.parametrize("otherwise", [negated, strided])
+def test_tensors_of_a_convolutional_layer_that_lie_otherwise(otherwise):
+    run, tensors = convolutional()
+    expected = run(*tensors)
+    for k in range(len(tensors)):
+        given = [otherwise(t) if i == k else t for i, t in enumerate(tensors)]
+        torch.testing.assert_close(run(*given), expected)
+
+
+@pytest.mark.parametrize("otherwise", [negated, strided])
+def test_gradients_of_a_convolutional_layer_that_lie_otherwise(otherwise):
+    run, tensors = convolutional()
+    inputs = [t.requires_grad_() for t in tensors]
+    outputs = run(*inputs)
+    v = [torch.randn_like(t) for t in outputs]
+    found, expected = (gradients(outputs, inputs, d) for d in (list(map(otherwise, v)), v))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_second_derivative_of_a_cell_whose_inputs_depend_on_each_other():
-    a, steps = torch.randn(3, 8, **F64).requires_grad_(), Steps.padded(1, 3)
+@pytest.mark.parametrize("used", range(3), ids=["y", "h_n", "c_n"])
+def test_a_gradient_of_one_result_of_a_convolutional_layer(used):
+    run, tensors = convolutional(**F64)
+    inputs = [t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(lambda *t: run(*t)[used], inputs, fast_mode=True)
 
-    def second(run):
-        c = a[:, :2] * 2
-        h, c = run(c)
-        (g,) = torch.autograd.grad((h * c).sum(), a, create_graph=True)
-        return torch.autograd.grad(g.square().sum(), a)[0]
 
-    ours = second(lambda c: lstm_cell(a, torch.zeros_like(c), c, steps))
-    torch.testing.assert_close(ours, second(lambda c: formula(a, c, None)))
+def test_second_derivative_of_a_convolutional_layer_whose_inputs_depend_on_each_other():
+    run, (x, h, _, *parameters) = convolutional(**F64)
+    h.requires_grad_()
+
+    def first(h):
+        y, h_n, c_n = run(x, h, 2 * h, *parameters)
+        (g,) = torch.autograd.grad((h_n * c_n).sum() + y.sum(), h, create_graph=True)
+        return g
+
+    assert torch.autograd.gradcheck(first, h)
+
+
+def test_what_is_made_of_a_convolutional_layer_may_change():
+    """Backward reads none of its results."""
+    run, tensors = convolutional()
+    inputs = [t.requires_grad_() for t in tensors]
+    outputs = run(*inputs)
+    expected = gradients(sum(t.sum() for t in outputs), inputs, None)
+    with torch.no_grad():
+        for t in outputs:
+            t.zero_()
+    found = gradients(sum(t.sum() for t in outputs), inputs, None)
+    assert all(map(torch.equal, found, expected))
+    cell = lstm_ext.ConvLSTM1dCell(2, 3, 3)
+    h, c = cell(inputs[0][0])
+    h.mul_(2)
+    c.mul_(2)
+    (h + c).sum().backward()
+    changed = [p.grad for p in cell.parameters()]
+    h, c = cell(inputs[0][0])
+    cell.zero_grad()
+    (2 * h + 2 * c).sum().backward()
+    assert all(map(torch.equal, changed, (p.grad for p in cell.parameters())))
+
+
+def test_an_initial_state_that_no_step_takes():
+    """A sequence without steps has no part in W_hh's gradient, whatever its state."""
+    module = lstm_ext.ConvLSTM1d(2, 3, 3)
+    hx = torch.randn(2, 1, 2, 3, 5)
+    hx[:, :, 0] = torch.inf
+    y, _ = module(torch.randn(4, 2, 2, 5), tuple(hx), lengths=torch.tensor([0, 3]))
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
 
 
 def test_a_convolutional_cell_of_dual_tensors():

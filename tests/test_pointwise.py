@@ -17,30 +17,35 @@ from lstm_ext.steps import Steps
 @pytest.mark.parametrize("lengths", [False, True], ids=["all", "some"])
 def test_native_cell_matches_the_formula(isa, lengths, peephole, dtype, threads):
     torch.set_num_threads(threads)
+    cells = pointwise.cells_of(device.DEVICE)
     for rows, width in ((1, 1), (7, 5), (130, 17), (300, 32)):
         mask = (torch.rand(rows) < 0.5).long() if lengths else None
         steps = Steps.padded(1, rows, lengths=mask, device=device.DEVICE)
-        a, h, c = (here(torch.randn(rows, n * width, dtype=dtype)) for n in (4, 1, 1))
-        inputs = [t.requires_grad_() for t in (a, h, c)]
+        inputs = [leaf(torch.randn(rows, n * width, dtype=dtype)) for n in (4, 1, 1)]
         w_ch = leaf(torch.randn(3 * width, dtype=dtype)) if peephole else None
         if peephole:
             inputs.append(w_ch)
-        cotangents = [here(torch.randn(rows, width, dtype=dtype)) for _ in range(2)]
-        native = pointwise.lstm_cell(a, h, c, steps, w_ch)
-        formula = pointwise._formula(a, h, c, w_ch, steps)
-        assert native[0].grad_fn.name() == "PointwiseCellBackward" != formula[0].grad_fn.name()
-        results = []
-        for outputs in (native, formula):
-            gradients = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
-            zero = torch.zeros_like(h)
-            results.append([*outputs, *(zero if g is None else g for g in gradients)])
-        for got, want in zip(*results, strict=True):
-            torch.testing.assert_close(got, want, **tol(want.dtype))
+        a, h, c = (t.detach().clone() for t in inputs[:3])
+        v = [here(torch.randn(rows, width, dtype=dtype)) for _ in range(2)]
+        expected = pointwise.lstm_cell(*inputs[:3], steps, w_ch)
+        gradients = torch.autograd.grad(expected, inputs, v, allow_unused=True)
+        w = None if w_ch is None else w_ch.detach()
+        h_new, c_new, da = torch.empty_like(h), torch.empty_like(c), torch.full_like(a, torch.nan)
+        cells.cell_forward(steps, a.clone(), h, c, w, h_new, c_new, False)
+        h_kept, c_kept = torch.empty_like(h), torch.empty_like(c)
+        cells.cell_forward(steps, a, h, c, w, h_kept, c_kept, True)  # a is kept's from here on
+        assert torch.equal(h_kept, h_new) and torch.equal(c_kept, c_new)
+        dh, dc, dw_ch = cells.cell_backward(steps, *v, a, c, c_new, w, da)
+        wanted = [*expected, *gradients]
+        for got, want in zip((h_new, c_new, da, dh, dc, dw_ch), wanted, strict=False):
+            if want is not None:  # dh, where no row passes h on
+                torch.testing.assert_close(got, want, **tol(want.dtype))
+        assert (dw_ch is None) == (w_ch is None) and len(wanted) == 5 + peephole
 
 
 def test_the_native_cell_is_what_runs(monkeypatch):
     L = 4
-    cells, calls = type(pointwise._cells(device.DEVICE)), []
+    cells, calls = type(pointwise.cells_of(device.DEVICE)), []
     if device.NAME == "cpu":
         cells = cpu_cell
     native = cells.cell_forward

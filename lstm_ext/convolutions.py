@@ -1,0 +1,130 @@
+"""Convolutions of a ConvLSTM: sizes, padding, and the memory's layout, which is channels last.
+
+So a convolution leaves the four gates of a pixel side by side, as the fused cell (:mod:`pointwise`)
+wants them, and no step transposes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+
+
+class Window(NamedTuple):
+    """How a kernel moves over its input, a number a dimension."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str  # or "same"
+    dilation: tuple[int, ...]
+
+    def pads(self, size: Sequence[int]) -> list[tuple[int, int]]:
+        """Zeros before and after each dimension of an input of that size.
+
+        "same": so many that the output has ceil(size / stride), the odd one after (TensorFlow's
+        rule, and torch's where the stride is 1).
+        """
+        if self.padding != "same":
+            return [(p, p) for p in self.padding]
+        pads = []
+        for n, k, s, d in zip(size, self.kernel, self.stride, self.dilation, strict=True):
+            total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+            pads.append((total // 2, total - total // 2))
+        return pads
+
+    def output(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Size of the output for an input of that size.
+
+        Raises:
+            RuntimeError: the input is smaller than the kernel.
+        """
+        pads, result = self.pads(size), []
+        for n, k, s, d, (before, after) in zip(
+            size, self.kernel, self.stride, self.dilation, pads, strict=True
+        ):
+            span = n + before + after - d * (k - 1) - 1
+            if n < 1 or span < 0:
+                raise RuntimeError(
+                    f"input of size {tuple(size)} with padding {self.padding} is too small for "
+                    f"kernel size {self.kernel} and dilation {self.dilation}"
+                )
+            result.append(span // s + 1)
+        return tuple(result)
+
+    def convolution(self, w: Tensor, size: Sequence[int]) -> Convolution:
+        """Of images (N, in, *size) with w (out, in, *kernel); gives (N, out, *output)."""
+        pads = self.pads(size)
+        even = all(before == after for before, after in pads)
+        padding = [before for before, _ in pads] if even else [0] * len(pads)
+        stride, dilation = list(self.stride), list(self.dilation)
+        row = len(pads) == 1
+        if row:  # as an image one pixel high: torch has no channels last in one dimension
+            w = w.unsqueeze(2)
+            stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
+        # A weight that lies channels last makes the output lie so, whatever the input's format.
+        # vmap knows no formats.
+        if peek_interpreter_stack() is None:
+            w = w.contiguous(
+                memory_format=torch.channels_last if w.dim() == 4 else torch.channels_last_3d
+            )
+        unequal = None if even else [n for pair in reversed(pads) for n in pair]
+        product = even and not any(padding) and all(n == 1 for n in (*stride, *w.shape[2:]))
+        return Convolution(w, stride, padding, dilation, unequal, row, product)
+
+
+class Convolution(NamedTuple):
+    """A window's, made once for all steps: a weight is copied to lie channels last."""
+
+    w: Tensor
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    unequal: list[int] | None  # zeros that F.pad adds before
+    row: bool  # images are rows of pixels
+    # A pixel of the output is made of one of the input: a product of matrices, which leaves the
+    # channels last, as no weight of one pixel tells a convolution to.
+    product: bool
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (N, in, *size), bias (out)."""
+        w, stride, padding, dilation, unequal, row, product = self
+        if product:
+            y = F.linear(x.movedim(1, -1), w.flatten(1), bias)
+            return y.movedim(-1, 1)
+        x = self._images(x)
+        convolve = F.conv2d if w.dim() == 4 else F.conv3d
+        y = convolve(x, w, bias, stride, padding, dilation)
+        return y.squeeze(2) if row else y
+
+    def _images(self, x: Tensor) -> Tensor:
+        """x as torch's convolution takes it."""
+        x = x if self.unequal is None else F.pad(x, self.unequal)
+        return x.unsqueeze(2) if self.row else x
+
+    def gradients(
+        self, g: Tensor, x: Tensor, of_x: bool, of_w: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of x (N, in, *size) and of the weight, None if not asked for, from g (N, out, *output),
+        the output's."""
+        w, stride, padding, dilation, unequal, row, product = self
+        if product:
+            g, flat = g.movedim(1, -1), w.flatten(1)
+            dx = (g @ flat).movedim(-1, 1) if of_x else None
+            dw = g.flatten(0, -2).t() @ x.movedim(1, -1).flatten(0, -2) if of_w else None
+            return dx, None if dw is None else dw.view_as(w.squeeze(2) if row else w)
+        # fmt: off
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            g.unsqueeze(2) if row else g, self._images(x), w, None, stride, padding, dilation,
+            False, [0] * len(stride), 1, [of_x, of_w, False],
+        )
+        # fmt: on
+        if row:
+            dx, dw = (None if t is None else t.squeeze(2) for t in (dx, dw))
+        if dx is not None and unequal is not None:
+            dx = F.pad(dx, [-n for n in unequal])
+        return dx, dw
