@@ -39,8 +39,9 @@ inline void* memory_of(pybind11::handle tensor) {
   if (has_memory(tensor, address)) return address;
   throw std::runtime_error("lstm_ext needs tensors with memory, got a " +
                            pybind11::type::of(tensor).attr("__name__").cast<std::string>() +
-                           " without: tensors that wrap others, and tracing with fake or "
-                           "functionalized ones, are not supported");
+                           " without: its storage was freed, as FSDP's outside of its root's "
+                           "forward, or it wraps another tensor, or is a fake or functionalized "
+                           "one that something traces with");
 }
 
 }  // namespace lstm_ext

@@ -113,8 +113,9 @@ class LSTMBase(Variants, nn.RNNBase):
     # --- what nn.RNNBase keeps beside the parameters, and this class does not ---------------------
 
     @property
-    def _flat_weights(self) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+    def _flat_weights(self) -> tuple[Tensor | None, ...]:
+        # No list, as nn.RNNBase's: what is put in its place would be lost.
+        return tuple(getattr(self, name, None) for name in self._flat_weights_names)
 
     @_flat_weights.setter
     def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
@@ -243,6 +244,14 @@ def check_weights(names: Iterable[str], weights: Iterable[Tensor | None], input:
         check_match("parameter", [weight], input)
 
 
+def has_replaced_forward(module: nn.Module) -> bool:
+    """Whether module runs another forward than its class's. Who takes a replaced one back may leave
+    the class's own, bound to module, among its attributes."""
+    forward = module.__dict__.get("forward")
+    own = getattr(forward, "__self__", None) is module
+    return forward is not None and not (own and forward.__func__ is type(module).forward)
+
+
 def adopt(new: _Module, module: nn.Module, expected: type[nn.Module], **extra: Any) -> _Module:
     """Give new, bare from __new__, the attributes of module; the Parameters themselves are shared.
 
@@ -252,12 +261,13 @@ def adopt(new: _Module, module: nn.Module, expected: type[nn.Module], **extra: A
         want = f"{expected.__module__}.{expected.__qualname__}"
         got = f"{type(module).__module__}.{type(module).__qualname__}"
         raise TypeError(f"expected a {want} and no subclass or parametrization of it, got {got}")
-    if "forward" in module.__dict__:
+    if has_replaced_forward(module):
         raise TypeError(
             f"the forward of this {type(module).__qualname__} was replaced; got {module}"
         )
     state = module.__getstate__()
-    state.pop("_compiled_call_impl", None)  # bound to the old module
+    for name in ("_compiled_call_impl", "forward"):
+        state.pop(name, None)  # bound to the old module
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         state[name] = state[name].copy()
     new.__setstate__({**state, **extra})

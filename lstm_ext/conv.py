@@ -241,7 +241,7 @@ class _ConvLSTM(_ConvLSTMBase):
                 is no pair of tensors. RuntimeError: another number of channels, an input smaller
                 than the kernel, an hx of another size; a CUDA tensor and a build without CUDA.
         """
-        if is_intercepted():
+        if is_intercepted(input):
             return as_one_function(_ConvLSTM.forward, self, input, hx, lengths=lengths)
         dims, name = self._dims, type(self).__name__
         if input.dim() not in (dims + 2, dims + 3):
@@ -304,7 +304,7 @@ class _ConvLSTMCell(_ConvLSTMBase):
         Raises:
             As the sequence's forward.
         """
-        if is_intercepted():
+        if is_intercepted(input):
             return as_one_function(_ConvLSTMCell.forward, self, input, hx)
         dims, name = self._dims, type(self).__name__
         if input.dim() not in (dims + 1, dims + 2):

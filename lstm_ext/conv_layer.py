@@ -214,7 +214,7 @@ def _on_cells(
         if convolved == acc:
             a.add_(product)
         else:
-            torch.add(gx_images[t].to(acc), product.to(acc), out=a)
+            a.copy_(gx_images[t]).add_(product)
         c, c_new = (cell_states[k % len(cell_states)] for k in (t, t + 1))
         h_new = states[t + 1] if walk.dtype == acc else torch.empty_like(h)
         cells.cell_forward(steps, gates[t % len(gates)], h, c, w_ch, h_new, c_new, save)

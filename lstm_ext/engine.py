@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 from torch.overrides import handle_torch_function
 
 #: enum Dtype of csrc/params.h
@@ -130,8 +131,9 @@ def address(tensor: Tensor | None) -> int:
     # As has_memory() of csrc/bind_memory.h.
     if pointer < 1 << 40 and (tensor._is_zerotensor() or not pointer) and tensor.numel():
         raise RuntimeError(
-            f"lstm_ext needs tensors with memory, got a {type(tensor).__name__} without: tensors "
-            "that wrap others, and tracing with fake or functionalized ones, are not supported"
+            f"lstm_ext needs tensors with memory, got a {type(tensor).__name__} without: its storage "
+            "was freed, as FSDP's outside of its root's forward, or it wraps another tensor, or is "
+            "a fake or functionalized one that something traces with"
         )
     return pointer
 
@@ -320,15 +322,36 @@ def is_recording() -> bool:
     )
 
 
-def is_intercepted() -> bool:
-    """Whether there is a TorchFunctionMode, which sees every function of torch and every attribute
-    of a tensor, and may change what they return, the memory that the core is to read and write
-    too. A default device is one: asked about all that is within, a call of LSTMCell takes 85 us
-    instead of 14."""
-    return not torch.compiler.is_compiling() and torch._C._is_torch_function_mode_enabled()
+def is_intercepted(input: Any) -> bool:
+    """Whether a module's forward of ``input`` is for :func:`as_one_function`: torch.fx traces it, or
+    there is a TorchFunctionMode, which sees every function of torch and every attribute of a
+    tensor, and may change what they return, the memory that the core is to read and write too. A
+    default device is one: asked about all that is within, a call of LSTMCell takes 85 us instead
+    of 14."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._is_torch_function_mode_enabled() or isinstance(input, Proxy)
+    )
 
 
-def as_one_function(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """forward(...), a module's, as a function of torch's own is to the modes: they see what it gets
-    and may change what it returns, and see nothing within."""
-    return handle_torch_function(forward, (), *args, **kwargs)
+def as_one_function(
+    forward: Callable[..., Any], module: nn.Module, input: Any, hx: Any, **more: Any
+) -> Any:
+    """forward(module, input, hx, ...), of nothing within which anybody knows.
+
+    To torch.fx the module is a leaf, as torch.nn's are; to the modes forward is a function of
+    torch's own: they see what it gets and may change what it returns.
+    """
+    if isinstance(input, Proxy):
+        given = {name: value for name, value in more.items() if value is not None}
+        path = input.tracer.path_of_module(module)
+        return input.tracer.create_proxy("call_module", path, (input, hx), given)
+    return handle_torch_function(forward, (), module, input, hx, **more)
+
+
+def refuse_jit(module: nn.Module | None = None) -> NoReturn:
+    """Raise RuntimeError with the ways that there are instead of torch.jit.trace and script."""
+    raise RuntimeError(
+        "lstm_ext cannot be traced by torch.jit.trace, which would record nothing of the native "
+        "core, nor compiled by torch.jit.script. Use torch.export.export, or trace or script the "
+        "module that to_torch() returns; for ONNX there is lstm_ext.onnx.export."
+    )

@@ -8,11 +8,12 @@ import warnings
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._guards import TracingContext
 from torch.autograd import forward_ad
 
 from lstm_ext import library, ops
 from lstm_ext.autograd import LSTMLayer, has_tangent, needs_grad
-from lstm_ext.engine import in_memory, is_lazy, is_recorded, is_surrounded
+from lstm_ext.engine import in_memory, is_lazy, is_recorded, is_surrounded, refuse_jit
 from lstm_ext.flat import flatten, kinds_of, map_tensors
 from lstm_ext.ops import Direction
 from lstm_ext.plain import plain_layer, takes_more
@@ -61,13 +62,10 @@ def lstm_layer(
         forward_mode = not compiling and _is_forward_mode([x, *flatten(directions)])
         if forward_mode or not ops.has_native_kernels(x.device):
             return reference_layer(x, directions, steps, cells=cells)
+        _refuse_onnx()
         return library.lstm_layer(x, directions, steps, cells=cells)
     if torch.jit.is_tracing():
-        raise RuntimeError(
-            "lstm_ext cannot be traced by torch.jit.trace, which would record nothing of the "
-            "native core. Use torch.export.export, or trace the module that to_torch() returns; "
-            "for ONNX there is lstm_ext.onnx.export."
-        )
+        refuse_jit()
     flat = [x, *flatten(directions)]
     if _any_lazy(flat):
         x, directions = map_tensors(in_memory, x, directions)
@@ -106,6 +104,16 @@ def _plain(x: Tensor, directions: list[Direction], steps: Steps) -> LayerOutputs
     y, *last = made
     D = len(directions)
     return LayerOutputs(y, last[:D], last[D:], None)
+
+
+@torch.compiler.assume_constant_result
+def _refuse_onnx() -> None:
+    # The first is also true in other threads, which only compute.
+    if torch.onnx.is_in_onnx_export() and TracingContext.try_get() is not None:
+        raise RuntimeError(
+            "torch.onnx.export knows no operator of lstm_ext: use lstm_ext.onnx.export(model, "
+            "args, path), or export the module that to_torch() returns"
+        )
 
 
 def _any_lazy(tensors: list[Tensor | None]) -> bool:

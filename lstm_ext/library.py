@@ -155,6 +155,11 @@ def _check(x: Tensor, directions: list[Direction], steps: Steps) -> None:
     for h0, c0, w, _ in directions:
         if any(t is None for t in (h0, c0, w.w_ih, w.w_hh)):
             raise RuntimeError("Expected h0, c0, weight_ih and weight_hh, got None for one")
+        norm = (w.gamma_ih, w.gamma_hh, w.gamma_ch, w.beta_ch)
+        if any(t is None for t in norm) and any(t is not None for t in norm):
+            raise RuntimeError("Expected all four tensors of a layer norm or none, got some")
+        if w.w_hr is not None and not h0.size(-1):  # its address is that of none
+            raise RuntimeError("Expected a weight_hr of at least one row, got none")
     ops.check_layer(x, directions, steps)
     check_steps(steps)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell  # torch.nn's may be set to this one
 
 from .autograd import needs_grad
 from .compat import States, adopt, check_match, check_none, check_pair, check_weights, forget
@@ -100,7 +101,7 @@ class LSTMCell(Variants, nn.RNNCellBase):
             ValueError, RuntimeError, TypeError: nn.LSTMCell's own for what it refuses; RuntimeError
                 also for a c_0 of another dtype, which nn.LSTMCell lets pass.
         """
-        if is_intercepted():
+        if is_intercepted(input):
             return as_one_function(LSTMCell.forward, self, input, hx)
         # getattr finds every kind of replaced weight, but is slow for a plain parameter.
         parameters = self._parameters
@@ -188,7 +189,7 @@ class LSTMCell(Variants, nn.RNNCellBase):
         Raises:
             TypeError: module is not exactly an nn.LSTMCell.
         """
-        return adopt(cls.__new__(cls), module, nn.LSTMCell)
+        return adopt(cls.__new__(cls), module, TorchLSTMCell)
 
     def to_torch(self) -> nn.LSTMCell:
         """An nn.LSTMCell that shares the Parameters, hooks and training flag of this module.
@@ -198,4 +199,4 @@ class LSTMCell(Variants, nn.RNNCellBase):
             TypeError: this is a subclass, is parametrized, or its forward was replaced.
         """
         check_none("nn.LSTMCell", self._variants())
-        return forget(adopt(nn.LSTMCell.__new__(nn.LSTMCell), self, LSTMCell))
+        return forget(adopt(TorchLSTMCell.__new__(TorchLSTMCell), self, LSTMCell))

@@ -12,6 +12,7 @@ from typing import overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.rnn import LSTM as TorchLSTM  # torch.nn.LSTM may be set to this one
 from torch.nn.utils.rnn import PackedSequence
 
 from . import wavefront
@@ -197,7 +198,7 @@ class LSTM(LSTMBase):
                 of tensors; RuntimeError for num_layers, bias, bidirectional or proj_size changed
                 after construction.
         """
-        if is_intercepted():
+        if is_intercepted(input):
             given = {"lengths": lengths, "reset_mask": reset_mask}
             return as_one_function(LSTM.forward, self, input, hx, **given)
         if isinstance(input, PackedSequence):
@@ -376,7 +377,7 @@ class LSTM(LSTMBase):
             TypeError: module is not exactly an nn.LSTM (what a subclass, a parametrization or a
                 replaced forward adds would be lost).
         """
-        return adopt(cls.__new__(cls), module, nn.LSTM)
+        return adopt(cls.__new__(cls), module, TorchLSTM)
 
     def to_torch(self) -> nn.LSTM:
         """An nn.LSTM that shares the Parameters, hooks and training flag of this module.
@@ -391,8 +392,8 @@ class LSTM(LSTMBase):
         if self.return_cell_sequence:
             own["return_cell_sequence"] = True
         check_none("nn.LSTM", own)
-        module = nn.LSTM.__new__(nn.LSTM)
-        module = adopt(module, self, LSTM, _flat_weights=self._flat_weights)
+        module = TorchLSTM.__new__(TorchLSTM)
+        module = adopt(module, self, LSTM, _flat_weights=list(self._flat_weights))
         forget(module, "merge_mode", "return_cell_sequence", "checkpoint_every")
         module.flatten_parameters()
         return module

@@ -27,6 +27,7 @@ from lstm_ext.engine import (
     is_watched,
     native_steps,
     native_variants,
+    refuse_jit,
 )
 from lstm_ext.flat import Kind
 from lstm_ext.native import _C
@@ -140,9 +141,7 @@ def quantized_layer(
             )
     _refuse_derivatives(tensors)
     if torch.jit.is_tracing():
-        raise RuntimeError(
-            "weights of 8 bits cannot be traced by torch.jit.trace: use torch.export.export"
-        )
+        refuse_jit()
     x, *states = [in_memory(t) for t in tensors]
     flat = []
     for k, direction in enumerate(directions):
@@ -359,6 +358,8 @@ def _check_weights(H: int, P: int, I: int, w: QuantizedWeights) -> None:
     _check_tensor("scale_hh", w.scale_hh, torch.float32, (4 * H,))
     if w.bias is not None:
         _check_tensor("bias", w.bias, torch.float32, (4 * H,))
+    if P == 0 < H:
+        raise RuntimeError("Expected states of at least one feature, got h0 without")
     if P != H or w.w_hr is not None:
         _check_tensor("weight_hr", w.w_hr, torch.uint8, packed_size(P, H, 1))
         _check_tensor("scale_hr", w.scale_hr, torch.float32, (P,))

@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.rnn import LSTM as TorchLSTM  # torch.nn's may be set to this package's
+from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
 from .compat import States, adopt
 from .convert import replaced
@@ -318,7 +320,7 @@ class QuantizedLSTMCell(_Quantized, LSTMCell):
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         """Take one step, as :meth:`LSTMCell.forward`."""
-        if is_intercepted():
+        if is_intercepted(input):
             return as_one_function(QuantizedLSTMCell.forward, self, input, hx)
         self._check_attributes()
         if not is_surrounded():
@@ -366,9 +368,9 @@ def quantize(model: nn.Module, activation_bits: int | None = None) -> nn.Module:
                 module.activation_bits = activation_bits  # the weights are the same
     makers = {
         LSTM: QuantizedLSTM.from_float,
-        nn.LSTM: QuantizedLSTM.from_torch,
+        TorchLSTM: QuantizedLSTM.from_torch,
         LSTMCell: QuantizedLSTMCell.from_float,
-        nn.LSTMCell: QuantizedLSTMCell.from_torch,
+        TorchLSTMCell: QuantizedLSTMCell.from_torch,
     }
     makers = {
         kind: functools.partial(make, activation_bits=activation_bits or 16)

@@ -329,6 +329,9 @@ def check_steps(steps: Steps) -> None:
     if steps.lengths is not None:
         check_lengths(steps.lengths, steps.T)
     if steps.offsets is not None:
+        if steps.lengths is None or steps.batch_first:
+            got = "no lengths" if steps.lengths is None else "batch_first"
+            raise RuntimeError(f"Expected offsets of steps, one after the other, got {got} with it")
         check_packed(steps)
 
 

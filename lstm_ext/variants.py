@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lstm_ext.engine import refuse_jit
 from lstm_ext.ops import LayerWeights, Masks, acc_dtype, with_masks
 from lstm_ext.steps import Steps
 
@@ -34,6 +35,8 @@ class Variants(nn.Module):
     weight_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0
     forget_bias: float | None = None
+
+    __jit_ignored_attributes__ = property(refuse_jit)  # torch.jit asks this first
 
     def _set_variants(
         self,

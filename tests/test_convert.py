@@ -122,6 +122,67 @@ def test_what_would_lose_something_is_left_alone_with_one_warning():
         assert lstm_ext.convert(lone) is lone
 
 
+class Stack(nn.Module):
+    """Two layers, and all the places besides where code keeps them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.LSTM(3, 4), nn.LSTM(4, 4)
+        self.layers = [self.first, {"last": self.second}]
+        self.layers.append(self.layers)
+        object.__setattr__(self, "top", self.second)
+
+
+def test_other_places_of_a_module_get_the_new_one():
+    model = Stack()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lstm_ext.convert(model)
+    assert type(model.first) is type(model.second) is lstm_ext.LSTM
+    first, others, _ = model.layers
+    assert first is model.first and others["last"] is model.top is model.second
+
+
+def test_other_places_that_stay_are_named():
+    model = nn.Module()
+    model.inner = Stack()
+    old = model.inner.first
+    model.pair, model.step = (old, 1), old.forward
+    model.inner.hidden = [nn.LSTMCell(3, 4), nn.GRU(3, 4)]
+    with pytest.warns(UserWarning, match="held besides the registered modules") as caught:
+        lstm_ext.convert(model)
+    text = str(caught[0].message)
+    places = r"pair[0], step (a method of what was replaced), inner.hidden[0] (LSTMCell, unreg"
+    assert len(caught) == 1 and all(place in text for place in places.split(", "))
+    assert model.pair[0] is old and type(model.inner.hidden[0]) is nn.LSTMCell
+    assert "GRU" not in text and "layers" not in text
+
+
+def test_where_torchs_names_are_set_to_the_packages(monkeypatch):
+    old, cell = nn.LSTM(3, 4), nn.LSTMCell(3, 4)
+    monkeypatch.setattr(nn, "LSTM", lstm_ext.LSTM)
+    monkeypatch.setattr(nn, "LSTMCell", lstm_ext.LSTMCell)
+    new = lstm_ext.convert(nn.ModuleList([old, cell]))
+    assert [type(m) for m in new] == [lstm_ext.LSTM, lstm_ext.LSTMCell]
+    assert [type(m.to_torch()) for m in new] == [type(old), type(cell)]
+    assert type(lstm_ext.LSTM.from_torch(old)) is lstm_ext.LSTM
+    quantized = lstm_ext.quantize(nn.ModuleList([old, cell]))
+    assert [type(m).__name__ for m in quantized] == ["QuantizedLSTM", "QuantizedLSTMCell"]
+
+
+def test_a_forward_that_is_the_class_own_is_none_that_was_replaced():
+    """As it is left by who takes back a forward that he replaced (accelerate's hooks)."""
+    module, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    module.forward = module.forward
+    new = lstm_ext.convert(module)
+    assert type(new) is lstm_ext.LSTM and "forward" not in vars(new)
+    assert_close(new(x)[0], module(x)[0])
+    other = nn.LSTM(3, 4)
+    other.forward = module.forward
+    with pytest.warns(UserWarning, match="a replaced forward"):
+        assert lstm_ext.convert(other) is other
+
+
 def test_hooks_come_along_and_their_handles_still_remove_them():
     theirs = here(nn.LSTM(3, 4))
     seen = []

@@ -372,3 +372,28 @@ def test_an_exported_layer_inside_a_checkpoint():
         for y in (checkpoint(run, x, use_reentrant=False), module(x)[0])
     )
     assert_close(made, expected)
+
+
+# --- torch.fx -------------------------------------------------------------------------------------
+
+
+class EveryKind(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.cell = lstm_ext.LSTM(3, 4), lstm_ext.LSTMCell(4, 5)
+        self.inner = torch.nn.Sequential(lstm_ext.ConvLSTM1d(2, 2, 3))
+
+    def forward(self, x, film, lengths):
+        y, (h, c) = self.lstm(x, lengths=lengths)
+        return self.cell(y[0]), self.inner(film)[0].relu(), c
+
+
+def test_modules_are_leaves_of_symbolic_traces():
+    """As those of torch.nn are."""
+    model = here(EveryKind())
+    traced = torch.fx.symbolic_trace(model)
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert calls == ["lstm", "cell", "inner.0"]
+    x, film = here(torch.randn(5, 2, 3)), here(torch.randn(3, 2, 2, 6))
+    inputs = (x, film, torch.tensor([5, 2]))
+    torch.testing.assert_close(traced(*inputs), model(*inputs))

@@ -103,6 +103,13 @@ def test_flat_weights_and_friends(kwargs):
         ours.check_hidden_size(hx[0], (1, 2, 4))
 
 
+def test_an_item_of_the_flat_weights_is_not_set_in_vain():
+    """It would be lost: nn.LSTM computes with what is in its list."""
+    ours = lstm_ext.LSTM(3, 4)
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        ours._flat_weights[0] = torch.zeros(16, 3)
+
+
 def test_flat_weights_are_the_current_ones():
     ours = lstm_ext.LSTM(3, 4)
     ours.weight_hh_l0 = nn.Parameter(torch.zeros(16, 4))

@@ -56,6 +56,25 @@ def test_sizes_of_the_operator(words):
         torch.ops.lstm_ext.lstm_layer(*layer_arguments(**WRONG[words]))
 
 
+def test_what_the_operator_would_read_or_write_elsewhere():
+    run = torch.ops.lstm_ext.lstm_layer
+    x, flat, *rest = layer_arguments()
+    no_rows = [*flat[:6], torch.randn(0, 4)]
+    no_rows[0], no_rows[3] = torch.randn(2, 0), torch.randn(16, 0)
+    with pytest.raises(RuntimeError, match="weight_hr of at least one row"):
+        run(x, no_rows, *rest)
+    gammas = [torch.ones(n) for n in (16, 16, 4, 4)]
+    for k in range(4):
+        norm = [None if i == k else t for i, t in enumerate(gammas)]
+        with pytest.raises(RuntimeError, match="all four tensors of a layer norm"):
+            run(x, [*flat, None, *norm], *rest)
+    starts, ends = torch.arange(3) * 2, torch.tensor([3, 3])
+    assert len(run(x, flat, *rest[:6], starts, ends, *rest[8:])) == 3
+    for batch_first, lengths in ((True, ends), (False, None)):
+        with pytest.raises(RuntimeError, match="Expected offsets of steps, one after the other"):
+            run(x, flat, *rest[:5], batch_first, starts, lengths, *rest[8:])
+
+
 def test_a_square_projection_of_the_operator():
     one = layer_arguments(P=4)
     other = (*one[:9], torch.tensor([3, 3]), *one[10:])

@@ -299,6 +299,8 @@ def test_surroundings_that_see_the_layer_s_way(taken):
     torch.compile(module, fullgraph=True, backend="eager")(x)
     with pytest.raises(RuntimeError, match=r"cannot be traced by torch\.jit\.trace"):
         torch.jit.trace(module, x)
+    with pytest.raises(RuntimeError, match=r"nor compiled by torch\.jit\.script"):
+        torch.jit.script(torch.nn.Sequential(module))
     assert not taken
 
 
