@@ -199,8 +199,7 @@ def _on_cells(
     (walk, window, _), T, C = layer, x.size(0), h0.size(-1)
     convolved, acc, (h, c) = x.dtype, h0.dtype, (s.contiguous().view(-1, C) for s in (h0, c0))
     cells, rows = pointwise.cells_of(x.device), h.size(0)
-    of_input, recurrent = window.convolution(w_ih, x.shape[3:]), layer.recurrent(w_hh)
-    gx = _rows(of_input(x.flatten(0, 1), bias)).view(T, rows, 4 * C)
+    gx = _rows(window.convolution(w_ih, x.shape[3:])(x.flatten(0, 1), bias)).view(T, rows, 4 * C)
     w_ch = None if w_ch is None else w_ch.contiguous()
     kept = gx if convolved == acc else h.new_empty(T if save else 1, rows, 4 * C)
     h_seq, c_seq = x.new_empty(T + 1, rows, C), h.new_empty(T + 1 if save else 2, rows, C)
@@ -209,6 +208,7 @@ def _on_cells(
     images, states = layer.images(h_seq).unbind(0), h_seq.unbind(0)
     gates, gate_images = kept.unbind(0), layer.images(kept).unbind(0)
     gx_images, cell_states = layer.images(gx).unbind(0), c_seq.unbind(0)
+    recurrent = layer.recurrent(w_hh).many(images[0], T)
     for t, steps in enumerate(walk.pixels):
         a, product = gate_images[t % len(gates)], recurrent(images[t])
         if convolved == acc:

@@ -131,9 +131,9 @@ def address(tensor: Tensor | None) -> int:
     # As has_memory() of csrc/bind_memory.h.
     if pointer < 1 << 40 and (tensor._is_zerotensor() or not pointer) and tensor.numel():
         raise RuntimeError(
-            f"lstm_ext needs tensors with memory, got a {type(tensor).__name__} without: its storage "
-            "was freed, as FSDP's outside of its root's forward, or it wraps another tensor, or is "
-            "a fake or functionalized one that something traces with"
+            f"lstm_ext needs tensors with memory, got a {type(tensor).__name__} without: its "
+            "storage was freed, as FSDP's outside of its root's forward, or it wraps another "
+            "tensor, or is a fake or functionalized one that something traces with"
         )
     return pointer
 
@@ -323,8 +323,8 @@ def is_recording() -> bool:
 
 
 def is_intercepted(input: Any) -> bool:
-    """Whether a module's forward of ``input`` is for :func:`as_one_function`: torch.fx traces it, or
-    there is a TorchFunctionMode, which sees every function of torch and every attribute of a
+    """Whether a module's forward of ``input`` is for :func:`as_one_function`: torch.fx traces it,
+    or there is a TorchFunctionMode, which sees every function of torch and every attribute of a
     tensor, and may change what they return, the memory that the core is to read and write too. A
     default device is one: asked about all that is within, a call of LSTMCell takes 85 us instead
     of 14."""
