@@ -9,18 +9,16 @@ Training is forward and backward with gradients for the parameters and the input
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import lstm_ext
-from bench.machine import environment, grow_heap
+from bench.arguments import add_table_arguments, parse_table_arguments, write_table
 from bench.suites import MODES
 from bench.timing import samples_in_turn
 
@@ -97,8 +95,15 @@ def measure(
     x = torch.randn(film.steps, film.batch, film.inputs, film.size, film.size)
     lstm, x = lstm.to(device, dtype), x.to(device, dtype)
     modules = [lstm, Loop(lstm)]
+    leaf = x.detach().requires_grad_()
+    results = []
+    for module in modules:
+        y, _ = module(leaf)
+        results.append((y, *torch.autograd.grad(y.sum(), leaf)))
     limits = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0, "atol": 0.05}
-    torch.testing.assert_close(*(module(x)[0] for module in modules), **limits)
+    for ours, loop in zip(*results, strict=True):
+        scale = max(loop.abs().max().item(), 1)
+        torch.testing.assert_close(ours / scale, loop / scale, **limits)
     samples = samples_in_turn(modules, x, mode, repeats, min_sample, device)
     return {
         "film": film.name,
@@ -109,14 +114,12 @@ def measure(
     }
 
 
-def table(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
-    """Lines of a Markdown table."""
-    yield "| problem | mode | ms | ratio |"
-    yield "| --- | --- | --- | --- |"
-    for row in rows:
-        yield (
-            f"| {row['film']} | {row['mode']} | {1e3 * row['seconds']:.2f} | {row['ratio']:.2f} |"
-        )
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "problem": lambda row: row["film"],
+    "mode": lambda row: row["mode"],
+    "ms": lambda row: f"{1e3 * row['seconds']:.2f}",
+    "ratio": lambda row: f"{row['ratio']:.2f}",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,35 +128,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bench.conv", description=__doc__.split("\n\n", 1)[1]
     )
     parser.add_argument("--film", metavar="TEXT", default="", help="only problems with it in them")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--min-sample", type=float, default=0.02, help="seconds (default: 0.02)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="default: torch's own")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the samples as JSON")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    grow_heap()
-    films, device = [f for f in FILMS if args.film in f.name], torch.device(args.device)
-    dtype = getattr(torch, args.dtype)
+    add_table_arguments(parser)
+    args = parse_table_arguments(parser, argv)
+    films = [f for f in FILMS if args.film in f.name]
     if not films:
         parser.error(f"--film {args.film!r} is in none of {', '.join(f.name for f in FILMS)}")
-    rows = []
-
-    def measured() -> Iterator[dict[str, Any]]:
-        for film in films:
-            for mode in MODES:
-                rows.append(measure(film, mode, dtype, args.repeats, args.min_sample, device))
-                yield rows[-1]
-
-    for line in table(measured()):
-        print(line, flush=True)
-    if args.out is not None:
-        threads = torch.get_num_threads()
-        settings = {"dtype": args.dtype, "repeats": args.repeats, "threads": threads}
-        facts = {"settings": settings, "environment": environment(device), "rows": rows}
-        args.out.write_text(json.dumps(facts, indent=1) + "\n")
+    dtype, how = getattr(torch, args.dtype), (args.repeats, args.min_sample)
+    rows = (
+        measure(film, mode, dtype, *how, torch.device(args.device))
+        for film in films
+        for mode in MODES
+    )
+    write_table(args, rows, COLUMNS, {"dtype": args.dtype})
     return 0
 
 

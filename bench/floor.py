@@ -18,10 +18,8 @@ from pathlib import Path
 
 import torch
 
-from bench.machine import environment
+from bench.machine import ROOT, environment
 from lstm_ext import _build
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def command(toolkit: Path, capability: tuple[int, int], program: Path) -> list[str]:

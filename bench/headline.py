@@ -41,7 +41,11 @@ def headline(cpu: Mapping[str, Any], gpu: Mapping[str, Any]) -> list[str]:
     if dtypes[0] != dtypes[1]:
         raise ValueError(f"expected one dtype, got {' and '.join(dtypes)}")
     on_gpu = {records.key(row): row for row in gpu["rows"]}
-    pairs = [(row, on_gpu[records.key(row)]) for row in cpu["rows"] if records.key(row) in on_gpu]
+    pairs = [
+        (row, on_gpu[records.key(row)])
+        for row in cpu["rows"]
+        if records.key(row) in on_gpu and row["mode"] in CLAIM
+    ]
     if not pairs:
         raise ValueError("the records have no problem and mode in common")
     rows, gains = [], {name: {mode: [] for mode in CLAIM} for name in (PEER, OURS)}

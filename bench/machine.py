@@ -15,6 +15,7 @@ import torch
 
 CPUINFO = Path("/proc/cpuinfo")
 ROOT = Path(__file__).resolve().parent.parent
+SWITCHES = ("LSTM_EXT_", "OMP_", "GOMP_", "KMP_", "MKL_", "DNNL_", "ONEDNN_")
 
 
 def _output_of(*command: str) -> str | None:
@@ -126,7 +127,7 @@ def environment(device: torch.device) -> dict[str, object]:
     facts: dict[str, object] = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": git_commit(),
-        "lstm_ext": getattr(lstm_ext, "__version__", None),
+        "lstm_ext": lstm_ext.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -137,6 +138,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "onednn": torch.backends.mkldnn.is_available(),
+        "lstm_ext_cpu_isa": lstm_ext.ops.cpu_isa(),
         "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
@@ -147,9 +149,12 @@ def environment(device: torch.device) -> dict[str, object]:
         for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
         if name in os.environ
     }
-    isa = getattr(getattr(lstm_ext, "ops", None), "cpu_isa", None)
-    if isa is not None:
-        facts["lstm_ext_cpu_isa"] = isa()
+    # Whatever else the libraries were told; of lstm_ext not how it is built.
+    facts["switches"] = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(SWITCHES) and not name.startswith("LSTM_EXT_CUDA")
+    }
     if device.type == "cuda":
         facts |= {
             "gpu": torch.cuda.get_device_name(device),

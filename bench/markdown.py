@@ -235,7 +235,8 @@ def speed_table(folder: Path, base: Path) -> str:
     means = [number(records.geometric_means(record).get(mode), 2) for record, mode in columns]
     cells.append(["geometric mean", *means])
     words = {"inference": "inference", "training": "forward + backward"}
-    head = ["problem", *(f"{r['settings']['dtype']}, {words[mode]}" for r, mode in columns)]
+    labels = (f"{r['settings']['dtype']}, {words.get(mode, mode)}" for r, mode in columns)
+    head = ["problem", *labels]
     facts, settings = found[0]["environment"], found[0]["settings"]
     where = os.path.relpath(folder, base)
     family = f" of family {facts['cpu_family']}" if facts.get("cpu_family") else ""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from bench.arguments import pattern
 from bench.machine import environment
 from bench.suites import SUITES, Problem
 from lstm_ext import ops
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes the lines; exit status 1 if plans that add up in the same order disagree in a bit."""
     parser = argparse.ArgumentParser(prog="python -m bench.plans", description=__doc__)
     parser.add_argument("--suite", action="append", choices=sorted(SUITES), default=None)
-    parser.add_argument("--rows", type=re.compile, default=re.compile(""), metavar="REGEX")
+    parser.add_argument("--rows", type=pattern, default=pattern(""), metavar="REGEX")
     parser.add_argument("--dtype", action="append", choices=sorted(DTYPES), default=None)
     parser.add_argument("--within", type=float, default=2.0, metavar="FACTOR")
     parser.add_argument("--repeats", type=int, default=7)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 import warnings
@@ -15,6 +14,7 @@ import torch
 
 from bench import cpu_limits, gpu_limits, machine, records, report, roofline
 from bench.__main__ import COMMANDS
+from bench.arguments import pattern, positive
 from bench.limits import Floor
 from bench.suites import MODES, QUANTIZED, SECOND, SUITES, Problem, modes_of
 from bench.timing import Builder, run_row
@@ -22,23 +22,6 @@ from bench.timing import Builder, run_row
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 # Of bench.peers.
 PEERS = ("cell-loop", "compiled-loop", "onnxruntime", "flashrnn", "haste", "float", "8-bit-rows")
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-positive.__name__ = "positive integer"  # argparse names the type in its error.
-
-
-def pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -225,6 +208,22 @@ def is_there(out: Path, settings: Mapping[str, Any]) -> bool:
     )
 
 
+def other_than(out: Path, settings: Mapping[str, Any]) -> list[str]:
+    """In what a complete record differs from a run that would replace it, as far as that was asked
+    for; empty where there is none."""
+    try:
+        old = records.read(out)
+    except (OSError, ValueError):
+        return []
+    facts = machine.environment(torch.device(settings["device"]))
+    pairs = [(name, old["settings"].get(name), settings[name]) for name in settings]
+    asked = ("lstm_ext_cpu_isa", "torch_cpu_capability", "onednn_max_cpu_isa", "switches")
+    told = old["environment"]
+    pairs += [(name, told[name], facts[name]) for name in asked if name in told]
+    different = [f"{name}: {a} and {b}" for name, a, b in pairs if a != b]
+    return different if old["complete"] else []
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 1 if lstm_ext failed or was wrong on a row, or the run was interrupted.
 
@@ -298,6 +297,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.once and is_there(out, settings):
         print(f"is there: {out}")
         return 0
+    if args.out is None and not args.fresh and (others := other_than(out, settings)):
+        parser.error(
+            f"{out.name} of {out.parent.name} is another run's record, which differs in "
+            f"{'; '.join(others)}: give --out, or --fresh to replace it"
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():

@@ -11,11 +11,9 @@ masks drawn; inference is without masks.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lstm_ext
-from bench.machine import environment, grow_heap
+from bench.arguments import (
+    add_table_arguments,
+    parse_table_arguments,
+    positive,
+    write_table,
+)
 from bench.suites import MODES
 from bench.timing import samples_in_turn
 from lstm_ext import reference
@@ -109,15 +112,13 @@ def measure(
     }
 
 
-def table(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
-    """Lines of a Markdown table."""
-    yield "| variant | mode | ms | cost | gain |"
-    yield "| --- | --- | --- | --- | --- |"
-    for row in rows:
-        yield (
-            f"| {row['variant']} | {row['mode']} | {1e3 * row['seconds']:.1f} | "
-            f"{row['cost']:.2f} | {row['gain']:.1f} |"
-        )
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "variant": lambda row: row["variant"],
+    "mode": lambda row: row["mode"],
+    "ms": lambda row: f"{1e3 * row['seconds']:.1f}",
+    "cost": lambda row: f"{row['cost']:.2f}",
+    "gain": lambda row: f"{row['gain']:.1f}",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,32 +127,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bench.variants",
         description=__doc__.split("\n\n", 1)[1],
     )
-    for name, default in (("steps", 100), ("batch", 32), ("hidden", 256), ("repeats", 9)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--min-sample", type=float, default=0.02, help="seconds (default: 0.02)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="default: torch's own")
+    for name, default in (("steps", 100), ("batch", 32), ("hidden", 256)):
+        parser.add_argument(f"--{name}", type=positive, default=default)
     parser.add_argument("--variant", choices=VARIANTS, action="append", help="default: all")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the samples as JSON")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    grow_heap()
-    size, device = (args.steps, args.batch, args.hidden), torch.device(args.device)
-    rows = []
-
-    def measured() -> Iterator[dict[str, Any]]:
-        for name in args.variant or VARIANTS:
-            for mode in MODES:
-                rows.append(measure(name, mode, size, args.repeats, args.min_sample, device))
-                yield rows[-1]
-
-    for line in table(measured()):
-        print(line, flush=True)
-    if args.out is not None:
-        settings = {"size": size, "repeats": args.repeats, "threads": torch.get_num_threads()}
-        facts = {"settings": settings, "environment": environment(device), "rows": rows}
-        args.out.write_text(json.dumps(facts, indent=1) + "\n")
+    add_table_arguments(parser)
+    args = parse_table_arguments(parser, argv)
+    size = args.steps, args.batch, args.hidden
+    how = args.repeats, args.min_sample, torch.device(args.device)
+    rows = (measure(name, mode, size, *how) for name in args.variant or VARIANTS for mode in MODES)
+    write_table(args, rows, COLUMNS, {"size": size})
     return 0
 
 

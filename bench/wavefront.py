@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import copy
 import json
-import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.arguments import pattern
 from bench.machine import environment
 from bench.plans import DTYPES
 from bench.suites import Problem, square
@@ -152,7 +152,8 @@ def time_row(
     for way in ways.values():
         if way["samples"]:
             way["median"] = statistics.median(way["samples"])
-            ratios = [a / b for a, b in zip(ways["off"]["samples"], way["samples"], strict=True)]
+            pairs = zip(ways["off"]["samples"], way["samples"], strict=bool(ways["off"]["samples"]))
+            ratios = [a / b for a, b in pairs]
             way["ratio"] = statistics.median(ratios) if ratios else None
     return {
         "problem": problem.name,
@@ -166,7 +167,8 @@ def line_of(entry: dict[str, Any]) -> str:
     """For people: what each way gains over the layers in turn."""
     words = []
     for name, way in entry["ways"].items():
-        text = way.get("error") or f"{way['ratio']:.2f}"
+        ratio = way.get("ratio")
+        text = way.get("error") or ("-" if ratio is None else f"{ratio:.2f}")
         words.append(f"{name}: {text}{' DIFFERS' if way.get('differs') else ''}")
     return f"{entry['problem']} {entry['dtype']} {entry['mode']}  {', '.join(words)}"
 
@@ -174,7 +176,7 @@ def line_of(entry: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the lines; exit status 1 if a way computes something else, or fails."""
     parser = argparse.ArgumentParser(prog="python -m bench.wavefront", description=__doc__)
-    parser.add_argument("--rows", type=re.compile, default=re.compile(""), metavar="REGEX")
+    parser.add_argument("--rows", type=pattern, default=pattern(""), metavar="REGEX")
     parser.add_argument("--dtype", action="append", choices=sorted(DTYPES), default=None)
     parser.add_argument("--mode", action="append", choices=MODES, default=None)
     parser.add_argument("--parts", type=int, nargs="*", default=PARTS)

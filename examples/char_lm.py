@@ -248,6 +248,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("steps", "batch", "length", "hidden", "layers"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.rate <= 0:
+        parser.error(f"--rate must be above 0, got {args.rate}")
     if not args.out.parent.is_dir():
         parser.error(f"--out: there is no folder {args.out.parent}")
     if args.device is None:

@@ -147,11 +147,12 @@ def test_what_is_slow_once_passes(check):
 
 
 def test_a_faster_peer_is_no_regression(check):
-    assert check(record(row("a", peer=1), row("b", peer=1))) == ([], [()])
+    assert check(record(row("a", peer=1), row("a", "training"), row("b", peer=1))) == ([], [()])
 
 
 def test_a_slower_machine_is_no_regression(check):
-    assert check(record(row("a", peer=6, ours=3), row("b", peer=6, ours=3))) == ([], [()])
+    slow = [row(*names, peer=6, ours=3) for names in (("a",), ("a", "training"), ("b",))]
+    assert check(record(*slow)) == ([], [()])
 
 
 @pytest.mark.parametrize("how", [{"error": "x"}, {"differs": True}])
@@ -159,6 +160,24 @@ def test_a_failure_fails(check, how):
     bad = record(row("a", **how), row("a", "training"), row("b"))
     (one,), asked = check(bad, bad)
     assert one[2] in ("fails", "wrong") and asked == [(), ("a",)]
+
+
+def test_a_row_without_a_figure_fails(check):
+    without_peer = row("b")
+    without_peer["modules"]["nn.LSTM"]["ratio"] = None
+    for left in ((), (without_peer,)):
+        new = record(row("a"), row("a", "training"), *left)
+        assert check(new, new) == ([("b", "inference", "missing")], [(), ("b",)])
+
+
+def test_noise_hides_a_slowdown_only_so_far(monkeypatch, capsys):
+    noisy = (0.3, 0.6, 1.0, 1.5, 3.0)
+    old = record(row(spread=noisy))
+    for ours, failed in ((1.9, False), (2.1, True)):
+        new = record(row(ours=ours, spread=noisy))
+        monkeypatch.setattr(gate, "measure", Runs(new, new))
+        assert bool(gate.check(old, "float32")) == failed
+        assert "1 of 1 rows are unclear: the cores are busy" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -31,6 +31,24 @@ def test_table_and_file(capsys, tmp_path):
     assert [row["mode"] for row in report["rows"]] == ["inference", "training"]
 
 
+def test_what_cannot_be_is_said_before_anything_is_timed(tmp_path, capsys):
+    for more, words in (
+        (["--repeats", "0"], "invalid positive integer value: '0'"),
+        (["--threads", "-1"], "invalid positive integer value: '-1'"),
+        (["--out", str(tmp_path / "none" / "f.json")], "expected a file in a folder that is there"),
+        (["--device", "cuda"], "sees no usable CUDA GPU here"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            conv.main(["--film", "C8", *more])
+        assert exit.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", conv.DTYPES)
+def test_every_dtype(capsys, dtype):
+    small = ["--film", "N2 I16", "--repeats", "1", "--min-sample", "0", "--dtype", dtype]
+    assert conv.main(small) == 0 and "training" in capsys.readouterr().out
+
+
 def test_a_problem_that_is_not_there(capsys):
     with pytest.raises(SystemExit) as exit:
         conv.main(["--film", "C7"])

@@ -214,6 +214,27 @@ def test_default_place_of_results(monkeypatch, tmp_path, capsys):
     assert place.parent.is_dir()
 
 
+def test_a_record_is_not_replaced_by_a_run_of_other_settings(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    small = ("--suite", "gate", "--quick", "--rows", "T50 B1 H64", "--no-limits", "--repeats", "1")
+    assert cli.main(small) == 0
+    (out,) = (tmp_path / "bench" / "results").glob("*/*.jsonl")
+    for more, words in (
+        ((*small, "--mode", "inference"), "modes: "),
+        (small[:3], "rows: T50 B1 H64 and None; repeats: 1 and 3"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(more)
+        assert words in (printed := capsys.readouterr().err) and "--fresh to replace it" in printed
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    with pytest.raises(SystemExit):
+        cli.main(small)
+    assert "switches: {} and" in capsys.readouterr().err.replace("'", "")
+    before = out.read_text()
+    assert cli.main((*small, "--fresh")) == 0
+    assert out.read_text() != before
+
+
 @pytest.mark.parametrize("name", entry.COMMANDS)
 def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as caught:

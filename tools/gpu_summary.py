@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from bench import records  # noqa: E402
+from bench.markdown import table  # noqa: E402
 from bench.records import OURS, PEER  # noqa: E402
 
 
@@ -70,11 +71,6 @@ def bench_rows(path: Path) -> list[tuple[str, ...]]:
             )
         )
     return table
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
 def summary(out: Path, parts: Mapping[str, Mapping]) -> str:
