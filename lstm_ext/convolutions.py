@@ -66,15 +66,15 @@ class Window(NamedTuple):
         if row:  # as an image one pixel high: torch has no channels last in one dimension
             w = w.unsqueeze(2)
             stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
-        # A weight that lies channels last makes the output lie so, whatever the input's format.
-        # vmap knows no formats.
+        # A weight that lies channels last makes the output lie so, whatever the input's format: by
+        # its strides, which contiguous() leaves as they are where there is one channel or the
+        # kernel is one pixel. vmap knows no formats.
         if peek_interpreter_stack() is None:
-            w = w.contiguous(
-                memory_format=torch.channels_last if w.dim() == 4 else torch.channels_last_3d
-            )
+            last = torch.channels_last if w.dim() == 4 else torch.channels_last_3d
+            laid = w.contiguous if w.size(1) > 1 < w[0, 0].numel() else w.clone
+            w = laid(memory_format=last)
         unequal = None if even else [n for pair in reversed(pads) for n in pair]
-        product = even and not any(padding) and all(n == 1 for n in (*stride, *w.shape[2:]))
-        return Convolution(w, stride, padding, dilation, unequal, row, product)
+        return Convolution(w, stride, padding, dilation, unequal, row)
 
 
 #: From how many calls, and how many elements, a weight is laid out for all of them.
@@ -99,16 +99,10 @@ class Convolution(NamedTuple):
     dilation: list[int]
     unequal: list[int] | None  # zeros that F.pad adds before
     row: bool  # images are rows of pixels
-    # A pixel of the output is made of one of the input: a product of matrices, which leaves the
-    # channels last, as no weight of one pixel tells a convolution to.
-    product: bool
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (N, in, *size), bias (out)."""
-        w, stride, padding, dilation, unequal, row, product = self
-        if product:
-            y = F.linear(x.movedim(1, -1), w.flatten(1), bias)
-            return y.movedim(-1, 1)
+        w, stride, padding, dilation, _, row = self
         x = self._images(x)
         convolve = F.conv2d if w.dim() == 4 else F.conv3d
         y = convolve(x, w, bias, stride, padding, dilation)
@@ -124,7 +118,7 @@ class Convolution(NamedTuple):
         weight laid out as oneDNN wants it once, not at every call. Of 128 channels and 16 pixels
         that takes two fifths of the time."""
         w, stride, padding, dilation, *_ = self
-        if count < _MANY or w.numel() < _LARGE or self.product or not _is_for_onednn(w):
+        if count < _MANY or w.numel() < _LARGE or not _is_for_onednn(w):
             return self
         size = list(self._images(x).shape)
         laid_out = torch.ops.mkldnn._reorder_convolution_weight(
@@ -144,12 +138,7 @@ class Convolution(NamedTuple):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Of x (N, in, *size) and of the weight, None if not asked for, from g (N, out, *output),
         the output's."""
-        w, stride, padding, dilation, unequal, row, product = self
-        if product:
-            g, flat = g.movedim(1, -1), w.flatten(1)
-            dx = (g @ flat).movedim(-1, 1) if of_x else None
-            dw = g.flatten(0, -2).t() @ x.movedim(1, -1).flatten(0, -2) if of_w else None
-            return dx, None if dw is None else dw.view_as(w.squeeze(2) if row else w)
+        w, stride, padding, dilation, unequal, row = self
         # fmt: off
         dx, dw, _ = torch.ops.aten.convolution_backward(
             g.unsqueeze(2) if row else g, self._images(x), w, None, stride, padding, dilation,

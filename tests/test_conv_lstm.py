@@ -326,12 +326,16 @@ def test_no_steps_and_no_sequences():
     assert y.shape == (L, 0, C, 4, 4) and h.shape == c.shape == (2, 0, C, 4, 4)
 
 
-def test_gates_lie_channels_last():
+@pytest.mark.parametrize("channels, kernel", [(8, 3), (1, 3), (8, 1)])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_gates_lie_channels_last(dims, channels, kernel):
     """Of the step's convolution, no element is moved: the cell reads its memory as it is."""
-    ones = (1, 1)
-    x = torch.randn(4, 8, 16, 16)  # of the user: channels first
-    y = Window((3, 3), ones, "same", ones).convolution(torch.randn(32, 8, 3, 3), x.shape[2:])(x)
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    ones = (1,) * dims
+    x = torch.randn(4, channels, *[16] * dims)  # of the user: channels first
+    window = Window((kernel,) * dims, ones, "same", ones)
+    w = torch.randn(32, channels, *[kernel] * dims)
+    y = window.convolution(w, x.shape[2:])(x)
+    assert y.movedim(1, -1).is_contiguous()
 
 
 @pytest.mark.cpu_only(reason="cuDNN's convolutions may add in any order")
