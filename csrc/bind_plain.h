@@ -46,7 +46,7 @@ struct PlainCall {
     device = PlainTensors::device_of(x);
     const int64_t count = T ? T : 1;
     I = inputs;
-    H = hidden;
+    H = P = hidden;
     cell = !T;
     first = batch_first;
     const int64_t B = module ? size.of[batch_first ? 0 : 1] : size.of[0] / count;
@@ -69,7 +69,9 @@ struct PlainCall {
     if (!module) return {steps.rows, width};
     return first ? Sizes{steps.B, steps.T, width} : Sizes{steps.T, steps.B, width};
   }
-  Sizes state_size() const { return module ? Sizes{directions, steps.B, H} : Sizes{steps.B, H}; }
+  Sizes state_size(int64_t width) const {
+    return module ? Sizes{directions, steps.B, width} : Sizes{steps.B, width};
+  }
   Sizes input_size(int k) const {
     switch (kind(k)) {
       case kX:
@@ -77,20 +79,22 @@ struct PlainCall {
       case kWih:
         return {4 * H, I};
       case kWhh:
-        return {4 * H, H};
+        return {4 * H, P};
       case kBih:
       case kBhh:
         return 4 * H;
+      case kH0:
+        return state_size(P);
       default:
-        return state_size();
+        return state_size(H);
     }
   }
 
   // A direction's part of a tensor: of a state as a module has it, whose directions lie one after
   // the other; and of so many columns of acc with rows for each. Null of null.
   template <class Void>
-  Void* state(Void* tensor, int direction) const {
-    return module ? part(tensor, direction * steps.B * H * storage_bytes(code)) : tensor;
+  Void* state(Void* tensor, int direction, int64_t width) const {
+    return module ? part(tensor, direction * steps.B * width * storage_bytes(code)) : tensor;
   }
   template <class Void>
   Void* rows_of(Void* tensor, int64_t columns, int direction) const {
@@ -117,6 +121,7 @@ struct PlainCall {
   int64_t device = -1;      // as PlainTensors::device_of
   Steps steps{};
   int64_t I = 0, H = 0;
+  int64_t P = 0;        // features of h: H, unless they are projected
   int directions = 1;   // the second is the reversed one
   bool module = false;  // sizes as a module has them, else as a layer: see PlainInputs::read
   bool cell = false, first = false;
@@ -147,10 +152,14 @@ struct PlainInputs : PlainCall {
         !accepts()) {
       return false;
     }
-    if (!read_states(x, hx, makes_zeros)) return false;
+    return read_states(x, hx, makes_zeros) && read_weights(weights, kWeights);
+  }
+
+  // Of each direction the first of `count`.
+  bool read_weights(const pybind11::list& weights, int count) {
     for (int d = 0; d < directions; ++d) {
       for (int k = kWih; k < kInputs; ++k) {
-        const Handle weight(PyList_GET_ITEM(weights.ptr(), d * kWeights + k - kWih));
+        const Handle weight(PyList_GET_ITEM(weights.ptr(), d * count + k - kWih));
         if (!(is_bias(k) && weight.is_none()) && !input(at(k, d), weight)) return false;
       }
     }
@@ -160,7 +169,7 @@ struct PlainInputs : PlainCall {
   // x and hx of that.
   bool read_states(Handle x, Handle hx, bool makes_zeros) {
     if (!input(kX, x)) return false;
-    Object zeros;
+    std::array<Object, 2> zeros;  // of h and of c
     PyObject** items = nullptr;
     if (!hx.is_none()) {
       if (!(PyTuple_Check(hx.ptr()) || PyList_Check(hx.ptr())) ||
@@ -169,12 +178,16 @@ struct PlainInputs : PlainCall {
       }
       items = PySequence_Fast_ITEMS(hx.ptr());
     } else if (makes_zeros) {
-      zeros = PlainTensors::make(x, PlainTensors::names().new_zeros, state_size());
+      const auto make = [&](int64_t width) {
+        return PlainTensors::make(x, PlainTensors::names().new_zeros, state_size(width));
+      };
+      zeros[1] = make(H);
+      zeros[0] = P == H ? zeros[1] : make(P);
     }
     // All are taken before one is looked at: a list may change meanwhile.
     for (int k = 0; k < 2 * states(); ++k) {
       given[at(kH0 + k % 2, k / 2)] =
-          items ? pybind11::reinterpret_borrow<Object>(items[k]) : zeros;
+          items ? pybind11::reinterpret_borrow<Object>(items[k]) : zeros[size_t(k % 2)];
     }
     for (int d = 0; d < directions; ++d) {
       for (int k = at(kH0, d); k < at(kWih, d); ++k)
@@ -206,8 +219,8 @@ struct PlainOutputs {
   // save: what backward needs, too.
   PlainOutputs(const PlainInputs& in, pybind11::handle x, bool save) : in_(in), save_(save) {
     for (int k = 0; k < in.states(); ++k) {
-      h_n[k] = PlainCall::empty(x, in.state_size());
-      c_n[k] = PlainCall::empty(x, in.state_size());
+      h_n[k] = PlainCall::empty(x, in.state_size(in.P));
+      c_n[k] = PlainCall::empty(x, in.state_size(in.H));
     }
     if (save) {
       const pybind11::handle acc = in.acc == in.dtype ? pybind11::handle() : in.acc;
@@ -216,7 +229,7 @@ struct PlainOutputs {
       c_seq = PlainCall::empty(x, {rows, in.H}, acc);
     }
     // Of one step, the output is also the last state.
-    y = in.cell ? h_n[0] : PlainCall::empty(x, in.layer_size(in.directions * in.H));
+    y = in.cell ? h_n[0] : PlainCall::empty(x, in.layer_size(in.directions * in.P));
   }
 
   // (y, unless of a cell, each h_n and each c_n), and what is saved, else None: gates, c_seq and
@@ -248,12 +261,12 @@ struct PlainOutputs {
     d.w_hh = in_.memory[PlainCall::at(PlainCall::kWhh, k)];
     d.b_ih = in_.memory[PlainCall::at(PlainCall::kBih, k)];
     d.b_hh = in_.memory[PlainCall::at(PlainCall::kBhh, k)];
-    d.h0 = in_.state(in_.memory[PlainCall::at(PlainCall::kH0, of)], k);
-    d.c0 = in_.state(in_.memory[PlainCall::at(PlainCall::kC0, of)], k);
+    d.h0 = in_.state(in_.memory[PlainCall::at(PlainCall::kH0, of)], k, in_.P);
+    d.c0 = in_.state(in_.memory[PlainCall::at(PlainCall::kC0, of)], k, in_.H);
     d.gates = in_.rows_of(memory_of(gates), 4 * in_.H, k);
     d.c_seq = in_.rows_of(memory_of(c_seq), in_.H, k);
-    d.h_n = in_.state(memory_of(h_n[of]), k);
-    d.c_n = in_.state(memory_of(c_n[of]), k);
+    d.h_n = in_.state(memory_of(h_n[of]), k, in_.P);
+    d.c_n = in_.state(memory_of(c_n[of]), k, in_.H);
   }
 
   Object y;
@@ -319,7 +332,7 @@ struct PlainSaved : PlainCall {
     if (!cell && !gradient(0, layer_size(directions * H), dy)) return false;
     for (int k = 0; k < states(); ++k) {
       const int h = !cell + k;
-      if (!gradient(h, state_size(), dh_n[k]) || !gradient(h + states(), state_size(), dc_n[k]))
+      if (!gradient(h, state_size(H), dh_n[k]) || !gradient(h + states(), state_size(H), dc_n[k]))
         return false;
     }
     return true;

@@ -151,6 +151,38 @@ def plain_cell(
     return plain_layer(x, hx, weights, input_size, hidden_size, 0)
 
 
+def plain_projected(
+    x: Any,
+    hx: Any,
+    weights: Sequence[Tensor | None],
+    input_size: int,
+    hidden_size: int,
+    steps: int,
+    batch_first: bool = False,
+    *,
+    proj_size: int,
+) -> Any:
+    """As :func:`plain_layer`, with projections: of each direction weight_hr after the others. On
+    the CPU, where nothing asks for a gradient."""
+    if engine_of(x) is not cpu_engine:
+        return None
+    made = recorded(_plain.cpu_forward_projected)(
+        x,
+        hx,
+        weights,
+        input_size,
+        hidden_size,
+        proj_size,
+        steps,
+        batch_first,
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        is_recording(),
+        cpu_products.workspace,
+    )
+    return None if made is None else made[0]
+
+
 def plain_quantized(
     x: Any,
     hx: Any,

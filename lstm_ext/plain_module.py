@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lstm_ext import plain
-from lstm_ext.engine import is_lazy, is_surrounded
+from lstm_ext.engine import is_lazy, is_recording, is_surrounded
 
 if TYPE_CHECKING:
     from lstm_ext.modules import LSTM
@@ -22,7 +23,6 @@ def plain_module(module: LSTM, x: Any, hx: Any) -> Any:
     if (
         is_surrounded()
         or (module.num_layers > 1 and getattr(plain.engine_of(x), "wavefront", False))
-        or module.proj_size
         or module.merge_mode != "concat"
         or module.return_cell_sequence
         or module.checkpoint_every is not None
@@ -30,23 +30,27 @@ def plain_module(module: LSTM, x: Any, hx: Any) -> Any:
         or x.dim() != 3
     ):
         return None
-    parameters, layers = module._parameters, []
+    parameters, layers, P = module._parameters, [], module.proj_size
+    no_gradients = P > 0 and is_recording()  # of projections the short way is forward's alone
     for k, names in enumerate(module._all_weights):
         own = [parameters.get(name) for name in names]
         for weight in own:
             if weight is None:
                 return None  # replaced: to look at one may change a parametrization's state
-        if len(own) != (4 if module.bias else 2):
+            if no_gradients and weight.requires_grad:
+                return None
+        if len(own) != 2 + 2 * module.bias + (P > 0):
             return None  # attributes changed after construction
         if not module.bias:
-            own += (None, None)
+            own[2:2] = (None, None)
         if k % directions:
             layers[-1] += own
         else:
             layers.append(own)
     if len(module._all_weights) != module.num_layers * directions:
         return None  # as well
-    return plain_layers(module, x, hx, layers, plain.plain_layer)
+    run = functools.partial(plain.plain_projected, proj_size=P) if P else plain.plain_layer
+    return plain_layers(module, x, hx, layers, run)
 
 
 def plain_layers(
@@ -67,7 +71,8 @@ def plain_layers(
         return made if made is None else (made[0], made[1:])
     drop = module._drop if module.dropout and module.training else None
     directions = 2 if module.bidirectional else 1
-    return plain_stack(x, hx, layers, directions, *sizes, drop, run)
+    width = directions * (module.proj_size or module.hidden_size)
+    return plain_stack(x, hx, layers, directions, width, *sizes, drop, run)
 
 
 def plain_stack(
@@ -75,6 +80,7 @@ def plain_stack(
     hx: Any,
     layers: Sequence[Sequence[Tensor | None]],
     D: int,
+    width: int,
     input_size: int,
     hidden_size: int,
     steps: int,
@@ -86,8 +92,8 @@ def plain_stack(
 
     Args:
         x, hx: as a module has them; hx of all layers, (L * D, B, H). layers: each one's weights.
-        D: directions. drop: what becomes of an output on its way to the next layer. run: a layer.
-        The rest: see :func:`plain.plain_layer`.
+        D: directions. width: of a layer's output. drop: what becomes of one on its way to the next
+        layer. run: a layer. The rest: see :func:`plain.plain_layer`.
     """
     # It takes all of them or none, but for what is an error in a later one.
     if x.dtype == torch.bfloat16 and not plain.takes_more(x):
@@ -111,7 +117,7 @@ def plain_stack(
             return None
         x, *own = made
         last.append(own)
-        input_size = D * hidden_size
+        input_size = width
         if drop is not None and k + 1 < len(layers):
             x = drop(x)
     h_n, c_n = (torch.cat(parts) for parts in zip(*last, strict=True))

@@ -1,0 +1,127 @@
+"""A module with projections by the CPU's short way, which is forward's alone: the same bits as by
+the layer's way."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import lstm_ext
+from lstm_ext import plain
+
+pytestmark = pytest.mark.cpu_only(reason="the CPU's own")
+I, H, P = 6, 10, 3
+
+
+class Spy:
+    """Stands before plain_projected: counts what it takes, or refuses it all."""
+
+    def __init__(self):
+        self.run, self.taken, self.refuses = plain.plain_projected, [], False
+
+    def __call__(self, *args, **kwargs):
+        made = None if self.refuses else self.run(*args, **kwargs)
+        self.taken.append(made is not None)
+        return made
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    spy = Spy()
+    monkeypatch.setattr(plain, "plain_projected", spy)
+    return spy
+
+
+def flat(results):
+    y, states = results
+    return [y, *states]
+
+
+def compare(spy, module, x, hx=None, calls=1):
+    """Without gradients; returns the results of the short way, which is taken."""
+    spy.taken.clear()
+    with torch.no_grad():
+        ours = flat(module(x, hx))
+        assert spy.taken == [True] * calls
+        spy.refuses = True
+        theirs = flat(module(x, hx))
+        spy.refuses = False
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+        assert torch.equal(a, b)
+    return ours
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch_first, given", list(itertools.product([False, True], repeat=2)))
+def test_the_same_bits(isa, batch_first, given, bias, bidirectional, dtype, spy):
+    options = {"batch_first": batch_first, "bidirectional": bidirectional, "bias": bias}
+    if dtype == torch.bfloat16 and not plain._C.cpu_bf16_products():
+        pytest.skip("the short way is for processors with bfloat16")
+    for T, B, h, p in ((1, 1, H, P), (1, 4, 19, 1), (5, 3, 17, 16), (2, 7, 33, 8)):
+        module = lstm_ext.LSTM(I, h, proj_size=p, dtype=dtype, **options)
+        x = torch.randn(*((B, T) if batch_first else (T, B)), I, dtype=dtype)
+        sizes = [(1 + bidirectional, B, width) for width in (p, h)]
+        hx = tuple(torch.randn(size, dtype=dtype) for size in sizes) if given else None
+        compare(spy, module, x, hx)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_stack_is_nn_lstms(bidirectional, spy):
+    peer = nn.LSTM(I, H, 3, proj_size=P, bidirectional=bidirectional, dropout=0.5).eval()
+    module = lstm_ext.LSTM.from_torch(peer)
+    x = torch.randn(5, 2, I)
+    sizes = [(3 * (1 + bidirectional), 2, width) for width in (P, H)]
+    hx = tuple(torch.randn(size) for size in sizes)
+    ours = compare(spy, module, x, hx, calls=3)
+    for a, b in zip(ours, flat(peer(x, hx)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_where_a_gradient_is_asked_for_it_is_not_taken(spy):
+    module, x = lstm_ext.LSTM(I, H, proj_size=P), torch.randn(1, 2, I)
+    module(x)[0].sum().backward()
+    assert not spy.taken  # nothing was read in vain
+    frozen = lstm_ext.LSTM(I, H, proj_size=P).requires_grad_(False)
+    compare(spy, frozen, x)
+    assert flat(frozen(x))[0].grad_fn is None and spy.taken[-1]
+    x.requires_grad_()
+    frozen(x)[0].sum().backward()
+    assert x.grad is not None and not spy.taken[-1]
+    for name in ("weight_hr_l0", "weight_ih_l0"):
+        frozen.requires_grad_(False)
+        getattr(frozen, name).requires_grad_()
+        frozen(x.detach())[0].sum().backward()
+        assert getattr(frozen, name).grad is not None
+
+
+STATES = {
+    "wide": lambda h, c: (c, c),
+    "of another dtype": lambda h, c: (h.double(), c),
+    "exchanged": lambda h, c: (c, h),
+    "of another batch": lambda h, c: (h[:, :1], c),
+}
+
+
+@pytest.mark.parametrize("how", STATES)
+def test_wrong_states_have_the_layers_error(how, spy):
+    module, x = lstm_ext.LSTM(I, H, proj_size=P), torch.randn(4, 2, I)
+    hx = STATES[how](torch.randn(1, 2, P), torch.randn(1, 2, H))
+    with torch.no_grad():
+        with pytest.raises((RuntimeError, ValueError)) as ours:
+            module(x, hx)
+        assert spy.taken == [False]
+        with pytest.raises((RuntimeError, ValueError)) as theirs:
+            spy.refuses = True
+            module(x, hx)
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_a_weight_of_a_wrong_size_is_refused():
+    module, x = lstm_ext.LSTM(I, H, proj_size=P), torch.randn(4, 2, I)
+    module.weight_hr_l0 = nn.Parameter(torch.zeros(P, H - 1))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="weight_hr"):
+        module(x)
