@@ -39,18 +39,18 @@ struct CpuPlain : PlainTensors {
     return out.all();
   }
 
-  // With projections to P features, where nothing asks for a gradient. weights: of each direction
-  // those of forward, and W_hr (P, H).
+  // As forward, with projections to P features. weights: of each direction those of forward, and
+  // W_hr (P, H), which is saved after them.
   Object forward_projected(Handle x, Handle hx, const pybind11::list& weights, int64_t I, int64_t H,
                            int64_t P, int64_t T, bool batch_first, int threads, bool pack_input,
-                           bool grad, const pybind11::function& workspace) const {
+                           int save, const pybind11::function& workspace) const {
     constexpr int of_direction = PlainCall::kWeights + 1;
     PlainInputs in(*this);
     LstmForward p{};
     p.pack_input = pack_input;
     p.threads = threads;
     More more[PlainCall::kMostDirections] = {};
-    std::array<Object, PlainCall::kMostDirections> kept;
+    std::array<Object, PlainCall::kMostDirections> kept, given;
     const auto read = [&] {
       in.directions = int(weights.size() / of_direction);
       if (weights.size() % of_direction || !in.read_sizes(x, I, H, T, batch_first, nullptr) ||
@@ -63,13 +63,14 @@ struct CpuPlain : PlainTensors {
         const Handle w_hr(PyList_GET_ITEM(weights.ptr(), (d + 1) * of_direction - 1));
         if (!(more[d].w_hr = in.dense(w_hr, {P, H}, kept[size_t(d)]))) return false;
         in.requires_grad |= get(w_hr, names().requires_grad).ptr() == Py_True;
+        given[size_t(d)] = pybind11::reinterpret_borrow<Object>(w_hr);
       }
       return true;
     };
-    if (!answered(read) || (grad && in.requires_grad)) return pybind11::none();
-    const PlainOutputs out(in, x, false);
+    if (!answered(read)) return pybind11::none();
+    const PlainOutputs out(in, x, in.saves(save));
     run(p, in, out, more, workspace);
-    return out.all();
+    return out.all(given.data());
   }
 
   // With weights of 8 bits, in float32. weights: of each direction W_ih, W_hh and their scales as
@@ -164,7 +165,7 @@ inline void bind_cpu_plain(pybind11::module_& m) {
       .def("cpu_forward", &CpuPlain::forward, "x"_a, "hx"_a, "weights"_a, "I"_a, "H"_a, "T"_a,
            "batch_first"_a, "threads"_a, "pack_input"_a, "save"_a, "workspace"_a)
       .def("cpu_forward_projected", &CpuPlain::forward_projected, "x"_a, "hx"_a, "weights"_a, "I"_a,
-           "H"_a, "P"_a, "T"_a, "batch_first"_a, "threads"_a, "pack_input"_a, "grad"_a,
+           "H"_a, "P"_a, "T"_a, "batch_first"_a, "threads"_a, "pack_input"_a, "save"_a,
            "workspace"_a)
       .def("cpu_forward_quantized", &CpuPlain::forward_quantized, "x"_a, "hx"_a, "weights"_a,
            "byte"_a, "row_bits"_a, "I"_a, "H"_a, "T"_a, "batch_first"_a, "threads"_a, "grad"_a,

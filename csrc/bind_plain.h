@@ -233,8 +233,8 @@ struct PlainOutputs {
   }
 
   // (y, unless of a cell, each h_n and each c_n), and what is saved, else None: gates, c_seq and
-  // the inputs, None where there is none.
-  pybind11::tuple all() const {
+  // the inputs, None where there is none; after those of a direction its own of `more`, if given.
+  pybind11::tuple all(const Object* more = nullptr) const {
     namespace py = pybind11;
     const auto size = [](int n) { return static_cast<size_t>(n); };
     const int states = in_.states(), first = !in_.cell;
@@ -245,11 +245,14 @@ struct PlainOutputs {
       outputs[size(first + states + k)] = c_n[k];
     }
     if (!save_) return py::make_tuple(outputs, py::none());
-    py::tuple saved(size(2 + in_.inputs()));
+    py::tuple saved(size(2 + in_.inputs() + (more ? in_.directions : 0)));
     saved[0] = gates;
     saved[1] = c_seq;
-    for (int k = 0; k < in_.inputs(); ++k)
-      saved[size(2 + k)] = in_.given[k] ? in_.given[k] : Object(py::none());
+    for (int k = 0, at = 2; k < in_.inputs(); ++k) {
+      saved[size(at++)] = in_.given[k] ? in_.given[k] : Object(py::none());
+      const bool last = k && k % PlainCall::kOfDirection == 0;
+      if (more && last) saved[size(at++)] = more[k / PlainCall::kOfDirection - 1];
+    }
     return py::make_tuple(outputs, saved);
   }
 

@@ -60,8 +60,11 @@ def plain_layer(
     made = plain_results(
         *(x, hx, weights, input_size, hidden_size, steps, batch_first), is_recording()
     )
-    if made is None:
-        return None
+    return made if made is None else _differentiable(made, steps, batch_first)
+
+
+def _differentiable(made: Any, steps: int | Steps, batch_first: bool) -> Any:
+    """The outputs of :func:`plain_results`, if something was saved as a function of it."""
     outputs, saved = made
     if saved is None:
         return outputs
@@ -163,7 +166,7 @@ def plain_projected(
     proj_size: int,
 ) -> Any:
     """As :func:`plain_layer`, with projections: of each direction weight_hr after the others. On
-    the CPU, where nothing asks for a gradient."""
+    the CPU; backward goes the layer's way."""
     if engine_of(x) is not cpu_engine:
         return None
     made = recorded(_plain.cpu_forward_projected)(
@@ -180,7 +183,7 @@ def plain_projected(
         is_recording(),
         cpu_products.workspace,
     )
-    return None if made is None else made[0]
+    return made if made is None else _differentiable(made, steps, batch_first)
 
 
 def plain_quantized(

@@ -13,7 +13,7 @@ from lstm_ext.flat import grouped
 from lstm_ext.steps import Steps
 from lstm_ext.torch_engine import side_by_side
 
-_INPUTS = 6  # of a direction: h_0, c_0 and four weights
+_INPUTS = 6  # of a direction: h_0, c_0 and four weights; with a projection one more
 
 
 class LayerForm:
@@ -28,9 +28,12 @@ class LayerForm:
         batch_first: bool,
     ) -> None:
         x, *flat, gates, c_seq, y = saved
-        self.D, states = len(flat) // _INPUTS, len(gradients) // 2
+        projected = len(flat) % (_INPUTS + 1) == 0
+        self.count = _INPUTS + projected
+        self.D, states = len(flat) // self.count, len(gradients) // 2
         self.together = self.D // states  # directions of a tensor of states: a module's has all
         self.H, self.has_y = c_seq.size(-1), len(gradients) % 2 == 1
+        self.P = flat[_INPUTS].size(0) if projected else self.H
         self.kinds = ((False, None), (True, None))[: self.D]
         self.given, self.gradients = (x, *flat), gradients
         I = x.size(-1)
@@ -45,20 +48,21 @@ class LayerForm:
         if not isinstance(steps, Steps):
             self.steps = Steps.padded(steps or 1, h0[0].size(0), batch_first=batch_first)
         # The output is read only at a step before another.
-        y = side_by_side(h0, x.dtype) if y is None else _rows(y, self.D * self.H)
+        y = side_by_side(h0, x.dtype) if y is None else _rows(y, self.D * self.P)
         parts = [(t,) if self.D == 1 else t.tensor_split(self.D) for t in (gates, c_seq)]
         self.tensors = (*self.of_outputs(gradients), *inputs, y, *parts[0], *parts[1])
 
     def inputs(self, plain: Sequence[Any]) -> list[Any]:
-        """Of x and of each direction's h_0, c_0 and weights (no weight_hr), of PlainLayer's inputs;
-        tensors, or flags."""
+        """Of x and of each direction's h_0, c_0 and weights, of PlainLayer's inputs; tensors, or
+        flags."""
         x, *flat = plain
         groups = grouped(flat, self.D)
         listed = [_rows(x, x.size(-1)) if isinstance(x, Tensor) else x]
         for k in range(self.D):
-            states = groups[k // self.together * self.together][:2]
-            listed += [self._part(t, k) for t in states]
-            listed += [*groups[k][2:], False if isinstance(x, bool) else None]
+            h, c = groups[k // self.together * self.together][:2]
+            listed += [self._part(h, k, self.P), self._part(c, k, self.H), *groups[k][2:]]
+            if self.count == _INPUTS:  # no weight_hr
+                listed.append(False if isinstance(x, bool) else None)
         return listed
 
     def of_outputs(self, plain: Sequence[Any]) -> list[Any]:
@@ -66,15 +70,15 @@ class LayerForm:
         y = plain[0] if self.has_y else None
         last = plain[1:] if self.has_y else plain
         half = len(last) // 2
-        listed = [_rows(y, self.D * self.H) if isinstance(y, Tensor) else y, None]
-        for states in (last[:half], last[half:]):
-            listed += [self._part(states[k // self.together], k) for k in range(self.D)]
+        listed = [_rows(y, self.D * self.P) if isinstance(y, Tensor) else y, None]
+        for states, width in ((last[:half], self.P), (last[half:], self.H)):
+            listed += [self._part(states[k // self.together], k, width) for k in range(self.D)]
         return listed
 
-    def _part(self, states: Any, k: int) -> Any:
+    def _part(self, states: Any, k: int, width: int) -> Any:
         if not isinstance(states, Tensor):
             return states
-        rows = _rows(states, self.H)
+        rows = _rows(states, width)
         return rows if self.together == 1 else rows.tensor_split(self.together)[k % self.together]
 
     def as_inputs(self, made: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -86,7 +90,7 @@ class LayerForm:
             for i in range(2):
                 parts = [g[i] for g in groups[k : k + self.together]]
                 results.append(None if k % self.together else _joined(parts, own[i]))
-            results += group[2:_INPUTS]
+            results += group[2 : self.count]
         return tuple(results)
 
     def as_outputs(self, made: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lstm_ext import plain
-from lstm_ext.engine import is_lazy, is_recording, is_surrounded
+from lstm_ext.engine import is_lazy, is_surrounded
 
 if TYPE_CHECKING:
     from lstm_ext.modules import LSTM
@@ -31,14 +31,11 @@ def plain_module(module: LSTM, x: Any, hx: Any) -> Any:
     ):
         return None
     parameters, layers, P = module._parameters, [], module.proj_size
-    no_gradients = P > 0 and is_recording()  # of projections the short way is forward's alone
     for k, names in enumerate(module._all_weights):
         own = [parameters.get(name) for name in names]
         for weight in own:
             if weight is None:
                 return None  # replaced: to look at one may change a parametrization's state
-            if no_gradients and weight.requires_grad:
-                return None
         if len(own) != 2 + 2 * module.bias + (P > 0):
             return None  # attributes changed after construction
         if not module.bias:

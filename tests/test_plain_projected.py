@@ -1,10 +1,11 @@
-"""A module with projections by the CPU's short way, which is forward's alone: the same bits as by
-the layer's way."""
+"""A module with projections by the CPU's short way, whose backward is the layer's: the same bits as
+by the layer's way."""
 
 import itertools
 
 import pytest
 import torch
+from device import leaf
 from torch import nn
 
 import lstm_ext
@@ -39,18 +40,34 @@ def flat(results):
 
 
 def compare(spy, module, x, hx=None, calls=1):
-    """Without gradients; returns the results of the short way, which is taken."""
+    """Outputs without gradients and with, and all gradients, of each output alone too; returns the
+    first of the short way, which is taken."""
+    inputs = [leaf(t) for t in (x, *(hx or ()))]
+    wanted = [*inputs, *module.parameters()]
+
+    def run():
+        with torch.no_grad():
+            results = flat(module(x, hx))
+        outputs = flat(module(inputs[0], tuple(inputs[1:]) or None))
+        torch.manual_seed(1)
+        v = [torch.randn_like(t) for t in outputs]
+        results += [*outputs, *torch.autograd.grad(outputs, wanted, v, retain_graph=True)]
+        for output, d in zip(outputs, v, strict=True):
+            results += torch.autograd.grad(output, wanted, d, retain_graph=True, allow_unused=True)
+        return results
+
     spy.taken.clear()
-    with torch.no_grad():
-        ours = flat(module(x, hx))
-        assert spy.taken == [True] * calls
-        spy.refuses = True
-        theirs = flat(module(x, hx))
-        spy.refuses = False
+    ours = run()
+    assert spy.taken == [True] * 2 * calls
+    spy.refuses = True
+    theirs = run()
+    spy.refuses = False
     for a, b in zip(ours, theirs, strict=True):
-        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
-        assert torch.equal(a, b)
-    return ours
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+            assert torch.equal(a, b)
+    return ours[:3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -81,21 +98,32 @@ def test_a_stack_is_nn_lstms(bidirectional, spy):
         torch.testing.assert_close(a, b)
 
 
-def test_where_a_gradient_is_asked_for_it_is_not_taken(spy):
-    module, x = lstm_ext.LSTM(I, H, proj_size=P), torch.randn(1, 2, I)
-    module(x)[0].sum().backward()
-    assert not spy.taken  # nothing was read in vain
-    frozen = lstm_ext.LSTM(I, H, proj_size=P).requires_grad_(False)
-    compare(spy, frozen, x)
-    assert flat(frozen(x))[0].grad_fn is None and spy.taken[-1]
-    x.requires_grad_()
-    frozen(x)[0].sum().backward()
-    assert x.grad is not None and not spy.taken[-1]
-    for name in ("weight_hr_l0", "weight_ih_l0"):
-        frozen.requires_grad_(False)
-        getattr(frozen, name).requires_grad_()
-        frozen(x.detach())[0].sum().backward()
-        assert getattr(frozen, name).grad is not None
+@pytest.mark.parametrize("name", ["x", "weight_ih_l0", "weight_hr_l0", "bias_hh_l0"])
+def test_a_gradient_of_one_alone(name, spy):
+    module, x = lstm_ext.LSTM(I, H, proj_size=P).requires_grad_(False), torch.randn(1, 2, I)
+    assert module(x)[0].grad_fn is None
+    one = x if name == "x" else getattr(module, name)
+    one.requires_grad_()
+    found = torch.autograd.grad(module(x)[0].sum(), one)
+    assert spy.taken == [True] * 2
+    spy.refuses = True
+    assert torch.equal(*found, *torch.autograd.grad(module(x)[0].sum(), one))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_derivatives(layers, bidirectional, spy):
+    module = lstm_ext.LSTM(2, 3, layers, proj_size=2, bidirectional=bidirectional).double()
+    x = leaf(torch.randn(2, 2, 2).double())
+    count = layers * (1 + bidirectional)
+    hx = [leaf(torch.randn(count, 2, width).double()) for width in (2, 3)]
+
+    def run(x, h, c):
+        return tuple(flat(module(x, (h, c))))
+
+    assert torch.autograd.gradcheck(run, (x, *hx))
+    assert torch.autograd.gradgradcheck(run, (x, *hx), fast_mode=True)
+    assert all(spy.taken)
 
 
 STATES = {
