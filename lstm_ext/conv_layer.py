@@ -238,8 +238,10 @@ class ConvLayer(LayerFunction):
     @staticmethod
     def forward(ctx: Any, layer: _Layer, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         results, saved = _on_cells(layer, *tensors, save=True)
+        every = (*tensors, *saved)
+        ctx.kinds = [t if t is None else (t.shape, t.dtype, t.device) for t in every]
         ctx.layer = layer
-        ctx.save_for_backward(*tensors, *saved)
+        ctx.save_for_backward(*every)
         ctx.set_materialize_grads(False)
         return results
 
@@ -247,8 +249,11 @@ class ConvLayer(LayerFunction):
     @batched_gradients
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         layer, wanted = ctx.layer, ctx.needs_input_grad[1:]
-        # Once: torch.utils.checkpoint gives them no second time.
-        *tensors, kept, h_seq, c_seq = ctx.saved_tensors
+        every = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+        for tensor, kind in zip(every, ctx.kinds, strict=True):
+            if kind is not None:  # a hook on saved tensors may return anything, and .data changes
+                ops.check_result(tensor, *kind)
+        *tensors, kept, h_seq, c_seq = every
         with ops.without_autocast(kept.device):
             if must_apply():
                 run = functools.partial(_in_torch, layer)
@@ -270,6 +275,8 @@ def _gradients(
     of_x, of_w_ih, of_bias, of_w_hh, of_h0, of_c0, of_w_ch = wanted
     (walk, window, _), (T, rows, _), acc = layer, kept.shape, kept.dtype
     cells = pointwise.cells_of(x.device)
+    kept, h_seq, c_seq = (t.contiguous() for t in (kept, h_seq, c_seq))
+    w_ch = None if w_ch is None else w_ch.contiguous()
     of_input, recurrent = window.convolution(w_ih, x.shape[3:]), layer.recurrent(w_hh)
     dy, dh, dc = (None if g is None else in_memory(g) for g in grads)
     dy = None if dy is None else walk.mask(dy).to(acc).contiguous().view(T, rows, -1)

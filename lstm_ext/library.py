@@ -38,7 +38,13 @@ _LAYER_COUNT = 11
 
 _library = torch.library.Library("lstm_ext", "FRAGMENT")
 # y, then every c_t if cells, h_n and c_n of each direction; with save, then what backward needs.
-_library.define(f"lstm_layer({_LAYER}, bool cells, bool save) -> Tensor[]")
+try:
+    _library.define(f"lstm_layer({_LAYER}, bool cells, bool save) -> Tensor[]")
+except RuntimeError as error:
+    raise ImportError(
+        "lstm_ext was imported before in this process, by another copy of it or by one that was "
+        "taken out of sys.modules: torch keeps its operators, so restart Python"
+    ) from error
 # grads: of y, cells, h_n and c_n. results: y and what backward needs. wanted: a flag for x and for
 # each of directions. Returns the gradients that are wanted.
 _library.define(

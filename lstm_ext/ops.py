@@ -278,13 +278,13 @@ def check_saved(
     check_layer(x, directions, steps)
     rows, dtype, device = steps.rows, x.dtype, x.device
     H, P = directions[0].c0.size(1), directions[0].h0.size(1)
-    _check_result(y, (rows, len(directions) * P), dtype, device)
+    check_result(y, (rows, len(directions) * P), dtype, device)
     # As LayerResult and, with a layer norm, norm_input and the engines list them.
     sizes = ((rows, 4 * H), (rows, H), (rows, 4 * H), (rows, 1), (rows, 1), (rows, 4 * H), (rows,))
     acc = acc_dtype(dtype)
     for tensors in saved:
         for tensor, size in zip(tensors, sizes, strict=False):
-            _check_result(tensor, size, acc, device)
+            check_result(tensor, size, acc, device)
     for direction in directions:
         for tensor in (x, direction.h0, direction.c0, *tensors_of(direction.w)):
             if tensor is not None and tensor.is_neg():  # forward has resolved its caller's
@@ -297,7 +297,7 @@ def check_saved(
             )
 
 
-def _check_result(
+def check_result(
     tensor: Tensor, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     if (

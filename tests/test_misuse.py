@@ -3,6 +3,7 @@
 import pytest
 import torch
 from device import DEVICE, PLACES, here, leaf
+from interpreter import run
 from layers import lstm_layer
 from tolerances import tol
 
@@ -285,3 +286,51 @@ def test_what_is_saved_for_backward_replaced(change, bidirectional, layer_norm):
         module.weight_hh_l0.data = module.weight_hh_l0.data[:, :1].contiguous()
     with pytest.raises((RuntimeError, ValueError), match="Expected"):
         loss.backward()
+
+
+CHANGES = {
+    "half": torch.Tensor.half,
+    "double": torch.Tensor.double,
+    "short": lambda t: t[:1],
+    "negated": lambda t: torch._neg_view(-t),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_convolutional_layer_saves_replaced(change):
+    module = here(lstm_ext.ConvLSTM2d(4, 8, 3, peephole=True))
+    x = leaf(torch.randn(5, 2, 4, 6, 6))
+    with torch.autograd.graph.saved_tensors_hooks(CHANGES[change], lambda t: t):
+        y, _ = module(x)
+    with pytest.raises(RuntimeError, match="Expected a result saved for backward"):
+        y.sum().backward()
+
+
+def test_what_a_convolutional_layer_saves_may_lie_otherwise():
+    module = here(lstm_ext.ConvLSTM2d(4, 8, 3, peephole=True))
+    x = leaf(torch.randn(5, 2, 4, 6, 6))
+    inputs = [x, *module.parameters()]
+    expected = torch.autograd.grad(module(x)[0].sum(), inputs)
+    strided = lambda t: torch.stack([t, t + 1], -1)[..., 0]  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, strided):
+        y, _ = module(x)
+        found = torch.autograd.grad(y.sum(), inputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **tol(torch.float32))
+
+
+def test_a_weight_of_a_convolutional_layer_changed_before_backward():
+    module = here(lstm_ext.ConvLSTM2d(4, 8, 3, peephole=True))
+    y, _ = module(here(torch.randn(5, 2, 4, 6, 6)))
+    module.weight_ch_l0.data = module.weight_ch_l0.data[:5].clone()
+    with pytest.raises(RuntimeError, match="Expected a result saved for backward"):
+        y.sum().backward()
+
+
+@pytest.mark.cpu_only(reason="no layer runs")
+def test_a_second_import_says_what_it_is(tmp_path):
+    program = "import sys, lstm_ext\n"
+    program += "for name in [n for n in sys.modules if n.startswith('lstm_ext')]:\n"
+    program += "    del sys.modules[name]\nimport lstm_ext"
+    done = run("-c", program, cwd=tmp_path)
+    assert "ImportError: lstm_ext was imported before in this process" in done.stderr
