@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -248,8 +249,9 @@ def has_replaced_forward(module: nn.Module) -> bool:
     """Whether module runs another forward than its class's. Who takes a replaced one back may leave
     the class's own, bound to module, among its attributes."""
     forward = module.__dict__.get("forward")
-    own = getattr(forward, "__self__", None) is module
-    return forward is not None and not (own and forward.__func__ is type(module).forward)
+    if type(forward) is MethodType and forward.__self__ is module:
+        return forward.__func__ is not type(module).forward
+    return forward is not None
 
 
 def adopt(new: _Module, module: nn.Module, expected: type[nn.Module], **extra: Any) -> _Module:

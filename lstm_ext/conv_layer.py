@@ -24,7 +24,7 @@ from lstm_ext.autograd import must_apply, needs_grad
 from lstm_ext.batching import batched_gradients
 from lstm_ext.convolutions import Convolution, Window
 from lstm_ext.derivatives import LayerFunction, pulled
-from lstm_ext.engine import acc_dtype, in_memory, sum_of
+from lstm_ext.engine import acc_dtype, asked_once_a_graph, in_memory, sum_of
 from lstm_ext.native import _C
 from lstm_ext.steps import Steps
 
@@ -77,6 +77,24 @@ class _Layer(NamedTuple):
         ones = (1,) * len(self.size)
         return Window(self.window.kernel, ones, "same", ones).convolution(w_hh, self.size)
 
+    def is_for_bf16(self, size: Sequence[int]) -> bool:
+        """Whether a CPU's convolutions of bfloat16 are as fast as they should be, and right.
+
+        oneDNN's (3.x, with AVX512_BF16) make weights' gradients of images narrower than the kernel
+        that are anything, and write past the end; and results, of volumes one deep with one
+        channel.
+        """
+        sizes = ((size, self.window.dilation), (self.size, (1,) * len(self.size)))
+        return (
+            len(size) < 3
+            and _has_bf16_convolutions()
+            and all(
+                n >= d * (k - 1) + 1
+                for lengths, dilation in sizes
+                for n, k, d in zip(lengths, self.window.kernel, dilation, strict=True)
+            )
+        )
+
     def frames(self, rows: Tensor) -> Tensor:
         """(T, N * pixels, channels) as (T, N, *output, channels)."""
         return rows.view(rows.size(0), self.walk.steps.B, *self.size, rows.size(-1))
@@ -100,8 +118,9 @@ def conv_lstm_layer(
         Output (T, N, C, *output), h_n and c_n (N, C, *output), of walk.dtype.
     """
     dtype, acc = walk.dtype, acc_dtype(walk.dtype)
-    convolved = _convolved(dtype, x.device)
     layer = _Layer(walk, window, tuple(h0.shape[2:]))
+    half = x.device.type != "cpu" or (dtype == torch.bfloat16 and layer.is_for_bf16(x.shape[3:]))
+    convolved = dtype if half else acc
     w_ih, w_hh, b_ih, b_hh, w_ch = w
     bias = None if b_ih is None else (b_ih.to(acc) + b_hh.to(acc)).to(convolved)
     tensors = [x.to(convolved), w_ih.to(convolved), bias, w_hh.to(convolved)]
@@ -118,16 +137,13 @@ def conv_lstm_layer(
     return y.movedim(-1, 2), h.to(dtype).movedim(-1, 1), c.to(dtype).movedim(-1, 1)
 
 
-def _convolved(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the convolutions compute in. Half types on a CPU that has no instructions for them, and
-    float16 on any: float32."""
-    half = device.type != "cpu" or (dtype == torch.bfloat16 and _has_bf16_convolutions())
-    return dtype if half else acc_dtype(dtype)
-
-
-@torch.compiler.assume_constant_result
+@asked_once_a_graph
 def _has_bf16_convolutions() -> bool:
-    return torch.backends.mkldnn.is_available() and _C.cpu_bf16_products()
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and _C.cpu_bf16_products()
+    )
 
 
 def _must_be_seen() -> bool:
@@ -162,7 +178,7 @@ def _in_torch(
     """The layer's results."""
     (walk, window, _), T, C = layer, x.size(0), h0.size(-1)
     convolved, acc, h, c = x.dtype, h0.dtype, h0.reshape(-1, C), c0.reshape(-1, C)
-    gx = _rows(window.convolution(w_ih, x.shape[3:])(x.flatten(0, 1), bias))
+    gx = _rows(window.convolution(w_ih, x.shape[3:])(_unambiguous(x.flatten(0, 1)), bias))
     gx = gx.view(T, h.size(0), 4 * C)
     if T == 0:  # no numbers, but a place in the graph
         return layer.frames(gx[..., :C].to(walk.dtype)), h0, c0
@@ -170,10 +186,16 @@ def _in_torch(
     for gx_t, steps in zip(gx.unbind(0), walk.pixels, strict=True):
         # The recurrence goes on with h as the user sees it: rounded to its dtype.
         image = layer.images(h.to(walk.dtype).to(convolved).unsqueeze(0)).squeeze(0)
-        a = gx_t.to(acc) + _rows(recurrent(image)).to(acc)
+        a = gx_t.to(acc) + _rows(recurrent(_unambiguous(image))).to(acc)
         h, c = pointwise.lstm_cell(a, h, c, steps, w_ch)
         outputs.append(h.to(walk.dtype))
     return walk.mask(layer.frames(torch.stack(outputs))), h.view(h0.shape), c.view(c0.shape)
+
+
+def _unambiguous(images: Tensor) -> Tensor:
+    """Images of one channel with the strides of channels first: which layout others tell is for
+    torch's operations to guess, and a graph's, without data, guess otherwise."""
+    return images.clone(memory_format=torch.contiguous_format) if images.size(1) == 1 else images
 
 
 # --- on the native cells --------------------------------------------------------------------------
@@ -223,8 +245,9 @@ def _on_cells(
         h, c = h_new, c_new
     y, h, c = layer.frames(h_seq[1:]), h.view(h0.shape), c.view(c0.shape)
     masked = walk.mask(y).to(walk.dtype)
-    if save:  # whoever changes a result in place must not change what backward reads
-        h, c = h.clone(), c.clone()
+    if save or T == 1:  # whoever changes a result in place must not change what backward reads
+        h, c = h.clone(), c.clone()  # and of a cell's there are to be no others in memory
+    if save:
         masked = masked.clone() if masked is y else masked
     return (masked, h, c), (kept, h_seq, c_seq)
 
@@ -273,14 +296,14 @@ def _gradients(
     """Of the layer's tensors, None where not wanted, from those of its results, None for zero."""
     x, w_ih, bias, w_hh, h0, _, w_ch = tensors
     of_x, of_w_ih, of_bias, of_w_hh, of_h0, of_c0, of_w_ch = wanted
-    (walk, window, _), (T, rows, _), acc = layer, kept.shape, kept.dtype
+    (walk, window, _), (T, rows, _), acc, C = layer, kept.shape, kept.dtype, h0.size(-1)
     cells = pointwise.cells_of(x.device)
     kept, h_seq, c_seq = (t.contiguous() for t in (kept, h_seq, c_seq))
     w_ch = None if w_ch is None else w_ch.contiguous()
     of_input, recurrent = window.convolution(w_ih, x.shape[3:]), layer.recurrent(w_hh)
     dy, dh, dc = (None if g is None else in_memory(g) for g in grads)
-    dy = None if dy is None else walk.mask(dy).to(acc).contiguous().view(T, rows, -1)
-    dh, dc = (None if g is None else g.contiguous().view(rows, -1) for g in (dh, dc))
+    dy = None if dy is None else walk.mask(dy).to(acc).contiguous().view(T, rows, C)
+    dh, dc = (None if g is None else g.contiguous().view(rows, C) for g in (dh, dc))
     da_seq = x.new_empty(kept.shape)
     da_images, h_images = layer.images(da_seq).unbind(0), layer.images(h_seq).unbind(0)
     dw_ch = None if w_ch is None else torch.zeros_like(w_ch)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -29,7 +31,8 @@ def convert(model: nn.Module) -> nn.Module:
 
     Subclasses of the two, which parametrized modules are too, and modules whose forward was
     replaced are left alone, with one warning that names them: what they add would be lost. It names
-    also where model still holds an old one: in a tuple, as a bound method, or unregistered.
+    also what these lists, dicts and attributes still hold of the old ones: in a tuple, as a bound
+    method, or unregistered.
 
     Args:
         model: any module.
@@ -90,7 +93,10 @@ def replaced(
 
 
 class _References:
-    """Where the modules of a model hold swapped ones other than as registered modules."""
+    """Where the modules of a model hold swapped ones other than as registered modules.
+
+    Values are told by their types alone: a proxy may raise at any question.
+    """
 
     def __init__(
         self, swapped: Mapping[nn.Module, nn.Module], known: set[nn.Module], makers: Makers
@@ -103,29 +109,45 @@ class _References:
         """Puts the new ones there; returns the places where that cannot be done."""
         if model in self.swapped:
             return []
+        usual = vars(nn.Module()).keys()
         for path, module in model.named_modules():
-            attributes = vars(module)
-            for name in attributes.keys() - vars(nn.Module()).keys():
-                where = f"{path}.{name}" if path else name
-                attributes[name] = self._followed(attributes[name], where)
+            attributes, root = vars(module), (None, path) if path else None
+            held = [(attributes, name, (root, name)) for name in attributes.keys() - usual]
+            while held:
+                held += self._look(*held.pop())
         return self.left
 
-    def _followed(self, value: Any, where: str) -> Any:
-        if isinstance(value, nn.Module):
+    def _look(self, holder: Any, key: Any, place: _Place) -> list[tuple[Any, Any, _Place]]:
+        """Look at an item of a holder, and return those to look at next."""
+        value = holder[key]
+        kind = type(value)
+        if issubclass(kind, nn.Module):
             if value in self.swapped:
-                return self.swapped[value]
-            if type(value) in self.makers and value not in self.known:
-                self.left.append(f"{where} ({type(value).__qualname__}, unregistered)")
-        elif isinstance(owner := getattr(value, "__self__", None), nn.Module):
-            if owner in self.swapped:
-                self.left.append(f"{where} (a method of what was replaced)")
-        elif type(value) in (list, dict, tuple) and id(value) not in self.seen:
+                if isinstance(holder, (list, dict)):
+                    holder[key] = self.swapped[value]
+                else:
+                    self.left.append(_name(place))
+            elif kind in self.makers and value not in self.known:
+                self.left.append(f"{_name(place)} ({kind.__qualname__}, unregistered)")
+        elif kind is MethodType:
+            if type(value.__self__) in self.makers and value.__self__ in self.swapped:
+                self.left.append(f"{_name(place)} (a method of what was replaced)")
+        elif kind in _CONTAINERS and id(value) not in self.seen:
             self.seen.add(id(value))
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            for key, item in list(items):
-                new = self._followed(item, f"{where}[{key!r}]")
-                if new is not item and isinstance(value, tuple):
-                    self.left.append(f"{where}[{key!r}]")
-                elif new is not item:
-                    value[key] = new
-        return value
+            keys = value if isinstance(value, dict) else range(len(value))
+            return [(value, k, (place, k)) for k in keys]
+        return []
+
+
+_CONTAINERS = (list, tuple, dict, OrderedDict, defaultdict)
+
+
+_Place = tuple[Any, Any]  # the place of what holds it, or None, and its key there
+
+
+def _name(place: _Place | None) -> str:
+    names = []
+    while place is not None:
+        place, key = place
+        names.append(str(key) if type(key) in (str, int) else f"<{type(key).__name__}>")
+    return ".".join(reversed(names))

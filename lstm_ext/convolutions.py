@@ -61,7 +61,12 @@ class Window(NamedTuple):
         pads = self.pads(size)
         even = all(before == after for before, after in pads)
         padding = [before for before, _ in pads] if even else [0] * len(pads)
-        stride, dilation = list(self.stride), list(self.dilation)
+        # Of one pixel a dilation means nothing, and oneDNN has crashed on it.
+        pairs = zip(self.kernel, self.dilation, strict=True)
+        stride, dilation = list(self.stride), [d if k > 1 else 1 for k, d in pairs]
+        reach = [d * (k - 1) + 1 for k, d in zip(self.kernel, dilation, strict=True)]
+        # Channels last, oneDNN (3.x) has crashed where an output sees nothing but padding.
+        sees = all(p < n for p, n in zip(padding, reach, strict=True))
         row = len(pads) == 1
         if row:  # as an image one pixel high: torch has no channels last in one dimension
             w = w.unsqueeze(2)
@@ -69,10 +74,12 @@ class Window(NamedTuple):
         # A weight that lies channels last makes the output lie so, whatever the input's format: by
         # its strides, which contiguous() leaves as they are where there is one channel or the
         # kernel is one pixel. vmap knows no formats.
-        if peek_interpreter_stack() is None:
+        if sees and peek_interpreter_stack() is None:
             last = torch.channels_last if w.dim() == 4 else torch.channels_last_3d
-            laid = w.contiguous if w.size(1) > 1 < w[0, 0].numel() else w.clone
-            w = laid(memory_format=last)
+            if w.size(1) > 1 < w[0, 0].numel():
+                w = w.contiguous(memory_format=last)
+            elif all(n == 1 for n in self.stride):  # else oneDNN has read elsewhere
+                w = w.clone(memory_format=last)
         unequal = None if even else [n for pair in reversed(pads) for n in pair]
         return Convolution(w, stride, padding, dilation, unequal, row)
 

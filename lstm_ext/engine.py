@@ -287,6 +287,13 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return contextlib.nullcontext()
 
 
+def asked_once_a_graph(question: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that torch.compile calls when it traces, and takes the result for a constant: as
+    torch.compiler.assume_constant_result marks it, which imports all of torch._dynamo."""
+    question._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return question
+
+
 def is_recorded() -> bool:
     """Whether torch operations go into a graph (make_fx, export), run on tensors without data
     (FakeTensorMode), or are made free of mutation (functionalize)."""
@@ -344,6 +351,13 @@ def as_one_function(
     if isinstance(input, Proxy):
         given = {name: value for name, value in more.items() if value is not None}
         path = input.tracer.path_of_module(module)
+        # What runs around forward has been traced by now, and would run once more.
+        if not path or module._forward_hooks or module._forward_pre_hooks:
+            what = "with hooks" if path else "itself"
+            raise RuntimeError(
+                f"torch.fx cannot trace a {type(module).__name__} {what}: trace a module that "
+                "holds it, by a Tracer whose is_leaf_module() says that it is a leaf"
+            )
         return input.tracer.create_proxy("call_module", path, (input, hx), given)
     return handle_torch_function(forward, (), module, input, hx, **more)
 

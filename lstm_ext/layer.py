@@ -13,7 +13,14 @@ from torch.autograd import forward_ad
 
 from lstm_ext import library, ops
 from lstm_ext.autograd import LSTMLayer, has_tangent, needs_grad
-from lstm_ext.engine import in_memory, is_lazy, is_recorded, is_surrounded, refuse_jit
+from lstm_ext.engine import (
+    asked_once_a_graph,
+    in_memory,
+    is_lazy,
+    is_recorded,
+    is_surrounded,
+    refuse_jit,
+)
 from lstm_ext.flat import flatten, kinds_of, map_tensors
 from lstm_ext.ops import Direction
 from lstm_ext.plain import plain_layer, takes_more
@@ -106,7 +113,7 @@ def _plain(x: Tensor, directions: list[Direction], steps: Steps) -> LayerOutputs
     return LayerOutputs(y, last[:D], last[D:], None)
 
 
-@torch.compiler.assume_constant_result
+@asked_once_a_graph
 def _refuse_onnx() -> None:
     # The first is also true in other threads, which only compute.
     if torch.onnx.is_in_onnx_export() and TracingContext.try_get() is not None:

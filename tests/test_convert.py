@@ -2,6 +2,8 @@
 
 import copy
 import warnings
+import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -152,10 +154,41 @@ def test_other_places_that_stay_are_named():
     with pytest.warns(UserWarning, match="held besides the registered modules") as caught:
         lstm_ext.convert(model)
     text = str(caught[0].message)
-    places = r"pair[0], step (a method of what was replaced), inner.hidden[0] (LSTMCell, unreg"
+    places = "pair.0, step (a method of what was replaced), inner.hidden.0 (LSTMCell, unreg"
     assert len(caught) == 1 and all(place in text for place in places.split(", "))
     assert model.pair[0] is old and type(model.inner.hidden[0]) is nn.LSTMCell
     assert "GRU" not in text and "layers" not in text
+
+
+class Rude:
+    """Raises at every question."""
+
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+    def __eq__(self, other):
+        raise KeyError(other)
+
+    def __repr__(self):
+        raise KeyError("repr")
+
+    __hash__ = object.__hash__
+
+
+def test_values_that_answer_no_question():
+    model, other, gone = Stack(), nn.Linear(2, 2), nn.Linear(2, 2)
+    vars(model).update(parent=weakref.proxy(other), dead=weakref.proxy(gone))
+    del gone
+    model.rude = {Rude(): [Rude()], "ordered": OrderedDict(last=model.second)}
+    model.deep = []
+    for _ in range(3000):
+        model.deep = [model.deep]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lstm_ext.convert(model)
+    assert type(model.first) is lstm_ext.LSTM and model.rude["ordered"]["last"] is model.second
+    while model.deep:  # freed by recursion elsewhere
+        (model.deep,) = model.deep
 
 
 def test_where_torchs_names_are_set_to_the_packages(monkeypatch):
@@ -179,8 +212,18 @@ def test_a_forward_that_is_the_class_own_is_none_that_was_replaced():
     assert_close(new(x)[0], module(x)[0])
     other = nn.LSTM(3, 4)
     other.forward = module.forward
-    with pytest.warns(UserWarning, match="a replaced forward"):
-        assert lstm_ext.convert(other) is other
+    wrapped = nn.LSTM(3, 4)
+
+    class Wrapper:  # which says of itself that it is the method, as functools.wraps' do
+        __self__, __func__ = wrapped, nn.LSTM.forward
+
+        def __call__(self, *args):
+            return None
+
+    wrapped.forward = Wrapper()
+    for module in (other, wrapped):
+        with pytest.warns(UserWarning, match="a replaced forward"):
+            assert lstm_ext.convert(module) is module
 
 
 def test_hooks_come_along_and_their_handles_still_remove_them():

@@ -397,3 +397,15 @@ def test_modules_are_leaves_of_symbolic_traces():
     x, film = here(torch.randn(5, 2, 3)), here(torch.randn(3, 2, 2, 6))
     inputs = (x, film, torch.tensor([5, 2]))
     torch.testing.assert_close(traced(*inputs), model(*inputs))
+
+
+def test_a_trace_that_would_run_hooks_twice_is_refused():
+    module = lstm_ext.LSTM(3, 4)
+    with pytest.raises(RuntimeError, match="cannot trace a LSTM itself: trace a module that holds"):
+        torch.fx.symbolic_trace(module)
+    for register in (module.register_forward_hook, module.register_forward_pre_hook):
+        handle = register(lambda *args: None)
+        with pytest.raises(RuntimeError, match="cannot trace a LSTM with hooks"):
+            torch.fx.symbolic_trace(torch.nn.Sequential(module))
+        handle.remove()
+    assert torch.fx.symbolic_trace(torch.nn.Sequential(module))

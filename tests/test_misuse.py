@@ -334,3 +334,10 @@ def test_a_second_import_says_what_it_is(tmp_path):
     program += "    del sys.modules[name]\nimport lstm_ext"
     done = run("-c", program, cwd=tmp_path)
     assert "ImportError: lstm_ext was imported before in this process" in done.stderr
+
+
+@pytest.mark.cpu_only(reason="no layer runs")
+def test_the_import_brings_no_compiler(tmp_path):
+    """torch._dynamo takes some seconds, and 70 MB."""
+    program = "import sys, lstm_ext; sys.exit('torch._dynamo' in sys.modules)"
+    assert run("-c", program, cwd=tmp_path).returncode == 0
