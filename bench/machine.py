@@ -15,7 +15,7 @@ import torch
 
 CPUINFO = Path("/proc/cpuinfo")
 ROOT = Path(__file__).resolve().parent.parent
-SWITCHES = ("LSTM_EXT_", "OMP_", "GOMP_", "KMP_", "MKL_", "DNNL_", "ONEDNN_")
+SWITCHES = ("LSTM_EXT_", "OMP_", "GOMP_", "MKL_", "DNNL_", "ONEDNN_")
 
 
 def _output_of(*command: str) -> str | None:
