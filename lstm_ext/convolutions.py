@@ -6,6 +6,7 @@ wants them, and no step transposes anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -65,8 +66,10 @@ class Window(NamedTuple):
         pairs = zip(self.kernel, self.dilation, strict=True)
         stride, dilation = list(self.stride), [d if k > 1 else 1 for k, d in pairs]
         reach = [d * (k - 1) + 1 for k, d in zip(self.kernel, dilation, strict=True)]
-        # Channels last, oneDNN (3.x) has crashed where an output sees nothing but padding.
-        sees = all(p < n for p, n in zip(padding, reach, strict=True))
+        # Channels last, oneDNN (3.x) has crashed where an output sees nothing but padding, and in
+        # strides over one channel it has read elsewhere.
+        first = any(p >= n for p, n in zip(padding, reach, strict=True))
+        first |= w.size(1) == 1 and any(n > 1 for n in stride)
         row = len(pads) == 1
         if row:  # as an image one pixel high: torch has no channels last in one dimension
             w = w.unsqueeze(2)
@@ -74,14 +77,13 @@ class Window(NamedTuple):
         # A weight that lies channels last makes the output lie so, whatever the input's format: by
         # its strides, which contiguous() leaves as they are where there is one channel or the
         # kernel is one pixel. vmap knows no formats.
-        if sees and peek_interpreter_stack() is None:
+        if peek_interpreter_stack() is None:
             last = torch.channels_last if w.dim() == 4 else torch.channels_last_3d
-            if w.size(1) > 1 < w[0, 0].numel():
-                w = w.contiguous(memory_format=last)
-            elif all(n == 1 for n in self.stride):  # else oneDNN has read elsewhere
-                w = w.clone(memory_format=last)
+            ambiguous = w.size(1) == 1 or math.prod(self.kernel) == 1
+            laid = w.clone if first or ambiguous else w.contiguous
+            w = laid(memory_format=torch.contiguous_format if first else last)
         unequal = None if even else [n for pair in reversed(pads) for n in pair]
-        return Convolution(w, stride, padding, dilation, unequal, row)
+        return Convolution(w, stride, padding, dilation, unequal, row, first)
 
 
 #: From how many calls, and how many elements, a weight is laid out for all of them.
@@ -106,10 +108,11 @@ class Convolution(NamedTuple):
     dilation: list[int]
     unequal: list[int] | None  # zeros that F.pad adds before
     row: bool  # images are rows of pixels
+    first: bool  # images and weight must lie channels first
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (N, in, *size), bias (out)."""
-        w, stride, padding, dilation, _, row = self
+        w, stride, padding, dilation, _, row, _ = self
         x = self._images(x)
         convolve = F.conv2d if w.dim() == 4 else F.conv3d
         y = convolve(x, w, bias, stride, padding, dilation)
@@ -117,6 +120,8 @@ class Convolution(NamedTuple):
 
     def _images(self, x: Tensor) -> Tensor:
         """x as torch's convolution takes it."""
+        if self.first and peek_interpreter_stack() is None:
+            x = x.clone(memory_format=torch.contiguous_format)
         x = x if self.unequal is None else F.pad(x, self.unequal)
         return x.unsqueeze(2) if self.row else x
 
@@ -145,7 +150,7 @@ class Convolution(NamedTuple):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Of x (N, in, *size) and of the weight, None if not asked for, from g (N, out, *output),
         the output's."""
-        w, stride, padding, dilation, unequal, row = self
+        w, stride, padding, dilation, unequal, row, _ = self
         # fmt: off
         dx, dw, _ = torch.ops.aten.convolution_backward(
             g.unsqueeze(2) if row else g, self._images(x), w, None, stride, padding, dilation,

@@ -59,6 +59,17 @@ def test_small_images(case, dtype):
             torch.testing.assert_close(got.double(), want, rtol=0, atol=part * scale)
 
 
+@pytest.mark.parametrize("case", SMALL)
+def test_an_input_that_lies_channels_last(case):
+    (dims, *sizes), options, size = SMALL[case]
+    module = here(SEQUENCES[dims](*sizes, **options))
+    x = here(torch.randn(4, 4, sizes[0], *size))
+    order = (0, 1, *range(3, x.dim()), 2)
+    last = torch.empty_permuted(x.shape, order, device=x.device).copy_(x)
+    for _ in range(20):
+        torch.testing.assert_close(module(last)[0], module(x)[0], **tol(torch.float32))
+
+
 @pytest.mark.parametrize("dims", SEQUENCES)
 def test_no_sequences_can_be_trained(dims):
     for cls, lead in ((SEQUENCES[dims], (L, 0)), (CELLS[dims], (0,))):
