@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.autograd import forward_ad
 
 from lstm_ext import ops, pointwise
 from lstm_ext.autograd import must_apply, needs_grad
 from lstm_ext.batching import batched_gradients
 from lstm_ext.convolutions import Convolution, Window
 from lstm_ext.derivatives import LayerFunction, pulled
-from lstm_ext.engine import acc_dtype, asked_once_a_graph, in_memory, sum_of
+from lstm_ext.engine import acc_dtype, asked_once_a_graph, in_memory, is_watched, sum_of
 from lstm_ext.native import _C
 from lstm_ext.steps import Steps
 
@@ -84,16 +84,10 @@ class _Layer(NamedTuple):
         that are anything, and write past the end; and results, of volumes one deep with one
         channel.
         """
-        sizes = ((size, self.window.dilation), (self.size, (1,) * len(self.size)))
-        return (
-            len(size) < 3
-            and _has_bf16_convolutions()
-            and all(
-                n >= d * (k - 1) + 1
-                for lengths, dilation in sizes
-                for n, k, d in zip(lengths, self.window.kernel, dilation, strict=True)
-            )
-        )
+        inputs = zip(size, self.window.reach, strict=True)
+        states = zip(self.size, self.window.kernel, strict=True)  # of no dilation
+        wide = all(n >= reach for n, reach in (*inputs, *states))
+        return len(size) < 3 and wide and _has_bf16_convolutions()
 
     def frames(self, rows: Tensor) -> Tensor:
         """(T, N * pixels, channels) as (T, N, *output, channels)."""
@@ -126,7 +120,9 @@ def conv_lstm_layer(
     tensors = [x.to(convolved), w_ih.to(convolved), bias, w_hh.to(convolved)]
     tensors += [h0.movedim(1, -1).to(acc), c0.movedim(1, -1).to(acc)]
     tensors.append(None if w_ch is None else w_ch.to(acc))
-    if x.size(0) == 0 or _must_be_seen() or not ops.has_native_kernels(x.device):
+    # What follows torch's operations would see none of the core's.
+    seen = is_watched() or forward_ad._current_level >= 0
+    if x.size(0) == 0 or seen or not ops.has_native_kernels(x.device):
         y, h, c = _in_torch(layer, *tensors)
     else:
         tensors = [None if t is None else in_memory(t) for t in tensors]
@@ -143,17 +139,6 @@ def _has_bf16_convolutions() -> bool:
         torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         and _C.cpu_bf16_products()
-    )
-
-
-def _must_be_seen() -> bool:
-    """Whether something follows torch's operations that would see none of the core's."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or _get_current_dispatch_mode() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 

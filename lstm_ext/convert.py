@@ -140,8 +140,6 @@ class _References:
 
 
 _CONTAINERS = (list, tuple, dict, OrderedDict, defaultdict)
-
-
 _Place = tuple[Any, Any]  # the place of what holds it, or None, and its key there
 
 

@@ -24,6 +24,11 @@ class Window(NamedTuple):
     padding: tuple[int, ...] | str  # or "same"
     dilation: tuple[int, ...]
 
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """How many pixels of the input an output's are spread over."""
+        return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
+
     def pads(self, size: Sequence[int]) -> list[tuple[int, int]]:
         """Zeros before and after each dimension of an input of that size.
 
@@ -33,8 +38,8 @@ class Window(NamedTuple):
         if self.padding != "same":
             return [(p, p) for p in self.padding]
         pads = []
-        for n, k, s, d in zip(size, self.kernel, self.stride, self.dilation, strict=True):
-            total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+        for n, r, s in zip(size, self.reach, self.stride, strict=True):
+            total = max((-(-n // s) - 1) * s + r - n, 0)
             pads.append((total // 2, total - total // 2))
         return pads
 
@@ -45,10 +50,8 @@ class Window(NamedTuple):
             RuntimeError: the input is smaller than the kernel.
         """
         pads, result = self.pads(size), []
-        for n, k, s, d, (before, after) in zip(
-            size, self.kernel, self.stride, self.dilation, pads, strict=True
-        ):
-            span = n + before + after - d * (k - 1) - 1
+        for n, r, s, (before, after) in zip(size, self.reach, self.stride, pads, strict=True):
+            span = n + before + after - r
             if n < 1 or span < 0:
                 raise RuntimeError(
                     f"input of size {tuple(size)} with padding {self.padding} is too small for "
@@ -65,10 +68,9 @@ class Window(NamedTuple):
         # Of one pixel a dilation means nothing, and oneDNN has crashed on it.
         pairs = zip(self.kernel, self.dilation, strict=True)
         stride, dilation = list(self.stride), [d if k > 1 else 1 for k, d in pairs]
-        reach = [d * (k - 1) + 1 for k, d in zip(self.kernel, dilation, strict=True)]
         # Channels last, oneDNN (3.x) has crashed where an output sees nothing but padding, and in
         # strides over one channel it has read elsewhere.
-        first = any(p >= n for p, n in zip(padding, reach, strict=True))
+        first = any(p >= n for p, n in zip(padding, self.reach, strict=True))
         first |= w.size(1) == 1 and any(n > 1 for n in stride)
         row = len(pads) == 1
         if row:  # as an image one pixel high: torch has no channels last in one dimension
