@@ -10,12 +10,6 @@
 namespace lstm_ext {
 
 struct CpuPlain : PlainTensors {
-  // What a direction has besides.
-  struct More {
-    QuantizedWeights quantized{};
-    const void* w_hr = nullptr;
-  };
-
   CpuPlain(pybind11::tuple types, pybind11::dict codes, Object half_acc)
       : PlainTensors(std::move(types), std::move(codes), std::move(half_acc),
                      pybind11::str("is_cpu")) {}
@@ -23,14 +17,14 @@ struct CpuPlain : PlainTensors {
   // Arguments as for PlainInputs::read. Returns what PlainOutputs::all has, saved as save says; or
   // None, for what PlainInputs::read refuses.
   Object forward(Handle x, Handle hx, const pybind11::list& weights, int64_t I, int64_t H,
-                 int64_t T, bool batch_first, int threads, bool pack_input, int save,
+                 int64_t P, int64_t T, bool batch_first, int threads, bool pack_input, int save,
                  const pybind11::function& workspace) const {
     PlainInputs in(*this);
     LstmForward p{};
     p.pack_input = pack_input;
     p.threads = threads;
     const auto read = [&] {
-      return in.read(x, hx, weights, I, H, T, batch_first, nullptr, true,
+      return in.read(x, hx, weights, I, H, P, T, batch_first, nullptr, true,
                      [&] { return accepts(in, p); });
     };
     if (!answered(read)) return pybind11::none();
@@ -39,79 +33,56 @@ struct CpuPlain : PlainTensors {
     return out.all();
   }
 
-  // As forward, with projections to P features. weights: of each direction those of forward, and
-  // W_hr (P, H), which is saved after them.
-  Object forward_projected(Handle x, Handle hx, const pybind11::list& weights, int64_t I, int64_t H,
-                           int64_t P, int64_t T, bool batch_first, int threads, bool pack_input,
-                           int save, const pybind11::function& workspace) const {
-    constexpr int of_direction = PlainCall::kWeights + 1;
-    PlainInputs in(*this);
-    LstmForward p{};
-    p.pack_input = pack_input;
-    p.threads = threads;
-    More more[PlainCall::kMostDirections] = {};
-    std::array<Object, PlainCall::kMostDirections> kept, given;
-    const auto read = [&] {
-      in.directions = int(weights.size() / of_direction);
-      if (weights.size() % of_direction || !in.read_sizes(x, I, H, T, batch_first, nullptr) ||
-          !accepts(in, p)) {
-        return false;
-      }
-      in.P = P;
-      if (!in.read_states(x, hx, true) || !in.read_weights(weights, of_direction)) return false;
-      for (int d = 0; d < in.directions; ++d) {
-        const Handle w_hr(PyList_GET_ITEM(weights.ptr(), (d + 1) * of_direction - 1));
-        if (!(more[d].w_hr = in.dense(w_hr, {P, H}, kept[size_t(d)]))) return false;
-        in.requires_grad |= get(w_hr, names().requires_grad).ptr() == Py_True;
-        given[size_t(d)] = pybind11::reinterpret_borrow<Object>(w_hr);
-      }
-      return true;
-    };
-    if (!answered(read)) return pybind11::none();
-    const PlainOutputs out(in, x, in.saves(save));
-    run(p, in, out, more, workspace);
-    return out.all(given.data());
-  }
-
   // With weights of 8 bits, in float32. weights: of each direction W_ih, W_hh and their scales as
-  // in QuantizedWeights, and the bias or None; byte: their dtype. The rest as for forward.
+  // in QuantizedWeights, the bias or None, and W_hr and its scale, without a projection None; byte:
+  // their dtype. The rest as for forward.
   Object forward_quantized(Handle x, Handle hx, const pybind11::list& weights, Handle byte,
-                           int row_bits, int64_t I, int64_t H, int64_t T, bool batch_first,
-                           int threads, bool grad, const pybind11::function& workspace) const {
-    constexpr int of_direction = 5;
+                           int row_bits, int64_t I, int64_t H, int64_t P, int64_t T,
+                           bool batch_first, int threads, bool grad,
+                           const pybind11::function& workspace) const {
+    constexpr int of_direction = 7;
     PlainInputs in(*this);
-    More more[PlainCall::kMostDirections] = {};
+    QuantizedWeights quantized[PlainCall::kMostDirections] = {};
     std::array<Object, of_direction * PlainCall::kMostDirections> kept;
     const auto read = [&] {
       in.directions = int(weights.size() / of_direction);
-      if (weights.size() % of_direction || !in.read_sizes(x, I, H, T, batch_first, nullptr) ||
-          in.code != Dtype::kFloat32 || std::max(I, H) > QuantizedWeights::kMostColumns ||
+      if (weights.size() % of_direction || !in.read_sizes(x, I, H, P, T, batch_first, nullptr) ||
+          in.code != Dtype::kFloat32 || std::max({I, H, in.P}) > QuantizedWeights::kMostColumns ||
           !in.read_states(x, hx, true)) {
         return false;
       }
-      const auto codes = [](int64_t rows, int64_t columns) {
-        constexpr int64_t block = QuantizedWeights::kRows, depth = QuantizedWeights::kDepth;
-        return Sizes{(rows + block - 1) / block, (columns + depth - 1) / depth, 4 * block * depth};
-      };
       for (int d = 0; d < in.directions; ++d) {
-        QuantizedWeights& scales = more[d].quantized;
-        scales.row_bits = row_bits;
-        scales.byte_products = cpu_kernels().byte_products;
-        const auto take = [&](int k, const Sizes& sizes, PyObject* type = nullptr) -> void* {
-          const int n = d * of_direction + k;
-          return in.dense(PyList_GET_ITEM(weights.ptr(), n), sizes, kept[size_t(n)], type);
+        const auto given = [&](int k) {
+          return Handle(PyList_GET_ITEM(weights.ptr(), d * of_direction + k));
         };
+        const auto take = [&](int k, const Sizes& sizes, PyObject* type = nullptr) {
+          return in.dense(given(k), sizes, kept[size_t(d * of_direction + k)], type);
+        };
+        const auto codes = [&](int k, int weight, int64_t rows, int64_t columns, int64_t gates) {
+          constexpr int64_t block = QuantizedWeights::kRows, depth = QuantizedWeights::kDepth;
+          const Sizes sizes{(rows + block - 1) / block, (columns + depth - 1) / depth,
+                            gates * block * depth};
+          void* const memory = take(k, sizes, byte.ptr());
+          in.memory[size_t(PlainCall::at(weight, d))] = memory;
+          return memory != nullptr;
+        };
+        const auto scale = [&](int k, int64_t rows, const float*& to) {
+          to = static_cast<float*>(take(k, rows));
+          return to != nullptr;
+        };
+        QuantizedWeights& own = quantized[d];
+        own.row_bits = row_bits;
+        own.byte_products = cpu_kernels().byte_products;
         const void*& bias = in.memory[size_t(PlainCall::at(PlainCall::kBih, d))];
-        const bool biased = PyList_GET_ITEM(weights.ptr(), d * of_direction + 4) != Py_None;
-        if (!(in.memory[size_t(PlainCall::at(PlainCall::kWih, d))] =
-                  take(0, codes(H, I), byte.ptr())) ||
-            !(in.memory[size_t(PlainCall::at(PlainCall::kWhh, d))] =
-                  take(1, codes(H, H), byte.ptr())) ||
-            !(scales.ih_scale = static_cast<float*>(take(2, 4 * H))) ||
-            !(scales.hh_scale = static_cast<float*>(take(3, 4 * H))) ||
-            (biased && !(bias = take(4, 4 * H)))) {
+        if (!codes(0, PlainCall::kWih, H, I, 4) || !codes(1, PlainCall::kWhh, H, in.P, 4) ||
+            !scale(2, 4 * H, own.ih_scale) || !scale(3, 4 * H, own.hh_scale) ||
+            (!given(4).is_none() && !(bias = take(4, 4 * H)))) {
           return false;
         }
+        const bool as_said = in.projected
+                                 ? codes(5, PlainCall::kWhr, P, H, 1) && scale(6, P, own.hr_scale)
+                                 : given(5).is_none() && given(6).is_none();
+        if (!as_said) return false;
       }
       return true;
     };
@@ -119,7 +90,7 @@ struct CpuPlain : PlainTensors {
     const PlainOutputs out(in, x, false);
     LstmForward p{};
     p.threads = threads;
-    run(p, in, out, more, workspace);
+    run(p, in, out, quantized, workspace);
     return out.all();
   }
 
@@ -131,9 +102,9 @@ struct CpuPlain : PlainTensors {
     return p.bf16_products;
   }
 
-  // more: of each direction; null: nothing.
-  static void run(LstmForward p, const PlainInputs& in, const PlainOutputs& out, const More* more,
-                  const pybind11::function& workspace) {
+  // quantized: of each direction; null: none.
+  static void run(LstmForward p, const PlainInputs& in, const PlainOutputs& out,
+                  const QuantizedWeights* quantized, const pybind11::function& workspace) {
     p.dtype = in.code;
     p.steps = in.steps;
     p.H = in.H;
@@ -146,10 +117,8 @@ struct CpuPlain : PlainTensors {
       own.steps.reverse = k == 1;
       own.y = PlainCall::part(memory_of(out.y), k * in.P * storage_bytes(in.code));
       out.put(own, k);
-      if (more) {
-        own.quantized = more[k].quantized;
-        own.w_hr = more[k].w_hr;
-      }
+      own.w_hr = in.memory[PlainCall::at(PlainCall::kWhr, k)];
+      if (quantized) own.quantized = quantized[k];
       return own;
     };
     const LstmForward first = direction(0), second = direction(in.directions - 1);
@@ -162,14 +131,11 @@ inline void bind_cpu_plain(pybind11::module_& m) {
   using namespace pybind11::literals;
   py::class_<CpuPlain>(m, "CpuPlain", py::module_local())
       .def(py::init<py::tuple, py::dict, py::object>(), "types"_a, "codes"_a, "half_acc"_a)
-      .def("cpu_forward", &CpuPlain::forward, "x"_a, "hx"_a, "weights"_a, "I"_a, "H"_a, "T"_a,
-           "batch_first"_a, "threads"_a, "pack_input"_a, "save"_a, "workspace"_a)
-      .def("cpu_forward_projected", &CpuPlain::forward_projected, "x"_a, "hx"_a, "weights"_a, "I"_a,
-           "H"_a, "P"_a, "T"_a, "batch_first"_a, "threads"_a, "pack_input"_a, "save"_a,
-           "workspace"_a)
+      .def("cpu_forward", &CpuPlain::forward, "x"_a, "hx"_a, "weights"_a, "I"_a, "H"_a, "P"_a,
+           "T"_a, "batch_first"_a, "threads"_a, "pack_input"_a, "save"_a, "workspace"_a)
       .def("cpu_forward_quantized", &CpuPlain::forward_quantized, "x"_a, "hx"_a, "weights"_a,
-           "byte"_a, "row_bits"_a, "I"_a, "H"_a, "T"_a, "batch_first"_a, "threads"_a, "grad"_a,
-           "workspace"_a)
+           "byte"_a, "row_bits"_a, "I"_a, "H"_a, "P"_a, "T"_a, "batch_first"_a, "threads"_a,
+           "grad"_a, "workspace"_a)
       .def(
           "cpu_backward",
           [](const CpuPlain& tensors, const py::tuple& gradients, const py::tuple& saved,

@@ -22,7 +22,7 @@ struct PlainCall {
   using Sizes = PlainTensors::Sizes;
 
   // The inputs of one direction; all but x again for a second one: see at().
-  enum { kX, kH0, kC0, kWih, kWhh, kBih, kBhh, kInputs };
+  enum { kX, kH0, kC0, kWih, kWhh, kBih, kBhh, kWhr, kInputs };
   static constexpr int kOfDirection = kInputs - kH0;
   static constexpr int kWeights = kInputs - kWih;
   static constexpr int kMostDirections = 2;
@@ -32,11 +32,11 @@ struct PlainCall {
 
   explicit PlainCall(const PlainTensors& tensors) : tensors(tensors) {}
 
-  // T: steps; 0 for a cell's only one. rows: where the rows of a layer's T steps lie; null: all
-  // sequences take every step. `directions` is set. Whether there are one or two of them, and x's
-  // type, dtype and number of dimensions are right.
-  bool read_sizes(Handle x, int64_t inputs, int64_t hidden, int64_t T, bool batch_first,
-                  const Steps* rows) {
+  // features: of h, as projected; 0: no projection. T: steps; 0 for a cell's only one. rows: where
+  // the rows of a layer's T steps lie; null: all sequences take every step. `directions` is set.
+  // Whether there are one or two of them, and x's type, dtype and number of dimensions are right.
+  bool read_sizes(Handle x, int64_t inputs, int64_t hidden, int64_t features, int64_t T,
+                  bool batch_first, const Steps* rows) {
     if (directions < 1 || directions > (T ? kMostDirections : 1)) return false;
     if (!(dtype = tensors.dtype_of(x, code))) return false;
     acc = tensors.acc_of(dtype, code);
@@ -46,7 +46,9 @@ struct PlainCall {
     device = PlainTensors::device_of(x);
     const int64_t count = T ? T : 1;
     I = inputs;
-    H = P = hidden;
+    H = hidden;
+    projected = features > 0;
+    P = projected ? features : hidden;
     cell = !T;
     first = batch_first;
     const int64_t B = module ? size.of[batch_first ? 0 : 1] : size.of[0] / count;
@@ -58,7 +60,18 @@ struct PlainCall {
   static constexpr int at(int k, int direction) { return k + direction * kOfDirection; }
   static constexpr int kind(int k) { return k < kInputs ? k : k - kOfDirection; }
   int inputs() const { return at(kInputs, directions - 1); }
-  static bool is_bias(int k) { return kind(k) == kBih || kind(k) == kBhh; }
+  // A weight that is None where it may be, or, of a projection, must be.
+  bool is_absent(int k, Handle weight) const {
+    switch (kind(k)) {
+      case kBih:
+      case kBhh:
+        return weight.is_none();
+      case kWhr:
+        return !projected && weight.is_none();
+      default:
+        return false;
+    }
+  }
   static bool is_state(int k) { return kind(k) == kH0 || kind(k) == kC0; }
 
   // Tensors of h_0, as of c_0, h_n and c_n: a module has one for all directions.
@@ -83,6 +96,8 @@ struct PlainCall {
       case kBih:
       case kBhh:
         return 4 * H;
+      case kWhr:
+        return {P, H};
       case kH0:
         return state_size(P);
       default:
@@ -121,7 +136,8 @@ struct PlainCall {
   int64_t device = -1;      // as PlainTensors::device_of
   Steps steps{};
   int64_t I = 0, H = 0;
-  int64_t P = 0;        // features of h: H, unless they are projected
+  int64_t P = 0;  // features of h: H, unless they are projected
+  bool projected = false;
   int directions = 1;   // the second is the reversed one
   bool module = false;  // sizes as a module has them, else as a layer: see PlainInputs::read
   bool cell = false, first = false;
@@ -135,32 +151,29 @@ struct PlainInputs : PlainCall {
 
   // x: of a cell (B, I), else (T * B, I), or as a module has it, (T, B, I) or (B, T, I). hx: a pair
   // of (B, H) for each direction in turn, of a module one pair of (directions, B, H); or None for
-  // zeros, of which one tensor is made if `makes_zeros`, else none. weights: W_ih (4H, I), W_hh
-  // (4H, H), b_ih and b_hh (4H) or None, of each direction.
+  // zeros, of which one tensor is made if `makes_zeros`, else none; with a projection h has P
+  // features. weights: W_ih (4H, I), W_hh (4H, P), b_ih and b_hh (4H) or None, and W_hr (P, H) or,
+  // without a projection, None, of each direction.
   //
-  // rows: as for read_sizes.
+  // features, rows: as for read_sizes.
   //
   // False if anything is not a tensor of the types, dense, where it should be, of its size and of
   // x's dtype, one of the codes; if there is no row; or if accepts() of what is known says no,
   // before any memory is asked for.
   template <class Accepts>
   bool read(Handle x, Handle hx, const pybind11::list& weights, int64_t inputs, int64_t hidden,
-            int64_t T, bool batch_first, const Steps* rows, bool makes_zeros,
+            int64_t features, int64_t T, bool batch_first, const Steps* rows, bool makes_zeros,
             const Accepts& accepts) {
     directions = int(weights.size() / kWeights);
-    if (weights.size() % kWeights || !read_sizes(x, inputs, hidden, T, batch_first, rows) ||
-        !accepts()) {
+    if (weights.size() % kWeights ||
+        !read_sizes(x, inputs, hidden, features, T, batch_first, rows) || !accepts() ||
+        !read_states(x, hx, makes_zeros)) {
       return false;
     }
-    return read_states(x, hx, makes_zeros) && read_weights(weights, kWeights);
-  }
-
-  // Of each direction the first of `count`.
-  bool read_weights(const pybind11::list& weights, int count) {
     for (int d = 0; d < directions; ++d) {
       for (int k = kWih; k < kInputs; ++k) {
-        const Handle weight(PyList_GET_ITEM(weights.ptr(), d * count + k - kWih));
-        if (!(is_bias(k) && weight.is_none()) && !input(at(k, d), weight)) return false;
+        const Handle weight(PyList_GET_ITEM(weights.ptr(), d * kWeights + k - kWih));
+        if (!is_absent(k, weight) && !input(at(k, d), weight)) return false;
       }
     }
     return true;
@@ -233,8 +246,8 @@ struct PlainOutputs {
   }
 
   // (y, unless of a cell, each h_n and each c_n), and what is saved, else None: gates, c_seq and
-  // the inputs, None where there is none; after those of a direction its own of `more`, if given.
-  pybind11::tuple all(const Object* more = nullptr) const {
+  // the inputs, None where there is none.
+  pybind11::tuple all() const {
     namespace py = pybind11;
     const auto size = [](int n) { return static_cast<size_t>(n); };
     const int states = in_.states(), first = !in_.cell;
@@ -245,14 +258,11 @@ struct PlainOutputs {
       outputs[size(first + states + k)] = c_n[k];
     }
     if (!save_) return py::make_tuple(outputs, py::none());
-    py::tuple saved(size(2 + in_.inputs() + (more ? in_.directions : 0)));
+    py::tuple saved(size(2 + in_.inputs()));
     saved[0] = gates;
     saved[1] = c_seq;
-    for (int k = 0, at = 2; k < in_.inputs(); ++k) {
-      saved[size(at++)] = in_.given[k] ? in_.given[k] : Object(py::none());
-      const bool last = k && k % PlainCall::kOfDirection == 0;
-      if (more && last) saved[size(at++)] = more[k / PlainCall::kOfDirection - 1];
-    }
+    for (int k = 0; k < in_.inputs(); ++k)
+      saved[size(2 + k)] = in_.given[k] ? in_.given[k] : Object(py::none());
     return py::make_tuple(outputs, saved);
   }
 
@@ -289,9 +299,9 @@ struct PlainSaved : PlainCall {
   using PlainCall::PlainCall;
 
   // gradients: of y, unless of a cell, each h_n and each c_n; None for zero. saved: x and, of each
-  // direction, h_0, c_0, W_ih, W_hh, b_ih, b_hh; gates, c_seq and, of several steps, y, as forward
-  // took and made them. wanted: for each of the inputs, whether its gradient is. T, rows: as for
-  // read_sizes.
+  // direction, h_0, c_0, W_ih, W_hh, b_ih, b_hh, W_hr; gates, c_seq and, of several steps, y, as
+  // forward took and made them. wanted: for each of the inputs, whether its gradient is. T, rows:
+  // as for read_sizes.
   //
   // False if anything is not a tensor of the types, dense, where it should be, of its size and
   // dtype, but that the states may all be None, if `null_states`; or if accepts() of what is known
@@ -304,19 +314,22 @@ struct PlainSaved : PlainCall {
     directions = (count - kH0) / kOfDirection;
     if (directions < 1 || directions > kMostDirections || count != inputs()) return false;
     for (int k = 0; k < count; ++k) wanted[k] = wanted_ones[k].ptr() == Py_True;
-    if (!tensors.is_plain(saved[kX]) || !tensors.is_plain(saved[kWhh])) return false;
+    const Handle w_hr = saved[kWhr];
+    if (!tensors.is_plain(saved[kX]) || !tensors.is_plain(saved[kWhh]) ||
+        !(w_hr.is_none() || tensors.is_plain(w_hr))) {
+      return false;
+    }
     const Sizes x_size(saved[kX]), w_size(saved[kWhh]);
     if (w_size.count != 2 || x_size.count < 2 || x_size.count > 3) return false;
-    const int64_t width = x_size.of[x_size.count - 1];
-    if (!read_sizes(saved[kX], width, w_size.of[1], T, batch_first, rows_given) || !accepts())
+    const int64_t width = x_size.of[x_size.count - 1], hidden = w_size.of[0] / 4;
+    const int64_t features = w_hr.is_none() ? 0 : Sizes(w_hr).of[0];
+    if (!read_sizes(saved[kX], width, hidden, features, T, batch_first, rows_given) || !accepts())
       return false;
     if (gradients.size() != size_t(!cell + 2 * states())) return false;
     const bool zeros = null_states && saved[kH0].is_none();
     for (int k = 0; k < count; ++k) {
       const Handle value = saved[k];
-      const bool absent = is_bias(k)    ? value.is_none()
-                          : is_state(k) ? zeros || k >= at(kH0, states())
-                                        : false;
+      const bool absent = is_state(k) ? zeros || k >= at(kH0, states()) : is_absent(k, value);
       if (absent ? !value.is_none() : !(memory[k] = dense(value, input_size(k), kept[k])))
         return false;
     }
@@ -325,17 +338,17 @@ struct PlainSaved : PlainCall {
       return (to = dense(saved[count + k], sizes, kept_results_[k], type)) != nullptr;
     };
     if (!result(kGates, {rows, 4 * H}, gates, acc) || !result(kCSeq, {rows, H}, c_seq, acc) ||
-        (steps.T > 1 && !result(kY, layer_size(directions * H), y))) {
+        (steps.T > 1 && !result(kY, layer_size(directions * P), y))) {
       return false;
     }
     const auto gradient = [&](int k, const Sizes& sizes, const void*& to) {
       const Handle value = gradients[k];
       return value.is_none() || (to = dense(value, sizes, gradients_[k]));
     };
-    if (!cell && !gradient(0, layer_size(directions * H), dy)) return false;
+    if (!cell && !gradient(0, layer_size(directions * P), dy)) return false;
     for (int k = 0; k < states(); ++k) {
       const int h = !cell + k;
-      if (!gradient(h, state_size(H), dh_n[k]) || !gradient(h + states(), state_size(H), dc_n[k]))
+      if (!gradient(h, state_size(P), dh_n[k]) || !gradient(h + states(), state_size(H), dc_n[k]))
         return false;
     }
     return true;

@@ -240,6 +240,8 @@ PYBIND11_MODULE(_C, m) {
   lstm_ext::bind_cpu_plain(m);
   m.def("cpu_multiplies", &lstm_ext::core_multiplies, "bf16_products"_a, "M"_a, "N"_a, "K"_a,
         "a_transposed"_a, "Whether cpu_matmul is to be used, or torch's product.");
+  m.def("cpu_dh0_is_a_product", &lstm_ext::dh0_is_a_product, "weights"_a, "projected"_a,
+        "Whether, of a single step, cpu_backward gets no W_hh.");
   // dtype codes: enum Dtype in params.h, where every argument is described. Positional as a rule:
   // thirty keywords take 2 us. workspace(bytes) returns a tensor to work in.
   py::class_<LstmForward>(m, "CpuForward", py::module_local(), "One direction's forward.")

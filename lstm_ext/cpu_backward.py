@@ -36,8 +36,6 @@ from lstm_ext.steps import Steps
 # rows would have to be gathered first, training takes 4-19 % less at any size (H 64 to 1024).
 FUSED_ROWS = 512
 _FUSED_WEIGHT_BYTES = 1 << 20  # as products read them
-# Numbers of a projection's W_hh whose packing, for one step, takes longer than a product by torch.
-_MANY_WEIGHTS = 1 << 16
 
 
 def _fused(w: LayerWeights, steps: Steps, operand: torch.dtype, wanted: DirectionGrads) -> bool:
@@ -89,9 +87,9 @@ def backward(
     H, P, dtype = c0.size(1), h0.size(1), x.dtype
     normed = w.normed
     variants, _kept = native_variants(_C, w, dtype)
-    # Then dh0 needs one product, without packing. Of a projection's few weights that takes longer.
+    # Then dh0 needs one product, without packing.
     one_step = steps.T == 1 and not normed and keep is None and tangents is None
-    one_step = one_step and (w.w_hr is None or w.w_hh.numel() >= _MANY_WEIGHTS)
+    one_step = one_step and _C.cpu_dh0_is_a_product(w.w_hh.numel(), w.w_hr is not None)
     # Then W_hh was multiplied with h0 itself, and dh0 is that product.
     plain_step = one_step and not w.varied and steps.lengths is None and steps.reset_mask is None
     padding = steps.has_padding

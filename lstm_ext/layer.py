@@ -100,12 +100,14 @@ def _plain(x: Tensor, directions: list[Direction], steps: Steps) -> LayerOutputs
         return None
     states, weights = [], []
     for k, (h0, c0, w, reverse) in enumerate(directions):
-        if reverse != (k == 1) or w.varied or w.w_hr is not None:
+        if reverse != (k == 1) or w.varied:
             return None
         states += (h0, c0)
-        weights += w[:4]
+        weights += w[:5]
     T = steps.T if steps.is_whole else steps
-    made = plain_layer(x, states, weights, x.size(-1), states[1].size(-1), T, steps.batch_first)
+    P = 0 if weights[4] is None else states[0].size(-1)
+    sizes = x.size(-1), states[1].size(-1)
+    made = plain_layer(x, states, weights, *sizes, T, steps.batch_first, P)
     if made is None:
         return None
     y, *last = made

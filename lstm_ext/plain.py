@@ -26,7 +26,6 @@ from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
 
 TYPES = (Tensor, nn.Parameter)
-QUANTIZED_WEIGHTS = 5  # of a direction: two of 8 bits, their scales, and a bias
 _RESULTS = 3  # of forward that are saved: gates, c_t and y
 _plain = _C.CpuPlain(
     types=TYPES,
@@ -43,6 +42,7 @@ def plain_layer(
     hidden_size: int,
     steps: int | Steps,
     batch_first: bool = False,
+    proj_size: int = 0,
 ) -> Any:
     """(y, h_n, c_n), all tensors; None where the call is not one for the short way.
 
@@ -52,19 +52,17 @@ def plain_layer(
         x, hx: whatever the caller got. To be taken, as a module has them: (T, B, in) or (B, T, in),
             a pair of (D, B, H) or None for zeros; or as a layer: (T * B, in) and h_0 and c_0 of
             each direction in turn, (B, H), which returns y, every h_n and every c_n.
-        weights: weight_ih, weight_hh, bias_ih, bias_hh of each direction; the biases may be None.
-            The second direction is the reversed one.
+        weights: weight_ih, weight_hh, bias_ih, bias_hh and weight_hr of each direction; the biases
+            may be None, weight_hr is so without a projection. The second direction is the reversed
+            one.
         steps: T; 0 for a cell's only one, x being (B, in): then there is no y. Of a layer, where
             :func:`takes_more`, also Steps with lengths, offsets or resets.
+        proj_size: features of h; 0: H, without a projection. On the CPU.
     """
-    made = plain_results(
-        *(x, hx, weights, input_size, hidden_size, steps, batch_first), is_recording()
-    )
-    return made if made is None else _differentiable(made, steps, batch_first)
-
-
-def _differentiable(made: Any, steps: int | Steps, batch_first: bool) -> Any:
-    """The outputs of :func:`plain_results`, if something was saved as a function of it."""
+    sizes = input_size, hidden_size, proj_size
+    made = plain_results(x, hx, weights, sizes, steps, batch_first, is_recording())
+    if made is None:
+        return None
     outputs, saved = made
     if saved is None:
         return outputs
@@ -76,8 +74,7 @@ def plain_results(
     x: Any,
     hx: Any,
     weights: Sequence[Tensor | None],
-    input_size: int,
-    hidden_size: int,
+    sizes: tuple[int, int, int],
     steps: int | Steps,
     batch_first: bool,
     save: int,
@@ -86,13 +83,14 @@ def plain_results(
     :class:`PlainLayer` saves besides, gates, c_seq and the inputs, or None.
 
     Args:
+        sizes: input_size, hidden_size and proj_size.
         save: whether to save: 0: no; 1: if any of the tensors requires grad; 2: in any case.
     """
     engine = engine_of(x)
     if engine is None:
         return None
     T, rows = _native(engine, steps)
-    call = (x, hx, weights, input_size, hidden_size, T, batch_first)
+    call = (x, hx, weights, *sizes, T, batch_first)
     if engine is not cpu_engine:
         return recorded(engine.plain.cuda_forward)(engine, *call, rows, save)
     return recorded(_plain.cpu_forward)(
@@ -117,18 +115,19 @@ def takes(x: Tensor, T: int, reverse: Sequence[bool]) -> bool:
 
 
 def parts(
-    flat: Sequence[Tensor | None], D: int, count: int
-) -> tuple[list[Tensor | None], list[Tensor | None], int] | None:
-    """An operator's directions as :func:`plain_results` takes them: states and weights, and H; None
-    where there is no short way. count: weights of a direction; what follows, a projection's, must
-    be None."""
+    flat: Sequence[Tensor | None], D: int, projection: int
+) -> tuple[list[Tensor | None], list[Tensor | None], int, int] | None:
+    """An operator's directions as :func:`plain_layer` takes them: states and weights, hidden_size
+    and proj_size; None where there is no short way. projection: the number of weight_hr among the
+    weights of a direction."""
     states, weights = [], []
     for h0, c0, *own in grouped(flat, D):
-        if c0 is None or any(t is not None for t in own[count:]):
+        if h0 is None or c0 is None:
             return None
         states += (h0, c0)
-        weights += own[:count]
-    return states, weights, states[1].size(-1)
+        weights += own
+    P = 0 if weights[projection] is None else states[0].size(-1)
+    return states, weights, states[1].size(-1), P
 
 
 def _native(engine: Any, steps: int | Steps) -> tuple[int, Any]:
@@ -151,39 +150,7 @@ def plain_cell(
 ) -> tuple[Tensor, Tensor] | None:
     """(h_1, c_1) as LSTMCell.forward returns them, x and hx being what it got; else as
     :func:`plain_layer`."""
-    return plain_layer(x, hx, weights, input_size, hidden_size, 0)
-
-
-def plain_projected(
-    x: Any,
-    hx: Any,
-    weights: Sequence[Tensor | None],
-    input_size: int,
-    hidden_size: int,
-    steps: int,
-    batch_first: bool = False,
-    *,
-    proj_size: int,
-) -> Any:
-    """As :func:`plain_layer`, with projections: of each direction weight_hr after the others. On
-    the CPU; backward goes the layer's way."""
-    if engine_of(x) is not cpu_engine:
-        return None
-    made = recorded(_plain.cpu_forward_projected)(
-        x,
-        hx,
-        weights,
-        input_size,
-        hidden_size,
-        proj_size,
-        steps,
-        batch_first,
-        torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
-        is_recording(),
-        cpu_products.workspace,
-    )
-    return made if made is None else _differentiable(made, steps, batch_first)
+    return plain_layer(x, hx, [*weights, None], input_size, hidden_size, 0)
 
 
 def plain_quantized(
@@ -194,10 +161,11 @@ def plain_quantized(
     hidden_size: int,
     steps: int,
     batch_first: bool = False,
+    proj_size: int = 0,
     *,
     activation_bits: int,
 ) -> Any:
-    """As :func:`plain_layer`, with weights of 8 bits: of each direction the first five of
+    """As :func:`plain_layer`, with weights of 8 bits: of each direction the tensors of
     :class:`quantization.QuantizedWeights`. Of float32, where nothing asks for a gradient."""
     made = recorded(_plain.cpu_forward_quantized)(
         x,
@@ -207,6 +175,7 @@ def plain_quantized(
         activation_bits,
         input_size,
         hidden_size,
+        proj_size,
         steps,
         batch_first,
         torch.get_num_threads(),

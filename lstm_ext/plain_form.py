@@ -13,7 +13,7 @@ from lstm_ext.flat import grouped
 from lstm_ext.steps import Steps
 from lstm_ext.torch_engine import side_by_side
 
-_INPUTS = 6  # of a direction: h_0, c_0 and four weights; with a projection one more
+_INPUTS = 7  # of a direction: h_0, c_0, four weights and that of a projection
 
 
 class LayerForm:
@@ -28,12 +28,11 @@ class LayerForm:
         batch_first: bool,
     ) -> None:
         x, *flat, gates, c_seq, y = saved
-        projected = len(flat) % (_INPUTS + 1) == 0
-        self.count = _INPUTS + projected
-        self.D, states = len(flat) // self.count, len(gradients) // 2
+        self.D, states = len(flat) // _INPUTS, len(gradients) // 2
         self.together = self.D // states  # directions of a tensor of states: a module's has all
         self.H, self.has_y = c_seq.size(-1), len(gradients) % 2 == 1
-        self.P = flat[_INPUTS].size(0) if projected else self.H
+        w_hr = flat[_INPUTS - 1]
+        self.P = self.H if w_hr is None else w_hr.size(0)
         self.kinds = ((False, None), (True, None))[: self.D]
         self.given, self.gradients = (x, *flat), gradients
         I = x.size(-1)
@@ -41,9 +40,9 @@ class LayerForm:
         if inputs[1] is None:
             zeros = x.new_zeros(x.numel() // (I * (steps or 1)), self.H)
             for group in range(self.D):
-                at = 1 + group * (_INPUTS + 1)
+                at = 1 + group * _INPUTS
                 inputs[at] = inputs[at + 1] = zeros
-        h0 = inputs[1 :: _INPUTS + 1]
+        h0 = inputs[1::_INPUTS]
         self.steps = steps
         if not isinstance(steps, Steps):
             self.steps = Steps.padded(steps or 1, h0[0].size(0), batch_first=batch_first)
@@ -61,8 +60,6 @@ class LayerForm:
         for k in range(self.D):
             h, c = groups[k // self.together * self.together][:2]
             listed += [self._part(h, k, self.P), self._part(c, k, self.H), *groups[k][2:]]
-            if self.count == _INPUTS:  # no weight_hr
-                listed.append(False if isinstance(x, bool) else None)
         return listed
 
     def of_outputs(self, plain: Sequence[Any]) -> list[Any]:
@@ -90,7 +87,7 @@ class LayerForm:
             for i in range(2):
                 parts = [g[i] for g in groups[k : k + self.together]]
                 results.append(None if k % self.together else _joined(parts, own[i]))
-            results += group[2 : self.count]
+            results += group[2:]
         return tuple(results)
 
     def as_outputs(self, made: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -40,13 +40,15 @@ def plain_module(module: LSTM, x: Any, hx: Any) -> Any:
             return None  # attributes changed after construction
         if not module.bias:
             own[2:2] = (None, None)
+        if not P:
+            own.append(None)
         if k % directions:
             layers[-1] += own
         else:
             layers.append(own)
     if len(module._all_weights) != module.num_layers * directions:
         return None  # as well
-    run = functools.partial(plain.plain_projected, proj_size=P) if P else plain.plain_layer
+    run = functools.partial(plain.plain_layer, proj_size=P) if P else plain.plain_layer
     return plain_layers(module, x, hx, layers, run)
 
 

@@ -12,9 +12,9 @@ from lstm_ext import plain
 from lstm_ext.engine import is_surrounded, is_watched
 from lstm_ext.steps import Steps, check_steps
 
-# Of a plain direction: h0, c0, four weights, and no projection.
-_WEIGHTS = 4
-_PLAIN_INPUTS = 2 + _WEIGHTS + 1
+# Of a plain direction: h0, c0, four weights and that of a projection.
+_PLAIN_INPUTS = 7
+_PROJECTION = 4  # of the weights
 # Of one such in backward: those, the gradients, the results that were saved, and a flag for each
 # input, x too.
 _PLAIN_BACKWARD = (_PLAIN_INPUTS, 4, 3, 1 + _PLAIN_INPUTS)
@@ -44,11 +44,12 @@ def plain_forward(*arguments: Any) -> list[Tensor] | None:
     if steps is None:
         return None
     x, flat, *_, batch_first, _, _, _ = layer
-    parts = plain.parts(flat, 1 + two, _WEIGHTS)
+    parts = plain.parts(flat, 1 + two, _PROJECTION)
     if parts is None:
         return None
-    states, weights, H = parts
-    made = plain.plain_results(x, states, weights, x.size(-1), H, steps, batch_first, 2 * save)
+    states, weights, H, P = parts
+    sizes = x.size(-1), H, P
+    made = plain.plain_results(x, states, weights, sizes, steps, batch_first, 2 * save)
     if made is None:
         return None
     outputs, saved = made
@@ -61,13 +62,13 @@ def plain_backward(*arguments: Any) -> list[Tensor] | None:
     counts = len(layer[1]), len(grads), len(results), len(wanted)
     if counts != _PLAIN_BACKWARD or is_surrounded():
         return None
-    if layer[1][-1] is not None or grads[1] is not None:
+    if grads[1] is not None:
         return None
     steps = _plain_steps(layer)
     if steps is None:
         return None
     x, flat, *_, batch_first, _, _, _ = layer
     y, *of_forward = results
-    saved = (x, *flat[:-1], *of_forward, y)
+    saved = (x, *flat, *of_forward, y)
     made = plain.plain_gradients((grads[0], *grads[2:]), saved, tuple(wanted), steps, batch_first)
     return made if made is None else [g for g in made if g is not None]

@@ -59,6 +59,7 @@ class QuantizedWeights(NamedTuple):
 
 
 _TENSORS = len(QuantizedWeights._fields) - 1  # all but the last
+_PROJECTION = QuantizedWeights._fields.index("w_hr")
 
 
 def packed_size(rows: int, columns: int, gates: int) -> tuple[int, ...]:
@@ -226,12 +227,12 @@ def _plain(
     # First whether it is watched: T may be a symbol, which is asked for nothing then.
     if is_watched() or len(flat) != size or not plain.takes(x, T, reverse):
         return None
-    parts = plain.parts(flat, len(reverse), plain.QUANTIZED_WEIGHTS)
+    parts = plain.parts(flat, len(reverse), _PROJECTION)
     if parts is None or bits not in ACTIVATION_BITS or x.size(0) != T * B:
         return None
-    states, weights, H = parts
+    states, weights, H, P = parts
     made = plain.plain_quantized(
-        *(x, states, weights, x.size(-1), H, T, batch_first), activation_bits=bits
+        *(x, states, weights, x.size(-1), H, T, batch_first, P), activation_bits=bits
     )
     return made if made is None else list(made)
 

@@ -16,7 +16,7 @@ from .convert import replaced
 from .engine import as_one_function, is_intercepted, is_surrounded
 from .lstm_cell import LSTMCell
 from .modules import LSTM
-from .plain import QUANTIZED_WEIGHTS, plain_quantized
+from .plain import plain_quantized
 from .plain_module import plain_layers
 from .quantization import (
     ACTIVATION_BITS,
@@ -254,7 +254,6 @@ class QuantizedLSTM(_Quantized, LSTM):
         self._check_attributes()
         if (
             is_surrounded()
-            or self.proj_size
             or self.merge_mode != "concat"
             or self.return_cell_sequence
             or x.dim() != 3
@@ -262,12 +261,13 @@ class QuantizedLSTM(_Quantized, LSTM):
             return None
         directions, layers = 2 if self.bidirectional else 1, []
         for k, suffix in enumerate(self._suffixes()):
-            weights = self._weights(suffix)[:QUANTIZED_WEIGHTS]
+            weights = self._weights(suffix)[:-1]
             if k % directions:
                 layers[-1] += weights
             else:
                 layers.append(list(weights))
-        run = functools.partial(plain_quantized, activation_bits=self.activation_bits)
+        options = {"proj_size": self.proj_size, "activation_bits": self.activation_bits}
+        run = functools.partial(plain_quantized, **options)
         return plain_layers(self, x, hx, layers, run)
 
     def _named_weights(self) -> list[list[str]]:
@@ -324,7 +324,7 @@ class QuantizedLSTMCell(_Quantized, LSTMCell):
             return as_one_function(QuantizedLSTMCell.forward, self, input, hx)
         self._check_attributes()
         if not is_surrounded():
-            weights = list(self._weights("")[:QUANTIZED_WEIGHTS])
+            weights = list(self._weights("")[:-1])
             sizes = (self.input_size, self.hidden_size, 0)
             states = plain_quantized(
                 input, hx, weights, *sizes, activation_bits=self.activation_bits

@@ -234,7 +234,7 @@ def test_one_graph_with_one_node_a_layer():
 
 @pytest.mark.parametrize(
     "options, forward, backward",
-    [({}, 2, 1), ({"bidirectional": True}, 1, 0), ({"proj_size": 2}, 0, 0)],
+    [({}, 2, 1), ({"bidirectional": True}, 1, 0), ({"proj_size": 2}, 2, 1)],
     ids=str,
 )
 def test_a_plain_layer_s_operators_go_the_short_way(options, forward, backward, monkeypatch):

@@ -226,7 +226,8 @@ def test_two_directions_at_once(kind, core, monkeypatch):
         "layer norm": {"layer_norm": True},
         "cells": {"return_cell_sequence": True},
     }
-    monkeypatch.setattr(plain, "plain_projected", lambda *args, **kwargs: None)
+    for caller in (plain, layer):
+        monkeypatch.setattr(caller, "plain_layer", lambda *args, **kwargs: None)
     module = lstm_ext.LSTM(20, 48, bidirectional=True, **options.get(kind, {}))
     x = torch.randn(30, 12, 20, requires_grad=True)
     lengths = torch.arange(30, 6, -2) if kind == "packed" else None

@@ -25,8 +25,8 @@ def taken(monkeypatch):
 
     plain_layer = plain.plain_layer
 
-    def spy(*args):
-        made = plain_layer(*args)
+    def spy(*args, **kwargs):
+        made = plain_layer(*args, **kwargs)
         if made is not None:
             steps.append(made)
         return made
@@ -43,7 +43,7 @@ def inputs(batch, dtype=torch.float32):
 def by_the_layer(monkeypatch, call):
     with monkeypatch.context() as patch:
         for caller in CALLERS:
-            patch.setattr(caller, "plain_layer", lambda *args: None)
+            patch.setattr(caller, "plain_layer", lambda *args, **kwargs: None)
         return call()
 
 
@@ -85,7 +85,7 @@ LAYERS = {
     "peephole": {"peephole": True},
     "cells": {"return_cell_sequence": True},
 }
-CALLS = {"plain": 1, "layers": 2, "batch_first": 1, "two directions": 1}
+CALLS = {"plain": 1, "layers": 2, "batch_first": 1, "two directions": 1, "projection": 1}
 
 
 @pytest.mark.parametrize("name", LAYERS)

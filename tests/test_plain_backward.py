@@ -224,7 +224,7 @@ def test_what_is_raised_meanwhile_goes_on(name, error):
     a mode a module's forward is one function."""
     module, x = lstm_ext.LSTM(I, H), torch.randn(4, 1, I)
     with pytest.raises(error), Interrupts(name, error):
-        plain.plain_layer(x, None, list(module.parameters()), I, H, 4)
+        plain.plain_layer(x, None, [*module.parameters(), None], I, H, 4)
     y = module(x)[0]
     # torch.autograd.grad would leave the mode before.
     with pytest.raises(error), Interrupts(name, error):

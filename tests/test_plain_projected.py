@@ -1,5 +1,5 @@
-"""A module with projections by the CPU's short way, whose backward is the layer's: the same bits as
-by the layer's way."""
+"""A module with projections by the CPU's short way, forward and backward: the same bits as by the
+layer's way."""
 
 import itertools
 
@@ -9,29 +9,36 @@ from device import leaf
 from torch import nn
 
 import lstm_ext
-from lstm_ext import plain
+from lstm_ext import layer, plain
 
 pytestmark = pytest.mark.cpu_only(reason="the CPU's own")
 I, H, P = 6, 10, 3
 
 
 class Spy:
-    """Stands before plain_projected: counts what it takes, or refuses it all."""
+    """Stands before plain_layer and plain_gradients: notes what they take, or refuses it all."""
 
-    def __init__(self):
-        self.run, self.taken, self.refuses = plain.plain_projected, [], False
+    def __init__(self, monkeypatch):
+        self.taken, self.back, self.refuses = [], [], False
+        forward = self.before(plain.plain_layer, self.taken)
+        for caller in (plain, layer):
+            monkeypatch.setattr(caller, "plain_layer", forward)
+        backward = self.before(plain.plain_gradients, self.back)
+        monkeypatch.setattr(plain, "plain_gradients", backward)
 
-    def __call__(self, *args, **kwargs):
-        made = None if self.refuses else self.run(*args, **kwargs)
-        self.taken.append(made is not None)
-        return made
+    def before(self, function, taken):
+        def run(*args, **kwargs):
+            made = None if self.refuses else function(*args, **kwargs)
+            if not self.refuses:
+                taken.append(made is not None)
+            return made
+
+        return run
 
 
 @pytest.fixture
 def spy(monkeypatch):
-    spy = Spy()
-    monkeypatch.setattr(plain, "plain_projected", spy)
-    return spy
+    return Spy(monkeypatch)
 
 
 def flat(results):
@@ -39,9 +46,9 @@ def flat(results):
     return [y, *states]
 
 
-def compare(spy, module, x, hx=None, calls=1):
+def compare(spy, module, x, hx=None, calls=1, backward=True):
     """Outputs without gradients and with, and all gradients, of each output alone too; returns the
-    first of the short way, which is taken."""
+    first of the short way, which is taken, by backward too if so said."""
     inputs = [leaf(t) for t in (x, *(hx or ()))]
     wanted = [*inputs, *module.parameters()]
 
@@ -57,8 +64,10 @@ def compare(spy, module, x, hx=None, calls=1):
         return results
 
     spy.taken.clear()
+    spy.back.clear()
     ours = run()
     assert spy.taken == [True] * 2 * calls
+    assert spy.back == [backward] * 4 * calls
     spy.refuses = True
     theirs = run()
     spy.refuses = False
@@ -83,7 +92,19 @@ def test_the_same_bits(isa, batch_first, given, bias, bidirectional, dtype, spy)
         x = torch.randn(*((B, T) if batch_first else (T, B)), I, dtype=dtype)
         sizes = [(1 + bidirectional, B, width) for width in (p, h)]
         hx = tuple(torch.randn(size, dtype=dtype) for size in sizes) if given else None
-        compare(spy, module, x, hx)
+        odd = dtype == torch.bfloat16 and p % 2 == 1
+        compare(spy, module, x, hx, backward=not (odd or bidirectional))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps, batch", [(1, 1), (1, 6), (9, 3), (40, 6)])
+def test_the_same_bits_of_many_weights(steps, batch, dtype, spy):
+    """By products that are torch's, too."""
+    if dtype == torch.bfloat16 and not plain._C.cpu_bf16_products():
+        pytest.skip("the short way is for processors with bfloat16")
+    module = lstm_ext.LSTM(64, 160, proj_size=104, dtype=dtype)
+    assert plain._C.cpu_dh0_is_a_product(module.weight_hh_l0.numel(), True)
+    compare(spy, module, torch.randn(steps, batch, 64, dtype=dtype))
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -93,7 +114,7 @@ def test_a_stack_is_nn_lstms(bidirectional, spy):
     x = torch.randn(5, 2, I)
     sizes = [(3 * (1 + bidirectional), 2, width) for width in (P, H)]
     hx = tuple(torch.randn(size) for size in sizes)
-    ours = compare(spy, module, x, hx, calls=3)
+    ours = compare(spy, module, x, hx, calls=3, backward=not bidirectional)
     for a, b in zip(ours, flat(peer(x, hx)), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -106,6 +127,7 @@ def test_a_gradient_of_one_alone(name, spy):
     one.requires_grad_()
     found = torch.autograd.grad(module(x)[0].sum(), one)
     assert spy.taken == [True] * 2
+    assert spy.back == [name != "bias_hh_l0"]
     spy.refuses = True
     assert torch.equal(*found, *torch.autograd.grad(module(x)[0].sum(), one))
 

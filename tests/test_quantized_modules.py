@@ -132,10 +132,20 @@ def test_tensors_that_lie_otherwise():
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
-def test_the_short_way(options, monkeypatch):
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_layers": 2, "bidirectional": True},
+        {"proj_size": 5, "bias": False},
+        {"proj_size": 17, "num_layers": 2, "bidirectional": True},
+    ],
+    ids=str,
+)
+def test_the_short_way(options, bits, monkeypatch, isa):
     """The same bits, and without a question of a layer's."""
-    module, x = quantize(nn.LSTM(7, 19, **options)), torch.randn(5, 4, 7)
+    module, x = quantize(nn.LSTM(7, 19, **options), bits), torch.randn(5, 4, 7)
     expected = module(x, lengths=torch.full((4,), 5))
     cell = quantize(nn.LSTMCell(7, 19))
 

@@ -23,4 +23,10 @@ inline bool core_multiplies(bool bf16_products, int64_t M, int64_t N, int64_t K,
   return K >= least_rows;
 }
 
+// Whether dh_0 of a single step is a product of its own, or the kernel's. W_hh has `weights`
+// numbers; of a projection's few, packing them takes less time than torch does.
+inline bool dh0_is_a_product(int64_t weights, bool projected) {
+  return !projected || weights >= int64_t(1) << 16;
+}
+
 }  // namespace lstm_ext

@@ -20,15 +20,15 @@ class CudaPlain : public PlainTensors {
         bytes_(std::move(bytes)) {}
 
   // engine: a cuda_engine.CudaEngine, always the same. The rest as for PlainInputs::read. Returns
-  // what PlainOutputs::all has, saved as save says; or None, for what PlainInputs::read refuses, or
-  // if a size is 0.
+  // what PlainOutputs::all has, saved as save says; or None, for what PlainInputs::read refuses, if
+  // a size is 0, or with a projection.
   Object forward(Handle engine, Handle x, Handle hx, const pybind11::list& weights, int64_t I,
-                 int64_t H, int64_t T, bool batch_first, Handle rows, int save) {
+                 int64_t H, int64_t P, int64_t T, bool batch_first, Handle rows, int save) {
     PlainInputs in(*this);
     const Steps* const where = steps_of(rows);
-    const auto accepts = [&] { return I > 0 && H > 0; };
+    const auto accepts = [&] { return I > 0 && H > 0 && !in.projected; };
     const auto read = [&] {
-      return in.read(x, hx, weights, I, H, T, batch_first, where, false, accepts);
+      return in.read(x, hx, weights, I, H, P, T, batch_first, where, false, accepts);
     };
     if (!answered(read)) return pybind11::none();
     const Guard guard(engine, x, in.device);
@@ -44,12 +44,12 @@ class CudaPlain : public PlainTensors {
   }
 
   // Arguments as for PlainSaved::read. Returns the gradients of the inputs, None where not wanted;
-  // or None, for what PlainSaved::read refuses.
+  // or None, for what PlainSaved::read refuses, or with a projection.
   Object backward(Handle engine, const pybind11::tuple& gradients, const pybind11::tuple& saved,
                   const pybind11::tuple& wanted, int64_t T, bool batch_first, Handle rows) {
     PlainSaved in(*this);
     const Steps* const where = steps_of(rows);
-    const auto accepts = [&] { return in.I > 0 && in.H > 0; };
+    const auto accepts = [&] { return in.I > 0 && in.H > 0 && !in.projected; };
     const auto read = [&] {
       return in.read(gradients, saved, wanted, T, batch_first, where, true, accepts);
     };
@@ -193,7 +193,7 @@ inline void bind_cuda_plain(pybind11::module_& m) {
       .def(py::init<py::tuple, py::dict, py::object, py::object, py::object>(), "types"_a,
            "codes"_a, "half_acc"_a, "is_here"_a, "bytes"_a)
       .def("cuda_forward", &CudaPlain::forward, "engine"_a, "x"_a, "hx"_a, "weights"_a, "I"_a,
-           "H"_a, "T"_a, "batch_first"_a, "rows"_a, "save"_a)
+           "H"_a, "P"_a, "T"_a, "batch_first"_a, "rows"_a, "save"_a)
       .def("cuda_backward", &CudaPlain::backward, "engine"_a, "gradients"_a, "saved"_a, "wanted"_a,
            "T"_a, "batch_first"_a, "rows"_a);
 }
