@@ -98,7 +98,10 @@ class CudaEngine:
     @functools.cache  # noqa: B019  (an engine lives as long as the process)
     def properties(self, device: torch.device) -> Any:
         """What the plan asks of a device."""
-        return self.core.cuda_properties(device.index, self.untimed)
+        # The core makes it current and then again what was: in a thread that has not used CUDA yet
+        # that would be a context on device 0.
+        with self.guard(device):
+            return self.core.cuda_properties(device.index, self.untimed)
 
     def stream(self, device: torch.device) -> int:
         """The address of torch's current stream."""

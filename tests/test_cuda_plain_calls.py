@@ -14,6 +14,7 @@ from emulated import installed
 from short_way import EMULATOR, H, I, both_ways, calls_of_torch, draw, engine, lstm
 
 from lstm_ext import ops
+from lstm_ext.cuda_engine import CudaEngine
 
 pytestmark = pytest.mark.usefixtures("exact_float32")
 
@@ -274,3 +275,29 @@ def test_what_torch_does(directions):
         )
         assert names.count("aten::new_empty") == 1 + 4 * directions  # a gradient each
         assert not [n for n in names if "mm" in n or "copy" in n or "zero" in n or "sum" in n]
+
+
+@EMULATOR
+def test_a_devices_properties_are_asked_for_there():
+    """What the core makes current again afterwards is that device, not the thread's first one."""
+    entered, core = [], emulated.load()
+
+    class Core:
+        def cuda_properties(self, index, untimed):
+            assert entered == [torch.device("cuda", 1)]
+            return index
+
+        def __getattr__(self, name):
+            return getattr(core, name)
+
+    class Entering(CudaEngine):
+        device_type = "cpu"
+
+        @contextlib.contextmanager
+        def guard(self, device):
+            entered.append(device)
+            yield
+            entered.remove(device)
+
+    assert Entering(Core()).properties(torch.device("cuda", 1)) == 1
+    assert not entered

@@ -23,13 +23,15 @@ struct TangentArgs : CudaSecond, CudaTangents {
 };
 
 struct SecondArgs : CudaSecond, CudaSecondBackward {
-  int64_t K, hidden_K;  // padded(4H), padded(P)
-  void* state;          // [2, B, K]: dgates of the step before in this order, of both sides
-  void* sums;           // [2, B, P]: state W_hh, and for the second side what v_hh adds
-  void* hidden;         // [2, B, hidden_K]: the gradients of h; null without a projection
-  void* dout;           // [2, B, H]: hidden W_hr, likewise; null as hidden
-  void* cells;          // [2, B, H]: the gradients of c
-  int place;            // of the step, from the last taken; T: what reaches h0
+  // padded(4H), padded(P) and padded(H). What products write has such rows too, so that the second
+  // side, which some are added to, begins on 16 bytes: nothing says that the library can do else.
+  int64_t K, hidden_K, unit_K;
+  void* state;   // [2, B, K]: dgates of the step before in this order, of both sides
+  void* sums;    // [2, B, hidden_K]: state W_hh, and for the second side what v_hh adds
+  void* hidden;  // [2, B, hidden_K]: the gradients of h; null without a projection
+  void* dout;    // [2, B, unit_K]: hidden W_hr, likewise; null as hidden
+  void* cells;   // [2, B, H]: the gradients of c
+  int place;     // of the step, from the last taken; T: what reaches h0
 };
 
 // body(b, column) for every sequence and each of so many columns.
@@ -136,15 +138,18 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 LSTM_EXT_DEVICE void gradients_of_h(const SecondArgs& args, const Walk& walk, const Turn& turn,
                                     int column, T (&dh)[2]) {
-  const int64_t here = turn.b * args.P + column, side = args.steps.B * args.P;
+  const int64_t here = turn.b * args.P + column;
+  const auto sum = [&](int side) {
+    return as<T>(args.sums)[(side * args.steps.B + turn.b) * args.hidden_K + column];
+  };
   if (args.place > 0 && args.dh0) {
     const Turn before = turn_back(walk, args.place - 1, turn.b);
-    if (before.active && before.first) as<T>(args.dh0)[here] = as<T>(args.sums)[side + here];
+    if (before.active && before.first) as<T>(args.dh0)[here] = sum(1);
   }
   if (!turn.active) return;
   for (int k = 0; k < 2; ++k) {
     const CudaSecondSide& s = args.sides[k];
-    dh[k] = turn.last ? at_or_zero(as<T>(s.dh_n), here) : as<T>(args.sums)[k * side + here];
+    dh[k] = turn.last ? at_or_zero(as<T>(s.dh_n), here) : sum(k);
     dh[k] += at_or_zero(as<T>(s.dy), turn.row * s.dy_stride + column);
     if (s.h_prev) {
       T& h_prev = as<T>(s.h_prev)[turn.row * args.P + column];
@@ -184,7 +189,7 @@ __global__ void __launch_bounds__(kThreads) second_cell(const __grid_constant__ 
     T dc[2];
     for (int k = 0; k < 2; ++k) {
       const CudaSecondSide& s = args.sides[k];
-      if (args.hidden) dh[k] = as<T>(args.dout)[k * side + here];
+      if (args.hidden) dh[k] = as<T>(args.dout)[(k * args.steps.B + b) * args.unit_K + unit];
       dc[k] = turn.last ? at_or_zero(as<T>(s.dc_n), here) : cells[k * side];
       dc[k] += at_or_zero(as<T>(s.dcells), row * H + unit);
     }
@@ -211,15 +216,17 @@ __global__ void __launch_bounds__(kThreads) second_cell(const __grid_constant__ 
 // ---- launches
 // ------------------------------------------------------------------------------------------------
 
-// out [M, N] = a [M, K] b^T, b [N, K]; rows of a and b have K elements. added: to what out holds.
-VendorProduct product_of(const CudaSecond& second, int64_t M, int64_t N, int64_t K, bool added) {
+// out [M, N] = a [M, K] b^T, b [N, K]; rows of a and b have K elements.
+Product product_of(const CudaSecond& second, int64_t M, int64_t N, int64_t K) {
   make_current(second.device);
-  Product p = rows_product(second.dtype, second.tf32, second.device, M, N, K);
+  return rows_product(second.dtype, second.tf32, second.device, M, N, K);
+}
+// The same with out's rows padded. added: to what it holds.
+Product padded_product(const CudaSecond& second, int64_t M, int64_t N, int64_t K, bool added) {
+  Product p = product_of(second, M, N, K);
   p.accumulate = added;
-  // All begin on 16 bytes but the second side's sums, which lie behind the first's.
-  const int64_t begins = 16 | (added ? M * N * storage_bytes(second.dtype) : 0);
-  p.alignment = int(begins & -begins);
-  return VendorProduct(p);
+  p.ldout = padded(N, second.dtype);
+  return p;
 }
 
 // The products of a pass, with one scratch for all.
@@ -227,8 +234,8 @@ struct TangentProducts {
   VendorProduct recurrent, projecting;  // the same without a projection
 
   TangentProducts(const CudaSecond& s, bool projection)
-      : recurrent(product_of(s, s.steps.B, 4 * s.H, padded(s.P, s.dtype), false)),
-        projecting(projection ? product_of(s, s.steps.B, s.P, padded(s.H, s.dtype), false)
+      : recurrent(product_of(s, s.steps.B, 4 * s.H, padded(s.P, s.dtype))),
+        projecting(projection ? VendorProduct(product_of(s, s.steps.B, s.P, padded(s.H, s.dtype)))
                               : recurrent) {}
   int64_t workspace() const { return std::max(recurrent.workspace(), projecting.workspace()); }
 };
@@ -237,12 +244,13 @@ struct SecondProducts {
   VendorProduct recurrent, more_recurrent, projecting, more_projecting;
 
   SecondProducts(const CudaSecond& s, bool projection)
-      : recurrent(product_of(s, 2 * s.steps.B, s.P, padded(4 * s.H, s.dtype), false)),
-        more_recurrent(product_of(s, s.steps.B, s.P, padded(4 * s.H, s.dtype), true)),
-        projecting(projection ? product_of(s, 2 * s.steps.B, s.H, padded(s.P, s.dtype), false)
-                              : recurrent),
-        more_projecting(projection ? product_of(s, s.steps.B, s.H, padded(s.P, s.dtype), true)
-                                   : more_recurrent) {}
+      : recurrent(padded_product(s, 2 * s.steps.B, s.P, padded(4 * s.H, s.dtype), false)),
+        more_recurrent(padded_product(s, s.steps.B, s.P, padded(4 * s.H, s.dtype), true)),
+        projecting(projection ? of_projection(s, 2 * s.steps.B, false) : recurrent),
+        more_projecting(projection ? of_projection(s, s.steps.B, true) : more_recurrent) {}
+  static VendorProduct of_projection(const CudaSecond& s, int64_t rows, bool added) {
+    return VendorProduct(padded_product(s, rows, s.H, padded(s.P, s.dtype), added));
+  }
   int64_t workspace() const {
     return std::max({recurrent.workspace(), more_recurrent.workspace(), projecting.workspace(),
                      more_projecting.workspace()});
@@ -261,10 +269,11 @@ void cut(Cutter& cutter, bool projection, SecondArgs& args) {
   const int64_t two = 2 * args.steps.B * storage_bytes(args.dtype);
   args.K = padded(4 * args.H, args.dtype);
   args.hidden_K = padded(args.P, args.dtype);
+  args.unit_K = padded(args.H, args.dtype);
   args.state = cutter.take(two * args.K);
-  args.sums = cutter.take(two * args.P);
+  args.sums = cutter.take(two * args.hidden_K);
   args.hidden = projection ? cutter.take(two * args.hidden_K) : nullptr;
-  args.dout = projection ? cutter.take(two * args.H) : nullptr;
+  args.dout = projection ? cutter.take(two * args.unit_K) : nullptr;
   args.cells = cutter.take(two * args.H);
 }
 
@@ -342,20 +351,20 @@ void cuda_second(const CudaSecond& second, const CudaSecondBackward& own, void* 
   cuda_zero(args.state, 2 * B * args.K * bytes, args.stream);
   if (args.w_hr) cuda_zero(args.hidden, 2 * B * args.hidden_K * bytes, args.stream);
   const auto multiply = [&](const VendorProduct& all, const VendorProduct& more, const void* from,
-                            const void* w, const void* v, void* out, int64_t columns) {
+                            const void* w, const void* v, void* out, int64_t row) {
     all.run(from, w, out, vendor, args.stream);
-    if (v) more.run(from, v, static_cast<char*>(out) + B * columns * bytes, vendor, args.stream);
+    if (v) more.run(from, v, static_cast<char*>(out) + B * row * bytes, vendor, args.stream);
   };
   // The product that makes dh0 is a step of its own.
   for (args.place = 0; args.place < args.steps.T + (args.dh0 ? 1 : 0); ++args.place) {
     if (args.place > 0)
       multiply(products.recurrent, products.more_recurrent, args.state, args.w_hh, args.v_hh,
-               args.sums, args.P);
+               args.sums, args.hidden_K);
     if (args.w_hr) {
       launch_units(second_projection<float>, second_projection<double>, args, args.P);
       if (args.place == args.steps.T) break;
       multiply(products.projecting, products.more_projecting, args.hidden, args.w_hr, args.v_hr,
-               args.dout, args.H);
+               args.dout, args.unit_K);
     }
     launch_units(second_cell<float>, second_cell<double>, args, args.H);
   }
