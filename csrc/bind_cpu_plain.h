@@ -117,7 +117,6 @@ struct CpuPlain : PlainTensors {
       own.steps.reverse = k == 1;
       own.y = PlainCall::part(memory_of(out.y), k * in.P * storage_bytes(in.code));
       out.put(own, k);
-      own.w_hr = in.memory[PlainCall::at(PlainCall::kWhr, k)];
       if (quantized) own.quantized = quantized[k];
       return own;
     };

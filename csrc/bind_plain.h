@@ -272,6 +272,7 @@ struct PlainOutputs {
     const int of = in_.module ? 0 : k;  // the tensors that have its states
     d.w_ih = in_.memory[PlainCall::at(PlainCall::kWih, k)];
     d.w_hh = in_.memory[PlainCall::at(PlainCall::kWhh, k)];
+    d.w_hr = in_.memory[PlainCall::at(PlainCall::kWhr, k)];
     d.b_ih = in_.memory[PlainCall::at(PlainCall::kBih, k)];
     d.b_hh = in_.memory[PlainCall::at(PlainCall::kBhh, k)];
     d.h0 = in_.state(in_.memory[PlainCall::at(PlainCall::kH0, of)], k, in_.P);

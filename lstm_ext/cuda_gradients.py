@@ -13,6 +13,7 @@ from lstm_ext.engine import (
     DirectionGrads,
     acc_dtype,
     address,
+    native_steps,
     norm_input_backward,
 )
 from lstm_ext.steps import Steps
@@ -56,10 +57,14 @@ def gradients(
         dw_hr = None
         if want.w_hr and dr is not None:
             if cell_out is None:
-                cell_out = gates[:, 3 * H :] * c_seq.tanh()
-                if steps.has_padding:
-                    cell_out.masked_fill_(steps.padding_rows, 0)
-            dw_hr = engine.product(dr.t(), cell_out.to(dtype), dtype, tf32)
+                cell_out = x.new_empty(steps.rows, H)
+                engine.core.cuda_cell_outputs(
+                    DTYPE_CODE[dtype],
+                    native_steps(engine.core, steps, False),
+                    *map(address, (gates, c_seq)),
+                    *(H, address(cell_out), engine.stream(x.device)),
+                )
+            dw_hr = engine.product(dr.t(), cell_out, dtype, tf32)
 
         def summed(tensor: Tensor | None, start: int, size: int) -> Tensor:
             return tensor[:, start : start + size].sum(0).to(dtype)

@@ -38,10 +38,10 @@ class LayerForm:
         I = x.size(-1)
         inputs = self.inputs(self.given)
         if inputs[1] is None:
-            zeros = x.new_zeros(x.numel() // (I * (steps or 1)), self.H)
-            for group in range(self.D):
-                at = 1 + group * _INPUTS
-                inputs[at] = inputs[at + 1] = zeros
+            B = x.numel() // (I * (steps or 1))
+            zeros = [x.new_zeros(B, width) for width in (self.P, self.H)]
+            for at in range(1, len(inputs), _INPUTS):
+                inputs[at : at + 2] = zeros
         h0 = inputs[1::_INPUTS]
         self.steps = steps
         if not isinstance(steps, Steps):

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "cuda/arithmetic.cuh"
 #include "cuda/arrange.h"
 #include "cuda/launch.h"
 #include "cuda/primitives.cuh"
@@ -107,23 +108,49 @@ struct PaddingArgs {
   void* out;
 };
 
-// A warp per row.
-template <class T>
-__global__ void __launch_bounds__(kRoundThreads)
-    clear_padding(const __grid_constant__ PaddingArgs args) {
-  const Steps& steps = args.steps;
+// body(row, column, active): whether the row is no padding. A warp per row.
+template <class Body>
+LSTM_EXT_DEVICE void for_rows(const Steps& steps, int64_t columns, const Body& body) {
   const bool batch_first = steps.stride_t == 1;
   const int64_t across = batch_first ? steps.T : steps.B;
   const int64_t warps = int64_t(gridDim.x) * (kRoundThreads / 32);
-  const T zero = T();
   for (int64_t row = (int64_t(blockIdx.x) * kRoundThreads + threadIdx.x) / 32; row < steps.rows;
        row += warps) {
     const int64_t outer = row / across, inner = row % across;
-    const bool active = batch_first ? steps.active(inner, outer) : steps.active(outer, inner);
-    const T* const m = static_cast<const T*>(args.m) + row * args.columns;
-    T* const out = static_cast<T*>(args.out) + row * args.columns;
-    for (int64_t k = threadIdx.x % 32; k < args.columns; k += 32) out[k] = active ? m[k] : zero;
+    const bool active =
+        steps.offsets || (batch_first ? steps.active(inner, outer) : steps.active(outer, inner));
+    for (int64_t k = threadIdx.x % 32; k < columns; k += 32) body(row, k, active);
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRoundThreads)
+    clear_padding(const __grid_constant__ PaddingArgs args) {
+  const T zero = T();
+  for_rows(args.steps, args.columns, [&](int64_t row, int64_t column, bool active) {
+    const int64_t at = row * args.columns + column;
+    static_cast<T*>(args.out)[at] = active ? static_cast<const T*>(args.m)[at] : zero;
+  });
+}
+
+struct CellOutputArgs {
+  Steps steps;
+  const void *gates, *c_seq;
+  int64_t H;
+  void* out;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kRoundThreads)
+    cell_outputs(const __grid_constant__ CellOutputArgs args) {
+  using Acc = decltype(to_acc(T()));
+  const int64_t H = args.H;
+  for_rows(args.steps, H, [&](int64_t row, int64_t unit, bool active) {
+    const Acc o = static_cast<const Acc*>(args.gates)[row * 4 * H + 3 * H + unit];
+    const Acc c = static_cast<const Acc*>(args.c_seq)[row * H + unit];
+    const Acc out = active ? o * ExactMath<Acc>::tanh(c) : Acc(0);
+    static_cast<T*>(args.out)[row * H + unit] = from_acc<T>(out);
+  });
 }
 
 // run(T()) of the element's type.
@@ -144,6 +171,12 @@ void with_element(Dtype dtype, const Run& run) {
 unsigned squares_of(int64_t rows, int64_t columns) {
   const auto tiles = [](int64_t n) { return (n + kTile - 1) / kTile; };
   return unsigned(std::min(kMostBlocks, tiles(rows) * tiles(columns)));
+}
+
+// Of a warp per row, the blocks.
+unsigned warps_of(const Steps& steps) {
+  constexpr int64_t rows = kRoundThreads / 32;
+  return unsigned(std::min(kMostBlocks, (steps.rows + rows - 1) / rows));
 }
 
 }  // namespace
@@ -189,12 +222,21 @@ void cuda_round(Dtype dtype, const void* m, void* out, int64_t count, void* stre
 
 void cuda_clear_padding(Dtype dtype, const Steps& steps, const void* m, int64_t columns, void* out,
                         void* stream) {
-  constexpr int64_t kRows = kRoundThreads / 32;
-  const unsigned blocks = unsigned(std::min(kMostBlocks, (steps.rows + kRows - 1) / kRows));
+  const unsigned blocks = warps_of(steps);
   if (!blocks) return;
   with_element(dtype, [&](auto element) {
     launch(clear_padding<decltype(element)>, {dim3(blocks), kRoundThreads, 0, false}, stream,
            PaddingArgs{steps, m, columns, out}, "clearing padding");
+  });
+}
+
+void cuda_cell_outputs(Dtype dtype, const Steps& steps, const void* gates, const void* c_seq,
+                       int64_t H, void* out, void* stream) {
+  const unsigned blocks = warps_of(steps);
+  if (!blocks) return;
+  with_element(dtype, [&](auto element) {
+    launch(cell_outputs<decltype(element)>, {dim3(blocks), kRoundThreads, 0, false}, stream,
+           CellOutputArgs{steps, gates, c_seq, H, out}, "making a cell's outputs anew");
   });
 }
 

@@ -36,6 +36,11 @@ void cuda_round(Dtype, const void* m, void* out, int64_t count, void* stream);
 void cuda_clear_padding(Dtype, const Steps&, const void* m, int64_t columns, void* out,
                         void* stream);
 
+// out [steps.rows, H] = o * tanh(c), and zero in the padding. gates: acc [rows, 4H], c_seq: acc
+// [rows, H], as forward saved them; out: storage.
+void cuda_cell_outputs(Dtype, const Steps&, const void* gates, const void* c_seq, int64_t H,
+                       void* out, void* stream);
+
 void cuda_zero(void* memory, int64_t bytes, void* stream);
 
 }  // namespace lstm_ext

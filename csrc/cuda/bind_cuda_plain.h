@@ -20,13 +20,13 @@ class CudaPlain : public PlainTensors {
         bytes_(std::move(bytes)) {}
 
   // engine: a cuda_engine.CudaEngine, always the same. The rest as for PlainInputs::read. Returns
-  // what PlainOutputs::all has, saved as save says; or None, for what PlainInputs::read refuses, if
-  // a size is 0, or with a projection.
+  // what PlainOutputs::all has, saved as save says; or None, for what PlainInputs::read refuses, or
+  // if a size is 0.
   Object forward(Handle engine, Handle x, Handle hx, const pybind11::list& weights, int64_t I,
                  int64_t H, int64_t P, int64_t T, bool batch_first, Handle rows, int save) {
     PlainInputs in(*this);
     const Steps* const where = steps_of(rows);
-    const auto accepts = [&] { return I > 0 && H > 0 && !in.projected; };
+    const auto accepts = [&] { return I > 0 && H > 0; };
     const auto read = [&] {
       return in.read(x, hx, weights, I, H, P, T, batch_first, where, false, accepts);
     };
@@ -44,12 +44,12 @@ class CudaPlain : public PlainTensors {
   }
 
   // Arguments as for PlainSaved::read. Returns the gradients of the inputs, None where not wanted;
-  // or None, for what PlainSaved::read refuses, or with a projection.
+  // or None, for what PlainSaved::read refuses.
   Object backward(Handle engine, const pybind11::tuple& gradients, const pybind11::tuple& saved,
                   const pybind11::tuple& wanted, int64_t T, bool batch_first, Handle rows) {
     PlainSaved in(*this);
     const Steps* const where = steps_of(rows);
-    const auto accepts = [&] { return in.I > 0 && in.H > 0 && !in.projected; };
+    const auto accepts = [&] { return in.I > 0 && in.H > 0; };
     const auto read = [&] {
       return in.read(gradients, saved, wanted, T, batch_first, where, true, accepts);
     };
@@ -76,16 +76,18 @@ class CudaPlain : public PlainTensors {
       const int of = in.module ? 0 : k;  // the tensors that have its states
       d.w_ih = in.memory[in.at(PlainCall::kWih, k)];
       d.w_hh = in.memory[in.at(PlainCall::kWhh, k)];
-      d.h0 = in.state(in.memory[in.at(PlainCall::kH0, of)], k, in.H);
+      d.w_hr = in.memory[in.at(PlainCall::kWhr, k)];
+      d.h0 = in.state(in.memory[in.at(PlainCall::kH0, of)], k, in.P);
       d.c0 = in.state(in.memory[in.at(PlainCall::kC0, of)], k, in.H);
       d.gates = in.rows_of(in.gates, 4 * in.H, k);
       d.c_seq = in.rows_of(in.c_seq, in.H, k);
-      d.dh_n = in.state(in.dh_n[of], k, in.H);
+      d.dh_n = in.state(in.dh_n[of], k, in.P);
       d.dc_n = in.state(in.dc_n[of], k, in.H);
-      d.dh0 = in.state(outputs[in.at(PlainCall::kH0, of)], k, in.H);
+      d.dh0 = in.state(outputs[in.at(PlainCall::kH0, of)], k, in.P);
       d.dc0 = in.state(outputs[in.at(PlainCall::kC0, of)], k, in.H);
       d.dw_ih = outputs[in.at(PlainCall::kWih, k)];
       d.dw_hh = outputs[in.at(PlainCall::kWhh, k)];
+      d.dw_hr = outputs[in.at(PlainCall::kWhr, k)];
       d.db_ih = outputs[in.at(PlainCall::kBih, k)];
       d.db_hh = outputs[in.at(PlainCall::kBhh, k)];
     }
@@ -146,8 +148,9 @@ class CudaPlain : public PlainTensors {
     if (PyErr_Occurred()) throw pybind11::error_already_set();
     made.directions = in.directions;
     made.steps = in.steps;
-    made.H = made.P = in.H;
-    made.K = padded(in.H, in.code);
+    made.H = in.H;
+    made.P = in.P;
+    made.K = padded(in.P, in.code);
     made.plan = plan(engine, x, in, made.tf32, backward);
     return made;
   }
@@ -156,15 +159,15 @@ class CudaPlain : public PlainTensors {
   const CudaPlan& plan(Handle engine, Handle x, const PlainCall& in, bool tf32, bool backward) {
     // All that a plan asks of T is whether there is more than one step.
     const bool one_step = in.steps.T == 1;
-    const auto key = std::make_tuple(in.steps.B, in.H, in.device, in.directions, in.code, tf32,
-                                     backward, one_step);
+    const auto key = std::make_tuple(in.steps.B, in.H, in.projected ? in.P : 0, in.device,
+                                     in.directions, in.code, tf32, backward, one_step);
     const auto found = plans_.find(key);
     if (found != plans_.end()) return found->second;
     if (plans_.size() >= kMostPlans) plans_.clear();
     const EngineNames& names = engine_names();
-    const Object chosen = get(engine, names.plan)(get(x, names.device), Handle(in.dtype), tf32,
-                                                  backward, false, false, false, in.directions,
-                                                  one_step ? 1 : 2, in.steps.B, in.H, in.H);
+    const Object chosen = get(engine, names.plan)(
+        get(x, names.device), Handle(in.dtype), tf32, backward, in.projected, false, false,
+        in.directions, one_step ? 1 : 2, in.steps.B, in.H, in.P);
     return plans_.emplace(key, chosen.cast<const CudaPlan&>()).first->second;
   }
 
@@ -183,7 +186,8 @@ class CudaPlain : public PlainTensors {
   static constexpr size_t kMostPlans = 4096;
   const Object bytes_;
   // The key holds all that differs between plain layers.
-  std::map<std::tuple<int64_t, int64_t, int64_t, int, Dtype, bool, bool, bool>, CudaPlan> plans_;
+  std::map<std::tuple<int64_t, int64_t, int64_t, int64_t, int, Dtype, bool, bool, bool>, CudaPlan>
+      plans_;
 };
 
 inline void bind_cuda_plain(pybind11::module_& m) {

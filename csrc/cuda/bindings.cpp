@@ -232,6 +232,15 @@ void bind_cuda(py::module_& m) {
       },
       "dtype"_a, "matrix"_a, "rows"_a, "columns"_a, "first"_a, "second"_a, "stream"_a,
       py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cuda_cell_outputs",
+      [](int dtype, const Steps& steps, Address gates, Address c_seq, int64_t H, Address out,
+         Address stream) {
+        cuda_cell_outputs(static_cast<Dtype>(dtype), steps, pointer(gates), pointer(c_seq), H,
+                          pointer(out), pointer(stream));
+      },
+      "dtype"_a, "steps"_a, "gates"_a, "c_seq"_a, "H"_a, "out"_a, "stream"_a,
+      py::call_guard<py::gil_scoped_release>());
   bind_vendor(m, &cuda_make_current);
   bind_second(m);
   bind_cuda_plain(m);

@@ -47,6 +47,23 @@ bool any(const CudaPlainBackward& p, void* CudaPlainBackward::Direction::* wante
   return p.direction[0].*wanted || (p.layer.directions > 1 && p.direction[1].*wanted);
 }
 
+// Where w (rows, columns) is arranged for forward; null if it can be read as it is.
+void* room_for(Cutter& cutter, const CudaLayer& layer, const void* w, int64_t rows,
+               int64_t columns) {
+  const int64_t width = padded(columns, layer.dtype);
+  if (width == columns && alignment_of({w}) >= 16) return nullptr;
+  return cutter.take(rows * width * storage_bytes(layer.dtype));
+}
+
+// w (rows, columns), or its transpose, as the recurrence reads it: in `room`, or where it is.
+const void* arranged(const CudaLayer& layer, const void* w, int64_t rows, int64_t columns,
+                     bool transposed, void* room) {
+  if (!w || !room) return w;
+  const int64_t width = padded(transposed ? rows : columns, layer.dtype);
+  cuda_arrange({layer.dtype, transposed, rows, columns, width}, w, room, layer.stream);
+  return room;
+}
+
 // gx = x W_ih^T.
 VendorProduct input_product(const CudaPlainForward& p) {
   make_current(p.layer.device);
@@ -70,11 +87,12 @@ CudaPlainForwardRun::Pieces CudaPlainForwardRun::cut(void* scratch) const {
     const auto& d = p_.direction[k];
     auto& piece = pieces.direction[k];
     piece.gx = d.gates ? d.gates : cutter.take(l.steps.rows * 4 * l.H * acc_bytes(l.dtype));
-    const bool as_read = l.K == l.H && alignment_of({d.w_hh}) >= 16;
-    if (!as_read) piece.w_hh = cutter.take(4 * l.H * l.K * storage_bytes(l.dtype));
+    piece.w_hh = room_for(cutter, l, d.w_hh, 4 * l.H, l.P);
+    if (d.w_hr) piece.w_hr = room_for(cutter, l, d.w_hr, l.P, l.H);
   }
   // One after the other.
-  pieces.workspace = cutter.take(std::max(input_.workspace(), cuda_forward_workspace(l, false)));
+  const int64_t recurrence = cuda_forward_workspace(l, p_.direction[0].w_hr);
+  pieces.workspace = cutter.take(std::max(input_.workspace(), recurrence));
   pieces.bytes = cutter.used();
   return pieces;
 }
@@ -88,20 +106,19 @@ void CudaPlainForwardRun::run(void* scratch) const {
     const auto& from = p_.direction[k];
     const auto& piece = pieces.direction[k];
     input_.run(p_.x, from.w_ih, piece.gx, pieces.workspace, l.stream);
-    if (piece.w_hh)
-      cuda_arrange({l.dtype, false, 4 * l.H, l.H, l.K}, from.w_hh, piece.w_hh, l.stream);
     CudaForwardDirection& d = directions[k];
     d.reverse = k == 1;
     d.gx = piece.gx;
     d.b_ih = from.b_ih;
     d.b_hh = from.b_hh;
-    d.w_hh = piece.w_hh ? piece.w_hh : from.w_hh;
+    d.w_hh = arranged(l, from.w_hh, 4 * l.H, l.P, false, piece.w_hh);
+    d.w_hr = arranged(l, from.w_hr, l.P, l.H, false, piece.w_hr);
     d.h0 = from.h0;
     d.c0 = from.c0;
     d.gates = from.gates;  // a row's gx is read before they are
     d.c_seq = from.c_seq;
-    d.y = ahead(l, p_.y, k * l.H);
-    d.y_stride = l.directions * l.H;
+    d.y = ahead(l, p_.y, k * l.P);
+    d.y_stride = l.directions * l.P;
     d.h_n = from.h_n;
     d.c_n = from.c_n;
   }
@@ -137,13 +154,17 @@ CudaPlainBackwardRun::CudaPlainBackwardRun(const CudaPlainBackward& p)
   }
   if (any(p_, &CudaPlainBackward::Direction::dw_hh) && previous_ != Previous::kZeros) {
     const bool shifted = previous_ == Previous::kShifted;
-    Product product = product_of(l, gates, l.H, shifted ? rows - l.steps.B : rows, true, false);
-    if (shifted) product.ldb = l.directions * l.H;
+    Product product = product_of(l, gates, l.P, shifted ? rows - l.steps.B : rows, true, false);
+    if (shifted) product.ldb = l.directions * l.P;
     dw_hh_ = choose(l, product, [&](int k) {
       const int64_t late = late_gates(k) * storage_bytes(l.dtype);
       return alignment_of(
           {p_.direction[k].dw_hh, reinterpret_cast<const void*>(late), hidden(k, nullptr)});
     });
+  }
+  if (any(p_, &CudaPlainBackward::Direction::dw_hr)) {
+    dw_hr_ = choose(l, product_of(l, l.P, l.H, rows, true, false),
+                    [&](int k) { return alignment_of({p_.direction[k].dw_hr}); });
   }
 }
 
@@ -168,7 +189,7 @@ const void* CudaPlainBackwardRun::hidden(int direction, const void* h_prev) cons
     case Previous::kH0:
       return p_.direction[direction].h0;
     case Previous::kShifted:  // the reversed direction's from the second step on
-      return ahead(l, p_.y, direction * (l.H + l.steps.B * l.directions * l.H));
+      return ahead(l, p_.y, direction * (l.P + l.steps.B * l.directions * l.P));
     default:
       return h_prev;
   }
@@ -180,17 +201,22 @@ CudaPlainBackwardRun::Pieces CudaPlainBackwardRun::cut(void* scratch) const {
   Cutter cutter(scratch);
   Pieces pieces{};
   for (int k = 0; k < l.directions; ++k) {
+    const auto& d = p_.direction[k];
     auto& piece = pieces.direction[k];
     piece.dgates = cutter.take(rows * 4 * l.H * storage);
-    if (previous_ == Previous::kGathered && p_.direction[k].dw_hh)
-      piece.h_prev = cutter.take(rows * l.H * storage);
-    piece.w_hh = cutter.take(l.H * padded(4 * l.H, l.dtype) * storage);
+    if (previous_ == Previous::kGathered && d.dw_hh)
+      piece.h_prev = cutter.take(rows * l.P * storage);
+    piece.w_hh = cutter.take(l.P * padded(4 * l.H, l.dtype) * storage);
+    if (!d.w_hr) continue;
+    piece.w_hr = cutter.take(l.H * l.K * storage);
+    piece.dr = cutter.take(rows * l.P * storage);
+    if (d.dw_hr) piece.cell_out = cutter.take(rows * l.H * storage);
   }
   if (clears_x_) pieces.x = cutter.take(rows * p_.I * storage);
   if (sums_dx_) pieces.dx = cutter.take(rows * p_.I * acc_bytes(l.dtype));
   // One after the other.
-  int64_t workspace = cuda_backward_workspace(l, false);
-  for (const auto* product : {&dx_, &more_dx_, &dw_ih_, &dw_hh_}) {
+  int64_t workspace = cuda_backward_workspace(l, p_.direction[0].w_hr);
+  for (const auto* product : {&dx_, &more_dx_, &dw_ih_, &dw_hh_, &dw_hr_}) {
     if (*product) workspace = std::max(workspace, (*product)->workspace());
   }
   pieces.workspace = cutter.take(workspace);
@@ -217,7 +243,11 @@ void CudaPlainBackwardRun::run(void* scratch) const {
     if (d.dw_hh && dw_hh_)
       multiply(dw_hh_, ahead(l, piece.dgates, late_gates(k)), hidden(k, piece.h_prev), d.dw_hh);
     else if (d.dw_hh)
-      cuda_zero(d.dw_hh, gates * l.H * storage_bytes(l.dtype), l.stream);
+      cuda_zero(d.dw_hh, gates * l.P * storage_bytes(l.dtype), l.stream);
+    if (d.dw_hr) {
+      cuda_cell_outputs(l.dtype, l.steps, d.gates, d.c_seq, l.H, piece.cell_out, l.stream);
+      multiply(dw_hr_, piece.dr, piece.cell_out, d.dw_hr);
+    }
     if (d.db_ih || d.db_hh)
       cuda_sum_rows(l.dtype, piece.dgates, rows, gates, d.db_ih, d.db_hh, l.stream);
   }
@@ -226,26 +256,26 @@ void CudaPlainBackwardRun::run(void* scratch) const {
 
 void CudaPlainBackwardRun::run_recurrence(const Pieces& pieces) const {
   const CudaLayer& l = p_.layer;
-  const int64_t gates = 4 * l.H, width = padded(gates, l.dtype);
   CudaBackwardDirection directions[kMaxDirections] = {};
   for (int k = 0; k < l.directions; ++k) {
     const auto& from = p_.direction[k];
     const auto& piece = pieces.direction[k];
-    cuda_arrange({l.dtype, true, gates, l.H, width}, from.w_hh, piece.w_hh, l.stream);
     CudaBackwardDirection& d = directions[k];
     d.reverse = k == 1;
-    d.w_hh = piece.w_hh;
+    d.w_hh = arranged(l, from.w_hh, 4 * l.H, l.P, true, piece.w_hh);
+    d.w_hr = arranged(l, from.w_hr, l.P, l.H, true, piece.w_hr);
     d.h0 = from.h0;
     d.c0 = from.c0;
-    d.y = ahead(l, p_.y, k * l.H);
-    d.dy = ahead(l, p_.dy, k * l.H);
-    d.y_stride = d.dy_stride = l.directions * l.H;
+    d.y = ahead(l, p_.y, k * l.P);
+    d.dy = ahead(l, p_.dy, k * l.P);
+    d.y_stride = d.dy_stride = l.directions * l.P;
     d.gates = from.gates;
     d.c_seq = from.c_seq;
     d.dh_n = from.dh_n;
     d.dc_n = from.dc_n;
     d.dgates = piece.dgates;
     d.h_prev = piece.h_prev;
+    d.dr = piece.dr;
     d.dh0 = from.dh0;
     d.dc0 = from.dc0;
   }
