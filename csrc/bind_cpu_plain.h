@@ -6,23 +6,28 @@
 #include "bind_cpu.h"
 #include "bind_cpu_plain_backward.h"
 #include "bind_plain.h"
+#include "bind_surroundings.h"
 
 namespace lstm_ext {
 
 struct CpuPlain : PlainTensors {
-  CpuPlain(pybind11::tuple types, pybind11::dict codes, Object half_acc)
-      : PlainTensors(std::move(types), std::move(codes), std::move(half_acc),
-                     pybind11::str("is_cpu")) {}
+  // Arguments as of PlainTensors.
+  CpuPlain(pybind11::tuple types, const pybind11::dict& codes, Object half_acc, Object bytes,
+           const Object& exchange, const Surroundings& surroundings)
+      : PlainTensors(std::move(types), codes, std::move(half_acc), std::move(bytes),
+                     pybind11::str("is_cpu"), dlpack::kCpu, exchange),
+        surroundings_(surroundings) {}
 
-  // Arguments as for PlainInputs::read. Returns what PlainOutputs::all has, saved as save says; or
-  // None, for what PlainInputs::read refuses.
+  // Arguments as for PlainInputs::read. Returns what PlainOutputs::all has, saved as save says, but
+  // -1: 1 where autograd records, else 0; or None, for what PlainInputs::read refuses.
   Object forward(Handle x, Handle hx, const pybind11::list& weights, int64_t I, int64_t H,
-                 int64_t P, int64_t T, bool batch_first, int threads, bool pack_input, int save,
+                 int64_t P, int64_t T, bool batch_first, int save,
                  const pybind11::function& workspace) const {
     PlainInputs in(*this);
     LstmForward p{};
-    p.pack_input = pack_input;
-    p.threads = threads;
+    p.pack_input = surroundings_.deterministic();
+    p.threads = surroundings_.threads();
+    if (save < 0) save = surroundings_.recording();
     const auto read = [&] {
       return in.read(x, hx, weights, I, H, P, T, batch_first, nullptr, true,
                      [&] { return accepts(in, p); });
@@ -33,12 +38,34 @@ struct CpuPlain : PlainTensors {
     return out.all();
   }
 
+  // A step of a cell, as forward; or None as well if something surrounds the call, or if the cell
+  // has variants or a weight in another place than its parameters.
+  Object cell(Handle cell, Handle x, Handle hx, const pybind11::function& workspace) const {
+    if (!surroundings_.none()) return pybind11::none();
+    for (PyObject* const variant : cell_names().variants) {
+      const int truth = PyObject_IsTrue(get(cell, variant).ptr());
+      if (truth < 0) throw pybind11::error_already_set();
+      if (truth) return pybind11::none();
+    }
+    const Object parameters = get(cell, cell_names().parameters);
+    pybind11::list weights(PlainCall::kWeights);
+    for (size_t k = 0; k < cell_names().weights.size(); ++k) {
+      PyObject* const weight = PyDict_GetItemWithError(parameters.ptr(), cell_names().weights[k]);
+      if (!weight && PyErr_Occurred()) throw pybind11::error_already_set();
+      if (!weight) return pybind11::none();
+      weights[k] = Handle(weight);
+    }
+    weights[PlainCall::kWeights - 1] = pybind11::none();
+    const auto size = [&](PyObject* name) { return get(cell, name).cast<int64_t>(); };
+    const int64_t I = size(cell_names().input_size), H = size(cell_names().hidden_size);
+    return forward(x, hx, weights, I, H, 0, 0, false, -1, workspace);
+  }
+
   // With weights of 8 bits, in float32. weights: of each direction W_ih, W_hh and their scales as
-  // in QuantizedWeights, the bias or None, and W_hr and its scale, without a projection None; byte:
-  // their dtype. The rest as for forward.
-  Object forward_quantized(Handle x, Handle hx, const pybind11::list& weights, Handle byte,
-                           int row_bits, int64_t I, int64_t H, int64_t P, int64_t T,
-                           bool batch_first, int threads, bool grad,
+  // in QuantizedWeights, the bias or None, and W_hr and its scale, without a projection None. The
+  // rest as for forward.
+  Object forward_quantized(Handle x, Handle hx, const pybind11::list& weights, int row_bits,
+                           int64_t I, int64_t H, int64_t P, int64_t T, bool batch_first,
                            const pybind11::function& workspace) const {
     constexpr int of_direction = 7;
     PlainInputs in(*this);
@@ -62,7 +89,7 @@ struct CpuPlain : PlainTensors {
           constexpr int64_t block = QuantizedWeights::kRows, depth = QuantizedWeights::kDepth;
           const Sizes sizes{(rows + block - 1) / block, (columns + depth - 1) / depth,
                             gates * block * depth};
-          void* const memory = take(k, sizes, byte.ptr());
+          void* const memory = take(k, sizes, bytes().ptr());
           in.memory[size_t(PlainCall::at(weight, d))] = memory;
           return memory != nullptr;
         };
@@ -86,15 +113,40 @@ struct CpuPlain : PlainTensors {
       }
       return true;
     };
-    if (!answered(read) || (grad && in.requires_grad)) return pybind11::none();
+    if (!answered(read) || (in.requires_grad && surroundings_.recording())) return pybind11::none();
     const PlainOutputs out(in, x, false);
     LstmForward p{};
-    p.threads = threads;
+    p.threads = surroundings_.threads();
     run(p, in, out, quantized, workspace);
     return out.all();
   }
 
+  // As CpuPlainBackward::run.
+  Object backward(const pybind11::tuple& gradients, const pybind11::tuple& saved,
+                  const pybind11::tuple& wanted, int64_t T, bool batch_first, int64_t most_rows,
+                  const pybind11::function& workspace) const {
+    return CpuPlainBackward::run(*this, gradients, saved, wanted, T, batch_first,
+                                 surroundings_.threads(), most_rows, workspace);
+  }
+
  private:
+  struct CellNames {
+    std::array<PyObject*, 5> variants{
+        PyUnicode_InternFromString("peephole"), PyUnicode_InternFromString("layer_norm"),
+        PyUnicode_InternFromString("zoneout"), PyUnicode_InternFromString("recurrent_dropout"),
+        PyUnicode_InternFromString("weight_dropout")};
+    std::array<PyObject*, 4> weights{
+        PyUnicode_InternFromString("weight_ih"), PyUnicode_InternFromString("weight_hh"),
+        PyUnicode_InternFromString("bias_ih"), PyUnicode_InternFromString("bias_hh")};
+    PyObject* parameters = PyUnicode_InternFromString("_parameters");
+    PyObject* input_size = PyUnicode_InternFromString("input_size");
+    PyObject* hidden_size = PyUnicode_InternFromString("hidden_size");
+  };
+  static const CellNames& cell_names() {
+    static const CellNames instance;
+    return instance;
+  }
+
   // Whether the kernels compute as a layer's way would.
   static bool accepts(const PlainInputs& in, LstmForward& p) {
     if (in.code != Dtype::kBFloat16) return true;
@@ -123,28 +175,24 @@ struct CpuPlain : PlainTensors {
     const LstmForward first = direction(0), second = direction(in.directions - 1);
     run_directions(cpu_kernels().forward, first, in.directions == 2 ? &second : nullptr, workspace);
   }
+
+  const Surroundings surroundings_;
 };
 
 inline void bind_cpu_plain(pybind11::module_& m) {
   namespace py = pybind11;
   using namespace pybind11::literals;
   py::class_<CpuPlain>(m, "CpuPlain", py::module_local())
-      .def(py::init<py::tuple, py::dict, py::object>(), "types"_a, "codes"_a, "half_acc"_a)
+      .def(py::init<py::tuple, const py::dict&, py::object, py::object, const py::object&,
+                    const Surroundings&>(),
+           "types"_a, "codes"_a, "half_acc"_a, "bytes"_a, "exchange"_a, "surroundings"_a)
       .def("cpu_forward", &CpuPlain::forward, "x"_a, "hx"_a, "weights"_a, "I"_a, "H"_a, "P"_a,
-           "T"_a, "batch_first"_a, "threads"_a, "pack_input"_a, "save"_a, "workspace"_a)
+           "T"_a, "batch_first"_a, "save"_a, "workspace"_a)
+      .def("cpu_cell", &CpuPlain::cell, "cell"_a, "x"_a, "hx"_a, "workspace"_a)
       .def("cpu_forward_quantized", &CpuPlain::forward_quantized, "x"_a, "hx"_a, "weights"_a,
-           "byte"_a, "row_bits"_a, "I"_a, "H"_a, "P"_a, "T"_a, "batch_first"_a, "threads"_a,
-           "grad"_a, "workspace"_a)
-      .def(
-          "cpu_backward",
-          [](const CpuPlain& tensors, const py::tuple& gradients, const py::tuple& saved,
-             const py::tuple& wanted, int64_t T, bool batch_first, int threads, int64_t most_rows,
-             const py::function& workspace) {
-            return CpuPlainBackward::run(tensors, gradients, saved, wanted, T, batch_first, threads,
-                                         most_rows, workspace);
-          },
-          "gradients"_a, "saved"_a, "wanted"_a, "T"_a, "batch_first"_a, "threads"_a, "most_rows"_a,
-          "workspace"_a);
+           "row_bits"_a, "I"_a, "H"_a, "P"_a, "T"_a, "batch_first"_a, "workspace"_a)
+      .def("cpu_backward", &CpuPlain::backward, "gradients"_a, "saved"_a, "wanted"_a, "T"_a,
+           "batch_first"_a, "most_rows"_a, "workspace"_a);
 }
 
 }  // namespace lstm_ext

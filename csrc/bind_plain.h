@@ -38,20 +38,24 @@ struct PlainCall {
   bool read_sizes(Handle x, int64_t inputs, int64_t hidden, int64_t features, int64_t T,
                   bool batch_first, const Steps* rows) {
     if (directions < 1 || directions > (T ? kMostDirections : 1)) return false;
-    if (!(dtype = tensors.dtype_of(x, code))) return false;
+    PlainTensors::Look found;
+    if (!tensors.look(x, found) || !tensors.is_number(found.dtype)) return false;
+    dtype = found.dtype;
+    code = found.code;
     acc = tensors.acc_of(dtype, code);
-    const Sizes size(x);
+    const Sizes& size = found.sizes;
     module = size.count == 3;
-    if (!(size.count == 2 || (T && module && !rows))) return false;
-    device = PlainTensors::device_of(x);
+    cell = !T;
+    unbatched = cell && size.count == 1;
+    if (!(size.count == 2 || unbatched || (T && module && !rows))) return false;
+    device = found.device;
     const int64_t count = T ? T : 1;
     I = inputs;
     H = hidden;
     projected = features > 0;
     P = projected ? features : hidden;
-    cell = !T;
     first = batch_first;
-    const int64_t B = module ? size.of[batch_first ? 0 : 1] : size.of[0] / count;
+    const int64_t B = module ? size.of[batch_first ? 0 : 1] : unbatched ? 1 : size.of[0] / count;
     steps = rows ? *rows : plain_steps(count, B, batch_first);
     return steps.B > 0 && steps.T == count;
   }
@@ -79,10 +83,12 @@ struct PlainCall {
 
   // Of what has a row for each step and sequence, and of a state.
   Sizes layer_size(int64_t width) const {
+    if (unbatched) return width;
     if (!module) return {steps.rows, width};
     return first ? Sizes{steps.B, steps.T, width} : Sizes{steps.T, steps.B, width};
   }
   Sizes state_size(int64_t width) const {
+    if (unbatched) return width;
     return module ? Sizes{directions, steps.B, width} : Sizes{steps.B, width};
   }
   Sizes input_size(int k) const {
@@ -133,7 +139,7 @@ struct PlainCall {
   Dtype code{};
   PyObject* dtype = nullptr;
   PyObject* acc = nullptr;  // of sums, gates and cell states
-  int64_t device = -1;      // as PlainTensors::device_of
+  int64_t device = -1;      // as of PlainTensors::Look
   Steps steps{};
   int64_t I = 0, H = 0;
   int64_t P = 0;  // features of h: H, unless they are projected
@@ -141,7 +147,8 @@ struct PlainCall {
   int directions = 1;   // the second is the reversed one
   bool module = false;  // sizes as a module has them, else as a layer: see PlainInputs::read
   bool cell = false, first = false;
-  Objects kept;  // contiguous
+  bool unbatched = false;  // a cell's x is (I), its states (H)
+  Objects kept;            // contiguous
   std::array<const void*, kMostInputs> memory{};
 };
 
@@ -149,11 +156,11 @@ struct PlainCall {
 struct PlainInputs : PlainCall {
   using PlainCall::PlainCall;
 
-  // x: of a cell (B, I), else (T * B, I), or as a module has it, (T, B, I) or (B, T, I). hx: a pair
-  // of (B, H) for each direction in turn, of a module one pair of (directions, B, H); or None for
-  // zeros, of which one tensor is made if `makes_zeros`, else none; with a projection h has P
-  // features. weights: W_ih (4H, I), W_hh (4H, P), b_ih and b_hh (4H) or None, and W_hr (P, H) or,
-  // without a projection, None, of each direction.
+  // x: of a cell (B, I) or (I), else (T * B, I), or as a module has it, (T, B, I) or (B, T, I). hx:
+  // a pair of (B, H) for each direction in turn, of a module one pair of (directions, B, H); or
+  // None for zeros, of which one tensor is made if `makes_zeros`, else none; with a projection h
+  // has P features. weights: W_ih (4H, I), W_hh (4H, P), b_ih and b_hh (4H) or None, and W_hr (P,
+  // H) or, without a projection, None, of each direction.
   //
   // features, rows: as for read_sizes.
   //
@@ -212,8 +219,10 @@ struct PlainInputs : PlainCall {
   bool input(int k, Handle value) {
     given[k] = pybind11::reinterpret_borrow<Object>(value);
     memory[k] = dense(value, input_size(k), kept[k]);
-    requires_grad |=
-        memory[k] && PlainTensors::get(value, PlainTensors::names().requires_grad).ptr() == Py_True;
+    if (memory[k] && !requires_grad) {
+      requires_grad =
+          PlainTensors::get(value, PlainTensors::names().requires_grad).ptr() == Py_True;
+    }
     return memory[k];
   }
 
@@ -316,14 +325,14 @@ struct PlainSaved : PlainCall {
     if (directions < 1 || directions > kMostDirections || count != inputs()) return false;
     for (int k = 0; k < count; ++k) wanted[k] = wanted_ones[k].ptr() == Py_True;
     const Handle w_hr = saved[kWhr];
-    if (!tensors.is_plain(saved[kX]) || !tensors.is_plain(saved[kWhh]) ||
-        !(w_hr.is_none() || tensors.is_plain(w_hr))) {
+    PlainTensors::Look x, w, projection;
+    if (!tensors.look(saved[kX], x) || !tensors.look(saved[kWhh], w) ||
+        !(w_hr.is_none() || tensors.look(w_hr, projection))) {
       return false;
     }
-    const Sizes x_size(saved[kX]), w_size(saved[kWhh]);
-    if (w_size.count != 2 || x_size.count < 2 || x_size.count > 3) return false;
-    const int64_t width = x_size.of[x_size.count - 1], hidden = w_size.of[0] / 4;
-    const int64_t features = w_hr.is_none() ? 0 : Sizes(w_hr).of[0];
+    if (w.sizes.count != 2 || x.sizes.count < 1 || x.sizes.count > 3) return false;
+    const int64_t width = x.sizes.of[x.sizes.count - 1], hidden = w.sizes.of[0] / 4;
+    const int64_t features = w_hr.is_none() ? 0 : projection.sizes.of[0];
     if (!read_sizes(saved[kX], width, hidden, features, T, batch_first, rows_given) || !accepts())
       return false;
     if (gradients.size() != size_t(!cell + 2 * states())) return false;

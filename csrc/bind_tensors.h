@@ -5,8 +5,10 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <vector>
 
 #include "bind_memory.h"
+#include "dlpack.h"
 #include "params.h"
 
 namespace lstm_ext {
@@ -17,13 +19,28 @@ class PlainTensors {
   using Handle = pybind11::handle;
 
   // types: of tensors without behaviour of their own. codes: enum Dtype by dtype. half_acc: the acc
-  // type of half types; the others are their own. is_here: the name of a tensor's attribute that is
-  // True on the kind of device that this is for.
-  PlainTensors(pybind11::tuple types, pybind11::dict codes, Object half_acc, Object is_here)
+  // type of half types; the others are their own. bytes: the dtype of bytes. is_here: the name of a
+  // tensor's attribute that is True on the kind of device that this is for. exchange: DLPack's
+  // capsule of the types, or None, where every question is asked through Python.
+  PlainTensors(pybind11::tuple types, const pybind11::dict& codes, Object half_acc, Object bytes,
+               Object is_here, dlpack::DeviceType device_type, const Object& exchange)
       : types_(std::move(types)),
-        codes_(std::move(codes)),
         half_acc_(std::move(half_acc)),
-        is_here_(std::move(is_here)) {}
+        bytes_(std::move(bytes)),
+        is_here_(std::move(is_here)),
+        device_type_(device_type) {
+    for (const auto& [dtype, number] : codes) {
+      const auto code = static_cast<Dtype>(number.cast<int>());
+      const auto bits = uint8_t(8 * storage_bytes(code));
+      const auto kind = code == Dtype::kBFloat16 ? dlpack::kBfloat : dlpack::kFloat;
+      known_.push_back({pybind11::reinterpret_borrow<Object>(dtype), {kind, bits, 1}, code});
+    }
+    if (exchange.is_none()) return;
+    const auto* const found = static_cast<const dlpack::Exchange*>(
+        PyCapsule_GetPointer(exchange.ptr(), dlpack::kCapsule));
+    if (!found) throw pybind11::error_already_set();
+    if (found->major == dlpack::kMajor && found->view) exchange_ = found;
+  }
 
   struct Names {
     PyObject* dtype = PyUnicode_InternFromString("dtype");
@@ -65,6 +82,9 @@ class PlainTensors {
         if (of[k] == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
       }
     }
+    explicit Sizes(const dlpack::View& view) : count(view.dims) {
+      for (Py_ssize_t k = 0; k < count && k < 3; ++k) of[k] = view.shape[k];
+    }
     bool operator==(const Sizes& other) const {
       return count == other.count && of[0] == other.of[0] && of[1] == other.of[1] &&
              of[2] == other.of[2];
@@ -78,25 +98,53 @@ class PlainTensors {
     return false;
   }
 
-  // The dtype of a tensor of the types, which lives on, and its code; null if it has none.
-  PyObject* dtype_of(Handle value, Dtype& code) const {
-    if (!is_plain(value)) return nullptr;
+  // What is asked of a tensor first.
+  struct Look {
+    PyObject* dtype = nullptr;  // lives on; null: of no code
+    Dtype code{};
+    Sizes sizes{0};
+    bool here = false;           // on this kind of device
+    int64_t device = -1;         // of a kind that has several, the number
+    void* contiguous = nullptr;  // its memory, if it is known, and its rows lie in order
+  };
+  // Whether value is of the types.
+  bool look(Handle value, Look& found) const {
+    if (!is_plain(value)) return false;
+    if (exchange_) {
+      dlpack::View view;
+      if (exchange_->view(value.ptr(), &view)) throw pybind11::error_already_set();
+      for (const Known& known : known_) {
+        if (known.type == view.type) {
+          found.dtype = known.dtype.ptr();
+          found.code = known.code;
+        }
+      }
+      if (view.type == kByte) found.dtype = bytes_.ptr();
+      found.sizes = Sizes(view);
+      found.here = view.device_type == device_type_;
+      if (device_type_ != dlpack::kCpu) found.device = view.device;
+      if (dlpack::is_contiguous(view)) found.contiguous = ahead(view.data, view.byte_offset);
+      return true;
+    }
     PyObject* const dtype = get(value, names().dtype).ptr();
-    PyObject* const number = PyDict_GetItem(codes_.ptr(), dtype);
-    if (!number) return nullptr;
-    code = static_cast<Dtype>(PyLong_AsLong(number));
-    return dtype;
+    for (const Known& known : known_) {
+      if (known.dtype.ptr() == dtype) {
+        found.dtype = dtype;
+        found.code = known.code;
+      }
+    }
+    if (bytes_.ptr() == dtype) found.dtype = dtype;
+    found.sizes = Sizes(value);
+    found.here = get(value, is_here_.ptr()).ptr() == Py_True;
+    found.device = PyLong_AsLongLong(call(value, names().get_device).ptr());
+    if (found.device == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
+    return true;
   }
+  bool is_number(PyObject* dtype) const { return dtype && dtype != bytes_.ptr(); }
   // Of sums, gates and cell states.
   PyObject* acc_of(PyObject* dtype, Dtype code) const {
     const bool half = code == Dtype::kBFloat16 || code == Dtype::kFloat16;
     return half ? half_acc_.ptr() : dtype;
-  }
-  // Of a kind of device that has several, the number; -1 of another.
-  static int64_t device_of(Handle value) {
-    const int64_t index = PyLong_AsLongLong(call(value, names().get_device).ptr());
-    if (index == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
-    return index;
   }
 
   // The memory of a tensor of the types, dense, on this kind of device and, if it has several, on
@@ -104,15 +152,20 @@ class PlainTensors {
   // memory.
   void* dense(Handle value, PyObject* dtype, int64_t device, const Sizes& sizes,
               Object& kept) const {
-    if (!is_plain(value) || get(value, names().dtype).ptr() != dtype ||
-        get(value, is_here_.ptr()).ptr() != Py_True || !(Sizes(value) == sizes)) {
+    Look found;
+    if (!look(value, found) || found.dtype != dtype || !found.here || !(found.sizes == sizes) ||
+        (device >= 0 && found.device != device)) {
       return nullptr;
     }
-    if (device >= 0 && device_of(value) != device) return nullptr;
     // Lazily negated, the memory is that of the opposite.
     if (call(value, names().is_neg).ptr() != Py_False) return nullptr;
-    kept = call(value, names().contiguous);
-    void* const address = address_of(kept);
+    void* address = found.contiguous;
+    if (address) {
+      kept = pybind11::reinterpret_borrow<Object>(value);
+    } else {
+      kept = call(value, names().contiguous);
+      address = address_of(kept);
+    }
     return has_memory(kept, address) ? address : nullptr;
   }
 
@@ -155,11 +208,25 @@ class PlainTensors {
                                              dtype ? keywords : nullptr));
   }
 
+ protected:
+  Handle bytes() const { return bytes_; }
+
  private:
+  static constexpr dlpack::Type kByte = {dlpack::kUnsigned, 8, 1};
+  struct Known {
+    Object dtype;
+    dlpack::Type type;
+    Dtype code;
+  };
+  static void* ahead(void* data, uint64_t bytes) { return static_cast<char*>(data) + bytes; }
+
   pybind11::tuple types_;
-  pybind11::dict codes_;
+  std::vector<Known> known_;
   Object half_acc_;
+  Object bytes_;
   Object is_here_;
+  dlpack::DeviceType device_type_;
+  const dlpack::Exchange* exchange_ = nullptr;
 };
 
 }  // namespace lstm_ext

@@ -11,6 +11,7 @@
 #include "bind_cpu_plain.h"
 #include "bind_memory.h"
 #include "bind_steps.h"
+#include "bind_surroundings.h"
 #include "bind_variants.h"
 #include "build_info.h"
 #include "cpu/choice.h"
@@ -237,6 +238,7 @@ PYBIND11_MODULE(_C, m) {
       "sizes"_a, "T"_a, "table"_a, "As in packed.h; the lengths lie after the offsets.");
   lstm_ext::bind_steps(m);
   lstm_ext::bind_variants(m);
+  lstm_ext::bind_surroundings(m);
   lstm_ext::bind_cpu_plain(m);
   m.def("cpu_multiplies", &lstm_ext::core_multiplies, "bf16_products"_a, "M"_a, "N"_a, "K"_a,
         "a_transposed"_a, "Whether cpu_matmul is to be used, or torch's product.");

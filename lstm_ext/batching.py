@@ -217,9 +217,12 @@ def batched_gradients(backward: Callable[..., tuple[Any, ...]]) -> Callable[...,
 
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        is_batched = [g is not None and is_legacy_batchedtensor(g) for g in gradients]
-        if True not in is_batched:
+        for g in gradients:
+            if g is not None and is_legacy_batchedtensor(g):
+                break
+        else:
             return backward(ctx, *gradients)
+        is_batched = [g is not None and is_legacy_batchedtensor(g) for g in gradients]
         # Autograd's threads for devices other than the CPU know of no nesting: 0.
         level = max(torch._C._vmapmode_increment_nesting() - 1, 1)
         torch._C._vmapmode_decrement_nesting()

@@ -21,6 +21,7 @@ from lstm_ext.cuda_products import Products, TorchProducts, VendorProducts, open
 from lstm_ext.cuda_second import layer_second
 from lstm_ext.engine import (
     DTYPE_CODE,
+    EXCHANGE,
     Direction,
     DirectionGrads,
     LayerResult,
@@ -89,8 +90,9 @@ class CudaEngine:
                 types=(Tensor, nn.Parameter),
                 codes=DTYPE_CODE,
                 half_acc=torch.float32,
-                is_here=f"is_{self.device_type}",
                 bytes=torch.uint8,
+                is_cpu=self.device_type == "cpu",
+                exchange=EXCHANGE,
             )
 
     # --- the device -------------------------------------------------------------------------------

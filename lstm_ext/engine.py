@@ -13,9 +13,13 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.overrides import handle_torch_function
 
+from lstm_ext.native import _C
+
 #: enum Dtype of csrc/params.h
 DTYPE_CODE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
+#: By which the core looks at tensors; older versions of torch have none.
+EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 #: Of the layer norms: torch's own default, which Haste's formula uses.
 LAYER_NORM_EPSILON = 1e-5
@@ -305,20 +309,34 @@ def is_recorded() -> bool:
     return transform is not None and transform.key() == TransformType.Functionalize
 
 
+#: What the core asks torch for, in one call: see csrc/bind_surroundings.h. Not where operations
+#: are traced.
+SURROUNDINGS = _C.Surroundings(
+    functions={
+        "dispatch_modes": torch._C._len_torch_dispatch_stack,
+        "transforms": torch._C._are_functorch_transforms_active,
+        "tracing": torch._C._is_tracing,
+        "autocast": torch._C._is_any_autocast_enabled,
+        "function_mode": torch._C._is_torch_function_mode_enabled,
+        "grad": torch.is_grad_enabled,
+        "inference": torch.is_inference_mode_enabled,
+        "threads": torch.get_num_threads,
+        "deterministic": torch._C._get_deterministic_algorithms,
+    },
+    forward_ad=forward_ad,
+)
+
+
 def is_watched() -> bool:
     """Whether operations are recorded or run otherwise: a tensor may have no memory."""
-    return (
-        torch.compiler.is_compiling()  # first: what traces this reads no further
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-    )
+    # First whether they are traced: what does it reads no further.
+    return torch.compiler.is_compiling() or SURROUNDINGS.watched()
 
 
 def is_surrounded() -> bool:
     """Whether anything but autograd's recording has a say in what an operation does: what records
     operations or runs them otherwise, autocast, torch.func, forward mode."""
-    return is_watched() or torch._C._is_any_autocast_enabled() or forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or SURROUNDINGS.surrounded()
 
 
 def is_recording() -> bool:
@@ -336,7 +354,7 @@ def is_intercepted(input: Any) -> bool:
     default device is one: asked about all that is within, a call of LSTMCell takes 85 us instead
     of 14."""
     return not torch.compiler.is_compiling() and (
-        torch._C._is_torch_function_mode_enabled() or isinstance(input, Proxy)
+        SURROUNDINGS.intercepted() or isinstance(input, Proxy)
     )
 
 

@@ -12,7 +12,7 @@ from .engine import as_one_function, autocast_is_on, is_intercepted, is_surround
 from .flat import flatten
 from .layer import lstm_layer
 from .ops import Direction, LayerWeights, check_layer
-from .plain import plain_cell
+from .plain import plain_cell, plain_layer
 from .steps import Steps
 from .torch_engine import reference_step
 from .variants import Variants
@@ -101,13 +101,18 @@ class LSTMCell(Variants, nn.RNNCellBase):
             ValueError, RuntimeError, TypeError: nn.LSTMCell's own for what it refuses; RuntimeError
                 also for a c_0 of another dtype, which nn.LSTMCell lets pass.
         """
+        if not torch.compiler.is_compiling():
+            states = plain_cell(self, input, hx)
+            if states is not None:
+                return states
         if is_intercepted(input):
             return as_one_function(LSTMCell.forward, self, input, hx)
         # getattr finds every kind of replaced weight, but is slow for a plain parameter.
         parameters = self._parameters
         weights = [parameters[n] if n in parameters else getattr(self, n) for n in _WEIGHTS]
         if not (is_surrounded() or self._varied()):
-            states = plain_cell(input, hx, weights, self.input_size, self.hidden_size)
+            sizes = self.input_size, self.hidden_size
+            states = plain_layer(input, hx, [*weights, None], *sizes, 0)
             if states is not None:
                 return states
         return self._by_layer(input, hx, weights)

@@ -8,30 +8,51 @@ there it is for sequences of one length only, and of two directions for forward 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd import Function, profiler
 
 from lstm_ext import batching, cpu_backward, cpu_engine, cpu_products, cpu_second, ops
 from lstm_ext.autograd import LSTMLayerBackward, must_apply, second_derivative
-from lstm_ext.engine import DTYPE_CODE, is_lazy, is_recording, is_surrounded, native_steps
+from lstm_ext.engine import (
+    DTYPE_CODE,
+    EXCHANGE,
+    SURROUNDINGS,
+    is_lazy,
+    is_recording,
+    is_surrounded,
+    native_steps,
+)
 from lstm_ext.flat import grouped
 from lstm_ext.native import _C
 from lstm_ext.plain_form import LayerForm
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
 
+if TYPE_CHECKING:
+    from lstm_ext.lstm_cell import LSTMCell
+
 TYPES = (Tensor, nn.Parameter)
 _RESULTS = 3  # of forward that are saved: gates, c_t and y
-_plain = _C.CpuPlain(
-    types=TYPES,
-    codes={t: DTYPE_CODE[t] for t in (torch.float64, torch.float32, torch.bfloat16)},
-    half_acc=torch.float32,
-)
+_AS_RECORDED = -1  # to save what backward needs where autograd records
+
+
+def core(exchange: Any) -> Any:
+    """The core's part. exchange: as :data:`engine.EXCHANGE`."""
+    return _C.CpuPlain(
+        types=TYPES,
+        codes={t: DTYPE_CODE[t] for t in (torch.float64, torch.float32, torch.bfloat16)},
+        half_acc=torch.float32,
+        bytes=torch.uint8,
+        exchange=exchange,
+        surroundings=SURROUNDINGS,
+    )
+
+
+_plain = core(EXCHANGE)
 
 
 def plain_layer(
@@ -55,12 +76,12 @@ def plain_layer(
         weights: weight_ih, weight_hh, bias_ih, bias_hh and weight_hr of each direction; the biases
             may be None, weight_hr is so without a projection. The second direction is the reversed
             one.
-        steps: T; 0 for a cell's only one, x being (B, in): then there is no y. Of a layer, where
-            :func:`takes_more`, also Steps with lengths, offsets or resets.
-        proj_size: features of h; 0: H, without a projection. On the CPU.
+        steps: T; 0 for a cell's only one, x being (B, in) or (in,): then there is no y. Of a layer,
+            where :func:`takes_more`, also Steps with lengths, offsets or resets.
+        proj_size: features of h; 0: H, without a projection.
     """
     sizes = input_size, hidden_size, proj_size
-    made = plain_results(x, hx, weights, sizes, steps, batch_first, is_recording())
+    made = plain_results(x, hx, weights, sizes, steps, batch_first, _AS_RECORDED)
     if made is None:
         return None
     outputs, saved = made
@@ -84,22 +105,19 @@ def plain_results(
 
     Args:
         sizes: input_size, hidden_size and proj_size.
-        save: whether to save: 0: no; 1: if any of the tensors requires grad; 2: in any case.
+        save: whether to save: 0: no; 1: if any of the tensors requires grad; 2: in any case; -1: 1
+            where autograd records, else 0.
     """
     engine = engine_of(x)
-    if engine is None:
+    if engine is cpu_engine and type(steps) is int:
+        call = (x, hx, weights, *sizes, steps, batch_first, save, cpu_products.workspace)
+        return recorded(_plain.cpu_forward)(*call)
+    if engine is None or engine is cpu_engine:
         return None
     T, rows = _native(engine, steps)
+    save = is_recording() if save < 0 else save
     call = (x, hx, weights, *sizes, T, batch_first)
-    if engine is not cpu_engine:
-        return recorded(engine.plain.cuda_forward)(engine, *call, rows, save)
-    return recorded(_plain.cpu_forward)(
-        *call,
-        torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
-        save,
-        cpu_products.workspace,
-    )
+    return recorded(engine.plain.cuda_forward)(engine, *call, rows, save)
 
 
 def takes_more(x: Any) -> bool:
@@ -145,12 +163,21 @@ def engine_of(x: Any) -> Any:
     return engine if engine is cpu_engine or getattr(engine, "plain", None) is not None else None
 
 
-def plain_cell(
-    x: Any, hx: Any, weights: Sequence[Tensor | None], input_size: int, hidden_size: int
-) -> tuple[Tensor, Tensor] | None:
-    """(h_1, c_1) as LSTMCell.forward returns them, x and hx being what it got; else as
-    :func:`plain_layer`."""
-    return plain_layer(x, hx, [*weights, None], input_size, hidden_size, 0)
+def plain_cell(cell: LSTMCell, x: Any, hx: Any) -> tuple[Tensor, Tensor] | None:
+    """What a cell's forward returns for x and hx, on the CPU and with the parameters that it was
+    made with; None where they are not for the short way, or something surrounds the call. Not
+    where operations are traced."""
+    if ops._engines["cpu"] is not cpu_engine:
+        return None
+    # In one call: each one more, after other code has run, takes a microsecond of some forty.
+    step = recorded(_plain.cpu_cell) if profiler._is_profiler_enabled else _plain.cpu_cell
+    made = step(cell, x, hx, cpu_products.workspace)
+    if made is None:
+        return None
+    outputs, saved = made
+    if saved is None:
+        return outputs
+    return super(Function, PlainLayer).apply(0, False, outputs, *saved)  # as in plain_layer
 
 
 def plain_quantized(
@@ -171,15 +198,12 @@ def plain_quantized(
         x,
         hx,
         weights,
-        torch.uint8,
         activation_bits,
         input_size,
         hidden_size,
         proj_size,
         steps,
         batch_first,
-        torch.get_num_threads(),
-        is_recording(),
         cpu_products.workspace,
     )
     return None if made is None else made[0]
@@ -217,16 +241,19 @@ class PlainLayer(Function):
     @batching.batched_gradients
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[5:]
+        made = None
         if not is_surrounded():
-            recording = torch.is_grad_enabled()  # not the products that are torch's
-            with torch.no_grad() if recording else contextlib.nullcontext():
+            if not torch.is_grad_enabled():
                 made = plain_gradients(gradients, saved, wanted, *ctx.steps)
-            if made is not None and recording:
-                call = (*ctx.steps, wanted, made, *gradients, *saved)
-                made = super(Function, PlainLayerBackward).apply(*call)  # as in plain_layer
-            if made is not None:
-                return (None,) * 5 + made
-        return (None,) * 5 + _by_the_layer(gradients, saved, wanted, *ctx.steps)
+            else:
+                with torch.no_grad():  # the products that are torch's
+                    made = plain_gradients(gradients, saved, wanted, *ctx.steps)
+                if made is not None:
+                    call = (*ctx.steps, wanted, made, *gradients, *saved)
+                    made = super(Function, PlainLayerBackward).apply(*call)  # as in plain_layer
+        if made is None:
+            made = _by_the_layer(gradients, saved, wanted, *ctx.steps)
+        return (None,) * 5 + made
 
 
 class PlainLayerBackward(Function):
@@ -283,6 +310,7 @@ def _second_of_a_step(
     x, h0 = tensors[outputs : outputs + 2]
     if (
         steps != 0
+        or x.dim() != 2
         or h0 is None
         or engine_of(x) is not cpu_engine
         or must_apply()
@@ -324,14 +352,14 @@ def plain_gradients(
         gradients: of the outputs; None for zero. saved: as PlainLayer saves. wanted: of each input.
     """
     engine = engine_of(saved[0])
-    if engine is None or (engine is cpu_engine and not isinstance(steps, int)):
+    if engine is cpu_engine and type(steps) is int:
+        most_rows, workspace = cpu_backward.FUSED_ROWS - 1, cpu_products.workspace
+        call = (gradients, saved, wanted, steps, batch_first, most_rows, workspace)
+        return recorded(_plain.cpu_backward)(*call)
+    if engine is None or engine is cpu_engine:
         return None  # the latter: by a hook on saved tensors
     T, rows = _native(engine, steps)
     call = (gradients, saved, wanted, T, batch_first)
-    if engine is cpu_engine:
-        return recorded(_plain.cpu_backward)(
-            *call, torch.get_num_threads(), cpu_backward.FUSED_ROWS - 1, cpu_products.workspace
-        )
     return recorded(engine.plain.cuda_backward)(engine, *call, rows)
 
 

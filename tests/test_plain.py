@@ -11,11 +11,12 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lstm_ext
-from lstm_ext import layer, native, ops, plain
+from lstm_ext import layer, lstm_cell, native, ops, plain
+from lstm_ext.engine import EXCHANGE
 
 pytestmark = pytest.mark.cpu_only(reason="the CPU engine's own way for one step of a cell")
 I, H = 5, 19
-CALLERS = (layer, plain)  # of plain_layer; for modules and cells the latter
+CALLERS = (layer, plain, lstm_cell)  # of plain_layer; for modules the second
 
 
 @pytest.fixture
@@ -23,17 +24,29 @@ def taken(monkeypatch):
     """A list with one entry for each step that went the short way."""
     steps = []
 
-    plain_layer = plain.plain_layer
+    def spy(function):
+        def run(*args, **kwargs):
+            made = function(*args, **kwargs)
+            if made is not None:
+                steps.append(made)
+            return made
 
-    def spy(*args, **kwargs):
-        made = plain_layer(*args, **kwargs)
-        if made is not None:
-            steps.append(made)
-        return made
+        return run
 
+    plain_layer = spy(plain.plain_layer)
     for caller in CALLERS:
-        monkeypatch.setattr(caller, "plain_layer", spy)
+        monkeypatch.setattr(caller, "plain_layer", plain_layer)
+    monkeypatch.setattr(lstm_cell, "plain_cell", spy(plain.plain_cell))
     return steps
+
+
+@pytest.fixture(params=["by DLPack", "by Python"])
+def looked(request, monkeypatch):
+    """How the core looks at tensors: the latter where torch has no exchange of DLPack's."""
+    if request.param == "by Python":
+        monkeypatch.setattr(plain, "_plain", plain.core(None))
+    elif EXCHANGE is None:
+        pytest.skip("this torch has none")
 
 
 def inputs(batch, dtype=torch.float32):
@@ -44,13 +57,14 @@ def by_the_layer(monkeypatch, call):
     with monkeypatch.context() as patch:
         for caller in CALLERS:
             patch.setattr(caller, "plain_layer", lambda *args, **kwargs: None)
+        patch.setattr(lstm_cell, "plain_cell", lambda *args: None)
         return call()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("batch", [1, 4, 9, 130])
 @pytest.mark.parametrize("with_hx, bias", [(True, True), (False, True), (True, False)])
-def test_the_layer_s_bits(batch, dtype, with_hx, bias, taken, monkeypatch, isa):
+def test_the_layer_s_bits(batch, dtype, with_hx, bias, taken, looked, monkeypatch, isa):
     module = lstm_ext.LSTMCell(I, H, bias, dtype=dtype)
     leaves = [leaf(t) for t in inputs(batch, dtype)]
     x, hx = leaves[0], tuple(leaves[1:]) if with_hx else None
@@ -186,12 +200,28 @@ def test_a_single_step_with_lengths_or_a_reset(taken):
     assert not taken
 
 
-def test_unbatched(taken, monkeypatch):
+@pytest.mark.parametrize("given", [False, True])
+def test_unbatched(given, taken, monkeypatch):
     module = lstm_ext.LSTMCell(I, H)
-    x, *hx = (t[0] for t in inputs(1))
-    ours = module(x, hx)
+    x, *hx = (leaf(t[0]) for t in inputs(1))
+
+    def run():
+        states = module(x, hx if given else None)
+        wanted = [x, *(hx if given else ()), *module.parameters()]
+        loss = states[0].sum() + states[1].square().sum()
+        grads = torch.autograd.grad(loss, wanted, create_graph=True)
+        return [*states, *grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), wanted)]
+
+    ours = run()
     assert len(taken) == 1
-    assert all(map(torch.equal, ours, by_the_layer(monkeypatch, lambda: module(x, hx))))
+    assert [t.shape for t in ours[:3]] == [(H,), (H,), (I,)]
+    for a, b in zip(ours, by_the_layer(monkeypatch, run), strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert all(map(torch.equal, ours[:2], by_the_layer(monkeypatch, run)[:2]))
+    for wrong in (x[:-1], x[None, None], torch.randn(2, I), torch.tensor(0.5)):
+        with pytest.raises((RuntimeError, ValueError)):
+            module(wrong, hx)
 
 
 @pytest.mark.parametrize("index", range(7))
@@ -221,7 +251,7 @@ def test_nothing_is_recorded_without_need(taken):
     assert len(taken) == 3
 
 
-def test_tensors_that_are_not_contiguous(taken, monkeypatch):
+def test_tensors_that_are_not_contiguous(taken, looked, monkeypatch):
     module = lstm_ext.LSTMCell(I, H)
     module.weight_ih = nn.Parameter(torch.randn(I, 4 * H).T)
     module.bias_hh = nn.Parameter(torch.randn(8 * H)[::2])
@@ -244,7 +274,7 @@ class Subclass(torch.Tensor):
 
 @pytest.mark.parametrize("index", range(7))
 @pytest.mark.parametrize("kind", ["negated", "subclass"])
-def test_tensors_for_the_layer(kind, index, taken):
+def test_tensors_for_the_layer(kind, index, taken, looked):
     module = lstm_ext.LSTMCell(I, H)
     tensors = [*inputs(2), *(p.detach() for p in module.parameters())]
 

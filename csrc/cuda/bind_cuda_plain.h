@@ -13,11 +13,12 @@ namespace lstm_ext {
 
 class CudaPlain : public PlainTensors {
  public:
-  // bytes: torch's dtype for them. The rest as of PlainTensors.
-  CudaPlain(pybind11::tuple types, pybind11::dict codes, Object half_acc, Object is_here,
-            Object bytes)
-      : PlainTensors(std::move(types), std::move(codes), std::move(half_acc), std::move(is_here)),
-        bytes_(std::move(bytes)) {}
+  // is_cpu: the device is emulated. The rest as of PlainTensors.
+  CudaPlain(pybind11::tuple types, const pybind11::dict& codes, Object half_acc, Object bytes,
+            bool is_cpu, const Object& exchange)
+      : PlainTensors(std::move(types), codes, std::move(half_acc), std::move(bytes),
+                     pybind11::str(is_cpu ? "is_cpu" : "is_cuda"),
+                     is_cpu ? dlpack::kCpu : dlpack::kCuda, exchange) {}
 
   // engine: a cuda_engine.CudaEngine, always the same. The rest as for PlainInputs::read. Returns
   // what PlainOutputs::all has, saved as save says; or None, for what PlainInputs::read refuses, or
@@ -175,7 +176,7 @@ class CudaPlain : public PlainTensors {
   void run(const Run& run, Handle x) const {
     // Whatever the allocator's own alignment is.
     const int64_t alignment = 256;
-    const Object scratch = PlainCall::empty(x, run.bytes() + alignment, bytes_);
+    const Object scratch = PlainCall::empty(x, run.bytes() + alignment, bytes());
     const auto address = reinterpret_cast<uintptr_t>(memory_of(scratch));
     void* const aligned =
         reinterpret_cast<void*>((address + alignment - 1) / alignment * alignment);
@@ -184,7 +185,6 @@ class CudaPlain : public PlainTensors {
   }
 
   static constexpr size_t kMostPlans = 4096;
-  const Object bytes_;
   // The key holds all that differs between plain layers.
   std::map<std::tuple<int64_t, int64_t, int64_t, int64_t, int, Dtype, bool, bool, bool>, CudaPlan>
       plans_;
@@ -194,8 +194,8 @@ inline void bind_cuda_plain(pybind11::module_& m) {
   namespace py = pybind11;
   using namespace pybind11::literals;
   py::class_<CudaPlain>(m, "CudaPlain", py::module_local())
-      .def(py::init<py::tuple, py::dict, py::object, py::object, py::object>(), "types"_a,
-           "codes"_a, "half_acc"_a, "is_here"_a, "bytes"_a)
+      .def(py::init<py::tuple, const py::dict&, py::object, py::object, bool, const py::object&>(),
+           "types"_a, "codes"_a, "half_acc"_a, "bytes"_a, "is_cpu"_a, "exchange"_a)
       .def("cuda_forward", &CudaPlain::forward, "engine"_a, "x"_a, "hx"_a, "weights"_a, "I"_a,
            "H"_a, "P"_a, "T"_a, "batch_first"_a, "rows"_a, "save"_a)
       .def("cuda_backward", &CudaPlain::backward, "engine"_a, "gradients"_a, "saved"_a, "wanted"_a,
