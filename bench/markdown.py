@@ -31,7 +31,8 @@ time over lstm_ext's, pair by pair: above 1 lstm_ext is faster; the range is tha
 disturbed one too. Inputs are random and change from call to call, beyond the second-level cache;
 the heap is that of a process that has run for a while. Where a call needs more than 32 MB, glibc
 maps memory anew each time, and its page faults are in the time (training at H 1024).
-Rows that say *cell* are loops over nn.LSTMCell and LSTMCell instead, a call a step. In the mode
+Rows that say *cell* are loops over nn.LSTMCell and LSTMCell instead, a call a step; with *head* an
+nn.Linear of h and a tanh come between two steps, on both sides. In the mode
 *quantized* weights have 8 bits: nn.LSTM is what torch.ao.quantization.quantize_dynamic makes of it,
 lstm_ext what lstm_ext.quantize does, 8-bit-rows that with activation_bits=8, and float is
 lstm_ext.LSTM.

@@ -46,7 +46,7 @@ def steps(kind: str | None = None, more: Sequence[str] = ()) -> list[Step]:
         on_avx2 = [run("cpu", "float32", **AVX2), few, (AVX2, ["report"])]
         return [*runs("cpu", options=("--threads", "1")), report, *on_avx2]
     beside = ("--peer", "float", "--peer", "8-bit-rows")
-    published = runs("cpu", "random", "one-step", "cell", "second", "scaling", "gate")
+    published = runs("cpu", "random", "one-step", "cell", "decoder", "second", "scaling", "gate")
     return [*published, run("quantized", "float32", *beside), report]
 
 

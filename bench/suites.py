@@ -2,7 +2,7 @@
 
 A problem that the design leaves without a number has it chosen here, beside the list it
 belongs to: the step count of GNMT and of the edges, and the lengths of packed batches. The suites
-host, one-step, cell, random, second, quantized, scaling and gate are not of the design.
+host, one-step, cell, decoder, random, second, quantized, scaling and gate are not of the design.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Problem:
     ``lengths`` holds one length a sequence and makes the batch a PackedSequence; without it
     every sequence has ``steps`` steps and the batch is a padded (T, B, I) tensor.
     ``first_bidirectional`` makes only the first layer bidirectional (GNMT's encoder), which
-    takes two modules to say. ``cell`` is a loop over an nn.LSTMCell, or its counterpart.
+    takes two modules to say. ``cell`` is a loop over an nn.LSTMCell, or its counterpart; with
+    ``head`` an nn.Linear (H, H) of each h and a tanh come between two steps, on both sides, whose
+    work is in the times and not in flop().
     """
 
     steps: int
@@ -45,6 +47,7 @@ class Problem:
     lengths: tuple[int, ...] | None = None
     first_bidirectional: bool = False
     cell: bool = False
+    head: bool = False
     label: str = ""
 
     def __post_init__(self) -> None:
@@ -71,6 +74,8 @@ class Problem:
             parts.append("bi-first")
         if self.cell:
             parts.append("cell")
+        if self.head:
+            parts.append("head")
         if self.lengths is not None:
             parts.append(f"packed{min(self.lengths)}-{max(self.lengths)}")
         return " ".join(part for part in parts if part)
@@ -144,8 +149,14 @@ def _one_step() -> tuple[Problem, ...]:
 
 
 def _cell() -> tuple[Problem, ...]:
-    # A decoder that is fed what it gives, or a policy: a call for each step.
+    # A loop over a cell and nothing else: its code stays in the caches.
     return tuple(square(8, b, h, cell=True) for h in (16, 64, 256, 1024) for b in (1, 5, 16, 64))
+
+
+def _decoder() -> tuple[Problem, ...]:
+    # A decoder, or a policy: other code runs between two calls of the cell.
+    few, many = (16, 64, 128, 256), (1, 8, 32)
+    return tuple(square(8, b, h, cell=True, head=True) for h in few for b in many)
 
 
 def _random() -> tuple[Problem, ...]:
@@ -311,6 +322,7 @@ SUITES: dict[str, tuple[Problem, ...]] = {
     "cpu": _cpu(),
     "one-step": _one_step(),
     "cell": _cell(),
+    "decoder": _decoder(),
     "random": _random(),
     "deepbench-train": _deepbench_train(),
     "deepbench-infer": _deepbench_infer(),

@@ -63,6 +63,21 @@ class Stepwise(nn.Module):
         return each_step(self.cell, x)
 
 
+class Decoder(Stepwise):
+    """A cell whose every h goes through a linear layer and a tanh, before the next step."""
+
+    def __init__(self, cell: nn.Module):
+        super().__init__(cell)
+        self.head = nn.Linear(cell.hidden_size, cell.hidden_size)
+
+    def forward(self, x):
+        state, outputs = None, []
+        for step in x:
+            state = self.cell(step, state)
+            outputs.append(torch.tanh(self.head(state[0])))
+        return torch.stack(outputs), state
+
+
 CELLS: Mapping[LSTMClass, LSTMClass] = {
     nn.LSTM: nn.LSTMCell,
     lstm_ext.LSTM: lstm_ext.LSTMCell,
@@ -78,7 +93,8 @@ def build(lstm: LSTMClass, problem: Problem) -> nn.Module:
     if problem.cell:
         if lstm not in CELLS:
             raise ValueError(f"{problem.name}: no cell belongs to {lstm}")
-        return Stepwise(CELLS[lstm](problem.input_size, problem.hidden_size))
+        stepwise = Decoder if problem.head else Stepwise
+        return stepwise(CELLS[lstm](problem.input_size, problem.hidden_size))
     if not problem.first_bidirectional:
         return lstm(
             problem.input_size,

@@ -28,7 +28,7 @@ from .compat import (
     check_weights,
     forget,
 )
-from .engine import as_one_function, is_intercepted, is_recording
+from .engine import as_one_function, is_intercepted, is_recording, is_watched
 from .layer import lstm_layer
 from .ops import Direction, LayerWeights
 from .plain_module import plain_module
@@ -277,7 +277,11 @@ class LSTM(LSTMBase):
                 self.check_forward_args(data, hx, batch_sizes)
             check_match("hidden", hx, data)
             hx = self.permute_hidden(hx, sorted_indices)
-        steps = Steps.packed(batch_sizes, data.size(0), data.device, sequences)
+        T, rows = batch_sizes.numel(), data.size(0)
+        if not is_watched() and rows == T * int(batch_sizes[0]):
+            steps = Steps.padded(T, rows // T)  # all of one length, or one sequence
+        else:
+            steps = Steps.packed(batch_sizes, rows, data.device, sequences)
         y, h_n, c_n, cells = self._layers(data, hx, steps, packed=True)
 
         def pack(rows: Tensor) -> PackedSequence | tuple[PackedSequence, ...]:

@@ -30,16 +30,20 @@ def test_names_and_order():
     assert list(peers.builders(["haste"])) == ["nn.LSTM", "haste", "lstm_ext"]
 
 
+@pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("mode", ["inference", "training"])
-def test_rows_of_cells(mode):
+def test_rows_of_cells(mode, head):
     """nn.LSTMCell's and ours, at each step; the other peers are layers."""
-    row = run("cell-loop", Problem(3, 2, 5, 7, cell=True), mode)
+    row = run("cell-loop", Problem(3, 2, 5, 7, cell=True, head=head), mode)
     for name in ("nn.LSTM", "lstm_ext"):
         timing = row.timings[name]
         assert timing.error is None and not timing.differs and len(timing.samples) == 1
     assert "has no cell" in row.timings["cell-loop"].error
     ours = work.build(lstm_ext.LSTM, row.problem)
-    assert [type(m) for m in ours.modules()] == [work.Stepwise, lstm_ext.LSTMCell]
+    kinds = [work.Decoder, lstm_ext.LSTMCell, nn.Linear]
+    assert [type(m) for m in ours.modules()] == (
+        kinds if head else [work.Stepwise, lstm_ext.LSTMCell]
+    )
     with pytest.raises(ValueError, match="no cell belongs to .*GRU"):
         work.build(nn.GRU, row.problem)
 

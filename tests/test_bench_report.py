@@ -266,7 +266,9 @@ def test_steps_of_publish(kind):
     parsed = [make_parser().parse_args(run) for _, run in runs]
     asked = {(args.suite, args.dtype, bool(args.peer)) for args in parsed}
     suites = (
-        ("cpu",) if kind else ("cpu", "random", "one-step", "cell", "second", "scaling", "gate")
+        ("cpu",)
+        if kind
+        else ("cpu", "random", "one-step", "cell", "decoder", "second", "scaling", "gate")
     )
     expected = {(s, d, bool(kind)) for s in suites for d in ("float32", "bfloat16")}
     assert asked == expected | (set() if kind else {("quantized", "float32", True)})

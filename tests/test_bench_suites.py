@@ -70,6 +70,7 @@ def test_suite_holds_the_plain_problems_of_the_design(suite):
         ("host", 4),
         ("one-step", 20),
         ("cell", 16),
+        ("decoder", 12),
         ("random", 60),
         ("second", 11),
         ("quantized", 17),
@@ -83,8 +84,8 @@ def test_suite_is_complete(suite, count):
 
 
 def test_suites_are_those_of_the_design():
-    own = {"host", "one-step", "cell", "random", "second", "quantized", "scaling", "gate"}
-    assert set(SUITES) == PLAIN.keys() | own
+    own = {"host", "one-step", "cell", "decoder", "random", "second", "quantized"}
+    assert set(SUITES) == PLAIN.keys() | own | {"scaling", "gate"}
     assert not others("deepbench-train") + others("deepbench-infer") + others("flashrnn")
 
 

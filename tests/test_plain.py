@@ -239,6 +239,23 @@ def test_any_one_input_may_require_grad(index, taken, monkeypatch):
     assert torch.equal(ours, by_the_layer(monkeypatch, run))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_packed_sequences_of_one_length(batch, options, taken):
+    """As a padded input, states in the order of the sequences."""
+    module, x = lstm_ext.LSTM(I, H, **options), torch.randn(4, batch, I)
+    hx = tuple(torch.randn(options.get("num_layers", 1) ** 2, batch, H) for _ in range(2))
+    order = torch.arange(batch).flip(0)
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.full((batch,), 4))
+    packed = nn.utils.rnn.PackedSequence(packed.data, packed.batch_sizes, order, order)
+    y, states = module(packed, hx)
+    assert len(taken) == module.num_layers
+    assert torch.equal(y.sorted_indices, order) and torch.equal(y.batch_sizes, packed.batch_sizes)
+    theirs, last = module(x, tuple(t[:, order] for t in hx))
+    assert torch.equal(y.data.view_as(theirs), theirs)
+    assert all(torch.equal(a, b[:, order]) for a, b in zip(states, last, strict=True))
+
+
 def test_nothing_is_recorded_without_need(taken):
     module = lstm_ext.LSTMCell(I, H)
     x, *hx = inputs(2)

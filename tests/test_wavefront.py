@@ -1,5 +1,6 @@
 """Stacks of layers as a wavefront: on the emulated kernels, the layers in turn are the measure."""
 
+import contextlib
 from types import SimpleNamespace
 
 import emulated
@@ -352,7 +353,8 @@ def test_the_switches(monkeypatch, name):
         with emulated.installed() as engine:
             assert getattr(engine, attribute) is on
     asked = SimpleNamespace(cuda_properties=lambda *arguments: arguments)
-    engine = SimpleNamespace(core=asked, untimed=engine.untimed)
+    guard = contextlib.nullcontext
+    engine = SimpleNamespace(core=asked, untimed=engine.untimed, guard=guard)
     assert CudaEngine.properties.__wrapped__(engine, torch.device("cuda", 1)) == (1, engine.untimed)
     monkeypatch.setenv(name, "1")
     with (
