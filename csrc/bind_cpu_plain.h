@@ -48,6 +48,7 @@ struct CpuPlain : PlainTensors {
       if (truth) return pybind11::none();
     }
     const Object parameters = get(cell, cell_names().parameters);
+    if (!PyDict_Check(parameters.ptr())) return pybind11::none();
     pybind11::list weights(PlainCall::kWeights);
     for (size_t k = 0; k < cell_names().weights.size(); ++k) {
       PyObject* const weight = PyDict_GetItemWithError(parameters.ptr(), cell_names().weights[k]);
