@@ -15,6 +15,7 @@ from lstm_ext.convolutions import Window
 from lstm_ext.engine import (
     as_one_function,
     autocast_is_on,
+    is_autocast,
     is_intercepted,
     is_recorded,
     without_autocast,
@@ -172,7 +173,7 @@ class _ConvLSTMBase(nn.Module):
         check_match("hidden", hx or (), x)
         check_dtype(x.dtype)
         device = x.device.type
-        if autocast_is_on(device) and x.dtype != torch.float64:
+        if is_autocast(x.dtype) and autocast_is_on(device):
             dtype = torch.get_autocast_dtype(device)
             x, hx = x.to(dtype), hx and (hx[0].to(dtype), hx[1].to(dtype))
             weights = [ConvWeights(*(t if t is None else t.to(dtype) for t in w)) for w in weights]

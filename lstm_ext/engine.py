@@ -280,6 +280,11 @@ def autocast_is_on(device_type: str) -> bool:
     return known and torch.is_autocast_enabled(device_type)
 
 
+def is_autocast(dtype: torch.dtype) -> bool:
+    """Whether autocast casts tensors of a dtype, as its lower-precision list does."""
+    return dtype.is_floating_point and dtype != torch.float64
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The products run in the dtype that was chosen for the layer, whatever autocast says."""
     if autocast_is_on(device.type):
