@@ -20,7 +20,9 @@ __all__ = [
 ]
 
 
-class _ConvLSTM(ConvLSTMBase):
+class ConvLSTM(ConvLSTMBase):
+    """A sequence; the classes below say of how many dimensions."""
+
     def __init__(
         self,
         in_channels: int,
@@ -65,20 +67,17 @@ class _ConvLSTM(ConvLSTMBase):
             Under autocast all are of its dtype.
 
         Raises:
-            ValueError: an input of another rank, or another dtype than the parameters'; lengths of
-                another shape or out of range. TypeError: lengths that are no integers; an hx that
-                is no pair of tensors. RuntimeError: another number of channels, an input smaller
-                than the kernel, an hx of another size; a CUDA tensor and a build without CUDA.
+            ValueError: an input of another rank; lengths of another shape or out of range (in a
+                graph RuntimeError). TypeError: an input that is no Tensor, lengths that are no
+                integers, an hx that is no tuple or list of tensors; a dtype without kernels.
+                RuntimeError: an input of another dtype than the parameters', of another number of
+                channels, or smaller than the kernel; an hx that is not two, or of another size or
+                dtype; what is sparse; attributes changed after construction; a CUDA tensor and a
+                build without CUDA.
         """
         if is_intercepted(input):
-            return as_one_function(_ConvLSTM.forward, self, input, hx, lengths=lengths)
-        dims, name = self._dims, type(self).__name__
-        if input.dim() not in (dims + 2, dims + 3):
-            raise ValueError(
-                f"{name}: Expected input to be {dims + 2}D or {dims + 3}D, got {input.dim()}D "
-                "instead"
-            )
-        batched = input.dim() == dims + 3
+            return as_one_function(ConvLSTM.forward, self, input, hx, lengths=lengths)
+        batched = self._is_batched(input, self._dims + 2)
         if hx is not None:
             check_pair(hx)
         N = (input.size(0 if self.batch_first else 1),) if batched else ()
@@ -102,7 +101,9 @@ class _ConvLSTM(ConvLSTMBase):
         return y, (h_n, c_n)
 
 
-class _ConvLSTMCell(ConvLSTMBase):
+class ConvLSTMCell(ConvLSTMBase):
+    """A step, likewise."""
+
     def __init__(
         self,
         in_channels: int,
@@ -134,14 +135,8 @@ class _ConvLSTMCell(ConvLSTMBase):
             As the sequence's forward.
         """
         if is_intercepted(input):
-            return as_one_function(_ConvLSTMCell.forward, self, input, hx)
-        dims, name = self._dims, type(self).__name__
-        if input.dim() not in (dims + 1, dims + 2):
-            raise ValueError(
-                f"{name}: Expected input to be {dims + 1}D or {dims + 2}D, got {input.dim()}D "
-                "instead"
-            )
-        batched = input.dim() == dims + 2
+            return as_one_function(ConvLSTMCell.forward, self, input, hx)
+        batched = self._is_batched(input, self._dims + 1)
         if hx is not None:
             check_pair(hx, "hx")
         self._check(input, hx, (input.size(0),) if batched else ())
@@ -202,31 +197,31 @@ _CELL_DOC = """One step of :class:`{sequence}`.
     """
 
 
-class ConvLSTM1d(_ConvLSTM):
+class ConvLSTM1d(ConvLSTM):
     __doc__ = _SEQUENCE_DOC.format(what="lines, (L, N, in_channels, width)")
     _dims = 1
 
 
-class ConvLSTM2d(_ConvLSTM):
+class ConvLSTM2d(ConvLSTM):
     __doc__ = _SEQUENCE_DOC.format(what="images, (L, N, in_channels, height, width)")
     _dims = 2
 
 
-class ConvLSTM3d(_ConvLSTM):
+class ConvLSTM3d(ConvLSTM):
     __doc__ = _SEQUENCE_DOC.format(what="volumes, (L, N, in_channels, depth, height, width)")
     _dims = 3
 
 
-class ConvLSTM1dCell(_ConvLSTMCell):
+class ConvLSTM1dCell(ConvLSTMCell):
     __doc__ = _CELL_DOC.format(sequence="ConvLSTM1d")
     _dims = 1
 
 
-class ConvLSTM2dCell(_ConvLSTMCell):
+class ConvLSTM2dCell(ConvLSTMCell):
     __doc__ = _CELL_DOC.format(sequence="ConvLSTM2d")
     _dims = 2
 
 
-class ConvLSTM3dCell(_ConvLSTMCell):
+class ConvLSTM3dCell(ConvLSTMCell):
     __doc__ = _CELL_DOC.format(sequence="ConvLSTM3d")
     _dims = 3

@@ -8,11 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lstm_ext.compat import States, check_match, check_weights
 from lstm_ext.conv_layer import ConvWeights, Walk, conv_lstm_layer
 from lstm_ext.convolutions import Window
-from lstm_ext.engine import autocast_is_on, is_autocast, without_autocast
+from lstm_ext.engine import (
+    autocast_is_on,
+    check_dense,
+    is_autocast,
+    refuse_jit,
+    without_autocast,
+)
 from lstm_ext.ops import check_dtype
 from lstm_ext.steps import Steps
 
@@ -20,11 +27,17 @@ __all__ = ["ConvLSTMBase", "Size"]
 
 Size = int | Sequence[int]
 
+#: Attributes that the parameters were made for, or that the constructor puts in one form.
+_FIXED = ("in_channels", "hidden_channels", "num_layers", "bias", "peephole")
+_FIXED += ("kernel_size", "stride", "padding", "dilation")
+
 
 class ConvLSTMBase(nn.Module):
     """Arguments, parameters and checks of the sequences and the cells."""
 
     _dims: int  # set by each class
+
+    __jit_ignored_attributes__ = property(refuse_jit)  # torch.jit.script asks this first
 
     def __init__(
         self,
@@ -69,7 +82,11 @@ class ConvLSTMBase(nn.Module):
             for name, size in sizes.items():
                 self.register_parameter(name + end, nn.Parameter(torch.empty(size, **at)))
             self._names.append({name: name + end for name in sizes})
+        self._made_as = self._attributes()
         self.reset_parameters()
+
+    def _attributes(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in _FIXED)
 
     def _sizes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Of a layer's parameters, in the order of ConvWeights."""
@@ -127,11 +144,40 @@ class ConvLSTMBase(nn.Module):
         check_weights(names.values(), tensors.values(), x)
         sizes = self._sizes(layer)
         for role, tensor in tensors.items():
+            check_dense(names[role], tensor)
             if tensor.shape != sizes.get(role, tensor.shape):
                 got = tuple(tensor.shape)
                 raise RuntimeError(f"Expected {names[role]} of size {sizes[role]}, got {got}")
         roles = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ch")
         return ConvWeights(*(tensors.get(role) for role in roles))
+
+    def _is_batched(self, input: Tensor, dims: int) -> bool:
+        """Whether input has a dimension more than the `dims` of a single sequence or step.
+
+        Raises:
+            RuntimeError: attributes set after construction; a sparse input. TypeError: no Tensor.
+            ValueError: another number of dimensions.
+        """
+        if self._made_as != self._attributes():
+            pairs = zip(_FIXED, self._attributes(), self._made_as, strict=True)
+            changed = [(name, now, made) for name, now, made in pairs if now != made]
+            got, expected = (", ".join(f"{c[0]}={c[k]!r}" for c in changed) for k in (1, 2))
+            raise RuntimeError(
+                f"got {got}, expected {expected} as the module was constructed with: these "
+                "attributes cannot be changed afterwards"
+            )
+        name = type(self).__name__
+        if not isinstance(input, Tensor):
+            got = type(input).__name__
+            if isinstance(input, PackedSequence):
+                got += ": pad_packed_sequence makes one, and the lengths for lengths="
+            raise TypeError(f"{name}: Expected input to be a Tensor, got {got}")
+        check_dense("input", input)
+        if input.dim() not in (dims, dims + 1):
+            raise ValueError(
+                f"{name}: Expected input to be {dims}D or {dims + 1}D, got {input.dim()}D instead"
+            )
+        return input.dim() == dims + 1
 
     def _check(self, input: Tensor, hx: States | None, batch: tuple[int, ...]) -> None:
         """Refuse an input of other channels, and states of another size than an input of `batch`
@@ -143,6 +189,7 @@ class ConvLSTMBase(nn.Module):
             )
         expected = (*batch, self.hidden_channels, *self._window(0).output(size))
         for k, state in enumerate(hx or ()):
+            check_dense(f"hidden[{k}]", state)
             if tuple(state.shape) != expected:
                 got = list(state.shape)
                 raise RuntimeError(f"Expected hidden[{k}] size {expected}, got {got}")
@@ -154,6 +201,8 @@ class ConvLSTMBase(nn.Module):
 
         hx: (num_layers, N, C, *output) each.
         """
+        if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+            refuse_jit()
         size = self._window(0).output(x.shape[3:])
         weights = [self._weights(layer, x) for layer in range(self.num_layers)]
         check_match("hidden", hx or (), x)

@@ -28,7 +28,7 @@ from .compat import (
     check_weights,
     forget,
 )
-from .engine import as_one_function, is_intercepted, is_recording
+from .engine import as_one_function, check_dense, is_intercepted, is_recording
 from .layer import lstm_layer
 from .ops import Direction, LayerWeights
 from .plain_module import plain_module
@@ -194,9 +194,10 @@ class LSTM(LSTMBase):
 
         Raises:
             ValueError, RuntimeError, TypeError: nn.LSTM's own for what it refuses; ValueError for
-                lengths or reset_mask beside a PackedSequence; TypeError for an hx that is no pair
-                of tensors; RuntimeError for num_layers, bias, bidirectional or proj_size changed
-                after construction.
+                lengths or reset_mask beside a PackedSequence; TypeError for an hx that is no tuple
+                or list of tensors; RuntimeError for one that is not two, for sparse and nested
+                tensors, and for num_layers, bias, bidirectional or proj_size changed after
+                construction.
         """
         if is_intercepted(input):
             given = {"lengths": lengths, "reset_mask": reset_mask}
@@ -207,10 +208,11 @@ class LSTM(LSTMBase):
             if reset_mask is not None:
                 raise ValueError("reset_mask is not supported with a PackedSequence; use lengths=")
             return self._forward_packed(input, hx)
-        if lengths is None and reset_mask is None:
+        if lengths is None and reset_mask is None and not input.is_nested:
             made = self._short_way(input, hx)
             if made is not None:
                 return made
+        check_dense("input", input)
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3

@@ -30,6 +30,7 @@ from lstm_ext.engine import (
     Masks,
     acc_dtype,
     autocast_is_on,
+    check_dense,
     in_memory,
     tensors_of,
     with_masks,
@@ -179,12 +180,6 @@ def check_devices(x: Tensor, tensors: Sequence[Tensor | None]) -> None:
             raise RuntimeError(
                 f"Expected all tensors on {x.device} like the input, got one on {tensor.device}"
             )
-
-
-def check_dense(name: str, tensor: Tensor) -> None:
-    """Raises RuntimeError for a sparse tensor."""
-    if tensor.layout is not torch.strided:
-        raise RuntimeError(f"Expected {name} to be dense, got {tensor.layout}: use to_dense()")
 
 
 def check_tensors(

@@ -241,6 +241,21 @@ def test_sparse_tensors_are_refused(layout):
         cell(x, states)
 
 
+@pytest.mark.parametrize("name", ["input", "nested input", "lengths", "reset_mask"])
+def test_sparse_and_nested_tensors_are_refused_by_a_layer(name):
+    x, options = here(torch.ones(5, 2, 3)), {}
+    if name == "input":
+        x = x.to_sparse()
+    elif name == "nested input":
+        x = torch.nested.nested_tensor([x[:, 0], x[:3, 0]])
+    else:
+        sparse = torch.ones(2).long() if name == "lengths" else torch.ones(5, 2).bool()
+        options = {name: here(sparse).to_sparse()}
+    for module in (lstm_ext.LSTM(3, 4), lstm_ext.LSTM(3, 4, 2, layer_norm=True)):
+        with pytest.raises(RuntimeError, match=f"Expected {name.split()[-1]} to be dense, got "):
+            here(module)(x, **options)
+
+
 def test_attributes_in_any_order():
     made = lstm_ext.LSTM(3, 4, bidirectional=True, merge_mode="sum", forget_bias=1.0)
     copy = lstm_ext.LSTM.__new__(lstm_ext.LSTM)
