@@ -7,6 +7,7 @@ replaces a parameter (functional_call, parametrizations, weight_norm, pruning, t
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import overload
 
 import torch
@@ -114,7 +115,7 @@ class LSTM(LSTMBase):
         layer_norm: bool = False,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
-        zoneout: float | tuple[float, float] = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
         forget_bias: float | None = None,
         return_cell_sequence: bool = False,
         checkpoint_every: int | None = None,
@@ -152,6 +153,7 @@ class LSTM(LSTMBase):
     _run_layer = staticmethod(lstm_layer)
     _short_way = plain_module
 
+    # As nn.LSTM's; with return_cell_sequence there is a third result.
     @overload
     def forward(
         self,
@@ -160,12 +162,12 @@ class LSTM(LSTMBase):
         *,
         lengths: Tensor | None = None,
         reset_mask: Tensor | None = None,
-    ) -> tuple[Tensor, States] | tuple[Tensor, States, Tensor]: ...
+    ) -> tuple[Tensor, States]: ...
 
     @overload
     def forward(
         self, input: PackedSequence, hx: States | None = None
-    ) -> tuple[PackedSequence, States] | tuple[PackedSequence, States, PackedSequence]: ...
+    ) -> tuple[PackedSequence, States]: ...
 
     def forward(self, input, hx=None, *, lengths=None, reset_mask=None):
         """Run the whole sequence.

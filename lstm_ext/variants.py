@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Variants(nn.Module):
     layer_norm: bool = False
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
-    zoneout: float | tuple[float, float] = 0.0
+    zoneout: float | Sequence[float] = 0.0
     forget_bias: float | None = None
 
     __jit_ignored_attributes__ = property(refuse_jit)  # torch.jit asks this first
@@ -44,7 +45,7 @@ class Variants(nn.Module):
         layer_norm: bool,
         recurrent_dropout: float,
         weight_dropout: float,
-        zoneout: float | tuple[float, float],
+        zoneout: float | Sequence[float],
         forget_bias: float | None,
     ) -> None:
         """Keeps the arguments; torch.nn's own come before, by its constructor."""
