@@ -153,8 +153,8 @@ class LSTMBase(Variants, nn.RNNBase):
             # What is set before the others counts with those that it needs.
             own = self.__dict__
             check_merge_mode(value, own.get("bidirectional", True), own.get("num_layers", 1))
-        elif name == "return_cell_sequence":
-            check_bool(name, value)
+        elif name in ("return_cell_sequence", "bidirectional"):
+            check_bool(name, value)  # nn.LSTM asks about its own only when it runs
         elif name == "checkpoint_every":
             check_every(value)
         return super()._checked(name, value)

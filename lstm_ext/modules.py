@@ -210,13 +210,13 @@ class LSTM(LSTMBase):
             if reset_mask is not None:
                 raise ValueError("reset_mask is not supported with a PackedSequence; use lengths=")
             return self._forward_packed(input, hx)
-        if lengths is None and reset_mask is None and not input.is_nested:
+        if lengths is None and reset_mask is None and not getattr(input, "is_nested", False):
             made = self._short_way(input, hx)
             if made is not None:
                 return made
-        check_dense("input", input)
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        check_dense("input", input)
         batched = input.dim() == 3
         if not batched:
             input = input.unsqueeze(0 if self.batch_first else 1)

@@ -195,10 +195,11 @@ def test_attributes_changed_after_construction(made, name, value):
 
 REFUSED = [
     ("zoneout", 2.0, ValueError, "range"),
-    ("zoneout", (0.1,), ValueError, "got 1 numbers"),
+    ("zoneout", (0.1,), ValueError, r"a pair \(h, c\), got \(0.1,\)"),
     ("recurrent_dropout", -0.1, ValueError, "recurrent_dropout should be a number in range"),
     ("weight_dropout", True, ValueError, "weight_dropout should be a number in range"),
     ("peephole", 1, TypeError, "peephole should be of type bool"),
+    ("bidirectional", None, TypeError, "bidirectional should be of type bool"),
     ("merge_mode", "max", ValueError, "merge_mode should be one of"),
     ("merge_mode", "sum", ValueError, "needs two directions"),
     ("return_cell_sequence", 1, TypeError, "return_cell_sequence should be of type bool"),
