@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from .engine import autocast_is_on, is_autocast
+from .engine import autocast_is_on
 from .steps import is_packed
+from .tensors import is_autocast
 from .variants import Variants, check_bool, check_merge_mode
 
 States = tuple[Tensor, Tensor]

@@ -13,15 +13,10 @@ from torch.nn.utils.rnn import PackedSequence
 from lstm_ext.compat import States, check_match, check_weights
 from lstm_ext.conv_layer import ConvWeights, Walk, conv_lstm_layer
 from lstm_ext.convolutions import Window
-from lstm_ext.engine import (
-    autocast_is_on,
-    check_dense,
-    is_autocast,
-    refuse_jit,
-    without_autocast,
-)
+from lstm_ext.engine import autocast_is_on, refuse_jit, without_autocast
 from lstm_ext.ops import check_dtype
 from lstm_ext.steps import Steps
+from lstm_ext.tensors import check_dense, is_autocast
 
 __all__ = ["ConvLSTMBase", "Size"]
 

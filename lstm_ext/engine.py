@@ -151,15 +151,6 @@ def in_memory(tensor: Tensor) -> Tensor:
     return tensor.clone() if is_lazy(tensor) else tensor
 
 
-def check_dense(name: str, tensor: Tensor) -> None:
-    """Raises RuntimeError for a sparse or nested tensor."""
-    if tensor.is_nested:
-        words = "a nested tensor: use to_padded_tensor() and, of sequences, lengths="
-        raise RuntimeError(f"Expected {name} to be dense, got {words}")
-    if tensor.layout is not torch.strided:
-        raise RuntimeError(f"Expected {name} to be dense, got {tensor.layout}: use to_dense()")
-
-
 def native_steps(core: Any, steps: Any, reverse: bool) -> Any:
     """The core's description of the steps, walked forwards or backwards."""
     key = (core, reverse)
@@ -289,11 +280,6 @@ def autocast_is_on(device_type: str) -> bool:
     return known and torch.is_autocast_enabled(device_type)
 
 
-def is_autocast(dtype: torch.dtype) -> bool:
-    """Whether autocast casts tensors of a dtype, as its lower-precision list does."""
-    return dtype.is_floating_point and dtype != torch.float64
-
-
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The products run in the dtype that was chosen for the layer, whatever autocast says."""
     if autocast_is_on(device.type):
@@ -380,7 +366,7 @@ def refuse_jit(module: nn.Module | None = None) -> NoReturn:
     """Raise RuntimeError with the ways that there are instead of torch.jit.trace and script."""
     raise RuntimeError(
         "lstm_ext cannot be traced by torch.jit.trace, which would record nothing of the native "
-        "core, nor compiled by torch.jit.script. Use torch.export.export or, of an LSTM or "
-        "LSTMCell, trace or script the module that to_torch() returns, of weights of 8 bits that "
-        "of dequantize(); for ONNX there is lstm_ext.onnx.export."
+        "core, nor compiled by torch.jit.script. Use torch.export.export, or trace or script the "
+        "module that to_torch() returns, of weights of 8 bits that of dequantize(); for ONNX "
+        "there is lstm_ext.onnx.export."
     )

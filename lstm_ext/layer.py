@@ -16,7 +16,6 @@ from lstm_ext.autograd import LSTMLayer, has_tangent, needs_grad
 from lstm_ext.engine import (
     asked_once_a_graph,
     in_memory,
-    is_autocast,
     is_lazy,
     is_recorded,
     is_surrounded,
@@ -26,6 +25,7 @@ from lstm_ext.flat import flatten, kinds_of, map_tensors
 from lstm_ext.ops import Direction
 from lstm_ext.plain import plain_layer, takes_more
 from lstm_ext.steps import Steps
+from lstm_ext.tensors import is_autocast
 from lstm_ext.torch_engine import LayerOutputs, reference_layer, side_by_side
 
 

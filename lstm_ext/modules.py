@@ -29,11 +29,12 @@ from .compat import (
     check_weights,
     forget,
 )
-from .engine import as_one_function, check_dense, is_intercepted, is_recording
+from .engine import as_one_function, is_intercepted, is_recording
 from .layer import lstm_layer
 from .ops import Direction, LayerWeights
 from .plain_module import plain_module
 from .steps import Steps
+from .tensors import check_dense
 from .variants import merged
 
 __all__ = ["LSTM"]

@@ -30,7 +30,6 @@ from lstm_ext.engine import (
     Masks,
     acc_dtype,
     autocast_is_on,
-    check_dense,
     in_memory,
     tensors_of,
     with_masks,
@@ -39,6 +38,7 @@ from lstm_ext.engine import (
 from lstm_ext.flat import map_tensors
 from lstm_ext.native import _C
 from lstm_ext.steps import Steps
+from lstm_ext.tensors import check_dense
 
 __all__ = [
     "Direction",

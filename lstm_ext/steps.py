@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
-from lstm_ext.engine import address, check_dense, is_recorded, is_watched
+from lstm_ext.engine import address, is_recorded, is_watched
 from lstm_ext.native import _C
+from lstm_ext.tensors import check_dense
 
 
 class Steps:
