@@ -1,4 +1,4 @@
-"""What a tensor is asked wherever one comes in: whether it is dense, and whether autocast casts it."""
+"""What a tensor is asked wherever one comes in: is it dense, does autocast cast it."""
 
 from __future__ import annotations
 
