@@ -146,21 +146,26 @@ class ConvLSTMBase(nn.Module):
         roles = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ch")
         return ConvWeights(*(tensors.get(role) for role in roles))
 
+    def _check_attributes(self) -> None:
+        """Refuse attributes set after construction."""
+        now = self._attributes()
+        if now == self._made_as:
+            return
+        pairs = zip(_FIXED, now, self._made_as, strict=True)
+        changed = [(name, *values) for name, *values in pairs if values[0] != values[1]]
+        got, expected = (", ".join(f"{c[0]}={c[k]!r}" for c in changed) for k in (1, 2))
+        raise RuntimeError(
+            f"got {got}, expected {expected} as the module was constructed with: these attributes "
+            "cannot be changed afterwards"
+        )
+
     def _is_batched(self, input: Tensor, dims: int) -> bool:
         """Whether input has a dimension more than the `dims` of a single sequence or step.
 
         Raises:
-            RuntimeError: attributes set after construction; a sparse input. TypeError: no Tensor.
-            ValueError: another number of dimensions.
+            TypeError: no Tensor. RuntimeError: a sparse one. ValueError: other dimensions.
         """
-        if self._made_as != self._attributes():
-            pairs = zip(_FIXED, self._attributes(), self._made_as, strict=True)
-            changed = [(name, now, made) for name, now, made in pairs if now != made]
-            got, expected = (", ".join(f"{c[0]}={c[k]!r}" for c in changed) for k in (1, 2))
-            raise RuntimeError(
-                f"got {got}, expected {expected} as the module was constructed with: these "
-                "attributes cannot be changed afterwards"
-            )
+        self._check_attributes()
         name = type(self).__name__
         if not isinstance(input, Tensor):
             got = type(input).__name__
