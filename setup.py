@@ -140,9 +140,7 @@ def build_native_core(version: str) -> Path:
     if plan.toolkit:
         settings["CMAKE_CUDA_COMPILER"] = plan.toolkit / "bin" / "nvcc"
         settings["CMAKE_CUDA_ARCHITECTURES"] = ";".join(plan.archs)
-        print(f"lstm_ext: CUDA {plan.version} at {plan.toolkit} for {', '.join(plan.archs)}")
-    else:
-        print(f"lstm_ext: CPU only: {plan.reason}")
+    print(rules.plan_line(plan, os.environ))
     environ = dict(os.environ)
     environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(usable_cores()))
     configure = [cmake, "-S", ROOT / "csrc", "-B", folder, "-G", "Ninja", "--log-level=NOTICE"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,10 @@ MODULES = {"limits": "cpu_limits", "report": "markdown"}
 def main(argv: Sequence[str] | None = None) -> int:
     """What the command returns; the first argument names it, or it is ``run``."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    name = argv.pop(0) if argv and argv[0] in COMMANDS else "run"
+    name = "run" if not argv or argv[0].startswith("-") else argv.pop(0)
+    if name not in COMMANDS:
+        parser = argparse.ArgumentParser(prog="python -m bench", usage="%(prog)s [COMMAND] ...")
+        parser.error(f"unknown command {name!r}: expected one of {', '.join(COMMANDS)}")
     return importlib.import_module(f"bench.{MODULES.get(name, name)}").main(argv)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from lstm_ext import _C, _build
 from lstm_ext._version import __version__
+from lstm_ext.cpu_engine import isa_error
 from lstm_ext.cuda_products import open_vendor
 
 # What each variant of the CPU kernels needs (csrc/cpu/dispatch.cpp), best first.
@@ -62,6 +63,7 @@ def cpu_report() -> dict[str, Any]:
         "architecture": platform.machine(),
         "variants": variants,
         "selected": selected,
+        "error": isa_error,
         "features": features,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
@@ -189,6 +191,9 @@ def lines(report: dict[str, Any]) -> list[str]:
 
     out += ["", f"CPU ({cpu['architecture']}, {cpu['cores']} cores)"]
     by = " by LSTM_EXT_CPU_ISA" if os.environ.get("LSTM_EXT_CPU_ISA") else ""
+    if cpu["error"]:
+        by = ""
+        row("NOT USABLE", f"importing lstm_ext fails: {cpu['error']}")
     for name, variant in cpu["variants"].items():
         chosen = f" (selected{by})" if name == cpu["selected"] else ""
         row(name, f"yes{chosen}" if variant["runs"] else f"no: {variant['reason']}")

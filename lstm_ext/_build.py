@@ -110,6 +110,24 @@ def no_toolkit_reason(environ: Mapping[str, str]) -> str:
     )
 
 
+def homes_not_there(environ: Mapping[str, str]) -> str:
+    """One line: which of the named folders do not exist; empty if none."""
+    return ", ".join(
+        f"{name} ({environ[name]}) does not exist"
+        for name in ("CUDA_HOME", "CUDA_PATH")
+        if environ.get(name) and not os.path.isdir(environ[name])
+    )
+
+
+def plan_line(plan: CudaPlan, environ: Mapping[str, str]) -> str:
+    """What is built, as the build prints it."""
+    if plan.toolkit is None:
+        return f"lstm_ext: CPU only: {plan.reason}"
+    line = f"lstm_ext: CUDA {plan.version} at {plan.toolkit} for {', '.join(plan.archs)}"
+    missing = homes_not_there(environ)
+    return f"{line}; {missing}" if missing else line
+
+
 def nvcc_facts(toolkit: Path) -> tuple[str, frozenset[int]]:
     """The version of a toolkit's nvcc and the architectures it knows, ("13.0.88", {75, 80, …})."""
     nvcc = toolkit / "bin" / "nvcc"
@@ -185,7 +203,8 @@ def plan_cuda(environ: Mapping[str, str]) -> CudaPlan:
     """What LSTM_EXT_CUDA, LSTM_EXT_CUDA_ARCHS and the toolkits at hand come to.
 
     Raises:
-        BuildError: a value is not allowed, or CUDA is required and there is no toolkit.
+        BuildError: a value is not allowed; CUDA is required and there is no toolkit, or none where
+            CUDA_HOME or CUDA_PATH says.
     """
     mode = cuda_mode(environ)
     if mode == "0":
@@ -196,6 +215,11 @@ def plan_cuda(environ: Mapping[str, str]) -> CudaPlan:
         if mode == "1":
             raise BuildError(f"LSTM_EXT_CUDA=1, but {reason}. This installs one: {TOOLKIT_COMMAND}")
         return CudaPlan(reason=reason)
+    if mode == "1" and (missing := homes_not_there(environ)):
+        raise BuildError(
+            f"LSTM_EXT_CUDA=1, but {missing}: name another folder, or unset it to build with the "
+            f"toolkit at {toolkit}"
+        )
     version, known = nvcc_facts(toolkit)
     archs = architectures(environ.get("LSTM_EXT_CUDA_ARCHS", ""), known)
     return CudaPlan(toolkit=toolkit, version=version, archs=archs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.rnn import LSTM as TorchLSTM  # torch.nn.LSTM may be set to this package's
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_ext.compat import States
@@ -60,8 +61,14 @@ class CNNLSTM(nn.Module):
 
         Raises:
             ValueError: input of fewer than three dimensions, or not as many results as frames from
-                the cnn. RuntimeError: not ``lstm.input_size`` features a frame. And the lstm's own.
+                the cnn. RuntimeError: not ``lstm.input_size`` features a frame. TypeError: lengths
+                or options for an nn.LSTM, which takes none. And the lstm's own.
         """
+        given = [*options] if lengths is None else ["lengths", *options]
+        if given and type(self.lstm).forward is TorchLSTM.forward:
+            raise TypeError(
+                f"CNNLSTM: nn.LSTM takes no {', '.join(given)}: make it of an lstm_ext.LSTM"
+            )
         if isinstance(input, PackedSequence):
             features = input._replace(data=self._features(input.data))
             if lengths is not None:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
+from .engine import autocast_is_on
 from .steps import is_packed
+from .tensors import is_autocast
 from .variants import Variants, check_bool, check_merge_mode
 
 States = tuple[Tensor, Tensor]
@@ -152,8 +154,8 @@ class LSTMBase(Variants, nn.RNNBase):
             # What is set before the others counts with those that it needs.
             own = self.__dict__
             check_merge_mode(value, own.get("bidirectional", True), own.get("num_layers", 1))
-        elif name == "return_cell_sequence":
-            check_bool(name, value)
+        elif name in ("return_cell_sequence", "bidirectional"):
+            check_bool(name, value)  # nn.LSTM asks about its own only when it runs
         elif name == "checkpoint_every":
             check_every(value)
         return super()._checked(name, value)
@@ -219,7 +221,7 @@ def check_batch_sizes(batch_sizes: Tensor, data: Tensor) -> None:
 def check_match(name: str, tensors: Iterable[Tensor], input: Tensor) -> None:
     """Raise, in ATen's words, where a tensor is on another device or of another dtype than input.
 
-    Under autocast the dtypes may differ.
+    Where autocast is on for that device, those that it casts may differ.
     """
     dtype, device = input.dtype, input.device
     for tensor in tensors:
@@ -230,7 +232,8 @@ def check_match(name: str, tensors: Iterable[Tensor], input: Tensor) -> None:
                 f"Input and {name} tensors are not at the same device, found input tensor at "
                 f"{device} and {name} tensor at {tensor.device}"
             )
-        if not torch._C._is_any_autocast_enabled():
+        cast = is_autocast(dtype) and is_autocast(tensor.dtype)
+        if not (cast and autocast_is_on(device.type)):
             raise RuntimeError(
                 f"Input and {name} tensors are not the same dtype, found input tensor with "
                 f"{dtype} and {name} tensor with {tensor.dtype}"

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lstm_ext.compat import States, check_match, check_pair, check_weights
-from lstm_ext.conv_layer import ConvWeights, Walk, conv_lstm_layer
-from lstm_ext.convolutions import Window
-from lstm_ext.engine import (
-    as_one_function,
-    autocast_is_on,
-    is_intercepted,
-    is_recorded,
-    without_autocast,
-)
-from lstm_ext.ops import check_dtype
+from lstm_ext.compat import States, check_pair
+from lstm_ext.conv_base import ConvLSTMBase, Size
+from lstm_ext.engine import as_one_function, is_intercepted, is_recorded
 from lstm_ext.steps import Steps
 
 __all__ = [
@@ -31,167 +19,10 @@ __all__ = [
     "ConvLSTM3dCell",
 ]
 
-Size = int | Sequence[int]
 
+class ConvLSTM(ConvLSTMBase):
+    """A sequence; the classes below say of how many dimensions."""
 
-class _ConvLSTMBase(nn.Module):
-    """Arguments, parameters and checks of the sequences and the cells."""
-
-    _dims: int  # set by each class
-
-    def __init__(
-        self,
-        in_channels: int,
-        hidden_channels: int,
-        kernel_size: Size,
-        num_layers: int,
-        stride: Size,
-        padding: Size | str,
-        dilation: Size,
-        bias: bool,
-        peephole: bool,
-        suffix: str,
-        device: Any,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__()
-        counts = {"in_channels": in_channels, "hidden_channels": hidden_channels}
-        for name, count in {**counts, "num_layers": num_layers}.items():
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
-        for name, flag in {"bias": bias, "peephole": peephole}.items():
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
-        self.in_channels, self.hidden_channels = in_channels, hidden_channels
-        self.num_layers, self.bias, self.peephole = num_layers, bias, peephole
-        self.kernel_size = self._each("kernel_size", kernel_size, 1)
-        self.stride = self._each("stride", stride, 1)
-        self.dilation = self._each("dilation", dilation, 1)
-        if isinstance(padding, str):
-            if padding not in ("same", "valid"):
-                raise ValueError(
-                    f'padding must be "same", "valid" or integers of at least 0, got {padding!r}'
-                )
-            self.padding: tuple[int, ...] | str = padding
-        else:
-            self.padding = self._each("padding", padding, 0)
-        at = {"device": device, "dtype": dtype}
-        self._names: list[dict[str, str]] = []
-        for layer in range(num_layers):
-            end, sizes = suffix.format(layer), self._sizes(layer)
-            for name, size in sizes.items():
-                self.register_parameter(name + end, nn.Parameter(torch.empty(size, **at)))
-            self._names.append({name: name + end for name in sizes})
-        self.reset_parameters()
-
-    def _sizes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """Of a layer's parameters, in the order of ConvWeights."""
-        C = self.hidden_channels
-        inputs = C if layer else self.in_channels
-        sizes: dict[str, tuple[int, ...]] = {
-            "weight_ih": (4 * C, inputs, *self.kernel_size),
-            "weight_hh": (4 * C, C, *self.kernel_size),
-        }
-        if self.bias:
-            sizes |= {"bias_ih": (4 * C,), "bias_hh": (4 * C,)}
-        if self.peephole:
-            sizes["weight_ch"] = (3 * C,)
-        return sizes
-
-    def reset_parameters(self) -> None:
-        """Draws every parameter from U(-1/sqrt(n), 1/sqrt(n)), n = C times the kernel's pixels."""
-        bound = 1 / math.sqrt(self.hidden_channels * math.prod(self.kernel_size))
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
-
-    def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.hidden_channels}, kernel_size={self.kernel_size}"
-        ones = (1,) * self._dims
-        defaults = {"num_layers": 1, "stride": ones, "padding": "same", "dilation": ones}
-        defaults |= {"bias": True, "batch_first": False, "peephole": False}
-        for name, default in defaults.items():
-            value = getattr(self, name, default)
-            text += "" if value == default else f", {name}={value!r}"
-        return text
-
-    def _each(self, name: str, value: Size, least: int) -> tuple[int, ...]:
-        """An integer for every dimension."""
-        several = isinstance(value, Sequence) and not isinstance(value, str)
-        values = tuple(value) if several else (value,) * self._dims
-        right = all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values)
-        if len(values) != self._dims or not right:
-            raise ValueError(
-                f"{name} must be an integer of at least {least}, or {self._dims} of them, "
-                f"got {value!r}"
-            )
-        return values
-
-    def _window(self, layer: int) -> Window:
-        """Of a layer's input; the deeper layers keep the size."""
-        if layer:
-            return Window(self.kernel_size, (1,) * self._dims, "same", self.dilation)
-        padding = (0,) * self._dims if self.padding == "valid" else self.padding
-        return Window(self.kernel_size, self.stride, padding, self.dilation)
-
-    def _weights(self, layer: int, x: Tensor) -> ConvWeights:
-        """The tensors of a layer, as they are now, for x."""
-        names = self._names[layer]
-        tensors = {role: getattr(self, name) for role, name in names.items()}
-        check_weights(names.values(), tensors.values(), x)
-        sizes = self._sizes(layer)
-        for role, tensor in tensors.items():
-            if tensor.shape != sizes.get(role, tensor.shape):
-                got = tuple(tensor.shape)
-                raise RuntimeError(f"Expected {names[role]} of size {sizes[role]}, got {got}")
-        roles = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ch")
-        return ConvWeights(*(tensors.get(role) for role in roles))
-
-    def _check(self, input: Tensor, hx: States | None, batch: tuple[int, ...]) -> None:
-        """Refuse an input of other channels, and states of another size than an input of `batch`
-        (the sizes before the channels) asks for."""
-        channels, *size = input.shape[-self._dims - 1 :]
-        if channels != self.in_channels:
-            raise RuntimeError(
-                f"input must have in_channels channels. Expected {self.in_channels}, got {channels}"
-            )
-        expected = (*batch, self.hidden_channels, *self._window(0).output(size))
-        for k, state in enumerate(hx or ()):
-            if tuple(state.shape) != expected:
-                got = list(state.shape)
-                raise RuntimeError(f"Expected hidden[{k}] size {expected}, got {got}")
-
-    def _run(
-        self, x: Tensor, hx: States | None, steps: Steps
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """All layers on x (T, N, in, *size): the output, and h and c of each.
-
-        hx: (num_layers, N, C, *output) each.
-        """
-        size = self._window(0).output(x.shape[3:])
-        weights = [self._weights(layer, x) for layer in range(self.num_layers)]
-        check_match("hidden", hx or (), x)
-        check_dtype(x.dtype)
-        device = x.device.type
-        if autocast_is_on(device) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-            x, hx = x.to(dtype), hx and (hx[0].to(dtype), hx[1].to(dtype))
-            weights = [ConvWeights(*(t if t is None else t.to(dtype) for t in w)) for w in weights]
-        with without_autocast(x.device):
-            shape = (self.num_layers, steps.B, self.hidden_channels, *size)
-            h0, c0 = hx or [x.new_zeros(shape)] * 2
-            walk = Walk.of(x.dtype, steps, math.prod(size))
-            x = walk.mask(x)  # a NaN in the padding ends here
-            h_n, c_n = [], []
-            for layer in range(self.num_layers):
-                x, h, c = conv_lstm_layer(
-                    x, h0[layer], c0[layer], weights[layer], self._window(layer), walk
-                )
-                h_n.append(h)
-                c_n.append(c)
-        return x, h_n, c_n
-
-
-class _ConvLSTM(_ConvLSTMBase):
     def __init__(
         self,
         in_channels: int,
@@ -236,20 +67,17 @@ class _ConvLSTM(_ConvLSTMBase):
             Under autocast all are of its dtype.
 
         Raises:
-            ValueError: an input of another rank, or another dtype than the parameters'; lengths of
-                another shape or out of range. TypeError: lengths that are no integers; an hx that
-                is no pair of tensors. RuntimeError: another number of channels, an input smaller
-                than the kernel, an hx of another size; a CUDA tensor and a build without CUDA.
+            ValueError: an input of another rank; lengths of another shape or out of range (in a
+                graph RuntimeError). TypeError: an input that is no Tensor, lengths that are no
+                integers, an hx that is no tuple or list of tensors; a dtype without kernels.
+                RuntimeError: an input of another dtype than the parameters', of another number of
+                channels, or smaller than the kernel; an hx that is not two, or of another size or
+                dtype; what is sparse; attributes changed after construction; a CUDA tensor and a
+                build without CUDA.
         """
         if is_intercepted(input):
-            return as_one_function(_ConvLSTM.forward, self, input, hx, lengths=lengths)
-        dims, name = self._dims, type(self).__name__
-        if input.dim() not in (dims + 2, dims + 3):
-            raise ValueError(
-                f"{name}: Expected input to be {dims + 2}D or {dims + 3}D, got {input.dim()}D "
-                "instead"
-            )
-        batched = input.dim() == dims + 3
+            return as_one_function(ConvLSTM.forward, self, input, hx, lengths=lengths)
+        batched = self._is_batched(input, self._dims + 2)
         if hx is not None:
             check_pair(hx)
         N = (input.size(0 if self.batch_first else 1),) if batched else ()
@@ -273,7 +101,9 @@ class _ConvLSTM(_ConvLSTMBase):
         return y, (h_n, c_n)
 
 
-class _ConvLSTMCell(_ConvLSTMBase):
+class ConvLSTMCell(ConvLSTMBase):
+    """A step, likewise."""
+
     def __init__(
         self,
         in_channels: int,
@@ -305,14 +135,8 @@ class _ConvLSTMCell(_ConvLSTMBase):
             As the sequence's forward.
         """
         if is_intercepted(input):
-            return as_one_function(_ConvLSTMCell.forward, self, input, hx)
-        dims, name = self._dims, type(self).__name__
-        if input.dim() not in (dims + 1, dims + 2):
-            raise ValueError(
-                f"{name}: Expected input to be {dims + 1}D or {dims + 2}D, got {input.dim()}D "
-                "instead"
-            )
-        batched = input.dim() == dims + 2
+            return as_one_function(ConvLSTMCell.forward, self, input, hx)
+        batched = self._is_batched(input, self._dims + 1)
         if hx is not None:
             check_pair(hx, "hx")
         self._check(input, hx, (input.size(0),) if batched else ())
@@ -373,31 +197,31 @@ _CELL_DOC = """One step of :class:`{sequence}`.
     """
 
 
-class ConvLSTM1d(_ConvLSTM):
+class ConvLSTM1d(ConvLSTM):
     __doc__ = _SEQUENCE_DOC.format(what="lines, (L, N, in_channels, width)")
     _dims = 1
 
 
-class ConvLSTM2d(_ConvLSTM):
+class ConvLSTM2d(ConvLSTM):
     __doc__ = _SEQUENCE_DOC.format(what="images, (L, N, in_channels, height, width)")
     _dims = 2
 
 
-class ConvLSTM3d(_ConvLSTM):
+class ConvLSTM3d(ConvLSTM):
     __doc__ = _SEQUENCE_DOC.format(what="volumes, (L, N, in_channels, depth, height, width)")
     _dims = 3
 
 
-class ConvLSTM1dCell(_ConvLSTMCell):
+class ConvLSTM1dCell(ConvLSTMCell):
     __doc__ = _CELL_DOC.format(sequence="ConvLSTM1d")
     _dims = 1
 
 
-class ConvLSTM2dCell(_ConvLSTMCell):
+class ConvLSTM2dCell(ConvLSTMCell):
     __doc__ = _CELL_DOC.format(sequence="ConvLSTM2d")
     _dims = 2
 
 
-class ConvLSTM3dCell(_ConvLSTMCell):
+class ConvLSTM3dCell(ConvLSTMCell):
     __doc__ = _CELL_DOC.format(sequence="ConvLSTM3d")
     _dims = 3

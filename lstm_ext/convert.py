@@ -13,6 +13,7 @@ from torch import nn
 # torch.nn's attributes of these names may have been set to this package's classes.
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
+from torch.nn.utils.parametrize import is_parametrized
 
 from .compat import has_replaced_forward
 from .lstm_cell import LSTMCell
@@ -57,7 +58,7 @@ def replaced(
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}")
     swapped: dict[nn.Module, nn.Module] = {}
-    others, refused = [], []
+    others, parametrized, refused = [], [], []
     for path, module in model.named_modules():
         make = makers.get(type(module))
         where = f"{path or 'the model itself'} ({type(module).__qualname__})"
@@ -67,7 +68,7 @@ def replaced(
             except ValueError as error:
                 refused.append(f"{where}: {error}")
         elif isinstance(module, tuple(makers)) and not isinstance(module, done):
-            others.append(where)
+            (parametrized if is_parametrized(module) else others).append(where)
     known = set(model.modules())
     for parent in list(model.modules()):
         # Not named_children(), which skips a module's second name.
@@ -79,12 +80,12 @@ def replaced(
                     # and, for another torch.compile, as it was.
                     parent.__setstate__(parent.__getstate__())
                     parent.__dict__["_torchdynamo_orig_callable"] = swapped[child].forward
-    if others:
-        refused.insert(
-            0,
-            "being subclasses of nn.LSTM or nn.LSTMCell or modules with a replaced forward: "
-            + ", ".join(others),
-        )
+    for names, words in (
+        (parametrized, f"being parametrized ({name} before that, or remove_parametrizations)"),
+        (others, "being subclasses of nn.LSTM or nn.LSTMCell or modules with a replaced forward"),
+    ):
+        if names:
+            refused.insert(0, f"{words}: {', '.join(names)}")
     if places := _References(swapped, known, makers).follow(model):
         refused.append(f"held besides the registered modules: {', '.join(places)}")
     if refused:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -63,11 +64,15 @@ def select_cpu_isa(name: str) -> None:
         raise ValueError(f"CPU kernels that run here: {', '.join(cpu_isas())}; got {name!r}")
 
 
+isa_error = ""
 if _isa := os.environ.get("LSTM_EXT_CPU_ISA"):
     try:
         select_cpu_isa(_isa)
     except ValueError as error:
-        raise ValueError(f"LSTM_EXT_CPU_ISA: {error}") from None
+        isa_error = f"LSTM_EXT_CPU_ISA: {error}"
+        # python -m lstm_ext imports the package before its report, which is to tell this.
+        if not (sys.argv[:1] == ["-m"] and "lstm_ext" in sys.orig_argv):
+            raise ValueError(isa_error) from None
 
 
 def _even_rows(x: Tensor) -> Tensor:

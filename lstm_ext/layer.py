@@ -25,6 +25,7 @@ from lstm_ext.flat import flatten, kinds_of, map_tensors
 from lstm_ext.ops import Direction
 from lstm_ext.plain import plain_layer, takes_more
 from lstm_ext.steps import Steps
+from lstm_ext.tensors import is_autocast
 from lstm_ext.torch_engine import LayerOutputs, reference_layer, side_by_side
 
 
@@ -61,7 +62,9 @@ def lstm_layer(
     device = x.device.type
     if ops.autocast_is_on(device):
         dtype = torch.get_autocast_dtype(device)
-        x, directions = map_tensors(lambda t: _autocast(t, dtype), x, directions)
+        x, directions = map_tensors(
+            lambda t: t.to(dtype) if is_autocast(t.dtype) else t, x, directions
+        )
         with torch.autocast(device, enabled=False):
             return lstm_layer(x, directions, steps, cells=cells)
     compiling = torch.compiler.is_compiling()
@@ -146,12 +149,6 @@ def _tangents_go_on() -> bool:
         return False
     stack = get_interpreter_stack() or []
     return all(transform.key() != TransformType.Functionalize for transform in stack)
-
-
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast's lower-precision list: everything floating but float64."""
-    eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if eligible else tensor
 
 
 @functools.cache

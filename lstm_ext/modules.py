@@ -7,6 +7,7 @@ replaces a parameter (functional_call, parametrizations, weight_norm, pruning, t
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import overload
 
 import torch
@@ -33,6 +34,7 @@ from .layer import lstm_layer
 from .ops import Direction, LayerWeights
 from .plain_module import plain_module
 from .steps import Steps
+from .tensors import check_dense
 from .variants import merged
 
 __all__ = ["LSTM"]
@@ -114,7 +116,7 @@ class LSTM(LSTMBase):
         layer_norm: bool = False,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
-        zoneout: float | tuple[float, float] = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
         forget_bias: float | None = None,
         return_cell_sequence: bool = False,
         checkpoint_every: int | None = None,
@@ -152,6 +154,7 @@ class LSTM(LSTMBase):
     _run_layer = staticmethod(lstm_layer)
     _short_way = plain_module
 
+    # As nn.LSTM's; with return_cell_sequence there is a third result.
     @overload
     def forward(
         self,
@@ -160,12 +163,12 @@ class LSTM(LSTMBase):
         *,
         lengths: Tensor | None = None,
         reset_mask: Tensor | None = None,
-    ) -> tuple[Tensor, States] | tuple[Tensor, States, Tensor]: ...
+    ) -> tuple[Tensor, States]: ...
 
     @overload
     def forward(
         self, input: PackedSequence, hx: States | None = None
-    ) -> tuple[PackedSequence, States] | tuple[PackedSequence, States, PackedSequence]: ...
+    ) -> tuple[PackedSequence, States]: ...
 
     def forward(self, input, hx=None, *, lengths=None, reset_mask=None):
         """Run the whole sequence.
@@ -194,9 +197,10 @@ class LSTM(LSTMBase):
 
         Raises:
             ValueError, RuntimeError, TypeError: nn.LSTM's own for what it refuses; ValueError for
-                lengths or reset_mask beside a PackedSequence; TypeError for an hx that is no pair
-                of tensors; RuntimeError for num_layers, bias, bidirectional or proj_size changed
-                after construction.
+                lengths or reset_mask beside a PackedSequence; TypeError for an hx that is no tuple
+                or list of tensors; RuntimeError for one that is not two, for sparse and nested
+                tensors, and for num_layers, bias, bidirectional or proj_size changed after
+                construction.
         """
         if is_intercepted(input):
             given = {"lengths": lengths, "reset_mask": reset_mask}
@@ -207,12 +211,13 @@ class LSTM(LSTMBase):
             if reset_mask is not None:
                 raise ValueError("reset_mask is not supported with a PackedSequence; use lengths=")
             return self._forward_packed(input, hx)
-        if lengths is None and reset_mask is None:
+        if lengths is None and reset_mask is None and not getattr(input, "is_nested", False):
             made = self._short_way(input, hx)
             if made is not None:
                 return made
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        check_dense("input", input)
         batched = input.dim() == 3
         if not batched:
             input = input.unsqueeze(0 if self.batch_first else 1)

@@ -38,6 +38,7 @@ from lstm_ext.engine import (
 from lstm_ext.flat import map_tensors
 from lstm_ext.native import _C
 from lstm_ext.steps import Steps
+from lstm_ext.tensors import check_dense
 
 __all__ = [
     "Direction",
@@ -179,12 +180,6 @@ def check_devices(x: Tensor, tensors: Sequence[Tensor | None]) -> None:
             raise RuntimeError(
                 f"Expected all tensors on {x.device} like the input, got one on {tensor.device}"
             )
-
-
-def check_dense(name: str, tensor: Tensor) -> None:
-    """Raises RuntimeError for a sparse tensor."""
-    if tensor.layout is not torch.strided:
-        raise RuntimeError(f"Expected {name} to be dense, got {tensor.layout}: use to_dense()")
 
 
 def check_tensors(

@@ -158,7 +158,7 @@ class _Quantized(nn.Module):
         )
 
     def _check_dtype(self, input: Tensor) -> None:
-        if input.dtype not in DTYPES and not torch._C._is_any_autocast_enabled():
+        if input.dtype not in DTYPES:
             expected = ", ".join(map(str, DTYPES))
             raise ValueError(f"input must have one of the types {expected}, got {input.dtype}")
 

@@ -12,6 +12,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from lstm_ext.engine import address, is_recorded, is_watched
 from lstm_ext.native import _C
+from lstm_ext.tensors import check_dense
 
 
 class Steps:
@@ -296,6 +297,7 @@ def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str
         raise TypeError(f"lengths should have an integer dtype, got {lengths.dtype}")
     if lengths.shape != (B,):
         raise ValueError(f"Expected lengths of size {(B,)}, got {tuple(lengths.shape)}")
+    check_dense("lengths", lengths)
     _check_values("lengths", lengths, device)
     # A copy: backward reads it again, whatever the caller does to the tensor meanwhile.
     copy = lengths.detach().to(torch.int64, copy=True).contiguous()
@@ -398,6 +400,7 @@ def _checked_reset_mask(
     expected = (B, T) if batch_first else (T, B)
     if reset_mask.shape != expected:
         raise ValueError(f"Expected reset_mask of size {expected}, got {tuple(reset_mask.shape)}")
+    check_dense("reset_mask", reset_mask)
     _check_values("reset_mask", reset_mask, device)
     if reset_mask.device.type == "cpu" and not is_watched() and not reset_mask.any():
         _refuse_capture(device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ class Variants(nn.Module):
     layer_norm: bool = False
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
-    zoneout: float | tuple[float, float] = 0.0
+    zoneout: float | Sequence[float] = 0.0
     forget_bias: float | None = None
 
     __jit_ignored_attributes__ = property(refuse_jit)  # torch.jit asks this first
@@ -44,7 +46,7 @@ class Variants(nn.Module):
         layer_norm: bool,
         recurrent_dropout: float,
         weight_dropout: float,
-        zoneout: float | tuple[float, float],
+        zoneout: float | Sequence[float],
         forget_bias: float | None,
     ) -> None:
         """Keeps the arguments; torch.nn's own come before, by its constructor."""
@@ -65,9 +67,7 @@ class Variants(nn.Module):
         elif name == "zoneout":
             if isinstance(value, (tuple, list)):
                 if len(value) != 2:
-                    raise ValueError(
-                        f"zoneout should be a number or a pair (h, c), got {len(value)} numbers"
-                    )
+                    raise ValueError(f"zoneout should be a number or a pair (h, c), got {value!r}")
                 value = tuple(value)
             for part in value if isinstance(value, tuple) else (value,):
                 _check_probability(name, part, "keeping its old value")
@@ -75,6 +75,8 @@ class Variants(nn.Module):
             if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 got = type(value).__name__
                 raise TypeError(f"forget_bias should be a number or None, got: {got}")
+            if not math.isfinite(value):
+                raise ValueError(f"forget_bias should be finite, got {value}")
             if not self.__dict__.get("bias", True):
                 raise ValueError(
                     f"forget_bias is the initial value of a bias, got {value} with bias=False"

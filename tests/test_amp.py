@@ -161,6 +161,45 @@ def test_backward_inside_the_region_gives_the_same_bits(dtype):
     assert_close(grads[1], grads[0], **BITS)
 
 
+MAKERS = {
+    "layer": (lambda: lstm_ext.LSTM(I, H), (T, B, I), (1, B, H)),
+    "cell": (lambda: lstm_ext.LSTMCell(I, H), (B, I), (B, H)),
+    "convolutional": (lambda: lstm_ext.ConvLSTM1d(I, H, 3), (T, B, I, 5), (1, B, H, 5)),
+    "convolutional cell": (lambda: lstm_ext.ConvLSTM1dCell(I, H, 3), (B, I, 5), (B, H, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_what_autocast_does_not_cast_is_refused(kind):
+    make, size, state_size = MAKERS[kind]
+    module, x, state = here(make()), here(torch.randn(size)), here(torch.randn(state_size))
+    for dtype in (torch.float64, torch.complex64, torch.int64, torch.bool):
+        with autocast(torch.bfloat16):
+            with pytest.raises(RuntimeError, match=f"found input tensor with {dtype}"):
+                module(x.to(dtype))
+            with pytest.raises(RuntimeError, match=f"float32 and hidden tensor with {dtype}"):
+                module(x, (state, state.to(dtype)))
+            with pytest.raises(RuntimeError, match=f"found input tensor with {dtype}"):
+                module(x.to(dtype), (state, state))
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_autocast_of_another_device_casts_nothing(kind):
+    make, size, state_size = MAKERS[kind]
+    module, x, state = here(make()), here(torch.randn(size)), here(torch.randn(state_size))
+    other = "cpu" if DEVICE.type == "cuda" else "cuda"
+    torch.set_autocast_enabled(other, True)
+    try:
+        with pytest.raises(RuntimeError, match="input tensor with torch.float16"):
+            module(x.half())
+        with pytest.raises(RuntimeError, match="hidden tensor with torch.float16"):
+            module(x, (state, state.half()))
+        y, *_ = module(x, (state, state))
+        assert y.dtype == torch.float32
+    finally:
+        torch.set_autocast_enabled(other, False)
+
+
 # --- GradScaler ----------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from interpreter import run
 from test_bench import Off, Refusing, row_of
 
 import lstm_ext
@@ -236,9 +237,21 @@ def test_a_record_is_not_replaced_by_a_run_of_other_settings(monkeypatch, tmp_pa
     assert out.read_text() != before
 
 
+def test_an_unknown_command_is_named(capsys):
+    with pytest.raises(SystemExit) as caught:
+        entry.main(("nonsense", "--suite", "cpu"))
+    assert caught.value.code == 2
+    assert "unknown command 'nonsense': expected one of run, publish," in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", entry.COMMANDS)
 def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as caught:
         entry.main((name, "--help"))
     assert caught.value.code == 0
     assert "usage: python -m bench" in capsys.readouterr().out
+
+
+def test_two_processes_measure_nothing_for_a_question():
+    done = run("tools/two_processes.py", "--help", cwd=machine.ROOT)
+    assert done.returncode == 0 and "--rounds" in done.stdout, done.stderr

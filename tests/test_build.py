@@ -79,6 +79,19 @@ def test_required_toolkit_missing(no_toolkit, tmp_path):
     assert "\n" not in message
 
 
+def test_a_home_that_does_not_exist_is_named(tmp_path):
+    path, home = make_toolkit(tmp_path / "path"), tmp_path / "home"
+    environ = {"CUDA_HOME": str(home), "CUDA_PATH": str(path)}
+    words = f"CUDA_HOME ({home}) does not exist"
+    with pytest.raises(_build.BuildError, match=re.escape(f"LSTM_EXT_CUDA=1, but {words}: ")):
+        _build.plan_cuda(environ | {"LSTM_EXT_CUDA": "1"})
+    plan = _build.plan_cuda(environ)
+    line = _build.plan_line(plan, environ)
+    assert line.startswith(f"lstm_ext: CUDA 13.0.88 at {path} for 75") and line.endswith(words)
+    home.mkdir()
+    assert _build.plan_line(plan, environ).endswith("-real, 120")
+
+
 def test_auto_without_toolkit_tells_why(no_toolkit):
     plan = _build.plan_cuda({})
     assert plan.toolkit is None

@@ -124,6 +124,11 @@ def test_errors():
         mixing(here(x))
     with pytest.raises(ValueError, match="Expected lengths between 0 and"):
         model(here(x), lengths=torch.tensor([1, 5, 2]))
+    cnn = _cnn()
+    cnn.register_forward_pre_hook(lambda *_: pytest.fail("the cnn runs first"))
+    theirs = here(lstm_ext.CNNLSTM(cnn, nn.LSTM(FEATURES, H, **F64)))
+    with pytest.raises(TypeError, match="nn.LSTM takes no lengths: make it of an lstm_ext.LSTM"):
+        theirs(here(x), lengths=torch.tensor([1, 4, 2]))
 
 
 @pytest.mark.parametrize("size", [(L, 0), (0, N)])

@@ -74,6 +74,13 @@ def test_forward_errors():
             (x, (state, state[..., :2])),
             {},
         ),
+        (RuntimeError, "expects two hidden states", (x, (state,)), {}),
+        (
+            TypeError,
+            r"hx should be a pair .*, got tuple of \['Tensor', 'NoneType'\]",
+            (x, (state, None)),
+            {},
+        ),
         (RuntimeError, "parameter tensors are not the same dtype", (x.double(),), {}),
         (RuntimeError, "hidden tensors are not the same dtype", (x, (state, state.double())), {}),
         (ValueError, "Expected lengths between 0 and", (x,), {"lengths": torch.tensor([1, 2, 5])}),
@@ -87,6 +94,73 @@ def test_forward_errors():
     cell = here(lstm_ext.ConvLSTM2dCell(IN, C, 3))
     with pytest.raises(ValueError, match="ConvLSTM2dCell: Expected input to be 3D or 4D, got 5D"):
         cell(x)
+
+
+@pytest.mark.parametrize("kind", ["", "Cell"])
+def test_inputs_that_are_no_dense_tensors(kind):
+    module = here(getattr(lstm_ext, f"ConvLSTM1d{kind}")(IN, C, 3))
+    x, state = here(torch.randn(2, N, IN, 6)), here(torch.zeros(1, N, C, 6))
+    if kind:
+        x, state = x[0], state[0]
+    packed = torch.nn.utils.rnn.pack_sequence([here(torch.randn(2, IN, 6))])
+    for wrong, words in ((packed, "PackedSequence: .*for lengths="), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"Expected input to be a Tensor, got {words}"):
+            module(wrong)
+    with pytest.raises(RuntimeError, match="Expected input to be dense, got torch.sparse_coo"):
+        module(x.to_sparse())
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] to be dense, got torch.sparse"):
+        module(x, (state, state.to_sparse()))
+    with pytest.raises(RuntimeError, match="Expected input to be dense, got a nested tensor"):
+        module(torch.nested.nested_tensor([x[0], x[1]]))
+    weight = f"weight_hh{'' if kind else '_l0'}"
+    sparse = {weight: getattr(module, weight).detach().to_sparse()}
+    with pytest.raises(RuntimeError, match=f"Expected {weight} to be dense, got torch.sparse"):
+        torch.func.functional_call(module, sparse, x)
+
+
+def test_the_constructor_names_no_private_class():
+    with pytest.raises(TypeError, match=r"^ConvLSTM\.__init__\(\) missing .* 'kernel_size'"):
+        lstm_ext.ConvLSTM2d(IN, C)
+
+
+@pytest.mark.parametrize(
+    "name, value, made",
+    [
+        ("in_channels", 1, "2"),
+        ("hidden_channels", 1, "5"),
+        ("num_layers", 1, "2"),
+        ("num_layers", 3, "2"),
+        ("bias", False, "True"),
+        ("peephole", True, "False"),
+        ("kernel_size", 5, r"\(3, 3\)"),
+        ("stride", 2, r"\(1, 1\)"),
+        ("padding", "full", "'same'"),
+        ("dilation", 2, r"\(1, 1\)"),
+    ],
+)
+def test_attributes_changed_after_construction(name, value, made):
+    """Some would be ignored, others fail in odd words."""
+    words = f"got {name}={value!r}, expected {name}={made} as .* cannot be changed afterwards"
+    film = here(torch.randn(L, N, IN, 6, 6))
+    for module, x in (
+        (lstm_ext.ConvLSTM2d(IN, C, 3, 2), film),
+        (lstm_ext.ConvLSTM2dCell(IN, C, 3), film[0]),
+    ):
+        if hasattr(module, "batch_first") or name != "num_layers":
+            setattr(here(module), name, value)
+            with pytest.raises(RuntimeError, match=words):
+                module(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.parametrize("kind", ["", "Cell"])
+def test_the_tracer_and_the_scripter_are_refused(kind):
+    module = here(getattr(lstm_ext, f"ConvLSTM1d{kind}")(IN, C, 3))
+    x = here(torch.randn(N, IN, 6) if kind else torch.randn(L, N, IN, 6))
+    with pytest.raises(RuntimeError, match=r"cannot be traced by torch\.jit\.trace"):
+        torch.jit.trace(module, x)
+    with pytest.raises(RuntimeError, match=r"nor compiled by torch\.jit\.script"):
+        torch.jit.script(torch.nn.Sequential(module))
 
 
 @pytest.mark.cpu_only(reason="tells what a build without CUDA does")

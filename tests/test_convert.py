@@ -116,6 +116,7 @@ def test_what_would_lose_something_is_left_alone_with_one_warning():
     text = str(caught[0].message)
     for part in ("mine (Mine)", "parametrized (Parametrized", "patched (LSTM)", "cell (Parametri"):
         assert part in text
+    assert "being parametrized (convert before that, or remove_parametrizations): param" in text
     assert "plain" not in text
     assert all(model[k] is kept[k] for k in kept)
     assert type(model["plain"]) is lstm_ext.LSTM

@@ -195,10 +195,11 @@ def test_attributes_changed_after_construction(made, name, value):
 
 REFUSED = [
     ("zoneout", 2.0, ValueError, "range"),
-    ("zoneout", (0.1,), ValueError, "got 1 numbers"),
+    ("zoneout", (0.1,), ValueError, r"a pair \(h, c\), got \(0.1,\)"),
     ("recurrent_dropout", -0.1, ValueError, "recurrent_dropout should be a number in range"),
     ("weight_dropout", True, ValueError, "weight_dropout should be a number in range"),
     ("peephole", 1, TypeError, "peephole should be of type bool"),
+    ("bidirectional", None, TypeError, "bidirectional should be of type bool"),
     ("merge_mode", "max", ValueError, "merge_mode should be one of"),
     ("merge_mode", "sum", ValueError, "needs two directions"),
     ("return_cell_sequence", 1, TypeError, "return_cell_sequence should be of type bool"),
@@ -239,6 +240,21 @@ def test_sparse_tensors_are_refused(layout):
     states = tuple(here(torch.zeros(2, 4)).to_sparse(layout=layout) for _ in range(2))
     with pytest.raises(RuntimeError, match="Expected h0 to be dense, got torch.sparse_"):
         cell(x, states)
+
+
+@pytest.mark.parametrize("name", ["input", "nested input", "lengths", "reset_mask"])
+def test_sparse_and_nested_tensors_are_refused_by_a_layer(name):
+    x, options = here(torch.ones(5, 2, 3)), {}
+    if name == "input":
+        x = x.to_sparse()
+    elif name == "nested input":
+        x = torch.nested.nested_tensor([x[:, 0], x[:3, 0]])
+    else:
+        sparse = torch.ones(2).long() if name == "lengths" else torch.ones(5, 2).bool()
+        options = {name: here(sparse).to_sparse()}
+    for module in (lstm_ext.LSTM(3, 4), lstm_ext.LSTM(3, 4, 2, layer_norm=True)):
+        with pytest.raises(RuntimeError, match=f"Expected {name.split()[-1]} to be dense, got "):
+            here(module)(x, **options)
 
 
 def test_attributes_in_any_order():

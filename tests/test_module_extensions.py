@@ -1,5 +1,8 @@
 """What lstm_ext.LSTM takes and returns beyond nn.LSTM: lengths, reset_mask, cells."""
 
+import sys
+import typing
+
 import pytest
 import torch
 from device import DEVICE, PLACES, here
@@ -139,3 +142,13 @@ def test_nothing_is_left_out_of_a_cuda_graph(monkeypatch):
     for given in ({"lengths": full}, {"reset_mask": none}):
         with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
             Steps.padded(5, 3, **given, device="cuda")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="typing keeps no overloads")
+def test_forward_is_typed_as_nn_lstms():
+    """What unpacks nn.LSTM's pair passes a type checker here too."""
+    ours, theirs = (
+        [typing.get_type_hints(f)["return"] for f in typing.get_overloads(cls.forward)]
+        for cls in (lstm_ext.LSTM, torch.nn.LSTM)
+    )
+    assert ours == theirs and len(ours) == 2

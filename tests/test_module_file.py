@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,31 @@ def test_one_openmp_runtime(tmp_path):
     done = run("-c", code, cwd=tmp_path)
     assert "_C.c" in done.stdout, done.stderr
     assert len(set(re.findall(r"/\S*/lib[gi]?omp\S*", done.stdout))) <= 1
+
+
+def test_import_without_a_core_that_loads(tmp_path):
+    """The sources alone, beside setup.py and installed, and a file that is no library."""
+    package = tmp_path / "lstm_ext"
+    package.mkdir()
+    for source in Path(_C.__file__).parent.glob("*.py"):
+        shutil.copy(source, package)
+
+    # The finder of an editable install would bring its core in.
+    finders = "[f for f in sys.meta_path if not f.__module__.startswith('__editable__')]"
+    code = f"import sys; sys.meta_path[:] = {finders}; import lstm_ext"
+
+    def error():
+        done = run("-c", code, cwd=tmp_path)
+        assert "circular" not in done.stderr
+        return done.stderr
+
+    missing = f"ImportError: there is no compiled core of lstm_ext in {package}: "
+    assert f"{missing}`pip install .` in a checkout builds it" in error()
+    (tmp_path / "setup.py").touch()
+    assert f"{missing}these are the sources, which stand before an installed copy" in error()
+    core = package / f"_C{EXTENSION_SUFFIXES[0]}"
+    core.write_text("nothing")
+    assert f"{core}, does not load here: {core}: " in error()
 
 
 @pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs a checkout")

@@ -134,6 +134,19 @@ def test_wrong_inputs():
         quantize(nn.LSTMCell(3, 4))(torch.randn(2, 3).double())
 
 
+@pytest.mark.parametrize("make", [nn.LSTM, nn.LSTMCell])
+def test_what_autocast_does_not_cast_is_refused(make):
+    module, x, state = quantize(make(3, 4)), torch.randn(2, 3), torch.randn(2, 4)
+    if make is nn.LSTM:
+        x, state = x.unsqueeze(0), state.unsqueeze(0)
+    for dtype in (torch.float64, torch.complex64, torch.int64, torch.bool):
+        with torch.autocast("cpu", torch.bfloat16):
+            with pytest.raises(ValueError, match=f"one of the types .*, got {dtype}"):
+                module(x.to(dtype))
+            with pytest.raises(RuntimeError, match=f"hidden tensor with {dtype}"):
+                module(x, (state, state.to(dtype)))
+
+
 def test_wrong_buffers():
     x = torch.randn(2, 1, 3)
     for name, wrong, words in (

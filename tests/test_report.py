@@ -38,6 +38,14 @@ def test_report_as_json(tmp_path):
     assert found["cuda"]["built"] == _C.build_info()["cuda"]
 
 
+def test_report_of_an_unknown_kernel_set(tmp_path):
+    done = run("-m", "lstm_ext", cwd=tmp_path, LSTM_EXT_CPU_ISA="sse9")
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "NOT USABLE importing lstm_ext fails: LSTM_EXT_CPU_ISA: CPU kernels that" in text
+    assert "got 'sse9'" in text and "(selected)" in text
+
+
 def fake_core(monkeypatch, *, features=(), isas=("portable",), architecture="x86_64", **cuda):
     """Replaces the compiled module by one on another machine."""
     monkeypatch.delenv("LSTM_EXT_CPU_ISA", raising=False)

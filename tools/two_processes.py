@@ -1,11 +1,12 @@
 """How much longer two training processes take on the cores that one has.
 
-Run as python tools/two_processes.py, where there are two cores; the ideal is 2.
+Run as python tools/two_processes.py, where there are two cores; the ideal is 2. It takes minutes.
 With two threads each, the scheduler and OpenMP's own waiting, milliseconds at the end of every
 parallel region, make it vary from run to run, for nn.LSTM too: no test. With one thread each, they
 do not wait for each other.
 """
 
+import argparse
 import subprocess
 import sys
 
@@ -51,7 +52,11 @@ def seconds(name: str, processes: int, threads: int) -> float:
 
 
 def main() -> None:
-    for _ in range(3):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of all measurements (default: 3)")
+    for _ in range(parser.parse_args().rounds):
         for name in ("lstm_ext.LSTM", "nn.LSTM"):
             one = seconds(name, 1, 2)
             two, apart = (seconds(name, 2, threads) / one for threads in (2, 1))
