@@ -39,7 +39,7 @@ struct CpuPlain : PlainTensors {
   }
 
   // A step of a cell, as forward; or None as well if something surrounds the call, or if the cell
-  // has variants or a weight in another place than its parameters.
+  // has variants, more parameters, or a weight in another place.
   Object cell(Handle cell, Handle x, Handle hx, const pybind11::function& workspace) const {
     if (!surroundings_.none()) return pybind11::none();
     for (PyObject* const variant : cell_names().variants) {
@@ -48,7 +48,10 @@ struct CpuPlain : PlainTensors {
       if (truth) return pybind11::none();
     }
     const Object parameters = get(cell, cell_names().parameters);
-    if (!PyDict_Check(parameters.ptr())) return pybind11::none();
+    if (!PyDict_Check(parameters.ptr()) ||
+        size_t(PyDict_Size(parameters.ptr())) != cell_names().weights.size()) {
+      return pybind11::none();
+    }
     pybind11::list weights(PlainCall::kWeights);
     for (size_t k = 0; k < cell_names().weights.size(); ++k) {
       PyObject* const weight = PyDict_GetItemWithError(parameters.ptr(), cell_names().weights[k]);

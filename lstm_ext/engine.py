@@ -385,6 +385,6 @@ def refuse_jit(module: nn.Module | None = None) -> NoReturn:
     raise RuntimeError(
         "lstm_ext cannot be traced by torch.jit.trace, which would record nothing of the native "
         "core, nor compiled by torch.jit.script. Use torch.export.export, or trace or script the "
-        "module that to_torch() returns, of weights of 8 bits that of dequantize(); for ONNX "
-        "there is lstm_ext.onnx.export."
+        "module that an LSTM's to_torch() returns, of weights of 8 bits that of dequantize(); for "
+        "ONNX there is lstm_ext.onnx.export."
     )

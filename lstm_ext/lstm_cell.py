@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell  # torch.nn's may be set to this one
+from torch.nn.utils.rnn import PackedSequence
 
 from .autograd import needs_grad
 from .compat import States, adopt, check_match, check_none, check_pair, check_weights, forget
@@ -14,6 +17,7 @@ from .layer import lstm_layer
 from .ops import Direction, LayerWeights, check_layer
 from .plain import plain_cell, plain_layer
 from .steps import Steps
+from .tensors import check_dense
 from .torch_engine import reference_step
 from .variants import Variants
 
@@ -74,7 +78,7 @@ class LSTMCell(Variants, nn.RNNCellBase):
         layer_norm: bool = False,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
-        zoneout: float | tuple[float, float] = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
         forget_bias: float | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
@@ -107,6 +111,7 @@ class LSTMCell(Variants, nn.RNNCellBase):
                 return states
         if is_intercepted(input):
             return as_one_function(LSTMCell.forward, self, input, hx)
+        self._check_attributes()
         # getattr finds every kind of replaced weight, but is slow for a plain parameter.
         parameters = self._parameters
         weights = [parameters[n] if n in parameters else getattr(self, n) for n in _WEIGHTS]
@@ -117,8 +122,22 @@ class LSTMCell(Variants, nn.RNNCellBase):
                 return states
         return self._by_layer(input, hx, weights)
 
+    def _check_attributes(self) -> None:
+        """Refuse attributes set after construction that the parameters were not made for."""
+        for name, parameter in (("peephole", "weight_ch"), ("layer_norm", "gamma_hh")):
+            made_with = parameter in self._parameters or hasattr(self, parameter)
+            if getattr(self, name) != made_with:
+                raise RuntimeError(
+                    f"got {name}={getattr(self, name)}, expected {name}={made_with} as the cell "
+                    "was constructed with: this attribute cannot be changed afterwards"
+                )
+
     def _by_layer(self, input: Tensor, hx: States | None, weights: list[Tensor | None]) -> States:
         """forward, of any call, with all its errors."""
+        if isinstance(input, PackedSequence):
+            raise TypeError("LSTMCell: Expected input to be a Tensor, got PackedSequence")
+        if isinstance(input, Tensor):
+            check_dense("input", input)
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         batched = input.dim() == 2

@@ -223,3 +223,23 @@ def test_no_features(dtype):
     near = 0.02 if dtype == torch.bfloat16 else 1e-4
     for a, b in zip(*results, strict=True):
         assert_close(a.float(), b.float(), rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("name", ["peephole", "layer_norm"])
+@pytest.mark.parametrize("made_with", [False, True])
+def test_attributes_that_the_parameters_were_not_made_for(name, made_with):
+    module, x = here(lstm_ext.LSTMCell(4, 6, **{name: made_with})), here(torch.randn(3, 4))
+    module(x)
+    setattr(module, name, not made_with)
+    expected = f"got {name}={not made_with}, expected {name}={made_with} as the cell"
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context, pytest.raises(RuntimeError, match=expected):
+            module(x)
+
+
+def test_an_input_that_is_no_dense_tensor():
+    module, x = lstm_ext.LSTMCell(4, 6), torch.randn(3, 4)
+    with pytest.raises(TypeError, match="Expected input to be a Tensor, got PackedSequence"):
+        module(nn.utils.rnn.pack_sequence([x]))
+    with pytest.raises(RuntimeError, match="Expected input to be dense, got torch.sparse_coo"):
+        module(x.to_sparse())
