@@ -37,7 +37,8 @@ from lstm_ext.onnx_node import (
     lstm_node,
     merged,
     node_constants,
-    translation,
+    product_node,
+    translations,
     weight_names,
 )
 from lstm_ext.ops import autocast_is_on
@@ -94,8 +95,7 @@ def export(
         raise TypeError(f"export: expected a torch.nn.Module, got {type(model).__name__}")
     if not kwargs.pop("dynamo", True):
         raise TypeError("export: expected torch.onnx.export's dynamo=True, got dynamo=False")
-    table = {torch.ops.lstm_ext.onnx_lstm.default: translation()}
-    table |= kwargs.pop("custom_translation_table", None) or {}
+    table = translations() | (kwargs.pop("custom_translation_table", None) or {})
     if isinstance(args, Tensor):
         args = (args,)
     if any(p.dtype == torch.bfloat16 for p in model.parameters()):
@@ -344,10 +344,10 @@ class _Exporter:
                     f"inverting weight_hr_l{k}, which loses too much precision: got one whose "
                     "rows are nearly dependent",
                 )
-            wide = h0 @ layer.inverse
+            wide = product_node(h0, layer.inverse)
         y, h, c = lstm_node(x, layer.W, layer.R, layer.B, lengths, wide, c0, layer.P)
         if layer.projection is not None:
-            y, h = y @ layer.projection, h @ layer.projection
+            y, h = (product_node(t, layer.projection) for t in (y, h))
         if hx is not None and lengths is not None:
             # The specification does not say what the states are after no steps.
             taken = (lengths > 0).view(1, -1, 1)

@@ -1,4 +1,4 @@
-"""The LSTM node of ONNX: as an operator of torch, in ONNX, and its constants from a module."""
+"""The nodes of ONNX: as operators of torch, in ONNX, and the LSTM's constants from a module."""
 
 from __future__ import annotations
 
@@ -60,9 +60,20 @@ def _(X, W, R, B, sequence_lens, initial_h, initial_c, P):
     )
 
 
+@torch.library.custom_op("lstm_ext::onnx_matmul", mutates_args=())
+def product_node(A: Tensor, B: Tensor) -> Tensor:
+    """ONNX MatMul. torch's own asks for sizes that are 1, which are the export's for good then."""
+    return A @ B
+
+
+@product_node.register_fake
+def _(A, B):
+    return A.new_empty(*A.shape[:-1], B.size(-1))
+
+
 @functools.cache
-def translation() -> Any:
-    """The operator as its node."""
+def translations() -> dict[Any, Any]:
+    """The operators as their nodes."""
     from onnxscript import opset18 as op
 
     def onnx_lstm(X, W, R, B, sequence_lens, initial_h, initial_c, P):
@@ -80,7 +91,11 @@ def translation() -> Any:
             hidden_size=hidden,
         )
 
-    return onnx_lstm
+    def onnx_matmul(A, B):
+        return op.MatMul(A, B)
+
+    ops = torch.ops.lstm_ext
+    return {ops.onnx_lstm.default: onnx_lstm, ops.onnx_matmul.default: onnx_matmul}
 
 
 def merged(y: Tensor, mode: str | None) -> Tensor:
@@ -88,7 +103,7 @@ def merged(y: Tensor, mode: str | None) -> Tensor:
     if y.size(1) == 1:
         return y.squeeze(1)
     if mode in ("concat", None):
-        return y.transpose(1, 2).flatten(2)
+        return torch.cat(y.unbind(1), -1)  # flatten would fix sizes that are 1
     forward, backward = y.unbind(1)
     if mode == "mul":
         return forward * backward
