@@ -84,3 +84,46 @@ def test_nor_does_one_sequence_of_a_cell(tmp_path):
     shapes = ({0: B}, ({0: B}, {0: B}))
     _, session = export(tmp_path, module, call(1), dynamic_shapes=shapes)
     check(session, module, call(5))
+
+
+class Fixes(nn.Module):
+    """Takes T as a number, and leaves B alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = lstm()
+
+    def forward(self, x):
+        return self.lstm(x)[0].view(int(x.size(0)), -1, H)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [{"x": {0: T, 1: B}}, ({0: T},), [[T, B, None]]],
+    ids=["dict", "tuple", "list"],
+)
+def test_a_declared_size_that_the_model_fixes_is_refused(tmp_path, shapes):
+    path = tmp_path / "model.onnx"
+    with pytest.raises(ValueError, match=r"declares size 0 of x as T, .* fixes it, got 5"):
+        lstm_ext.onnx.export(
+            Fixes().eval(), (torch.randn(5, 3, I),), path, dynamic_shapes=shapes, verbose=False
+        )
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        None,
+        {"x": None},
+        {"x": {0: Dim.AUTO, 1: B}},
+        ({0: Dim.STATIC, 1: "B"},),
+        ((5, B, None),),
+        ((Dim.STATIC, Dim.AUTO, None),),
+    ],
+    ids=["none", "none of x", "auto", "static", "number", "hints"],
+)
+def test_what_is_not_declared_to_change_may_be_fixed(tmp_path, shapes):
+    model = Fixes().eval()
+    _, session = export(tmp_path, model, (torch.randn(5, 3, I),), dynamic_shapes=shapes)
+    check(session, model, (torch.randn(5, 3, I),))
