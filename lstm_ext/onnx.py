@@ -169,7 +169,8 @@ def _exportable(model: nn.Module) -> Iterator[list[Exception]]:
     with _lock, contextlib.ExitStack() as stack:
         stack.callback(exporter.detach)
         exporter.attach()
-        stack.callback(model.register_forward_pre_hook(exporter.start).remove)
+        # Before other hooks, which may change weights.
+        stack.callback(model.register_forward_pre_hook(exporter.start, prepend=True).remove)
         for kind, traced in kinds:
             stack.callback(setattr, kind, "forward", kind.forward)
             kind.forward = _replaced(kind.forward, traced, exporter)
@@ -182,6 +183,8 @@ def _replaced(original: Any, traced: Any, exporter: Exporter) -> Any:
         # Not by identity: torch.export runs a copy of a module that has two names.
         if getattr(self, NAME, None) is not None:
             return exporter.run(traced, self, *args, **kwargs)
+        if isinstance(self, (LSTM, LSTMCell)):
+            exporter.refuse_stranger(self)
         return original(self, *args, **kwargs)
 
     return forward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from lstm_ext.compat import States, check_match, check_pair
 from lstm_ext.lstm_cell import LSTMCell
 from lstm_ext.modules import LSTM
 from lstm_ext.onnx_node import (
+    Held,
     NodeConstants,
+    checked_weights,
     held,
-    layer_suffixes,
     lstm_node,
     merged,
     node_constants,
@@ -28,6 +30,7 @@ from lstm_ext.onnx_node import (
 )
 from lstm_ext.ops import autocast_is_on
 from lstm_ext.quantized import QuantizedLSTM, QuantizedLSTMCell
+from lstm_ext.steps import check_lengths_form
 
 # Where a module has its name in the model during an export.
 NAME = "_onnx_name"
@@ -39,14 +42,16 @@ class Exporter:
     """The forwards, for the modules of one model.
 
     refusals: errors raised while tracing, which torch wraps, or takes as a reason to try again.
+    thread: the one that exports.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.refusals: list[Exception] = []
+        self.thread = threading.get_ident()
         self.names: dict[nn.Module, str] = {}
         self.buffers: dict[nn.Module, list[str]] = {}
-        # By the names of module and weight: where it is and the tensor; and those made by a hook.
-        self.weights: dict[tuple[str, str], tuple[str, Any]] = {}
+        # By the names of module and weight: as it was; and those made by a hook.
+        self.weights: dict[tuple[str, str], Held] = {}
         self.hooked: set[tuple[str, str]] = set()
         self.stale = False
         for name, module in model.named_modules():
@@ -87,12 +92,27 @@ class Exporter:
             if isinstance(module, CNNLSTM):
                 continue
             self._run_hooks(module)
-            for k, suffixes in enumerate(layer_suffixes(module)):
-                for field, tensor in node_constants(module, suffixes)._asdict().items():
+            module.__dict__["_run_layer"] = self._past_forward(module)
+            for k, directions in enumerate(checked_weights(module)):
+                for field, tensor in node_constants(directions)._asdict().items():
                     name = f"onnx_l{k}_{field}"
                     # A buffer that is None makes torch.export fail at first.
                     (module.__dict__ if tensor is None else module._buffers)[name] = tensor
                     names.append(name)
+
+    def _past_forward(self, module: LSTM | LSTMCell) -> Any:
+        """What a forward other than the one here comes to."""
+
+        # No method: torch.export may copy the module, with all that it holds.
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            text = (
+                "it ran by a forward taken from it or its class before the export, as what "
+                "replaces a module's forward may call: undo that before"
+            )
+            self.refusals.append(self.refuse(module, text))
+            raise self.refusals[-1]
+
+        return refuse
 
     def _run_hooks(self, module: LSTM | LSTMCell) -> None:
         """Let hooks make their weights of the parameters as they are now."""
@@ -117,31 +137,57 @@ class Exporter:
         """Refuse what is not what the constants were made of."""
         for name in weight_names(module)[k]:
             key = self._name(module), name
-            (place, found), (before, made) = held(module, name), self.weights[key]
-            if place == before and (found is made or key in self.hooked):
-                continue
+            now, before = held(module, name), self.weights[key]
+            got = f"another {name} while it ran, set or given by torch.func.functional_call"
+            if now.place == before.place:
+                if key in self.hooked:
+                    continue
+                if now.tensor is before.tensor:
+                    if now.versions == before.versions:
+                        continue
+                    got = f"{name} changed in place while it ran"
             self.stale = True
             raise self.refuse(
                 module,
-                "the constants of a node are made before the model runs; got another "
-                f"{name} while it ran, set or given by torch.func.functional_call: set the "
+                f"the constants of a node are made before the model runs; got {got}: set the "
                 "module's parameter before, or use torch.nn.utils.parametrize",
             )
 
     def detach(self) -> None:
         for module, names in self.buffers.items():
             module.__dict__.pop(NAME, None)
+            module.__dict__.pop("_run_layer", None)
             for name in names:
                 module._buffers.pop(name, None)
                 module.__dict__.pop(name, None)
 
     def run(self, forward: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """One of the forwards below, for a module."""
+        compiling = torch.compiler.is_dynamo_compiling()  # which traces no question for the thread
+        if not compiling and threading.get_ident() != self.thread:
+            raise RuntimeError(
+                f"{self._name(module)} is being exported to ONNX and has no weights of its own "
+                "until that is done, got a call of it in another thread"
+            )
         try:
             return forward(self, module, *args, **kwargs)
         except Exception as error:
-            if type(error) in (ValueError, TypeError, RuntimeError):  # the others are torch's own
+            # The others are torch's own.
+            if type(error) in (ValueError, TypeError, RuntimeError, AttributeError):
                 self.refusals.append(error)
             raise
+
+    def refuse_stranger(self, module: nn.Module) -> None:
+        """Raise where the export comes to a module that is none of the model's."""
+        if torch.compiler.is_dynamo_compiling() or threading.get_ident() != self.thread:
+            return
+        self.refusals.append(
+            ValueError(
+                f"export: {module} ran, which is no submodule of the model, as in a plain list: "
+                "make it one, say by a torch.nn.ModuleList"
+            )
+        )
+        raise self.refusals[-1]
 
     def lstm(
         self,
@@ -162,7 +208,7 @@ class Exporter:
         batched = input.dim() == 3
         if not batched:
             input = input.unsqueeze(0 if module.batch_first else 1)
-            if lengths is not None and lengths.dim() == 0:
+            if isinstance(lengths, Tensor) and lengths.dim() == 0:
                 lengths = lengths.unsqueeze(0)
         if hx is None:
             module.check_input(input, None)
@@ -174,15 +220,12 @@ class Exporter:
             check_match("hidden", hx, input)
         x = input.transpose(0, 1) if module.batch_first else input
         if lengths is not None:
-            if lengths.is_floating_point() or lengths.dtype == torch.bool:
-                raise TypeError(f"lengths should have an integer dtype, got {lengths.dtype}")
-            if lengths.dim() != 1 or lengths.size(0) != x.size(1):
-                size = (x.size(1),)
-                raise ValueError(f"Expected lengths of size {size}, got {tuple(lengths.shape)}")
+            check_lengths_form(lengths, x.size(1))
             lengths = lengths.to(torch.int32)
         y, states = x, []
-        for k, suffixes in enumerate(layer_suffixes(module)):
-            rows = slice(k * len(suffixes), (k + 1) * len(suffixes))
+        D = 1 + module.bidirectional
+        for k in range(module.num_layers):
+            rows = slice(k * D, (k + 1) * D)
             initial = None if hx is None else (hx[0][rows], hx[1][rows])
             parts, h, c = self._node(module, k, y, initial, lengths)
             states.append((h, c))

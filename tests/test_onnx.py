@@ -295,6 +295,22 @@ class Autocast(Packed):
             return self.lstm(x)[1]
 
 
+class InAList(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.modules_of_it = [module]
+
+    def forward(self, x):
+        return self.modules_of_it[0](x)
+
+
+def replaced(module):
+    """As packages do that wrap a module's forward."""
+    forward = module.forward
+    module.forward = lambda x: forward(x)
+    return nn.Sequential(module)
+
+
 def test_calls_refused():
     """While tracing, and what comes out is no page of torch's."""
     x = torch.randn(5, 2, I)
@@ -311,6 +327,12 @@ def test_calls_refused():
         (lstm(), (x[:, :, :3],), {}, RuntimeError, "Expected 4, got 3"),
         (lstm(), (x,), {"lengths": torch.tensor([1, 2, 3])}, ValueError, "lengths of size"),
         (lstm(), (x,), {"lengths": torch.tensor([1.0, 2.0])}, TypeError, "integer dtype"),
+        (lstm(), (x,), {"lengths": [1, 2]}, TypeError, "a tensor of integers, got list"),
+        (lstm(), (None,), {}, AttributeError, "'NoneType' object has no attribute 'dim'"),
+        (InAList(lstm()).eval(), (x,), {}, ValueError, r"LSTM\(4, 6\) ran, .*ModuleList"),
+        (replaced(lstm()), (x,), {}, ValueError, r"0 \(LSTM\): it ran by a forward taken from it"),
+        (replaced(lstm(num_layers=2)), (x,), {}, ValueError, "ran by a forward taken from it"),
+        (replaced(lstm_ext.LSTMCell(I, H)), (x[0],), {}, ValueError, r"0 \(LSTMCell\): it ran by"),
         (lstm(), (x, states(lstm(), 3)), {}, RuntimeError, r"Expected hidden\[0\] size"),
     ]
     for model, args, kwargs, error, text in calls:
@@ -354,6 +376,19 @@ class Failing(nn.Module):
         thread.start()
         thread.join()
         raise KeyError("on purpose", y)
+
+
+def test_a_call_in_another_thread_is_refused():
+    def call():
+        try:
+            model.lstm(x)
+        except RuntimeError as error:
+            texts.append(str(error))
+
+    x, texts, model = torch.randn(5, 3, I), [], Failing(call).eval()
+    with pytest.raises(Exception, match="on purpose"):
+        lstm_ext.onnx.export(model, (x,), verbose=False)
+    assert "lstm (LSTM) is being exported to ONNX" in texts[0]
 
 
 def test_everything_is_as_before_after_a_failure():
