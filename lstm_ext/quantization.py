@@ -286,11 +286,11 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, An
     x_dim, dims = in_dims[0], in_dims[1] or [None] * len(flat)
     steps = Steps.of((T, B, x.size(0 if x_dim != 0 else 1), batch_first), *tensors)
     kinds = tuple((backwards, None) for backwards in reverse)
-    layout = steps.layout
+    steps_dims, kinds_dims = Steps.of(steps.layout, *in_dims[7:10]), ((None, None),) * len(kinds)
     return batching.forward(
         _Operator,
         info.batch_size,
-        (Steps.of(layout, *in_dims[7:10]), kinds, None, x_dim, *dims),
+        (steps_dims, kinds_dims, (None, None), x_dim, *dims),
         (steps, kinds, (bits, cells), x, *flat),
     )
 
