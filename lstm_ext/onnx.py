@@ -69,8 +69,10 @@ def export(
         ValueError: what ONNX's LSTM cannot say: layer_norm, zoneout, return_cell_sequence,
             reset_mask, a PackedSequence, autocast, a dropout that is on, an initial state with a
             projection that loses precision in being inverted, bfloat16 in an older opset, weights
-            that are given or changed while the model runs; a size that dynamic_shapes declares as
-            a torch.export.Dim and the model fixes. And the modules' own errors.
+            that are given or changed while the model runs; a module that is no submodule of the
+            model, or whose forward was replaced; a size that dynamic_shapes declares as a
+            torch.export.Dim and the model fixes. And the modules' own errors.
+        RuntimeError: (in another thread) a call of a module while it is exported.
     """
     _check_packages()
     if not isinstance(model, nn.Module):

@@ -194,8 +194,9 @@ class QuantizedLSTM(_Quantized, LSTM):
 
     Made by :meth:`from_float`, or by :func:`quantize` for all of a model. It is called as the LSTM,
     with everything that forward takes there, and returns the same, in its input's dtype: float32,
-    bfloat16 or float16. A fourth of float32's weights are read at every step, which is what the
-    time goes into with few sequences and a large H.
+    bfloat16 or float16. With large sizes a fourth of float32's bytes of weights are read at every
+    step, which is what the time goes into with few sequences and a large H. (H is rounded up to a
+    multiple of 16.)
 
     Every row of weights has a scale of its own and 8-bit codes, w ~ s (u - 128), s = max \|w\| /
     127. Inputs and states are taken in 16 bits, or in 8 with ``activation_bits=8``, a scale a row,
