@@ -105,6 +105,7 @@ class Exporter:
 
         # No method: torch.export may copy the module, with all that it holds.
         def refuse(*args: Any, **kwargs: Any) -> Any:
+            self._check_thread(module)
             text = (
                 "it ran by a forward taken from it or its class before the export, as what "
                 "replaces a module's forward may call: undo that before"
@@ -163,12 +164,7 @@ class Exporter:
 
     def run(self, forward: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """One of the forwards below, for a module."""
-        compiling = torch.compiler.is_dynamo_compiling()  # which traces no question for the thread
-        if not compiling and threading.get_ident() != self.thread:
-            raise RuntimeError(
-                f"{self._name(module)} is being exported to ONNX and has no weights of its own "
-                "until that is done, got a call of it in another thread"
-            )
+        self._check_thread(module)
         try:
             return forward(self, module, *args, **kwargs)
         except Exception as error:
@@ -177,9 +173,21 @@ class Exporter:
                 self.refusals.append(error)
             raise
 
+    def _check_thread(self, module: nn.Module) -> None:
+        if not self._is_elsewhere():
+            return
+        raise RuntimeError(
+            f"{self._name(module)} is being exported to ONNX and has no weights of its own until "
+            "that is done, got a call of it in another thread"
+        )
+
+    def _is_elsewhere(self) -> bool:
+        # Dynamo, which traces no question for the thread, runs in the one that exports.
+        return not torch.compiler.is_dynamo_compiling() and threading.get_ident() != self.thread
+
     def refuse_stranger(self, module: nn.Module) -> None:
         """Raise where the export comes to a module that is none of the model's."""
-        if torch.compiler.is_dynamo_compiling() or threading.get_ident() != self.thread:
+        if torch.compiler.is_dynamo_compiling() or self._is_elsewhere():
             return
         self.refusals.append(
             ValueError(
