@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -21,34 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.rnn import PackedSequence
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.export import Dim
+from torch.utils import _pytree as pytree
 
 from lstm_ext.cnn import CNNLSTM
-from lstm_ext.compat import States, check_match, check_pair
 from lstm_ext.lstm_cell import LSTMCell
 from lstm_ext.modules import LSTM
-from lstm_ext.onnx_node import (
-    NodeConstants,
-    held,
-    layer_suffixes,
-    lstm_node,
-    merged,
-    node_constants,
-    translation,
-    weight_names,
-)
-from lstm_ext.ops import autocast_is_on
-from lstm_ext.quantized import QuantizedLSTM, QuantizedLSTMCell
+from lstm_ext.onnx_exporter import NAME, Exporter
+from lstm_ext.onnx_node import translations
 
 __all__ = ["export"]
 
-# Where a module has its name in the model during an export.
-_NAME = "_onnx_name"
-# Hooks that make a weight of parameters whenever the module runs.
-_WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 _BFLOAT16_OPSET = 22  # the first whose LSTM takes it
 
 
@@ -87,15 +69,17 @@ def export(
         ValueError: what ONNX's LSTM cannot say: layer_norm, zoneout, return_cell_sequence,
             reset_mask, a PackedSequence, autocast, a dropout that is on, an initial state with a
             projection that loses precision in being inverted, bfloat16 in an older opset, weights
-            that are given while the model runs. And the modules' own errors.
+            that are given or changed while the model runs; a module that is no submodule of the
+            model, or whose forward was replaced; a size that dynamic_shapes declares as a
+            torch.export.Dim and the model fixes. And the modules' own errors.
+        RuntimeError: (in another thread) a call of a module while it is exported.
     """
     _check_packages()
     if not isinstance(model, nn.Module):
         raise TypeError(f"export: expected a torch.nn.Module, got {type(model).__name__}")
     if not kwargs.pop("dynamo", True):
         raise TypeError("export: expected torch.onnx.export's dynamo=True, got dynamo=False")
-    table = {torch.ops.lstm_ext.onnx_lstm.default: translation()}
-    table |= kwargs.pop("custom_translation_table", None) or {}
+    table = translations() | (kwargs.pop("custom_translation_table", None) or {})
     if isinstance(args, Tensor):
         args = (args,)
     if any(p.dtype == torch.bfloat16 for p in model.parameters()):
@@ -105,10 +89,9 @@ def export(
         kwargs["opset_version"] = kwargs.get("opset_version") or _BFLOAT16_OPSET
     with _exportable(model) as refusals:
         try:
-            return torch.onnx.export(
+            program = torch.onnx.export(
                 model,
                 args,
-                path,
                 dynamo=True,
                 dynamic_shapes=dynamic_shapes,
                 custom_translation_table=table,
@@ -118,6 +101,15 @@ def export(
             if refusals:  # torch tells of it in pages
                 raise refusals[0].with_traceback(None) from None
             raise
+    _check_sizes(program, dynamic_shapes)
+    if path is not None:
+        program.save(
+            path,
+            include_initializers=kwargs.get("export_params", True),
+            keep_initializers_as_inputs=kwargs.get("keep_initializers_as_inputs", False),
+            external_data=kwargs.get("external_data", True),
+        )
+    return program
 
 
 def _check_packages() -> None:
@@ -132,231 +124,32 @@ def _check_packages() -> None:
             ) from error
 
 
-# --- forward, while exporting ---------------------------------------------------------------------
-
-
-class _Exporter:
-    """The forwards, for the modules of one model.
-
-    refusals: errors raised while tracing, which torch wraps, or takes as a reason to try again.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.refusals: list[Exception] = []
-        self.names: dict[nn.Module, str] = {}
-        self.buffers: dict[nn.Module, list[str]] = {}
-        # By the names of module and weight: where it is and the tensor; and those made by a hook.
-        self.weights: dict[tuple[str, str], tuple[str, Any]] = {}
-        self.hooked: set[tuple[str, str]] = set()
-        self.stale = False
-        for name, module in model.named_modules():
-            node = isinstance(module, (LSTM, LSTMCell))
-            if node or (isinstance(module, CNNLSTM) and isinstance(module.lstm, LSTM)):
-                self.names[module] = f"{name or 'the model itself'} ({type(module).__name__})"
-            if node:
-                self._check(module)
-
-    def _check(self, module: LSTM | LSTMCell) -> None:
-        if isinstance(module, (QuantizedLSTM, QuantizedLSTMCell)):
-            text = "ONNX's LSTM has no weights of 8 bits: export what dequantize() returns"
-            raise self.refuse(module, text)
-        own = module._variants()
-        if getattr(module, "return_cell_sequence", False):
-            own["return_cell_sequence"] = True
-        for name in ("layer_norm", "zoneout", "return_cell_sequence"):
-            if name in own:
-                raise self.refuse(module, f"ONNX's LSTM has no {name}; got {own[name]!r}")
-        between = getattr(module, "dropout", 0) if getattr(module, "num_layers", 1) > 1 else 0
-        dropouts = {"dropout": between} if between else {}
-        dropouts |= {k: own[k] for k in ("recurrent_dropout", "weight_dropout") if k in own}
-        if module.training and dropouts:
-            got = ", ".join(f"{name}={value}" for name, value in dropouts.items())
-            raise self.refuse(module, f"a dropout that is on, got {got}: call model.eval() before")
-
-    def refuse(self, module: nn.Module, text: str) -> ValueError:
-        return ValueError(f"export: {self._name(module)}: {text}")
-
-    def _name(self, module: nn.Module) -> str:
-        return self.names.get(module) or module.__dict__[_NAME]
-
-    def attach(self) -> None:
-        """Give the modules the constants of their nodes, as buffers, whose names the file keeps."""
-        for module, own_name in self.names.items():
-            module.__dict__[_NAME] = own_name
-            names = self.buffers[module] = []
-            if isinstance(module, CNNLSTM):
-                continue
-            self._run_hooks(module)
-            for k, suffixes in enumerate(layer_suffixes(module)):
-                for field, tensor in node_constants(module, suffixes)._asdict().items():
-                    name = f"onnx_l{k}_{field}"
-                    # A buffer that is None makes torch.export fail at first.
-                    (module.__dict__ if tensor is None else module._buffers)[name] = tensor
-                    names.append(name)
-
-    def _run_hooks(self, module: LSTM | LSTMCell) -> None:
-        """Let hooks make their weights of the parameters as they are now."""
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, _WEIGHT_HOOKS):
-                if isinstance(hook, SpectralNorm) and module.training:
-                    raise self.refuse(module, "spectral_norm in training: call model.eval() before")
-                hook(module, ())
-                name = getattr(hook, "name", None) or hook._tensor_name
-                self.hooked.add((self._name(module), name))
-
-    def start(self, model: nn.Module, args: Any) -> None:
-        """A hook of the model's: note the weights that the constants were made of. They are other
-        tensors by now, for torch.export has put its own in their place."""
-        if not torch.compiler.is_dynamo_compiling():
-            for module in self.buffers:
-                names = () if isinstance(module, CNNLSTM) else weight_names(module)
-                for name in itertools.chain.from_iterable(names):
-                    self.weights[self._name(module), name] = held(module, name)
-
-    def _check_weights(self, module: LSTM | LSTMCell, k: int) -> None:
-        """Refuse what is not what the constants were made of."""
-        for name in weight_names(module)[k]:
-            key = self._name(module), name
-            (place, found), (before, made) = held(module, name), self.weights[key]
-            if place == before and (found is made or key in self.hooked):
-                continue
-            self.stale = True
-            raise self.refuse(
-                module,
-                "the constants of a node are made before the model runs; got another "
-                f"{name} while it ran, set or given by torch.func.functional_call: set the "
-                "module's parameter before, or use torch.nn.utils.parametrize",
-            )
-
-    def detach(self) -> None:
-        for module, names in self.buffers.items():
-            module.__dict__.pop(_NAME, None)
-            for name in names:
-                module._buffers.pop(name, None)
-                module.__dict__.pop(name, None)
-
-    def run(self, forward: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return forward(self, module, *args, **kwargs)
-        except Exception as error:
-            if type(error) in (ValueError, TypeError, RuntimeError):  # the others are torch's own
-                self.refusals.append(error)
-            raise
-
-    def lstm(
-        self,
-        module: LSTM,
-        input: Tensor,
-        hx: States | None = None,
-        *,
-        lengths: Tensor | None = None,
-        reset_mask: Tensor | None = None,
-    ) -> Any:
-        if isinstance(input, PackedSequence):
-            raise self.refuse(module, "a PackedSequence is no ONNX tensor: give lengths= instead")
-        if reset_mask is not None:
-            raise self.refuse(module, "ONNX's LSTM has no reset_mask; got one")
-        if input.dim() not in (2, 3):
-            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        self._check_autocast(module, input)
-        batched = input.dim() == 3
-        if not batched:
-            input = input.unsqueeze(0 if module.batch_first else 1)
-            if lengths is not None and lengths.dim() == 0:
-                lengths = lengths.unsqueeze(0)
-        if hx is None:
-            module.check_input(input, None)
-        else:
-            check_pair(hx)
-            if not batched:
-                hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-            module.check_forward_args(input, hx, None)
-            check_match("hidden", hx, input)
-        x = input.transpose(0, 1) if module.batch_first else input
-        if lengths is not None:
-            if lengths.is_floating_point() or lengths.dtype == torch.bool:
-                raise TypeError(f"lengths should have an integer dtype, got {lengths.dtype}")
-            if lengths.dim() != 1 or lengths.size(0) != x.size(1):
-                size = (x.size(1),)
-                raise ValueError(f"Expected lengths of size {size}, got {tuple(lengths.shape)}")
-            lengths = lengths.to(torch.int32)
-        y, states = x, []
-        for k, suffixes in enumerate(layer_suffixes(module)):
-            rows = slice(k * len(suffixes), (k + 1) * len(suffixes))
-            initial = None if hx is None else (hx[0][rows], hx[1][rows])
-            parts, h, c = self._node(module, k, y, initial, lengths)
-            states.append((h, c))
-            y = merged(parts, module.merge_mode)
-        h_n, c_n = (torch.cat(s) if len(s) > 1 else s[0] for s in zip(*states, strict=True))
-        if module.batch_first:
-            y = y.transpose(0, 1)
-        if not batched:
-            y = y.squeeze(0 if module.batch_first else 1)
-            h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
-        return (y.chunk(2, dim=-1) if module.merge_mode is None else y), (h_n, c_n)
-
-    def cell(self, module: LSTMCell, input: Tensor, hx: States | None = None) -> States:
-        if input.dim() not in (1, 2):
-            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        self._check_autocast(module, input)
-        batched = input.dim() == 2
-        if not batched:
-            input = input.unsqueeze(0)
-        if input.size(1) != module.input_size:
-            raise RuntimeError(
-                "input has inconsistent input_size: "
-                f"got {input.size(1)} expected {module.input_size}"
-            )
-        if hx is not None:
-            check_pair(hx, "lstm_cell")
-            h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-            module._check_state(h, 0, input.size(0))
-            module._check_state(c, 1, input.size(0))
-            check_match("hidden", (h, c), input)
-            hx = (h.unsqueeze(0), c.unsqueeze(0))
-        _, h, c = self._node(module, 0, input.unsqueeze(0), hx, None)
-        h, c = h.squeeze(0), c.squeeze(0)
-        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
-
-    def cnn(self, module: CNNLSTM, input: Tensor, hx: Any = None, **options: Any) -> Any:
-        """The frames past a length go through the cnn too: no size then hangs on their number."""
-        features = module._features(input.flatten(0, 1))
-        return module.lstm(features.unflatten(0, input.shape[:2]), hx, **options)
-
-    def _node(
-        self, module: LSTM | LSTMCell, k: int, x: Tensor, hx: States | None, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Layer k: x (T, B, in) to y (T, D, B, P), h_n (D, B, P) and c_n (D, B, H)."""
-        layer = NodeConstants(
-            *(getattr(module, f"onnx_l{k}_{field}") for field in NodeConstants._fields)
-        )
-        if not torch.compiler.is_dynamo_compiling():
-            self._check_weights(module, k)
-        elif self.stale:  # torch's second try, which does not see what the first did
-            raise ValueError("export: refused before")
-        h0, c0 = (None, None) if hx is None else hx
-        wide = h0
-        if layer.projection is not None and h0 is not None:
-            if layer.inverse is None:
-                raise self.refuse(
-                    module,
-                    "ONNX's LSTM has no projection, and an initial state can be given only by "
-                    f"inverting weight_hr_l{k}, which loses too much precision: got one whose "
-                    "rows are nearly dependent",
+def _check_sizes(program: Any, dynamic_shapes: Any) -> None:
+    """Refuse a declared size that the model fixes: torch takes the declaration back silently."""
+    declared = pytree.tree_leaves(dynamic_shapes, is_leaf=_is_of_one_input)
+    inputs = program.model.graph.inputs
+    if len(inputs) != len(declared):  # torch does not know then either which is whose
+        return
+    for input, sizes in zip(inputs, declared, strict=True):
+        if not isinstance(sizes, (dict, list, tuple)):
+            continue
+        for k, size in sizes.items() if isinstance(sizes, dict) else enumerate(sizes):
+            if isinstance(size, Dim) and isinstance(input.shape[k], int):
+                raise ValueError(
+                    f"export: dynamic_shapes declares size {k} of {input.name} as {size.__name__}, "
+                    f"but the model fixes it, got {input.shape[k]}: an operation in it asks for "
+                    "the number (which one, TORCH_LOGS=+dynamic says)"
                 )
-            wide = h0 @ layer.inverse
-        y, h, c = lstm_node(x, layer.W, layer.R, layer.B, lengths, wide, c0, layer.P)
-        if layer.projection is not None:
-            y, h = y @ layer.projection, h @ layer.projection
-        if hx is not None and lengths is not None:
-            # The specification does not say what the states are after no steps.
-            taken = (lengths > 0).view(1, -1, 1)
-            h, c = torch.where(taken, h, h0), torch.where(taken, c, c0)
-        return y, h, c
 
-    def _check_autocast(self, module: nn.Module, input: Tensor) -> None:
-        if autocast_is_on(input.device.type):
-            raise self.refuse(module, "autocast is on: convert model and inputs to its dtype")
+
+def _is_of_one_input(shapes: Any) -> bool:
+    if not isinstance(shapes, (dict, list, tuple)):
+        return False
+    sizes = shapes.values() if isinstance(shapes, dict) else shapes
+    return not any(isinstance(size, (dict, list, tuple)) for size in sizes)
+
+
+# --- forward, while exporting ---------------------------------------------------------------------
 
 
 _lock = threading.RLock()
@@ -369,28 +162,31 @@ def _exportable(model: nn.Module) -> Iterator[list[Exception]]:
     Their classes' forward is replaced, which a subclass's own forward calls too; modules of other
     models, in other threads, run as ever.
     """
-    exporter = _Exporter(model)
+    exporter = Exporter(model)
     kinds = (
-        (LSTM, _Exporter.lstm),
-        (LSTMCell, _Exporter.cell),
-        (CNNLSTM, _Exporter.cnn),
+        (LSTM, Exporter.lstm),
+        (LSTMCell, Exporter.cell),
+        (CNNLSTM, Exporter.cnn),
     )
     with _lock, contextlib.ExitStack() as stack:
         stack.callback(exporter.detach)
         exporter.attach()
-        stack.callback(model.register_forward_pre_hook(exporter.start).remove)
+        # Before other hooks, which may change weights.
+        stack.callback(model.register_forward_pre_hook(exporter.start, prepend=True).remove)
         for kind, traced in kinds:
             stack.callback(setattr, kind, "forward", kind.forward)
             kind.forward = _replaced(kind.forward, traced, exporter)
         yield exporter.refusals
 
 
-def _replaced(original: Any, traced: Any, exporter: _Exporter) -> Any:
+def _replaced(original: Any, traced: Any, exporter: Exporter) -> Any:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Not by identity: torch.export runs a copy of a module that has two names.
-        if getattr(self, _NAME, None) is not None:
+        if getattr(self, NAME, None) is not None:
             return exporter.run(traced, self, *args, **kwargs)
+        if isinstance(self, (LSTM, LSTMCell)):
+            exporter.refuse_stranger(self)
         return original(self, *args, **kwargs)
 
     return forward

@@ -1,4 +1,4 @@
-"""The LSTM node of ONNX: as an operator of torch, in ONNX, and its constants from a module."""
+"""The nodes of ONNX: as operators of torch, in ONNX, and the LSTM's constants from a module."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lstm_ext import reference
 from lstm_ext.lstm_cell import LSTMCell
 from lstm_ext.modules import LSTM
+from lstm_ext.ops import Direction, LayerWeights, check_layer
+from lstm_ext.steps import Steps
+
+_OF_CELL = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 @torch.library.custom_op("lstm_ext::onnx_lstm", mutates_args=())
@@ -60,9 +65,20 @@ def _(X, W, R, B, sequence_lens, initial_h, initial_c, P):
     )
 
 
+@torch.library.custom_op("lstm_ext::onnx_matmul", mutates_args=())
+def product_node(A: Tensor, B: Tensor) -> Tensor:
+    """ONNX MatMul. torch's own asks for sizes that are 1, which are the export's for good then."""
+    return A @ B
+
+
+@product_node.register_fake
+def _(A, B):
+    return A.new_empty(*A.shape[:-1], B.size(-1))
+
+
 @functools.cache
-def translation() -> Any:
-    """The operator as its node."""
+def translations() -> dict[Any, Any]:
+    """The operators as their nodes."""
     from onnxscript import opset18 as op
 
     def onnx_lstm(X, W, R, B, sequence_lens, initial_h, initial_c, P):
@@ -80,7 +96,11 @@ def translation() -> Any:
             hidden_size=hidden,
         )
 
-    return onnx_lstm
+    def onnx_matmul(A, B):
+        return op.MatMul(A, B)
+
+    ops = torch.ops.lstm_ext
+    return {ops.onnx_lstm.default: onnx_lstm, ops.onnx_matmul.default: onnx_matmul}
 
 
 def merged(y: Tensor, mode: str | None) -> Tensor:
@@ -88,7 +108,7 @@ def merged(y: Tensor, mode: str | None) -> Tensor:
     if y.size(1) == 1:
         return y.squeeze(1)
     if mode in ("concat", None):
-        return y.transpose(1, 2).flatten(2)
+        return torch.cat(y.unbind(1), -1)  # flatten would fix sizes that are 1
     forward, backward = y.unbind(1)
     if mode == "mul":
         return forward * backward
@@ -124,22 +144,48 @@ class NodeConstants(NamedTuple):
     inverse: Tensor | None  # (D, P, H), of the projection: h0 of H units from the one of P
 
 
+def checked_weights(module: LSTM | LSTMCell) -> list[list[LayerWeights]]:
+    """A list a layer, an entry a direction, as the module's forward reads and checks them.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: the module's own, for weights that are missing, or not
+            of one dtype, device and size.
+    """
+    H, I, D = module.hidden_size, module.input_size, 1
+    P, steps = getattr(module, "proj_size", 0) or H, Steps.padded(1, 1)
+    cell = isinstance(module, LSTMCell)
+    if not cell:
+        module._check_attributes()
+        D += module.bidirectional
+    first = getattr(module, "weight_ih" if cell else "weight_ih_l0")
+    like = first if isinstance(first, Tensor) else torch.empty(0)
+    h, c = like.new_empty(1, P), like.new_empty(1, H)
+    layers = []
+    for k in range(1 if cell else module.num_layers):
+        x = like.new_empty(1, I)
+        if cell:
+            each = [module._layer_weights([getattr(module, n) for n in _OF_CELL], x, steps, h, c)]
+        else:
+            each = [module._layer_weights(D * k + d, x, steps, h, c) for d in range(D)]
+        check_layer(x, [Direction(h, c, w, d == 1) for d, w in enumerate(each)], steps)
+        layers.append(each)
+        I = D * P if getattr(module, "merge_mode", "") in ("concat", None) else P
+    return layers
+
+
 @torch.no_grad()
-def node_constants(module: LSTM | LSTMCell, suffixes: list[str]) -> NodeConstants:
-    """The node of one layer, from the parameters with these suffixes."""
-
-    def stacked(name: str) -> list[Tensor]:
-        return [getattr(module, name + suffix).detach() for suffix in suffixes]
-
-    w, r, bias, peepholes = stacked("weight_ih"), stacked("weight_hh"), None, None
-    projection = inverse = None
-    if module.bias:
-        pairs = zip(stacked("bias_ih"), stacked("bias_hh"), strict=True)
+def node_constants(directions: list[LayerWeights]) -> NodeConstants:
+    """The node of one layer."""
+    bias = peepholes = projection = inverse = None
+    r = [w.w_hh for w in directions]
+    if any(b is not None for w in directions for b in (w.b_ih, w.b_hh)):
+        zeros = r[0].new_zeros(r[0].size(0))  # a cell may have one bias only
+        pairs = [[zeros if b is None else b for b in (w.b_ih, w.b_hh)] for w in directions]
         bias = torch.stack([torch.cat([_iofc(b) for b in pair]) for pair in pairs])
-    if module.peephole:
-        peepholes = torch.stack([_ordered(p, 3, (0, 2, 1)) for p in stacked("weight_ch")])
-    if getattr(module, "proj_size", 0):
-        hr = [p.double() for p in stacked("weight_hr")]
+    if directions[0].w_ch is not None:
+        peepholes = torch.stack([_ordered(w.w_ch, 3, (0, 2, 1)) for w in directions])
+    if directions[0].w_hr is not None:
+        hr = [w.w_hr.double() for w in directions]
         dtype = r[0].dtype
         r = [(a.double() @ b).to(dtype) for a, b in zip(r, hr, strict=True)]
         projection = torch.stack([p.T for p in hr]).to(dtype)
@@ -148,7 +194,7 @@ def node_constants(module: LSTM | LSTMCell, suffixes: list[str]) -> NodeConstant
         if bool((singular[:, -1] > singular[:, 0] * torch.finfo(dtype).eps ** 0.5).all()):
             inverse = torch.linalg.pinv(torch.stack(hr)).transpose(1, 2).to(dtype)
     return NodeConstants(
-        torch.stack([_iofc(t) for t in w]),
+        torch.stack([_iofc(w.w_ih) for w in directions]),
         torch.stack([_iofc(t) for t in r]),
         bias,
         peepholes,
@@ -159,28 +205,29 @@ def node_constants(module: LSTM | LSTMCell, suffixes: list[str]) -> NodeConstant
 
 def weight_names(module: LSTM | LSTMCell) -> list[list[str]]:
     """The names of the weights that a layer's node is made of, a list a layer."""
-    kinds = ["weight_ih", "weight_hh"]
-    kinds += ["bias_ih", "bias_hh"] if module.bias else []
-    kinds += ["weight_ch"] if module.peephole else []
-    kinds += ["weight_hr"] if getattr(module, "proj_size", 0) else []
-    return [
-        [kind + suffix for suffix in suffixes for kind in kinds]
-        for suffixes in layer_suffixes(module)
-    ]
-
-
-def layer_suffixes(module: LSTM | LSTMCell) -> list[list[str]]:
-    """Of the names of parameters: a list a layer, an entry a direction."""
     if isinstance(module, LSTMCell):
-        return [[""]]
-    flat, D = module._suffixes(), 1 + module.bidirectional
-    return [flat[k : k + D] for k in range(0, len(flat), D)]
+        return [[*_OF_CELL, *module._variant_names()]]
+    flat, D = module._named_weights(), 1 + module.bidirectional
+    return [sum(flat[k : k + D], []) for k in range(0, len(flat), D)]
 
 
-def held(module: nn.Module, name: str) -> tuple[str, Any]:
-    """Where a module has a tensor, and the tensor; not that of a parametrization, which makes a
-    new one each time."""
-    for place in ("_parameters", "_buffers"):
-        if module.__dict__[place].get(name) is not None:
-            return place, module.__dict__[place][name]
-    return ("__dict__" if name in module.__dict__ else "", module.__dict__.get(name))
+class Held(NamedTuple):
+    """Where a module has a tensor, the tensor, and the versions of what it is made of.
+
+    A parametrization makes a new tensor each time: its originals count.
+    """
+
+    place: str
+    tensor: Any
+    versions: list[int | None]
+
+
+def held(module: nn.Module, name: str) -> Held:
+    places = ("_parameters", "_buffers")
+    place = next((p for p in places if module.__dict__[p].get(name) is not None), "")
+    tensor = (module.__dict__[place] if place else module.__dict__).get(name)
+    sources = [tensor] if isinstance(tensor, Tensor) else []
+    if is_parametrized(module, name):
+        sources = module.parametrizations[name].parameters()
+    # Inference tensors count no versions.
+    return Held(place, tensor, [None if t.is_inference() else t._version for t in sources])

@@ -85,11 +85,15 @@ def pack(weight: Tensor, gates: int = 4) -> tuple[Tensor, Tensor]:
     """
     if weight.is_meta:
         raise ValueError("quantize: expected weights with values, got some on the meta device")
-    weight = weight.detach().to("cpu", torch.float32)
+    given = weight.detach()
+    weight = given.to("cpu", torch.float32)
     rows, K = weight.shape
     size = blocks, depth, _ = packed_size(rows, K, gates)
     if not weight.isfinite().all():
-        raise ValueError("quantize: expected finite weights, got infinity or NaN among them")
+        got = "infinity or NaN among them"
+        if given.isfinite().all():
+            got = f"{given.abs().max():.3g}, which is none in float32, among them"
+        raise ValueError(f"quantize: expected finite weights, got {got}")
     scale = weight.abs().amax(1) / 127 if K else weight.new_zeros(rows)
     scale = torch.where(scale < torch.finfo(scale.dtype).tiny, 0, scale)
     codes = weight / torch.where(scale == 0, torch.inf, scale)[:, None]
@@ -286,11 +290,11 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, An
     x_dim, dims = in_dims[0], in_dims[1] or [None] * len(flat)
     steps = Steps.of((T, B, x.size(0 if x_dim != 0 else 1), batch_first), *tensors)
     kinds = tuple((backwards, None) for backwards in reverse)
-    layout = steps.layout
+    steps_dims, kinds_dims = Steps.of(steps.layout, *in_dims[7:10]), ((None, None),) * len(kinds)
     return batching.forward(
         _Operator,
         info.batch_size,
-        (Steps.of(layout, *in_dims[7:10]), kinds, None, x_dim, *dims),
+        (steps_dims, kinds_dims, (None, None), x_dim, *dims),
         (steps, kinds, (bits, cells), x, *flat),
     )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM  # torch.nn's may be set to this package's
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
+from torch.nn.utils.parametrize import is_parametrized
 
 from .compat import States, adopt
 from .convert import replaced
@@ -38,6 +39,8 @@ def _check_bits(bits: Any) -> None:
 
 class _Quantized(nn.Module):
     """What both have: buffers in place of parameters, and evaluation mode for good."""
+
+    proj_size: int = 0  # of a cell, for good
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         name = type(self).__name__
@@ -83,7 +86,7 @@ class _Quantized(nn.Module):
         self.recurrent_dropout = self.weight_dropout = 0.0
         self.forget_bias = None  # what it did is in the biases
         kinds = ["weight_ih", "weight_hh", *["bias_ih", "bias_hh"] * self.bias]
-        kinds += ["weight_hr"] if getattr(self, "proj_size", 0) else []
+        kinds += ["weight_hr"] if self.proj_size else []
         weights = {}
         for name in (kind + suffix for suffix in suffixes for kind in kinds):
             weights[name] = self._parameters.pop(name, None)
@@ -108,7 +111,8 @@ class _Quantized(nn.Module):
 
     def _attributes(self) -> tuple[Any, ...]:
         """Those that the buffers were made for."""
-        return self.input_size, self.hidden_size, self.bias, self.peephole, self.layer_norm
+        sizes = self.input_size, self.hidden_size, self.bias
+        return *sizes, self.peephole, self.layer_norm, self.zoneout
 
     def _check_attributes(self) -> None:
         """Refuse attributes set after construction that the buffers were not made for."""
@@ -135,6 +139,7 @@ class _Quantized(nn.Module):
         """The weights that the codes stand for, to the parameters of module."""
         parameters, buffers = module._parameters, self._buffers
         for suffix in suffixes:
+            self._weights(suffix)  # which refuses what is missing
             for kind in ("ih", "hh", "hr"):
                 weight = parameters.get(f"weight_{kind}{suffix}")
                 if weight is not None:
@@ -144,9 +149,15 @@ class _Quantized(nn.Module):
                 parameters[f"bias_ih{suffix}"].copy_(buffers[f"bias_sum{suffix}"])
                 parameters[f"bias_hh{suffix}"].zero_()
 
+    def _kinds(self) -> list[str]:
+        """The names of a direction's buffers, but for the suffix."""
+        kinds = ["weight_ih", "weight_hh", "scale_ih", "scale_hh"]
+        kinds += ["bias_sum"] if self.bias else []
+        return kinds + (["weight_hr", "scale_hr"] if self.proj_size else [])
+
     def _weights(self, suffix: str) -> QuantizedWeights:
         get = self._buffers.get
-        return QuantizedWeights(
+        w = QuantizedWeights(
             get("weight_ih" + suffix),
             get("weight_hh" + suffix),
             get("scale_ih" + suffix),
@@ -156,6 +167,21 @@ class _Quantized(nn.Module):
             get("scale_hr" + suffix),
             self.activation_bits,
         )
+        if (
+            (w.w_ih is None or w.w_hh is None or w.scale_ih is None or w.scale_hh is None)
+            or (w.bias is None and self.bias)
+            or ((w.w_hr is None or w.scale_hr is None) and self.proj_size)
+        ):
+            self._refuse_buffers(suffix)
+        return w
+
+    def _refuse_buffers(self, suffix: str) -> NoReturn:
+        names = [kind + suffix for kind in self._kinds()]
+        name = next(n for n in names if self._buffers.get(n) is None)
+        got = "a parametrization" if is_parametrized(self, name) else "None"
+        if self._parameters.get(name) is not None:
+            got = "a Parameter"
+        raise RuntimeError(f"{name}: expected the buffer that the module was made with, got {got}")
 
     def _check_dtype(self, input: Tensor) -> None:
         if input.dtype not in DTYPES:
@@ -168,8 +194,9 @@ class QuantizedLSTM(_Quantized, LSTM):
 
     Made by :meth:`from_float`, or by :func:`quantize` for all of a model. It is called as the LSTM,
     with everything that forward takes there, and returns the same, in its input's dtype: float32,
-    bfloat16 or float16. A fourth of float32's weights are read at every step, which is what the
-    time goes into with few sequences and a large H.
+    bfloat16 or float16. With large sizes a fourth of float32's bytes of weights are read at every
+    step, which is what the time goes into with few sequences and a large H. (H is rounded up to a
+    multiple of 16.)
 
     Every row of weights has a scale of its own and 8-bit codes, w ~ s (u - 128), s = max \|w\| /
     127. Inputs and states are taken in 16 bits, or in 8 with ``activation_bits=8``, a scale a row,
@@ -186,7 +213,8 @@ class QuantizedLSTM(_Quantized, LSTM):
 
     Raises:
         RuntimeError: (forward) a tensor that requires grad while gradients are recorded, or one
-            on another device; attributes changed since it was made; else as LSTM.
+            on another device; attributes changed, or buffers replaced by anything but a tensor,
+            since it was made; else as LSTM.
     """
 
     @classmethod
@@ -212,7 +240,12 @@ class QuantizedLSTM(_Quantized, LSTM):
         return cls.from_float(LSTM.from_torch(module), activation_bits)
 
     def dequantize(self) -> LSTM:
-        """An LSTM, in float32 and evaluation mode, with the weights that the codes stand for."""
+        """An LSTM, in float32 and evaluation mode, with the weights that the codes stand for.
+
+        Raises:
+            RuntimeError: as forward, for attributes and buffers changed since it was made.
+        """
+        self._check_attributes()
         names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional")
         names += ("proj_size", "merge_mode", "return_cell_sequence")
         options = {name: getattr(self, name) for name in names}
@@ -221,7 +254,7 @@ class QuantizedLSTM(_Quantized, LSTM):
         return module
 
     def _attributes(self) -> tuple[Any, ...]:
-        own = (self.num_layers, self.bidirectional, self.proj_size, self.zoneout)
+        own = (self.num_layers, self.bidirectional, self.proj_size, self.merge_mode)
         return (*super()._attributes(), *own, self.checkpoint_every)
 
     def _columns(self, name: str) -> int:
@@ -271,10 +304,7 @@ class QuantizedLSTM(_Quantized, LSTM):
         return plain_layers(self, x, hx, layers, run)
 
     def _named_weights(self) -> list[list[str]]:
-        kinds = ["weight_ih", "weight_hh", "scale_ih", "scale_hh"]
-        kinds += ["bias_sum"] if self.bias else []
-        kinds += ["weight_hr", "scale_hr"] if self.proj_size else []
-        return [[kind + suffix for kind in kinds] for suffix in self._suffixes()]
+        return [[kind + suffix for kind in self._kinds()] for suffix in self._suffixes()]
 
     def _weight_count(self) -> int:
         self._check_attributes()
@@ -308,8 +338,12 @@ class QuantizedLSTMCell(_Quantized, LSTMCell):
         return cls.from_float(LSTMCell.from_torch(module), activation_bits)
 
     def dequantize(self) -> LSTMCell:
-        """An LSTMCell, in float32 and evaluation mode, with the weights that the codes stand
-        for."""
+        """An LSTMCell, in float32 and evaluation mode, with the weights that the codes stand for.
+
+        Raises:
+            RuntimeError: as forward, for attributes and buffers changed since it was made.
+        """
+        self._check_attributes()
         sizes = (self.input_size, self.hidden_size, self.bias)
         module = LSTMCell(*sizes, device="cpu", dtype=torch.float32).eval()
         self._give(module, [""])

@@ -289,8 +289,8 @@ def _refuse_capture(device: torch.device | str) -> None:
         )
 
 
-def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str) -> Tensor | None:
-    """None where all are known to be T: whole sequences take less time."""
+def check_lengths_form(lengths: Any, B: int) -> None:
+    """Raise for lengths that are no tensor of integers, or not one of B sequences."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths should be a tensor of integers, got {type(lengths).__name__}")
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
@@ -298,6 +298,11 @@ def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str
     if lengths.shape != (B,):
         raise ValueError(f"Expected lengths of size {(B,)}, got {tuple(lengths.shape)}")
     check_dense("lengths", lengths)
+
+
+def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str) -> Tensor | None:
+    """None where all are known to be T: whole sequences take less time."""
+    check_lengths_form(lengths, B)
     _check_values("lengths", lengths, device)
     # A copy: backward reads it again, whatever the caller does to the tensor meanwhile.
     copy = lengths.detach().to(torch.int64, copy=True).contiguous()

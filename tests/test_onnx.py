@@ -1,7 +1,4 @@
-"""lstm_ext.onnx.export: standard nodes only, and ONNX Runtime's numbers on sizes not exported with.
-
-Every parameter is drawn anew, for with those of a fresh module the gates hardly move.
-"""
+"""lstm_ext.onnx.export: standard nodes only, and ONNX Runtime's numbers on other sizes."""
 
 import sys
 import threading
@@ -10,6 +7,24 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from exported import (
+    ANY,
+    MARKS,
+    TOL,
+    H,
+    I,
+    check,
+    drawn,
+    dynamic,
+    export,
+    inputs,
+    leaves,
+    lstm,
+    nodes,
+    onnx,
+    run,
+    states,
+)
 from tolerances import assert_as_good, tol
 from torch import Tensor, nn
 from torch.export import Dim
@@ -19,93 +34,7 @@ from torch.testing import assert_close
 
 import lstm_ext
 
-onnx = pytest.importorskip("onnx", reason="exports are read with it")
-onnxruntime = pytest.importorskip("onnxruntime", reason="exports are run with it")
-pytest.importorskip("onnxscript", reason="torch exports with it")
-
-import lstm_ext.onnx  # noqa: E402
-
-pytestmark = [
-    pytest.mark.cpu_only(reason="a graph holds no device"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),  # torch's own, of its own
-]
-
-I, H = 4, 6
-TOL = tol(torch.float32)
-ANY = Dim.DYNAMIC
-
-
-def drawn(module):
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.5)
-    return module.eval()
-
-
-def lstm(*args, **kwargs):
-    return drawn(lstm_ext.LSTM(I, H, *args, **kwargs))
-
-
-def states(module, batch):
-    count = module.num_layers * (1 + module.bidirectional)
-    h = torch.randn(count, batch, module.proj_size or H)
-    return h, torch.randn(count, batch, H)
-
-
-def inputs(module, T, B, hx, lengths):
-    """args, kwargs of a call."""
-    x = torch.randn(B, T, I) if module.batch_first else torch.randn(T, B, I)
-    kwargs = {"lengths": torch.randint(1, T + 1, (B,))} if lengths else {}
-    return (x, states(module, B)) if hx else (x,), kwargs
-
-
-def dynamic(module, hx, lengths):
-    shapes = {"input": {0: ANY, 1: ANY}}
-    if hx:
-        shapes["hx"] = ({1: ANY}, {1: ANY})
-    if lengths:
-        shapes["lengths"] = {0: ANY}
-    return shapes
-
-
-def export(tmp_path, model, args, kwargs=None, **options):
-    """The file, as onnx reads it, and a session on it; no node is anything but ONNX's own."""
-    path = tmp_path / "model.onnx"
-    lstm_ext.onnx.export(model, args, path, kwargs=kwargs, verbose=False, **options)
-    proto = onnx.load(path)
-    onnx.checker.check_model(proto, full_check=True)
-    assert {node.domain for node in proto.graph.node} == {""}
-    assert not proto.functions
-    assert [o.domain for o in proto.opset_import] == [""]
-    constants = {tensor.name for tensor in proto.graph.initializer}
-    for node in nodes(proto):
-        attributes = {a.name: a.i for a in node.attribute}
-        assert attributes.pop("layout", 0) == attributes.pop("input_forget", 0) == 0
-        assert set(attributes) == {"direction", "hidden_size"}  # no clip, no activations
-        assert {node.input[1], node.input[2]} <= constants
-    return proto, onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-
-def nodes(proto):
-    return [node for node in proto.graph.node if node.op_type == "LSTM"]
-
-
-def leaves(tree):
-    return torch.utils._pytree.tree_leaves(tree)
-
-
-def run(session, args, kwargs=None):
-    values = [t.numpy() for t in leaves((args, kwargs or {}))]
-    names = [i.name for i in session.get_inputs()]
-    results = session.run(None, dict(zip(names, values, strict=True)))
-    return [torch.from_numpy(r) for r in results]
-
-
-def check(session, model, args, kwargs=None):
-    with torch.no_grad():
-        expected = leaves(model(*args, **(kwargs or {})))
-    assert_close(run(session, args, kwargs), expected, **TOL)
-
+pytestmark = MARKS
 
 CASES = {
     "plain": ({}, False, False),
@@ -366,6 +295,22 @@ class Autocast(Packed):
             return self.lstm(x)[1]
 
 
+class InAList(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.modules_of_it = [module]
+
+    def forward(self, x):
+        return self.modules_of_it[0](x)
+
+
+def replaced(module):
+    """As packages do that wrap a module's forward."""
+    forward = module.forward
+    module.forward = lambda x: forward(x)
+    return nn.Sequential(module)
+
+
 def test_calls_refused():
     """While tracing, and what comes out is no page of torch's."""
     x = torch.randn(5, 2, I)
@@ -382,6 +327,12 @@ def test_calls_refused():
         (lstm(), (x[:, :, :3],), {}, RuntimeError, "Expected 4, got 3"),
         (lstm(), (x,), {"lengths": torch.tensor([1, 2, 3])}, ValueError, "lengths of size"),
         (lstm(), (x,), {"lengths": torch.tensor([1.0, 2.0])}, TypeError, "integer dtype"),
+        (lstm(), (x,), {"lengths": [1, 2]}, TypeError, "a tensor of integers, got list"),
+        (lstm(), (None,), {}, AttributeError, "'NoneType' object has no attribute 'dim'"),
+        (InAList(lstm()).eval(), (x,), {}, ValueError, r"LSTM\(4, 6\) ran, .*ModuleList"),
+        (replaced(lstm()), (x,), {}, ValueError, r"0 \(LSTM\): it ran by a forward taken from it"),
+        (replaced(lstm(num_layers=2)), (x,), {}, ValueError, "ran by a forward taken from it"),
+        (replaced(lstm_ext.LSTMCell(I, H)), (x[0],), {}, ValueError, r"0 \(LSTMCell\): it ran by"),
         (lstm(), (x, states(lstm(), 3)), {}, RuntimeError, r"Expected hidden\[0\] size"),
     ]
     for model, args, kwargs, error, text in calls:
@@ -425,6 +376,19 @@ class Failing(nn.Module):
         thread.start()
         thread.join()
         raise KeyError("on purpose", y)
+
+
+def test_a_call_in_another_thread_is_refused():
+    def call():
+        try:
+            model.lstm(x)
+        except RuntimeError as error:
+            texts.append(str(error))
+
+    x, texts, model = torch.randn(5, 3, I), [], Failing(call).eval()
+    with pytest.raises(Exception, match="on purpose"):
+        lstm_ext.onnx.export(model, (x,), verbose=False)
+    assert "lstm (LSTM) is being exported to ONNX" in texts[0]
 
 
 def test_everything_is_as_before_after_a_failure():

@@ -135,6 +135,81 @@ class Makes(nn.Module):
         return self.lstm(x)[0]
 
 
+class Changes(nn.Module):
+    """One in place, or what a parametrization makes it of."""
+
+    def __init__(self, parametrized):
+        super().__init__()
+        self.lstm, self.parametrized = lstm_ext.LSTM(3, 4), parametrized
+        if parametrized:
+            parametrizations.weight_norm(self.lstm, "weight_hh_l0")
+
+    @torch.no_grad()
+    def change(self, *args):
+        weight = self.lstm.weight_hh_l0
+        if self.parametrized:
+            weight = self.lstm.parametrizations.weight_hh_l0.original0
+        weight.mul_(0.5)
+
+    def forward(self, x):
+        self.change()
+        return self.lstm(x)[0]
+
+
+@pytest.mark.parametrize("parametrized", [False, True])
+@pytest.mark.parametrize("hook", [False, True])
+def test_weights_changed_in_place_while_the_model_runs_are_refused(parametrized, hook, tmp_path):
+    model, path = Changes(parametrized).eval(), tmp_path / "model.onnx"
+    if hook:  # it changes them before the model runs
+        change, model = model.change, nn.Sequential(model.lstm).eval()
+        model.register_forward_pre_hook(change)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=r"weight_hh_l0 changed in place while it ran"):
+        lstm_ext.onnx.export(model, (X,), path, verbose=False)
+    assert not path.exists()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_weights_made_in_inference_mode(tmp_path):
+    """They count no changes."""
+    with torch.inference_mode():
+        model = nn.Sequential(lstm_ext.LSTM(3, 4))
+    with torch.no_grad():
+        assert_close(exported(model, tmp_path / "model.onnx"), model(X)[0], **tol(torch.float32))
+
+
+@pytest.mark.parametrize(
+    "name, weight, error, text",
+    [
+        ("bias_hh_l0", torch.randn(12), RuntimeError, r"bias_hh of size \(16,\), got \(12,\)"),
+        ("weight_hh_l0", torch.randn(16, 5), RuntimeError, r"weight_hh of size \(16, 4\)"),
+        ("bias_ih_l0", torch.randn(16).double(), RuntimeError, "parameter tensor with .*float64"),
+        ("weight_ih_l0", None, TypeError, "weight_ih_l0: expected a Tensor, got NoneType"),
+        ("bidirectional", True, RuntimeError, "bidirectional=True.* cannot be changed afterwards"),
+        ("bias", False, RuntimeError, "bias=False.* cannot be changed afterwards"),
+    ],
+)
+def test_weights_that_the_module_refuses(name, weight, error, text, tmp_path):
+    model, path = nn.Sequential(lstm_ext.LSTM(3, 4)), tmp_path / "model.onnx"
+    made = nn.Parameter(weight) if isinstance(weight, torch.Tensor) else weight
+    setattr(model[0], name, made)
+    for call in (model, lambda x: lstm_ext.onnx.export(model, (x,), path, verbose=False)):
+        with pytest.raises(error, match=text):
+            call(X)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["bias_ih", "bias_hh"])
+def test_a_cell_may_have_one_bias(name, tmp_path):
+    model = nn.Sequential(lstm_ext.LSTMCell(3, 4)).eval()
+    setattr(model[0], name, None)
+    path = tmp_path / "model.onnx"
+    lstm_ext.onnx.export(model, (X[0],), path, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    h = torch.from_numpy(session.run(None, {"input": X[0].numpy()})[0])
+    assert_close(h, model(X[0])[0], **tol(torch.float32))
+
+
 @pytest.mark.parametrize(
     "model, name",
     [

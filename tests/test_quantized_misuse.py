@@ -7,7 +7,7 @@ import pytest
 import torch
 from eight_bits import MARKS
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 import lstm_ext
 from lstm_ext import QuantizedLSTM, QuantizedLSTMCell, quantize
@@ -152,7 +152,6 @@ def test_wrong_buffers():
     for name, wrong, words in (
         ("weight_ih_l0", torch.ones(1, 1, 64, dtype=torch.uint8), r"weight_ih: expected size"),
         ("scale_ih_l0", torch.ones(15), r"scale_ih: expected size \(16,\), got \(15,\)"),
-        ("scale_hh_l0", None, "scale_hh: expected torch.float32 on the CPU, got None"),
         ("weight_hh_l0", torch.ones(1, 1, 256), "weight_hh: expected torch.uint8 on the CPU"),
         ("bias_sum_l0", torch.ones(16).half(), "bias: expected torch.float32 .* torch.float16"),
     ):
@@ -160,19 +159,47 @@ def test_wrong_buffers():
         setattr(module, name, wrong)
         with pytest.raises(RuntimeError, match=words):
             module(x)
+
+
+@pytest.mark.parametrize(
+    "name", ["weight_ih_l0", "scale_hh_l0", "bias_sum_l0", "weight_hr_l0", "scale_hr_l0"]
+)
+@pytest.mark.parametrize("kwargs", [{}, {"lengths": torch.tensor([2])}], ids=str)
+def test_missing_buffers(name, kwargs):
+    module, x = quantize(nn.LSTM(3, 4, proj_size=2)), torch.randn(2, 1, 3)
+    buffer = getattr(module, name)
+    for value, got in ((None, "None"), (nn.Parameter(buffer, requires_grad=False), "a Parameter")):
+        setattr(module, name, value)
+        with pytest.raises(RuntimeError, match=rf"{name}: expected the buffer .* got {got}"):
+            module(x, **kwargs)
+        with pytest.raises(RuntimeError, match=rf"{name}: expected the buffer .* got {got}"):
+            module.dequantize()
     module = quantize(nn.LSTM(3, 4, proj_size=2))
-    module.weight_hr_l0 = None
-    with pytest.raises(RuntimeError, match="weight_hr: expected torch.uint8 on the CPU, got None"):
-        module(x)
+    parametrize.register_parametrization(module, name, nn.Identity())
+    with pytest.raises(RuntimeError, match=rf"{name}: expected .* got a parametrization"):
+        module(x, **kwargs)
 
 
-@pytest.mark.parametrize("name, value", [("num_layers", 1), ("bidirectional", False)])
+def test_a_missing_buffer_of_a_cell():
+    cell = quantize(nn.LSTMCell(3, 4))
+    cell.bias_sum = None
+    with pytest.raises(RuntimeError, match="bias_sum: expected the buffer .* got None"):
+        cell(torch.randn(2, 3))
+    without = quantize(nn.LSTMCell(3, 4, bias=False))
+    assert without(torch.randn(2, 3))[0].shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("num_layers", 1), ("bidirectional", False), ("merge_mode", "sum")]
+)
 @pytest.mark.parametrize("kwargs", [{}, {"lengths": torch.tensor([2])}], ids=str)
 def test_changed_attributes(name, value, kwargs):
     module = quantize(nn.LSTM(3, 4, 2, bidirectional=True))
     setattr(module, name, value)
     with pytest.raises(RuntimeError, match="cannot be changed afterwards"):
         module(torch.randn(2, 1, 3), **kwargs)
+    with pytest.raises(RuntimeError, match="cannot be changed afterwards"):
+        module.dequantize()
 
 
 @pytest.mark.parametrize(
@@ -183,10 +210,23 @@ def test_other_changed_attributes(name, value):
     setattr(module, name, value)
     with pytest.raises(RuntimeError, match="cannot be changed afterwards"):
         module(torch.randn(2, 1, module.input_size))
+
+
+@pytest.mark.parametrize("name, value", [("bias", False), ("zoneout", 0.5)])
+def test_changed_attributes_of_a_cell(name, value):
     cell = quantize(nn.LSTMCell(3, 4))
-    cell.bias = False
-    with pytest.raises(RuntimeError, match="cannot be changed afterwards"):
-        cell(torch.randn(2, 3))
+    setattr(cell, name, value)
+    for call in (cell, lambda x: cell.dequantize()):
+        with pytest.raises(RuntimeError, match="cannot be changed afterwards"):
+            call(torch.randn(2, 3))
+
+
+def test_weights_that_float32_has_not():
+    module = lstm_ext.LSTM(3, 4).double()
+    for value, got in ((1e300, "1e[+]300, which is none in float32"), (torch.inf, "infinity")):
+        module.weight_hh_l0.data[1, 2] = value
+        with pytest.raises(ValueError, match=f"finite weights, got {got}"):
+            QuantizedLSTM.from_float(module)
 
 
 @pytest.mark.parametrize("make", [nn.LSTM, nn.LSTMCell])

@@ -173,6 +173,43 @@ def test_vmap():
     assert torch.equal(y[:, :, 1], module(x[1])[0])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": False, "batch_first": True, "return_cell_sequence": True},
+        {"num_layers": 2, "bidirectional": True, "merge_mode": "sum"},
+        {"bidirectional": True, "proj_size": 5},
+    ],
+    ids=str,
+)
+def test_vmap_over_modules(options):
+    modules = [quantize(lstm_ext.LSTM(7, 19, **options)) for _ in range(3)]
+    _, buffers = torch.func.stack_module_state(modules)
+    x, lengths = torch.randn(3, 4, 4, 7), torch.tensor([[4, 0, 2, 3], [1, 1, 3, 4], [4, 4, 4, 4]])
+
+    def run(buffers, x, **kwargs):
+        return torch.func.functional_call(modules[0], buffers, (x,), kwargs)
+
+    made = torch.vmap(run, in_dims=(0, None))(buffers, x[0])
+    with_lengths = torch.vmap(lambda b, x, n: run(b, x, lengths=n))(buffers, x, lengths)
+    for k, module in enumerate(modules):
+        assert all(
+            torch.equal(a[k], b) for a, b in zip(flat(made), flat(module(x[0])), strict=True)
+        )
+        one = module(x[k], lengths=lengths[k])
+        assert all(torch.equal(a[k], b) for a, b in zip(flat(with_lengths), flat(one), strict=True))
+
+
+def test_vmap_over_cells():
+    cells = [quantize(nn.LSTMCell(7, 19)) for _ in range(3)]
+    _, buffers = torch.func.stack_module_state(cells)
+    x = torch.randn(4, 7)
+    made = torch.vmap(lambda b: torch.func.functional_call(cells[0], b, (x,)))(buffers)
+    for k, cell in enumerate(cells):
+        assert all(torch.equal(a[k], b) for a, b in zip(flat(made), flat(cell(x)), strict=True))
+
+
 def test_no_features():
     """nn.LSTM has none of it."""
     for make in (nn.LSTMCell, lstm_ext.LSTMCell):
