@@ -48,7 +48,8 @@ struct CpuPlain : PlainTensors {
       if (truth) return pybind11::none();
     }
     const Object parameters = get(cell, cell_names().parameters);
-    if (!PyDict_Check(parameters.ptr()) ||
+    // A dict of another class may make what is taken out of it, as DeepSpeed's gathers weights.
+    if (!PyDict_CheckExact(parameters.ptr()) ||
         size_t(PyDict_Size(parameters.ptr())) != cell_names().weights.size()) {
       return pybind11::none();
     }

@@ -24,11 +24,13 @@ inline void* address_of(pybind11::handle tensor) {
 }
 
 // Whether a tensor's elements, if it has any, are at its address. A fake or functionalized one has
-// no address. A zero of forward mode has none either, and that of a part of it is the part's place
-// in nothing: a low number, where to ask once more costs a tensor of another kind nothing.
+// no address. Neither has a zero of forward mode, nor one whose storage was freed, and that of a
+// part of them is the part's place in nothing: a low number, where to ask once more costs a tensor
+// of another kind nothing.
 inline bool has_memory(pybind11::handle tensor, const void* address) {
   if (reinterpret_cast<uintptr_t>(address) >> 40) return true;
-  const bool none = !address || tensor.attr("_is_zerotensor")().cast<bool>();
+  const bool none = !address || tensor.attr("_is_zerotensor")().cast<bool>() ||
+                    !tensor.attr("untyped_storage")().attr("data_ptr")().cast<uintptr_t>();
   return !none || tensor.attr("numel")().cast<int64_t>() == 0;
 }
 

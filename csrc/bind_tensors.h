@@ -21,7 +21,7 @@ class PlainTensors {
   // types: of tensors without behaviour of their own. codes: enum Dtype by dtype. half_acc: the acc
   // type of half types; the others are their own. bytes: the dtype of bytes. is_here: the name of a
   // tensor's attribute that is True on the kind of device that this is for. exchange: DLPack's
-  // capsule of the types, or None, where every question is asked through Python.
+  // capsule of the types; of anything else every question is asked through Python.
   PlainTensors(pybind11::tuple types, const pybind11::dict& codes, Object half_acc, Object bytes,
                Object is_here, dlpack::DeviceType device_type, const Object& exchange)
       : types_(std::move(types)),
@@ -35,11 +35,11 @@ class PlainTensors {
       const auto kind = code == Dtype::kBFloat16 ? dlpack::kBfloat : dlpack::kFloat;
       known_.push_back({pybind11::reinterpret_borrow<Object>(dtype), {kind, bits, 1}, code});
     }
-    if (exchange.is_none()) return;
-    const auto* const found = static_cast<const dlpack::Exchange*>(
+    if (!PyCapsule_IsValid(exchange.ptr(), dlpack::kCapsule)) return;
+    const auto* found = static_cast<const dlpack::Exchange*>(
         PyCapsule_GetPointer(exchange.ptr(), dlpack::kCapsule));
-    if (!found) throw pybind11::error_already_set();
-    if (found->major == dlpack::kMajor && found->view) exchange_ = found;
+    while (found && found->major > dlpack::kMajor) found = found->older;
+    if (found && found->major == dlpack::kMajor && found->view) exchange_ = found;
   }
 
   struct Names {

@@ -125,7 +125,10 @@ class LSTMCell(Variants, nn.RNNCellBase):
     def _check_attributes(self) -> None:
         """Refuse attributes set after construction that the parameters were not made for."""
         for name, parameter in (("peephole", "weight_ch"), ("layer_norm", "gamma_hh")):
-            made_with = parameter in self._parameters or hasattr(self, parameter)
+            # Without a look at it, which may change a parametrization's state.
+            made_with = hasattr(type(self), parameter) or any(
+                parameter in place for place in (self._parameters, self.__dict__)
+            )
             if getattr(self, name) != made_with:
                 raise RuntimeError(
                     f"got {name}={getattr(self, name)}, expected {name}={made_with} as the cell "

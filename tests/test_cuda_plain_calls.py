@@ -148,7 +148,6 @@ def test_states_for_the_layer(name, bidirectional, short):
 
 
 LAYERS = {
-    "projection": {"proj_size": 3},
     "peephole": {"peephole": True},
     "cells": {"return_cell_sequence": True},
 }

@@ -243,3 +243,39 @@ def test_an_input_that_is_no_dense_tensor():
         module(nn.utils.rnn.pack_sequence([x]))
     with pytest.raises(RuntimeError, match="Expected input to be dense, got torch.sparse_coo"):
         module(x.to_sparse())
+
+
+class Drawn(nn.Module):
+    calls = 0
+
+    def forward(self, weight):
+        self.calls += 1
+        return weight * 2
+
+
+@pytest.mark.parametrize("name", ["weight_ih", "weight_ch"])
+def test_a_parametrization_is_asked_once(name):
+    module, drawn = here(lstm_ext.LSTMCell(4, 6, peephole=name == "weight_ch")), Drawn()
+    nn.utils.parametrize.register_parametrization(module, name, drawn)
+    drawn.calls = 0
+    module(here(torch.randn(3, 4)))
+    assert drawn.calls == 1
+
+
+class Doubled(dict):
+    def __getitem__(self, name):
+        value = super().__getitem__(name)
+        return value if value is None else value.detach() * 2
+
+
+@pytest.mark.parametrize("make", [nn.LSTMCell, nn.LSTM])
+def test_parameters_in_a_dict_that_makes_them(make):
+    """As DeepSpeed's, which gathers what it is asked for."""
+    peer, x = make(4, 6).double(), torch.randn(5, 3, 4).double()
+    ours = lstm_ext.convert(nn.Sequential(make(4, 6).double()))[0]
+    ours.load_state_dict(peer.state_dict())
+    x = x[0] if make is nn.LSTMCell else x
+    peer.load_state_dict({k: 2 * v for k, v in peer.state_dict().items()})
+    ours.__dict__["_parameters"] = Doubled(ours._parameters)
+    with torch.no_grad():
+        assert_close(ours(x)[0], peer(x)[0])

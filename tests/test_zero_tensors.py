@@ -1,4 +1,5 @@
-"""Zeros without memory, which forward mode makes: the part of one has an address that is none."""
+"""Tensors without memory, zeros that forward mode makes and those whose storage was freed: the part
+of one has an address that is none."""
 
 import pytest
 import torch
@@ -125,3 +126,21 @@ def test_reverse_over_forward_mode_in_some_inputs(tangents, argument):
     found = jacrev(tangent(lambda x, h, c: module(x, (h, c))[0], argument))(inputs[argument])
     expected = jacrev(tangent(plain, argument))(inputs[argument])
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["plain", "bidirectional", "projection", "variant", "cell"])
+@pytest.mark.parametrize("which", ["x", "h", "c", "weight"])
+def test_a_part_of_what_was_freed(kind, which):
+    """As FSDP's parameters outside of its root's forward."""
+    module, x = _made(kind)
+    result = module(x)
+    given = dict(zip("xhc", (x, *(result if kind == "cell" else result[1])), strict=True))
+    name, weight = next(iter(module.named_parameters()))
+    given["weight"] = weight
+    of = given[which].detach()
+    freed = torch.cat([of.new_zeros(8), of.flatten()])[8:].view(of.shape)
+    freed.untyped_storage().resize_(0)
+    given[which] = torch.nn.Parameter(freed) if which == "weight" else freed
+    module.register_parameter(name, given["weight"])
+    with pytest.raises(RuntimeError):
+        module(given["x"], (given["h"], given["c"]))
