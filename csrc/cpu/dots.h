@@ -12,9 +12,9 @@
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
 
-// Below this length the additions across lanes weigh more than packing saves. Above it packing
-// gained nothing that could be told from noise, fp32 and bf16, at B 1 and 4 of up to 150 steps, and
-// took 10-50 % longer at T 25, B 1, H 1024 (Zen 5).
+// Below this length the additions across lanes weigh more than packing saves, unless the weights
+// are used for few rows in all. Above it packing gained nothing that could be told from noise, fp32
+// and bf16, at B 1 and 4 of up to 150 steps, and took 10-50 % longer at T 25, B 1, H 1024 (Zen 5).
 constexpr int64_t kDotsMinK = 256;
 
 // Recurrent weights of a single sequence are first copied into one piece, in the order in which
@@ -28,8 +28,9 @@ template <class A>
 constexpr int kDotsMaxRows = Lanes<A>::kCount < 4 ? Lanes<A>::kCount : 4;
 
 template <class E>
-bool dots_suit(int64_t K) {
-  return K >= kDotsMinK && K % (Operand<E>::kDepth * Lanes<Acc<E>>::kCount) == 0;
+bool dots_suit(int64_t K, bool few_rows_in_all) {
+  return (K >= kDotsMinK || few_rows_in_all) &&
+         K % (Operand<E>::kDepth * Lanes<Acc<E>>::kCount) == 0;
 }
 
 // Lane l of the result: lane l + lane l ^ D of a where bit D of l is 0, of b where it is 1.

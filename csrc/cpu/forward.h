@@ -38,6 +38,12 @@ class Forward {
   // More time: bf16 H 256, B 128 10 %, H 1024, B 768 2 %; fp32 H 512, B 384 4 % (Zen 4, two
   // threads).
   static constexpr int64_t kBytesPerFewRows = 768 << 10;  // of weights, to kChunkRows rows
+  // Short rows of weights are read as they lie too for as many rows of x or h, over all of few
+  // steps, as K has of these. A single step, packed over unpacked, one thread and two: fp32 and
+  // bf16 H 64, B 1 and 8 1.1 to 1.2 and 1.05, H 128, B 1, 8 and 16 1.6, 1.3 and 1.1, H 224, B 1, 8
+  // and 24 1.9 to 2.3, 1.4 to 1.6 and 1.1; AVX2 and the baseline alike. Four steps of B 1: 1.0 to
+  // 1.4, eight 0.94 to 1.15. Half as many columns: 0.87 to 1.03 (Zen 4).
+  static constexpr int64_t kColumnsPerRow = 8;
 
  public:
   static Plan plan(const LstmForward& p) {
@@ -169,15 +175,19 @@ class Forward {
     return !p.pack_input && p.steps.rows <= most;
   }
 
+  static bool few_in_all(const LstmForward& p, int64_t K) {
+    return !p.pack_input && p.steps.T <= kFewSteps && p.steps.rows * kColumnsPerRow <= K;
+  }
+
   // Few sequences, or steps: W_hh is read as it lies, not packed.
   static bool dots(const LstmForward& p) {
     return (p.steps.B <= kDotsMaxRows<A> || (few_rows(p, length(p)) && p.steps.T <= kFewSteps)) &&
-           dots_suit<E>(length(p));
+           dots_suit<E>(length(p), few_in_all(p, length(p)));
   }
 
   // Of W_ih.
   static bool input_dots(const LstmForward& p) {
-    return p.x && few_rows(p, p.I) && dots_suit<E>(p.I);
+    return p.x && few_rows(p, p.I) && dots_suit<E>(p.I, few_in_all(p, p.I));
   }
 
   // gx = x W_ih^T + b_ih + b_hh for the columns of one thread and the steps from the i-th on, as
