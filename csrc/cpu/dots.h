@@ -15,6 +15,7 @@ namespace LSTM_EXT_ISA {
 // Below this length the additions across lanes weigh more than packing saves, unless the weights
 // are used for few rows in all. Above it packing gained nothing that could be told from noise, fp32
 // and bf16, at B 1 and 4 of up to 150 steps, and took 10-50 % longer at T 25, B 1, H 1024 (Zen 5).
+// Rows of no whole vectors, which begin anywhere, are packed but for few steps.
 constexpr int64_t kDotsMinK = 256;
 
 // Recurrent weights of a single sequence are first copied into one piece, in the order in which
@@ -26,12 +27,6 @@ constexpr int64_t kCopyMaxBytes = 2 << 20;
 // More rows than lanes would leave no weight rows for a group of sums.
 template <class A>
 constexpr int kDotsMaxRows = Lanes<A>::kCount < 4 ? Lanes<A>::kCount : 4;
-
-template <class E>
-bool dots_suit(int64_t K, bool few_rows_in_all) {
-  return (K >= kDotsMinK || few_rows_in_all) &&
-         K % (Operand<E>::kDepth * Lanes<Acc<E>>::kCount) == 0;
-}
 
 // Lane l of the result: lane l + lane l ^ D of a where bit D of l is 0, of b where it is 1.
 template <class V, int D, int... Lane>
@@ -107,7 +102,7 @@ __attribute__((noinline)) void dots(const E* const* a, const S* w, int64_t last,
           }
         }
       }
-      for (; k < K; k += L) {
+      for (; k + L <= K; k += L) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -115,6 +110,17 @@ __attribute__((noinline)) void dots(const E* const* a, const S* w, int64_t last,
             sum[0][r][i] = multiply_add<E>(sum[0][r][i], load_elements<E>(a[r] + k),
                                            load_weights<E>(weight[i], k));
           }
+        }
+      }
+      if (k < K) {
+        Vec<A> x[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) x[r] = load_elements_partial<E>(a[r] + k, K - k);
+#pragma GCC unroll 4
+        for (int i = 0; i < streams; ++i) {
+          const Vec<A> y = load_weights_rest<E>(weight[i], k, K - k);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) sum[0][r][i] = multiply_add<E>(sum[0][r][i], x[r], y);
         }
       }
 #pragma GCC unroll 4
@@ -173,7 +179,11 @@ __attribute__((noinline)) void dots_of_one(const E* a, const S* w, int64_t last,
           odd = add(odd, load_elements<E>(a + k + (i + 1) * L), row, k + (i + 1) * L);
         }
       }
-      for (; k < K; k += L) even = add(even, load_elements<E>(a + k), row, k);
+      for (; k + L <= K; k += L) even = add(even, load_elements<E>(a + k), row, k);
+      if (k < K) {
+        const V y = load_weights_rest<E>(row, k, K - k);
+        odd = multiply_add<E>(odd, load_elements_partial<E>(a + k, K - k), y);
+      }
     }
     total[l] = even + odd;
   }

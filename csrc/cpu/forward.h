@@ -42,7 +42,8 @@ class Forward {
   // steps, as K has of these. A single step, packed over unpacked, one thread and two: fp32 and
   // bf16 H 64, B 1 and 8 1.1 to 1.2 and 1.05, H 128, B 1, 8 and 16 1.6, 1.3 and 1.1, H 224, B 1, 8
   // and 24 1.9 to 2.3, 1.4 to 1.6 and 1.1; AVX2 and the baseline alike. Four steps of B 1: 1.0 to
-  // 1.4, eight 0.94 to 1.15. Half as many columns: 0.87 to 1.03 (Zen 4).
+  // 1.4, eight 0.94 to 1.15. Half as many columns: 0.87 to 1.03. Of no whole vectors, fp32, B 1: H
+  // 100, 200, 300 and 650 1.4, 1.8, 2.1 and 5 (Zen 4).
   static constexpr int64_t kColumnsPerRow = 8;
 
  public:
@@ -175,19 +176,25 @@ class Forward {
     return !p.pack_input && p.steps.rows <= most;
   }
 
-  static bool few_in_all(const LstmForward& p, int64_t K) {
-    return !p.pack_input && p.steps.T <= kFewSteps && p.steps.rows * kColumnsPerRow <= K;
+  // Rows of K columns, for few rows of x or h or few steps. Of pairs, rows of an odd length do not
+  // begin on pairs.
+  static bool dots_suit(const LstmForward& p, int64_t K) {
+    const bool few_steps = !p.pack_input && p.steps.T <= kFewSteps;
+    const bool few_in_all = few_steps && p.steps.rows * kColumnsPerRow <= K;
+    const bool whole_vectors = K % (Operand<E>::kDepth * L) == 0;
+    return K % Operand<E>::kDepth == 0 && (whole_vectors || few_steps) &&
+           (K >= kDotsMinK || few_in_all);
   }
 
   // Few sequences, or steps: W_hh is read as it lies, not packed.
   static bool dots(const LstmForward& p) {
     return (p.steps.B <= kDotsMaxRows<A> || (few_rows(p, length(p)) && p.steps.T <= kFewSteps)) &&
-           dots_suit<E>(length(p), few_in_all(p, length(p)));
+           dots_suit(p, length(p));
   }
 
   // Of W_ih.
   static bool input_dots(const LstmForward& p) {
-    return p.x && few_rows(p, p.I) && dots_suit<E>(p.I, few_in_all(p, p.I));
+    return p.x && few_rows(p, p.I) && dots_suit(p, p.I);
   }
 
   // gx = x W_ih^T + b_ih + b_hh for the columns of one thread and the steps from the i-th on, as

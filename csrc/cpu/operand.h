@@ -80,6 +80,12 @@ LSTM_EXT_INLINE Vec<Acc<E>> broadcast_element(const E* p) {
   }
 }
 
+// The first n, fewer than a vector has; the others are zero.
+template <class E>
+LSTM_EXT_INLINE Vec<Acc<E>> load_elements_partial(const E* p, int64_t n) {
+  return load<Acc<E>>(reinterpret_cast<const Acc<E>*>(p), n);
+}
+
 // Elements k .. k + lanes of a row of weights as the user stores it.
 template <class E, class S>
 LSTM_EXT_INLINE Vec<Acc<E>> load_weights(const S* row, int64_t k) {
@@ -87,6 +93,16 @@ LSTM_EXT_INLINE Vec<Acc<E>> load_weights(const S* row, int64_t k) {
     return load_elements<E>(reinterpret_cast<const E*>(row) + k);
   } else {
     return load_full<E>(row + k);
+  }
+}
+
+// As load_weights, but of n elements, fewer than a vector has; the others are zero.
+template <class E, class S>
+LSTM_EXT_INLINE Vec<Acc<E>> load_weights_rest(const S* row, int64_t k, int64_t n) {
+  if constexpr (kPaired<E>) {
+    return load_elements_partial<E>(reinterpret_cast<const E*>(row) + k, n);
+  } else {
+    return load<E>(row + k, n);
   }
 }
 
