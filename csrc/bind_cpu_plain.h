@@ -38,10 +38,12 @@ struct CpuPlain : PlainTensors {
     return out.all();
   }
 
-  // A step of a cell, as forward; or None as well if something surrounds the call, or if the cell
-  // has variants, more parameters, or a weight in another place.
+  // A step of a cell, as forward; or None as well if something surrounds the call, if x is
+  // elsewhere, or if the cell has variants, more parameters, or a weight in another place.
   Object cell(Handle cell, Handle x, Handle hx, const pybind11::function& workspace) const {
     if (!surroundings_.none()) return pybind11::none();
+    Look found;
+    if (!answered([&] { return look(x, found) && found.here; })) return pybind11::none();
     for (PyObject* const variant : cell_names().variants) {
       const int truth = PyObject_IsTrue(get(cell, variant).ptr());
       if (truth < 0) throw pybind11::error_already_set();

@@ -240,6 +240,10 @@ PYBIND11_MODULE(_C, m) {
   lstm_ext::bind_variants(m);
   lstm_ext::bind_surroundings(m);
   lstm_ext::bind_cpu_plain(m);
+  m.def(
+      "address",
+      [](lstm_ext::Memory tensor) { return reinterpret_cast<uintptr_t>(tensor.address); },
+      "tensor"_a, "Of a tensor's memory; 0 for None. RuntimeError for elements without memory.");
   m.def("cpu_multiplies", &lstm_ext::core_multiplies, "bf16_products"_a, "M"_a, "N"_a, "K"_a,
         "a_transposed"_a, "Whether cpu_matmul is to be used, or torch's product.");
   m.def("cpu_dh0_is_a_product", &lstm_ext::dh0_is_a_product, "weights"_a, "projected"_a,

@@ -129,22 +129,7 @@ def address(tensor: Tensor | None) -> int:
     Raises:
         RuntimeError: the tensor has elements but no memory, as a fake or functionalized one.
     """
-    if tensor is None:
-        return 0
-    pointer = tensor.data_ptr()
-    if pointer < 1 << 40 and _has_no_memory(tensor, pointer):
-        raise RuntimeError(
-            f"lstm_ext needs tensors with memory, got a {type(tensor).__name__} without: its "
-            "storage was freed, as FSDP's outside of its root's forward, or it wraps another "
-            "tensor, or is a fake or functionalized one that something traces with"
-        )
-    return pointer
-
-
-def _has_no_memory(tensor: Tensor, pointer: int) -> bool:
-    """The inverse of has_memory() of csrc/bind_memory.h."""
-    none = not pointer or tensor._is_zerotensor() or not tensor.untyped_storage().data_ptr()
-    return none and tensor.numel() > 0
+    return _C.address(tensor)
 
 
 def is_lazy(tensor: Tensor) -> bool:
