@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+
 #include "bind_cpu.h"
 #include "bind_cpu_plain_backward.h"
 #include "bind_plain.h"
@@ -39,32 +41,39 @@ struct CpuPlain : PlainTensors {
   }
 
   // A step of a cell, as forward; or None as well if something surrounds the call, if x is
-  // elsewhere, or if the cell has variants, more parameters, or a weight in another place.
+  // elsewhere, or if variants take part, or it has more parameters, or a weight in another place.
   Object cell(Handle cell, Handle x, Handle hx, const pybind11::function& workspace) const {
     if (!surroundings_.none()) return pybind11::none();
     Look found;
     if (!answered([&] { return look(x, found) && found.here; })) return pybind11::none();
-    for (PyObject* const variant : cell_names().variants) {
-      const int truth = PyObject_IsTrue(get(cell, variant).ptr());
-      if (truth < 0) throw pybind11::error_already_set();
-      if (truth) return pybind11::none();
+    // As Variants._varied.
+    const auto any = [&](const auto& names) {
+      return std::any_of(names.begin(), names.end(), [&](PyObject* name) {
+        const int truth = PyObject_IsTrue(get(cell, name).ptr());
+        if (truth < 0) throw pybind11::error_already_set();
+        return truth == 1;
+      });
+    };
+    const CellNames& names = cell_names();
+    if (any(names.variants) || (any(names.dropouts) && any(names.training))) {
+      return pybind11::none();
     }
-    const Object parameters = get(cell, cell_names().parameters);
+    const Object parameters = get(cell, names.parameters);
     // A dict of another class may make what is taken out of it, as DeepSpeed's gathers weights.
     if (!PyDict_CheckExact(parameters.ptr()) ||
-        size_t(PyDict_Size(parameters.ptr())) != cell_names().weights.size()) {
+        size_t(PyDict_Size(parameters.ptr())) != names.weights.size()) {
       return pybind11::none();
     }
     pybind11::list weights(PlainCall::kWeights);
-    for (size_t k = 0; k < cell_names().weights.size(); ++k) {
-      PyObject* const weight = PyDict_GetItemWithError(parameters.ptr(), cell_names().weights[k]);
+    for (size_t k = 0; k < names.weights.size(); ++k) {
+      PyObject* const weight = PyDict_GetItemWithError(parameters.ptr(), names.weights[k]);
       if (!weight && PyErr_Occurred()) throw pybind11::error_already_set();
       if (!weight) return pybind11::none();
       weights[k] = Handle(weight);
     }
     weights[PlainCall::kWeights - 1] = pybind11::none();
     const auto size = [&](PyObject* name) { return get(cell, name).cast<int64_t>(); };
-    const int64_t I = size(cell_names().input_size), H = size(cell_names().hidden_size);
+    const int64_t I = size(names.input_size), H = size(names.hidden_size);
     return forward(x, hx, weights, I, H, 0, 0, false, -1, workspace);
   }
 
@@ -138,10 +147,12 @@ struct CpuPlain : PlainTensors {
 
  private:
   struct CellNames {
-    std::array<PyObject*, 5> variants{
-        PyUnicode_InternFromString("peephole"), PyUnicode_InternFromString("layer_norm"),
-        PyUnicode_InternFromString("zoneout"), PyUnicode_InternFromString("recurrent_dropout"),
-        PyUnicode_InternFromString("weight_dropout")};
+    std::array<PyObject*, 3> variants{PyUnicode_InternFromString("peephole"),
+                                      PyUnicode_InternFromString("layer_norm"),
+                                      PyUnicode_InternFromString("zoneout")};
+    std::array<PyObject*, 2> dropouts{PyUnicode_InternFromString("recurrent_dropout"),
+                                      PyUnicode_InternFromString("weight_dropout")};
+    std::array<PyObject*, 1> training{PyUnicode_InternFromString("training")};
     std::array<PyObject*, 4> weights{
         PyUnicode_InternFromString("weight_ih"), PyUnicode_InternFromString("weight_hh"),
         PyUnicode_InternFromString("bias_ih"), PyUnicode_InternFromString("bias_hh")};

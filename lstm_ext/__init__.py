@@ -10,7 +10,7 @@ from lstm_ext.conv import (
     ConvLSTM3d,
     ConvLSTM3dCell,
 )
-from lstm_ext.convert import convert
+from lstm_ext.convert import convert, to_torch
 from lstm_ext.lstm_cell import LSTMCell
 from lstm_ext.modules import LSTM
 from lstm_ext.quantized import QuantizedLSTM, QuantizedLSTMCell, quantize
@@ -30,4 +30,5 @@ __all__ = [
     "__version__",
     "convert",
     "quantize",
+    "to_torch",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class CNNLSTM(nn.Module):
         input: Tensor | PackedSequence,
         hx: States | None = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         **options: Any,
     ) -> Any:
         """Run the whole sequence.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,11 @@ class ConvLSTM(ConvLSTMBase):
         self.batch_first = batch_first
 
     def forward(
-        self, input: Tensor, hx: States | None = None, *, lengths: Tensor | None = None
+        self,
+        input: Tensor,
+        hx: States | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor, States]:
         """Run the whole sequence of L steps.
 
@@ -57,9 +63,9 @@ class ConvLSTM(ConvLSTMBase):
             hx: (h_0, c_0), each (num_layers, N, hidden_channels, *output), without N for an
                 unbatched input; None: zeros. *output is the size that the first layer's input
                 convolution leaves.
-            lengths: (N,) integers in 0..L on any device, in any order. Outputs past a length are 0
-                and what the input holds there does not matter; h_n and c_n are those of each
-                sequence's last step; a zero length returns the initial state.
+            lengths: (N,) integers in 0..L in any order, a tensor on any device or a list. Outputs
+                past a length are 0 and what the input holds there does not matter; h_n and c_n are
+                those of each sequence's last step; a zero length returns the initial state.
 
         Returns:
             output, (h_n, c_n): the last layer's h of every step, (L, N, hidden_channels, *output)

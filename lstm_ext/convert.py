@@ -1,4 +1,4 @@
-"""convert: lstm_ext modules in place of every nn.LSTM and nn.LSTMCell of a model."""
+"""convert: lstm_ext modules in place of each nn.LSTM and nn.LSTMCell of a model; to_torch: back."""
 
 from __future__ import annotations
 
@@ -48,6 +48,26 @@ def convert(model: nn.Module) -> nn.Module:
     return replaced("convert", model, makers)
 
 
+def to_torch(model: nn.Module) -> nn.Module:
+    """The inverse of :func:`convert`: an nn.LSTM or nn.LSTMCell in the place of every
+    lstm_ext.LSTM and lstm_ext.LSTMCell of model, for a tool that knows only those.
+
+    All that convert says holds here; modules with what torch.nn has not (variants,
+    ``return_cell_sequence``, weights of 8 bits) are left alone too, with that warning.
+
+    Args:
+        model: any module.
+
+    Returns:
+        model, or, where model is itself an LSTM or LSTMCell, its replacement.
+
+    Raises:
+        TypeError: model is no nn.Module.
+    """
+    makers = {LSTM: LSTM.to_torch, LSTMCell: LSTMCell.to_torch}
+    return replaced("to_torch", model, makers)
+
+
 def replaced(
     name: str, model: nn.Module, makers: Makers, done: type[nn.Module] | tuple[()] = ()
 ) -> nn.Module:
@@ -82,7 +102,7 @@ def replaced(
                     parent.__dict__["_torchdynamo_orig_callable"] = swapped[child].forward
     for names, words in (
         (parametrized, f"being parametrized ({name} before that, or remove_parametrizations)"),
-        (others, "being subclasses of nn.LSTM or nn.LSTMCell or modules with a replaced forward"),
+        (others, "being subclasses of an LSTM or LSTMCell or modules with a replaced forward"),
     ):
         if names:
             refused.insert(0, f"{words}: {', '.join(names)}")

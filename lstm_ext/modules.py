@@ -161,7 +161,7 @@ class LSTM(LSTMBase):
         input: Tensor,
         hx: States | None = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         reset_mask: Tensor | None = None,
     ) -> tuple[Tensor, States]: ...
 
@@ -180,7 +180,8 @@ class LSTM(LSTMBase):
                 unbatched, or a PackedSequence. L and N may be 0.
             hx: (h_0, c_0) of shapes (D*num_layers, N, P) and (D*num_layers, N, H), without N for
                 an unbatched input; None: zeros.
-            lengths: (N,) integers in 0..L on any device, in any order ((1,) or 0-d unbatched).
+            lengths: (N,) integers in 0..L in any order, a tensor on any device ((1,) or 0-d
+                unbatched) or a list.
                 Outputs past a length are 0 and what the input holds there does not matter; h_n and
                 c_n are those of each sequence's last step; the reverse direction starts there; a
                 zero length returns the initial state.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from lstm_ext.onnx_node import (
 )
 from lstm_ext.ops import autocast_is_on
 from lstm_ext.quantized import QuantizedLSTM, QuantizedLSTMCell
-from lstm_ext.steps import check_lengths_form
+from lstm_ext.steps import lengths_tensor
 
 # Where a module has its name in the model during an export.
 NAME = "_onnx_name"
@@ -203,7 +204,7 @@ class Exporter:
         input: Tensor,
         hx: States | None = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         reset_mask: Tensor | None = None,
     ) -> Any:
         if isinstance(input, PackedSequence):
@@ -228,8 +229,9 @@ class Exporter:
             check_match("hidden", hx, input)
         x = input.transpose(0, 1) if module.batch_first else input
         if lengths is not None:
-            check_lengths_form(lengths, x.size(1))
-            lengths = lengths.to(torch.int32)
+            if isinstance(lengths, (list, tuple)):
+                raise TypeError("lengths should be a tensor in an export: a list would be fixed")
+            lengths = lengths_tensor(lengths, x.size(1)).to(torch.int32)
         y, states = x, []
         D = 1 + module.bidirectional
         for k in range(module.num_layers):

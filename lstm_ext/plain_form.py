@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,10 +36,9 @@ class LayerForm:
         self.P = self.H if w_hr is None else w_hr.size(0)
         self.kinds = ((False, None), (True, None))[: self.D]
         self.given, self.gradients = (x, *flat), gradients
-        I = x.size(-1)
         inputs = self.inputs(self.given)
         if inputs[1] is None:
-            B = x.numel() // (I * (steps or 1))
+            B = math.prod(x.shape[:-1]) // (steps or 1)
             zeros = [x.new_zeros(B, width) for width in (self.P, self.H)]
             for at in range(1, len(inputs), _INPUTS):
                 inputs[at : at + 2] = zeros

@@ -57,6 +57,10 @@ class _Quantized(nn.Module):
         """Raise: there are no parameters to draw."""
         raise RuntimeError(f"{type(self).__name__} has no parameters to draw: quantize a new one")
 
+    def to_torch(self) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(f"to_torch: torch.nn has no {name}: use dequantize().to_torch()")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = dict(self._buffers)
         super()._apply(fn, recurse)

@@ -69,7 +69,7 @@ class Steps:
         B: int,
         *,
         batch_first: bool = False,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         reset_mask: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> Steps:
@@ -289,20 +289,31 @@ def _refuse_capture(device: torch.device | str) -> None:
         )
 
 
-def check_lengths_form(lengths: Any, B: int) -> None:
-    """Raise for lengths that are no tensor of integers, or not one of B sequences."""
+_LENGTH_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def lengths_tensor(lengths: Any, B: int) -> Tensor:
+    """lengths, a tensor or a list, as a tensor; raises if they are no integers or not B."""
+    if isinstance(lengths, (list, tuple)):
+        try:
+            lengths = torch.tensor(lengths, dtype=None if lengths else torch.int64, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"lengths should be integers, got {lengths!r}") from None
     if not isinstance(lengths, Tensor):
-        raise TypeError(f"lengths should be a tensor of integers, got {type(lengths).__name__}")
-    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"lengths should have an integer dtype, got {lengths.dtype}")
+        got = type(lengths).__name__
+        raise TypeError(f"lengths should be a tensor or a list of integers, got {got}")
+    if lengths.dtype not in _LENGTH_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _LENGTH_DTYPES)
+        raise TypeError(f"lengths should have an integer dtype ({names}), got {lengths.dtype}")
     if lengths.shape != (B,):
         raise ValueError(f"Expected lengths of size {(B,)}, got {tuple(lengths.shape)}")
     check_dense("lengths", lengths)
+    return lengths
 
 
-def _checked_lengths(lengths: Tensor, T: int, B: int, device: torch.device | str) -> Tensor | None:
+def _checked_lengths(lengths: Any, T: int, B: int, device: torch.device | str) -> Tensor | None:
     """None where all are known to be T: whole sequences take less time."""
-    check_lengths_form(lengths, B)
+    lengths = lengths_tensor(lengths, B)
     _check_values("lengths", lengths, device)
     # A copy: backward reads it again, whatever the caller does to the tensor meanwhile.
     copy = lengths.detach().to(torch.int64, copy=True).contiguous()

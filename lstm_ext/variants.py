@@ -69,8 +69,10 @@ class Variants(nn.Module):
                 if len(value) != 2:
                     raise ValueError(f"zoneout should be a number or a pair (h, c), got {value!r}")
                 value = tuple(value)
-            for part in value if isinstance(value, tuple) else (value,):
+            for part in _pair(value):
                 _check_probability(name, part, "keeping its old value")
+            if not any(_pair(value)):
+                value = 0.0
         elif name == "forget_bias" and value is not None:
             if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 got = type(value).__name__
@@ -87,18 +89,15 @@ class Variants(nn.Module):
         """Those in use, by argument; forget_bias is none, being only how a bias starts."""
         names = ("peephole", "layer_norm", "recurrent_dropout", "weight_dropout", "zoneout")
         values = {name: getattr(self, name) for name in names}
-        if _pair(self.zoneout) == (0, 0):
-            del values["zoneout"]
         return {name: value for name, value in values.items() if value}
 
     def _varied(self) -> bool:
-        """Whether there may be any."""
+        """Whether any takes part in a call, as dropout does in training only."""
         return bool(
             self.peephole
             or self.layer_norm
             or self.zoneout
-            or self.recurrent_dropout
-            or self.weight_dropout
+            or (self.training and (self.recurrent_dropout or self.weight_dropout))
         )
 
     def _variants_repr(self) -> str:

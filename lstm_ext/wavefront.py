@@ -48,7 +48,7 @@ def applies(module: LSTM, x: Tensor, steps: Steps) -> bool:
         or forward_ad._current_level >= 0
         or module.bidirectional
         or module.proj_size
-        or module._variants()
+        or module._varied()
         or module.dropout == 1
         or (grads and module.checkpoint_every is not None)
         or min(steps.T, steps.B) == 0

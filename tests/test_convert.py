@@ -192,6 +192,28 @@ def test_values_that_answer_no_question():
         (model.deep,) = model.deep
 
 
+def test_a_model_back_to_torch():
+    model = here(Tagger().double()).eval()
+    tokens, keys = here(torch.randint(7, (2, 5))), list(model.state_dict())
+    expected, before = model(tokens), list(model.parameters())
+    lstm_ext.convert(model).decoders["b"] = lstm_ext.LSTM(3, 4, peephole=True)
+    model.held = [model.cell]
+    with pytest.warns(UserWarning, match=r"^to_torch left alone, decoders\.b \(LSTM\): .*peephole"):
+        assert lstm_ext.to_torch(model) is model
+    assert type(model.encoder[0]) is type(model.again) is nn.LSTM
+    assert model.again is model.decoders["a"] and model.held[0] is model.cell
+    assert type(model.cell) is nn.LSTMCell and type(model.decoders["b"]) is lstm_ext.LSTM
+    del model.decoders["b"]
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+    assert_close(model(tokens), expected, **TOL)
+    assert type(lstm_ext.to_torch(lstm_ext.LSTM(3, 4))) is nn.LSTM
+    with pytest.warns(UserWarning, match="subclasses of an LSTM"):
+        lstm_ext.to_torch(lstm_ext.quantize(nn.Sequential(nn.LSTM(3, 4))))
+    with pytest.raises(TypeError, match="to_torch: expected a torch.nn.Module, got int"):
+        lstm_ext.to_torch(3)
+
+
 def test_where_torchs_names_are_set_to_the_packages(monkeypatch):
     old, cell = nn.LSTM(3, 4), nn.LSTMCell(3, 4)
     monkeypatch.setattr(nn, "LSTM", lstm_ext.LSTM)

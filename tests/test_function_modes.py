@@ -97,8 +97,11 @@ def test_every_mode_of_a_stack_sees_a_call():
 @pytest.mark.parametrize("kind", KINDS)
 def test_where_modes_are_off(kind):
     module, x = _made(kind)
-    with torch.device(x.device), torch._C.DisableTorchFunction():
-        module(x)
+    expected = module(x)
+    with torch.device(x.device), Cast(torch.float64) as mode, torch._C.DisableTorchFunction():
+        found = module(x)
+    assert not mode.names
+    assert all(map(torch.equal, pytree.tree_leaves(found), pytree.tree_leaves(expected)))
 
 
 def test_lengths_and_packed_input_in_a_mode():

@@ -78,7 +78,15 @@ BAD_LENGTHS = [
     (X, torch.tensor([-1, 5])),
     (X, torch.tensor([5.0, 5.0])),
     (X, torch.tensor([True, True])),
-    (X, [5, 5]),
+    (X, torch.tensor([5, 5], dtype=torch.uint16)),
+    (X, [5, 5, 5]),
+    (X, [5, 6]),
+    (X, [5.0, 5.0]),
+    (X, [True, False]),
+    (X, [[5], [5, 4]]),
+    (X, ["5", "5"]),
+    (X, 5),
+    (X, {5, 4}),
     (X[:, 0], torch.tensor([5, 5])),
     (X[:, 0], torch.tensor(6)),
 ]
@@ -88,6 +96,16 @@ BAD_LENGTHS = [
 def test_bad_lengths(x, lengths):
     with pytest.raises((ValueError, TypeError), match="lengths"):
         here(lstm_ext.LSTM(3, 4))(here(x), lengths=lengths)
+
+
+@pytest.mark.parametrize("listed", [list, tuple])
+def test_lengths_in_a_list(listed):
+    """As pack_padded_sequence takes them."""
+    module, x = here(lstm_ext.LSTM(3, 4)), here(torch.randn(5, 3, 3))
+    expected, _ = module(x, lengths=torch.tensor([2, 5, 0]))
+    assert torch.equal(module(x, lengths=listed([2, 5, 0]))[0], expected)
+    assert torch.equal(module(x[:, 0], lengths=listed([2]))[0], expected[:, 0])
+    assert module(x[:, :0], lengths=listed([]))[0].shape == (5, 0, 4)
 
 
 BAD_MASKS = [

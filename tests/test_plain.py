@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 import lstm_ext
 from lstm_ext import layer, lstm_cell, native, ops, plain
@@ -59,6 +60,26 @@ def by_the_layer(monkeypatch, call):
             patch.setattr(caller, "plain_layer", lambda *args, **kwargs: None)
         patch.setattr(lstm_cell, "plain_cell", lambda *args: None)
         return call()
+
+
+DROPOUT = {"recurrent_dropout": 0.3, "weight_dropout": 0.2}
+
+
+@pytest.mark.parametrize("made", [lstm_ext.LSTM, lstm_ext.LSTMCell])
+@pytest.mark.parametrize("name", DROPOUT)
+def test_dropout_out_of_training_goes_the_short_way(taken, made, name):
+    module = made(I, H, **{name: DROPOUT[name]}, zoneout=(0, 0.0))
+    x = torch.randn(*[4][: made is lstm_ext.LSTM], 3, I)
+    twin = made(I, H)
+    twin.load_state_dict(module.state_dict())
+    expected, hx = twin(x), None if made is lstm_ext.LSTM else (torch.ones(3, H),) * 2
+    taken.clear()
+    found = module.eval()(x)
+    assert len(taken) == 1
+    assert all(map(torch.equal, pytree.tree_leaves(found), pytree.tree_leaves(expected)))
+    expected = pytree.tree_leaves(module(x, hx))
+    dropped = pytree.tree_leaves(module.train()(x, hx))
+    assert not any(map(torch.equal, dropped, expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -43,6 +43,18 @@ def test_native_cell_matches_the_formula(isa, lengths, peephole, dtype, threads)
         assert (dw_ch is None) == (w_ch is None) and len(wanted) == 5 + peephole
 
 
+def test_an_infinite_cell_without_peepholes():
+    """Its zero weights would make it NaN."""
+    cells, steps = pointwise.cells_of(device.DEVICE), Steps.padded(1, 2, device=device.DEVICE)
+    a, h, c = (
+        here(torch.full((2, n * 3), value)) for n, value in ((4, 1.0), (1, 0.5), (1, torch.inf))
+    )
+    h_new, c_new = torch.empty_like(h), torch.empty_like(c)
+    cells.cell_forward(steps, a, h, c, None, h_new, c_new, False)
+    torch.testing.assert_close(h_new, torch.sigmoid(here(torch.ones(2, 3))))
+    assert c_new.isinf().all()
+
+
 def test_the_native_cell_is_what_runs(monkeypatch):
     L = 4
     cells, calls = type(pointwise.cells_of(device.DEVICE)), []

@@ -19,27 +19,34 @@ struct CellBackwardArgs : CudaCell, CudaCellGradients {};
 template <class T>
 struct CellUnit {
   using Math = Cell<ExactMath<T>>;
-  int64_t row, unit, at;  // at: of (row, unit)
-  typename Math::Peephole peephole = {};
-  bool active;
+  int64_t row, unit;
+  typename Math::Peephole weights = {};
+  bool active, has_peephole;
 
   LSTM_EXT_DEVICE CellUnit(const CudaCell& cell, int64_t index) {
     row = index / cell.width;
     unit = index % cell.width;
-    at = index;
     active = !cell.lengths || cell.lengths[row] > 0;
-    if (cell.peephole) {
+    has_peephole = cell.peephole;
+    if (has_peephole) {
       const T* p = as<T>(cell.peephole) + unit;
-      peephole = {p[0], p[cell.width], p[2 * cell.width]};
+      weights = {p[0], p[cell.width], p[2 * cell.width]};
     }
   }
   // The gates, and c after the step.
   LSTM_EXT_DEVICE T state(const CudaCell& cell, T c_prev, typename Math::Gates& s) const {
     const T* a = as<T>(cell.a) + row * 4 * cell.width + unit;
+    const typename Math::Gates sums = {a[0], a[cell.width], a[2 * cell.width], a[3 * cell.width]};
     T c;
-    Math::forward_state({a[0], a[cell.width], a[2 * cell.width], a[3 * cell.width]}, c_prev, s, c,
-                        &peephole);
+    with_peephole([&](const auto* peephole) { Math::forward_state(sums, c_prev, s, c, peephole); });
     return c;
+  }
+  // Calls with the weights or null: 0 times an infinite c is NaN. Not with a pointer that may be
+  // either: the weights would have to lie in memory.
+  template <class F>
+  LSTM_EXT_DEVICE void with_peephole(F&& call) const {
+    using Pointer = const typename Math::Peephole*;
+    has_peephole ? call(Pointer(&weights)) : call(Pointer(nullptr));
   }
 };
 
@@ -74,7 +81,9 @@ __global__ void __launch_bounds__(kCellThreads)
     if (unit.active) {
       typename CellUnit<T>::Math::Gates s;
       c = unit.state(args, c_prev, s);
-      CellUnit<T>::Math::backward(s, c, c_prev, dh, dc, da, &unit.peephole);
+      unit.with_peephole([&](const auto* peephole) {
+        CellUnit<T>::Math::backward(s, c, c_prev, dh, dc, da, peephole);
+      });
       dh0 = 0;
     }
     T* out = as<T>(args.da) + unit.row * 4 * args.width + unit.unit;
