@@ -1,5 +1,6 @@
-// The Python face of the native core: declarations only, no logic. Tensors are contiguous but for
-// dy; lstm_ext.ops has checked them and keeps them alive.
+// The Python face of the native core. CpuForward, CpuBackward and the like take addresses of tensors
+// that the engines' Python has checked and keeps alive, contiguous but for dy. The short way
+// (bind_plain.h) takes Python's own objects and checks them itself.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -211,7 +212,7 @@ lstm_ext::CudaProperties cuda_properties(int index, bool untimed) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native core of lstm_ext; called by lstm_ext.ops only.";
+  m.doc() = "Native core of lstm_ext, for its own modules only.";
   m.def("build_info", &build_info_dict, "What this binary was built with.");
   m.def("cpu_features", &cpu_features_dict, "Instruction sets usable on this processor.");
   m.def("cpu_isas", &cpu_isas, "Names of the CPU kernel sets that run here, best first.");

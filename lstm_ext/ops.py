@@ -1,7 +1,7 @@
 """One LSTM layer, all its directions, on the engine of its device: checks and dispatch.
 
 The engines (:mod:`cpu_engine`, :mod:`cuda_engine`) allocate, make the products over all steps and
-call the native core; they and this module are all that imports it.
+call the native core.
 
 Letters: T steps, B sequences, H hidden units, P = size of h (H, or the projection's size), D
 directions, rows = (step, sequence) pairs in memory. Gates i, f, g, o. Half types compute in
