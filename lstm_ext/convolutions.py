@@ -63,8 +63,11 @@ class Window(NamedTuple):
     def convolution(self, w: Tensor, size: Sequence[int]) -> Convolution:
         """Of images (N, in, *size) with w (out, in, *kernel); gives (N, out, *output)."""
         pads = self.pads(size)
-        even = all(before == after for before, after in pads)
-        padding = [before for before, _ in pads] if even else [0] * len(pads)
+        # What oneDNN is not to pad: it knows no unequal pads, and in volumes, with strides and few
+        # pixels beside the kernel's, its gradients (3.x) are anything and write past the end.
+        padded = any(before != after for before, after in pads)
+        padded |= len(pads) == 3 and max(self.stride) > 1 and any(before for before, _ in pads)
+        padding = [0] * len(pads) if padded else [before for before, _ in pads]
         # Of one pixel a dilation means nothing, and oneDNN has crashed on it.
         pairs = zip(self.kernel, self.dilation, strict=True)
         stride, dilation = list(self.stride), [d if k > 1 else 1 for k, d in pairs]
@@ -84,8 +87,8 @@ class Window(NamedTuple):
             ambiguous = w.size(1) == 1 or math.prod(self.kernel) == 1
             laid = w.clone if first or ambiguous else w.contiguous
             w = laid(memory_format=torch.contiguous_format if first else last)
-        unequal = None if even else [n for pair in reversed(pads) for n in pair]
-        return Convolution(w, stride, padding, dilation, unequal, row, first)
+        zeros = [n for pair in reversed(pads) for n in pair] if padded else None
+        return Convolution(w, stride, padding, dilation, zeros, row, first)
 
 
 #: From how many calls, and how many elements, a weight is laid out for all of them.
@@ -108,7 +111,7 @@ class Convolution(NamedTuple):
     stride: list[int]
     padding: list[int]
     dilation: list[int]
-    unequal: list[int] | None  # zeros that F.pad adds before
+    zeros: list[int] | None  # that F.pad adds before
     row: bool  # images are rows of pixels
     first: bool  # images and weight must lie channels first
 
@@ -124,7 +127,7 @@ class Convolution(NamedTuple):
         """x as torch's convolution takes it."""
         if self.first and peek_interpreter_stack() is None:
             x = x.clone(memory_format=torch.contiguous_format)
-        x = x if self.unequal is None else F.pad(x, self.unequal)
+        x = x if self.zeros is None else F.pad(x, self.zeros)
         return x.unsqueeze(2) if self.row else x
 
     def many(self, x: Tensor, count: int) -> Callable[[Tensor], Tensor]:
@@ -152,7 +155,7 @@ class Convolution(NamedTuple):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Of x (N, in, *size) and of the weight, None if not asked for, from g (N, out, *output),
         the output's."""
-        w, stride, padding, dilation, unequal, row, _ = self
+        w, stride, padding, dilation, zeros, row, _ = self
         # fmt: off
         dx, dw, _ = torch.ops.aten.convolution_backward(
             g.unsqueeze(2) if row else g, self._images(x), w, None, stride, padding, dilation,
@@ -161,6 +164,6 @@ class Convolution(NamedTuple):
         # fmt: on
         if row:
             dx, dw = (None if t is None else t.squeeze(2) for t in (dx, dw))
-        if dx is not None and unequal is not None:
-            dx = F.pad(dx, [-n for n in unequal])
+        if dx is not None and zeros is not None:
+            dx = F.pad(dx, [-n for n in zeros])
         return dx, dw

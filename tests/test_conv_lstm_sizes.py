@@ -33,6 +33,18 @@ SMALL = {
     "small volumes": ((3, 3, 16, 5), {}, (4, 4, 4)),
     "volumes of one channel": ((3, 1, 4, 3), {}, (1, 8, 8)),
     "volumes of one hidden channel": ((3, 3, 1, 3), {}, (1, 8, 8)),
+    # Its gradients of strided volumes, padded, with few pixels beside the kernel's.
+    "a strided volume": ((3, 16, 8, 6), {"stride": 2, "padding": 3}, (4, 4, 4)),
+    "a deep kernel": (
+        (3, 16, 8, (4, 1, 1)),
+        {"stride": (2, 1, 1), "padding": (3, 0, 0)},
+        (2, 4, 4),
+    ),
+    "a volume as the kernel": (
+        (3, 8, 1, (5, 3, 4)),
+        {"stride": (3, 2, 1), "padding": (4, 1, 0)},
+        (5, 3, 4),
+    ),
     "a narrow image": ((2, 8, 8, 3), {"stride": 2}, (3, 1)),
     "a short row": ((1, 16, 8, 4), {"stride": 3, "padding": 1}, (2,)),
     "a row of one": ((1, 3, 8, 3), {"stride": 2, "padding": 1}, (1,)),
@@ -55,7 +67,7 @@ def test_small_images(case, dtype):
             results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
         for got, want in zip(*results, strict=True):
             scale = want.abs().max().item()
-            part = 1e-4 if dtype == torch.float32 else 0.1
+            part = 1e-4 if dtype == torch.float32 else 2e-2  # at most 6e-3 measured
             torch.testing.assert_close(got.double(), want, rtol=0, atol=part * scale)
 
 
