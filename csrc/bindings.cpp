@@ -1,6 +1,6 @@
-// The Python face of the native core. CpuForward, CpuBackward and the like take addresses of tensors
-// that the engines' Python has checked and keeps alive, contiguous but for dy. The short way
-// (bind_plain.h) takes Python's own objects and checks them itself.
+// The Python face of the native core. CpuForward, CpuBackward and the like take addresses of
+// tensors that the engines' Python has checked and keeps alive, contiguous but for dy. The short
+// way (bind_plain.h) takes Python's own objects and checks them itself.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>

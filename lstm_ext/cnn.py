@@ -88,7 +88,7 @@ class CNNLSTM(nn.Module):
             steps = Steps.padded(
                 T, N, batch_first=batch_first, lengths=lengths, device=input.device
             )
-            rows = steps.active_rows
+            rows = steps.find_active_rows()
             made = self._features(frames.index_select(0, rows))
             features = made.new_zeros(frames.size(0), made.size(1)).index_copy(0, rows, made)
             options["lengths"] = lengths

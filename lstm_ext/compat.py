@@ -205,7 +205,8 @@ def check_batch_sizes(batch_sizes: Tensor, data: Tensor) -> None:
     """Refuse a PackedSequence made by hand whose batch_sizes point to rows that are not there."""
     rows = data.size(0)
     words = (
-        "batch_sizes: expected a 1-D torch.int64 tensor of numbers that do not increase and sum to"
+        "batch_sizes: expected a 1-D torch.int64 tensor of one or more numbers that do not "
+        "increase and sum to"
     )
     if batch_sizes.dtype == torch.int64 and batch_sizes.dim() == 1 and batch_sizes.numel():
         right = is_packed(batch_sizes, rows)

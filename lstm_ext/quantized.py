@@ -382,8 +382,9 @@ def quantize(model: nn.Module, activation_bits: int | None = None) -> nn.Module:
     """Swap every LSTM and LSTMCell in model, lstm_ext's and torch.nn's, for its counterpart with
     weights of 8 bits, in place. For inference on the CPU.
 
-    Subclasses, which parametrized modules are too, modules whose forward was replaced, and those
-    with a peephole, layer_norm or zoneout are left alone, with one warning that names them.
+    Subclasses, which parametrized modules are too, modules whose forward was replaced, those with a
+    peephole, layer_norm or zoneout, and those whose weights are not finite or on the meta device
+    are left alone, with one warning that names them.
 
     Args:
         model: any module; copy it before (copy.deepcopy) to keep the float weights.

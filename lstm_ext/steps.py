@@ -162,10 +162,13 @@ class Steps:
             return torch.ones(self.T, self.B, dtype=torch.bool, device=device)
         return torch.arange(self.T, device=self.lengths.device).unsqueeze(1) < self.lengths
 
-    @functools.cached_property
-    def active_rows(self) -> Tensor:
+    def find_active_rows(self) -> Tensor:
         """int64: the rows that are not padding, ascending."""
-        return self.padding_rows.squeeze(1).logical_not().nonzero().squeeze(1)
+        active = self.active()
+        return (active.T if self.batch_first else active).reshape(-1).nonzero().squeeze(1)
+
+    # No graph enters a cached_property, which is locked before Python 3.12.
+    active_rows = functools.cached_property(find_active_rows)
 
     @functools.cached_property
     def padding_rows(self) -> Tensor:
@@ -302,12 +305,12 @@ def lengths_tensor(lengths: Any, B: int) -> Tensor:
     if not isinstance(lengths, Tensor):
         got = type(lengths).__name__
         raise TypeError(f"lengths should be a tensor or a list of integers, got {got}")
+    check_dense("lengths", lengths)
     if lengths.dtype not in _LENGTH_DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _LENGTH_DTYPES)
         raise TypeError(f"lengths should have an integer dtype ({names}), got {lengths.dtype}")
     if lengths.shape != (B,):
         raise ValueError(f"Expected lengths of size {(B,)}, got {tuple(lengths.shape)}")
-    check_dense("lengths", lengths)
     return lengths
 
 
@@ -387,7 +390,7 @@ def check_lengths(lengths: Tensor, T: int) -> bool:
     """
     while is_functorch_wrapped_tensor(lengths):
         lengths = get_unwrapped(lengths)
-    if not lengths.numel():
+    if not lengths.numel() or lengths.is_meta:
         return False
     if lengths.is_cuda:
         # Reading the values would wait for the device.

@@ -117,7 +117,7 @@ class Variants(nn.Module):
 
     def _new_parameter(self, like: Tensor, *size: int) -> nn.Parameter:
         """Drawn as torch.nn draws those of an LSTM."""
-        bound = self.hidden_size**-0.5
+        bound = self.hidden_size**-0.5 if self.hidden_size else 0.0  # as torch.nn
         return nn.Parameter(nn.init.uniform_(like.detach().new_empty(size), -bound, bound))
 
     def _add_parameters(self, suffix: str, like: Tensor) -> None:

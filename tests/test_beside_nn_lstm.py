@@ -1,4 +1,4 @@
-"""The table of docs/nn_lstm.md of what works here and not with nn.LSTM: nn.LSTM's side, and the named tests."""
+"""docs/nn_lstm.md's table of what works here and not with nn.LSTM, and the tests that it names."""
 
 import re
 from pathlib import Path

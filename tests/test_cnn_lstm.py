@@ -148,3 +148,17 @@ def test_export_with_any_frames(strict):
     for steps, sequences in ((L, N), (6, 2), (3, 7)):
         x = here(torch.randn(steps, sequences, *FRAME, **F64))
         _close(program(x)[0], model(x)[0])
+
+
+def test_compiled_with_lengths():
+    """How many frames there are is a size that only the tensors tell."""
+    model, x = _model().train(), here(torch.randn(L, N, *FRAME, **F64))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for lengths in ([2, 4, 0], [1, 1, 3]):
+        lengths = here(torch.tensor(lengths))
+        y, expected = (run(x, lengths=lengths)[0] for run in (compiled, model))
+        _close(y, expected)
+        parameters = list(model.parameters())
+        pairs = (torch.autograd.grad(t.square().sum(), parameters) for t in (y, expected))
+        for got, want in zip(*pairs, strict=True):
+            _close(got, want)

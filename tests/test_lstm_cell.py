@@ -225,6 +225,30 @@ def test_no_features(dtype):
         assert_close(a.float(), b.float(), rtol=near, atol=near)
 
 
+@pytest.fixture
+def nan_in_new_memory():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+NO_UNITS = [{}, {"zoneout": 0.1}, {"peephole": True}, {"layer_norm": True}]
+
+
+@pytest.mark.cpu_only(reason="on a GPU a layer has hidden units")
+@pytest.mark.parametrize("variant", NO_UNITS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_no_units(nan_in_new_memory, dtype, variant):
+    """nn.LSTMCell takes it, nn.LSTM does not. What nothing is added up to is zero."""
+    cell = here(lstm_ext.LSTMCell(17, 0, dtype=dtype, **variant))
+    for rows in (1, 3, 600):
+        x = leaf(torch.randn(rows, 17, dtype=dtype))
+        h, c = cell(x)
+        assert h.shape == c.shape == (rows, 0)
+        (gradient,) = torch.autograd.grad(h.sum() + c.sum(), x)
+        assert gradient.shape == x.shape and not gradient.any()
+
+
 @pytest.mark.parametrize("name", ["peephole", "layer_norm"])
 @pytest.mark.parametrize("made_with", [False, True])
 def test_attributes_that_the_parameters_were_not_made_for(name, made_with):

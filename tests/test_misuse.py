@@ -242,13 +242,18 @@ def test_sparse_tensors_are_refused(layout):
         cell(x, states)
 
 
-@pytest.mark.parametrize("name", ["input", "nested input", "lengths", "reset_mask"])
+REFUSED = ["input", "nested input", "lengths", "nested lengths", "reset_mask"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
 def test_sparse_and_nested_tensors_are_refused_by_a_layer(name):
     x, options = here(torch.ones(5, 2, 3)), {}
     if name == "input":
         x = x.to_sparse()
     elif name == "nested input":
         x = torch.nested.nested_tensor([x[:, 0], x[:3, 0]])
+    elif name == "nested lengths":
+        options = {"lengths": torch.nested.nested_tensor([torch.tensor([5])] * 2)}
     else:
         sparse = torch.ones(2).long() if name == "lengths" else torch.ones(5, 2).bool()
         options = {name: here(sparse).to_sparse()}

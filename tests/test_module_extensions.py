@@ -98,6 +98,13 @@ def test_bad_lengths(x, lengths):
         here(lstm_ext.LSTM(3, 4))(here(x), lengths=lengths)
 
 
+def test_lengths_without_values():
+    module = lstm_ext.LSTM(3, 4, device="meta")
+    lengths = torch.empty(2, dtype=torch.int64, device="meta")
+    y, (h_n, _) = module(X.to("meta"), lengths=lengths)
+    assert y.is_meta and y.shape == (5, 2, 4) and h_n.shape == (1, 2, 4)
+
+
 @pytest.mark.parametrize("listed", [list, tuple])
 def test_lengths_in_a_list(listed):
     """As pack_padded_sequence takes them."""

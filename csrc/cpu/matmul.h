@@ -9,6 +9,7 @@
 // slice; the sums of those before are scratch.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
 #include "sequence.h"
@@ -79,6 +80,10 @@ class MatmulOf {
 
   // One thread's share.
   void work(int thread, int threads) const {
+    if (!p_.K) {
+      if (thread == 0) clear();
+      return;
+    }
     const int64_t row_blocks = blocks_of<A>(p_.M);
     const Range own = by_rows_ ? share(row_blocks, threads, thread) : Range{0, row_blocks};
     const int64_t m0 = own.begin * L, m1 = std::min(p_.M, own.end * L);
@@ -118,6 +123,17 @@ class MatmulOf {
   }
 
  private:
+  // The sums of nothing.
+  void clear() const {
+    const size_t size = p_.rounded ? sizeof(S) : sizeof(A);
+    const auto zeros = [](void* to, size_t bytes) {
+      if (bytes) std::memset(to, 0, bytes);
+    };
+    zeros(p_.out, p_.M * p_.N * size);
+    zeros(p_.more_out, p_.M * p_.more_N * size);
+    if (p_.sums) zeros(p_.sums, p_.M * sizeof(A));
+  }
+
   // A team is started for this product alone, as for a single step.
   static Matmul of_useful_threads(Matmul p) {
     const int64_t useful = p.M * (p.N + p.more_N) * p.K / kWorkOfFewSteps;
