@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from .engine import autocast_is_on
-from .steps import is_packed
-from .tensors import is_autocast
-from .variants import Variants, check_bool, check_merge_mode
+from lstm_ext.engine import autocast_is_on
+from lstm_ext.steps import is_packed
+from lstm_ext.tensors import is_autocast
+from lstm_ext.variants import Variants, check_bool, check_merge_mode
 
 States = tuple[Tensor, Tensor]
 _Module = TypeVar("_Module", bound=nn.Module)

@@ -15,9 +15,9 @@ from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from torch.nn.utils.parametrize import is_parametrized
 
-from .compat import has_replaced_forward
-from .lstm_cell import LSTMCell
-from .modules import LSTM
+from lstm_ext.compat import has_replaced_forward
+from lstm_ext.lstm_cell import LSTMCell
+from lstm_ext.modules import LSTM
 
 Makers = Mapping[type[nn.Module], Callable[[Any], nn.Module]]
 

@@ -9,17 +9,25 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell  # torch.nn's may be set to this one
 from torch.nn.utils.rnn import PackedSequence
 
-from .autograd import needs_grad
-from .compat import States, adopt, check_match, check_none, check_pair, check_weights, forget
-from .engine import as_one_function, autocast_is_on, is_intercepted, is_surrounded
-from .flat import flatten
-from .layer import lstm_layer
-from .ops import Direction, LayerWeights, check_layer
-from .plain import plain_cell, plain_layer
-from .steps import Steps
-from .tensors import check_dense
-from .torch_engine import reference_step
-from .variants import Variants
+from lstm_ext.autograd import needs_grad
+from lstm_ext.compat import (
+    States,
+    adopt,
+    check_match,
+    check_none,
+    check_pair,
+    check_weights,
+    forget,
+)
+from lstm_ext.engine import as_one_function, autocast_is_on, is_intercepted, is_surrounded
+from lstm_ext.flat import flatten
+from lstm_ext.layer import lstm_layer
+from lstm_ext.ops import Direction, LayerWeights, check_layer
+from lstm_ext.plain import plain_cell, plain_layer
+from lstm_ext.steps import Steps
+from lstm_ext.tensors import check_dense
+from lstm_ext.torch_engine import reference_step
+from lstm_ext.variants import Variants
 
 __all__ = ["LSTMCell"]
 

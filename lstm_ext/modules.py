@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM  # torch.nn.LSTM may be set to this one
 from torch.nn.utils.rnn import PackedSequence
 
-from . import wavefront
-from .checkpointing import checkpointed_layer
-from .compat import (
+from lstm_ext import wavefront
+from lstm_ext.checkpointing import checkpointed_layer
+from lstm_ext.compat import (
     LSTMBase,
     States,
     adopt,
@@ -29,13 +29,13 @@ from .compat import (
     check_weights,
     forget,
 )
-from .engine import as_one_function, is_intercepted, is_recording, is_watched
-from .layer import lstm_layer
-from .ops import Direction, LayerWeights
-from .plain_module import plain_module
-from .steps import Steps
-from .tensors import check_dense
-from .variants import merged
+from lstm_ext.engine import as_one_function, is_intercepted, is_recording, is_watched
+from lstm_ext.layer import lstm_layer
+from lstm_ext.ops import Direction, LayerWeights
+from lstm_ext.plain_module import plain_module
+from lstm_ext.steps import Steps
+from lstm_ext.tensors import check_dense
+from lstm_ext.variants import merged
 
 __all__ = ["LSTM"]
 
@@ -81,7 +81,8 @@ class LSTM(LSTMBase):
         checkpoint_every: take the sequence in parts of so many steps while gradients are recorded,
             and make each part's gates again in backward: of the gates and c_t of every step, 5H
             numbers a sequence, only one part's exist at a time, for the time of a second forward
-            pass. None: keep all.
+            pass. torch.compile makes a graph for each number of steps then; torch.func.grad and
+            what is made of it raise; a program of torch.export keeps all. None: keep all.
 
     The masks of dropout and zoneout come from torch's generator, layer by layer, the same for a
     batch-first layout: torch.manual_seed repeats them bit for bit.
@@ -197,11 +198,15 @@ class LSTM(LSTMBase):
             dtype, c too, as nn.LSTM on CUDA.
 
         Raises:
-            ValueError, RuntimeError, TypeError: nn.LSTM's own for what it refuses; ValueError for
-                lengths or reset_mask beside a PackedSequence; TypeError for an hx that is no tuple
-                or list of tensors; RuntimeError for one that is not two, for sparse and nested
-                tensors, and for num_layers, bias, bidirectional or proj_size changed after
-                construction.
+            ValueError, RuntimeError, TypeError: nn.LSTM's own for what it refuses.
+            ValueError: lengths or reset_mask of another size, or beside a PackedSequence; lengths
+                out of range (on a CUDA device an assertion of the device fails instead).
+            TypeError: lengths that are no integers, a reset_mask that is not bool, an input of
+                another dtype than float64, float32, bfloat16 and float16, an hx that is no tuple
+                or list of tensors.
+            RuntimeError: an hx that is not two, sparse and nested tensors, a CUDA device and a
+                build without CUDA, checkpoint_every under torch.func.grad, and num_layers, bias,
+                bidirectional or proj_size changed after construction.
         """
         if is_intercepted(input):
             given = {"lengths": lengths, "reset_mask": reset_mask}
@@ -319,7 +324,9 @@ class LSTM(LSTMBase):
         if self.num_layers > 1 and wavefront.applies(self, x, steps):
             return wavefront.run(self, x, h0, c0, steps)
         run, every = self._run_layer, self.checkpoint_every
-        if every is not None and steps.T > every and is_recording():
+        # An exported program takes any number of steps, which parts would fix.
+        exporting = torch.compiler._is_exporting_flag
+        if every is not None and not exporting and steps.T > every and is_recording():
             run = functools.partial(checkpointed_layer, every=every)
         h_n, c_n = [], []
         cells: Tensor | None = None

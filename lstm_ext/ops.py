@@ -65,8 +65,11 @@ __all__ = [
 
 
 class Engine(Protocol):
-    """What runs a layer on one kind of device; the arguments are those of the functions below. It
-    may have a ``layer_second`` as well, which computes in float32 or float64."""
+    """What runs a layer on one kind of device; the arguments are those of the functions below.
+
+    It may have as well, and is asked for it each time: ``layer_second``, of float32 and float64;
+    ``plain``, the short way of :mod:`plain`; ``wavefront``, whether stacks may run as one.
+    """
 
     def layer_forward(
         self,

@@ -108,7 +108,7 @@ def plain_results(
         save: whether to save: 0: no; 1: if any of the tensors requires grad; 2: in any case; -1: 1
             where autograd records, else 0.
     """
-    engine = engine_of(x)
+    engine = plain_engine_of(x)
     if engine is cpu_engine and type(steps) is int:
         call = (x, hx, weights, *sizes, steps, batch_first, save, cpu_products.workspace)
         return recorded(_plain.cpu_forward)(*call)
@@ -124,7 +124,7 @@ def takes_more(x: Any) -> bool:
     """Whether the short way for x takes sequences that differ: asked before all else, for on the
     CPU, where it does not, they would pay for the questions."""
     # What traces this reads no further.
-    return not torch.compiler.is_compiling() and engine_of(x) not in (None, cpu_engine)
+    return not torch.compiler.is_compiling() and plain_engine_of(x) not in (None, cpu_engine)
 
 
 def takes(x: Tensor, T: int, reverse: Sequence[bool]) -> bool:
@@ -155,7 +155,7 @@ def _native(engine: Any, steps: int | Steps) -> tuple[int, Any]:
     return steps.T, native_steps(engine.core, steps, False)
 
 
-def engine_of(x: Any) -> Any:
+def plain_engine_of(x: Any) -> Any:
     """The engine that has a short way for x; None where there is none."""
     if type(x) not in TYPES:
         return None
@@ -312,7 +312,7 @@ def _second_of_a_step(
         steps != 0
         or x.dim() != 2
         or h0 is None
-        or engine_of(x) is not cpu_engine
+        or plain_engine_of(x) is not cpu_engine
         or must_apply()
         or is_surrounded()
         or all(t is None for t in v)
@@ -351,7 +351,7 @@ def plain_gradients(
     Args:
         gradients: of the outputs; None for zero. saved: as PlainLayer saves. wanted: of each input.
     """
-    engine = engine_of(saved[0])
+    engine = plain_engine_of(saved[0])
     if engine is cpu_engine and type(steps) is int:
         most_rows, workspace = cpu_backward.FUSED_ROWS - 1, cpu_products.workspace
         call = (gradients, saved, wanted, steps, batch_first, most_rows, workspace)

@@ -22,7 +22,7 @@ def plain_module(module: LSTM, x: Any, hx: Any) -> Any:
     directions = 2 if module.bidirectional else 1
     if (
         is_surrounded()
-        or (module.num_layers > 1 and getattr(plain.engine_of(x), "wavefront", False))
+        or (module.num_layers > 1 and getattr(plain.plain_engine_of(x), "wavefront", False))
         or module.merge_mode != "concat"
         or module.return_cell_sequence
         or module.checkpoint_every is not None

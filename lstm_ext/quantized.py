@@ -12,14 +12,14 @@ from torch.nn.modules.rnn import LSTM as TorchLSTM  # torch.nn's may be set to t
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from torch.nn.utils.parametrize import is_parametrized
 
-from .compat import States, adopt
-from .convert import replaced
-from .engine import as_one_function, is_intercepted, is_surrounded
-from .lstm_cell import LSTMCell
-from .modules import LSTM
-from .plain import plain_quantized
-from .plain_module import plain_layers
-from .quantization import (
+from lstm_ext.compat import States, adopt
+from lstm_ext.convert import replaced
+from lstm_ext.engine import as_one_function, is_intercepted, is_surrounded
+from lstm_ext.lstm_cell import LSTMCell
+from lstm_ext.modules import LSTM
+from lstm_ext.plain import plain_quantized
+from lstm_ext.plain_module import plain_layers
+from lstm_ext.quantization import (
     ACTIVATION_BITS,
     DTYPES,
     QuantizedWeights,

@@ -127,6 +127,15 @@ def test_autocast(dtype):
     assert_close(dx, dx_expected, rtol=16 * eps, atol=16 * eps * dx_expected.abs().max().item())
 
 
+def test_exported_with_any_steps():
+    module, x = here(lstm_ext.LSTM(3, 4, checkpoint_every=3)), here(torch.randn(7, 2, 3))
+    sizes = ({0: torch.export.Dim("T")},)
+    program = torch.export.export(module, (x,), dynamic_shapes=sizes).module()
+    for steps in (2, 7, 11):
+        x = here(torch.randn(steps, 2, 3))
+        assert_close(program(x)[0], module(x)[0], **tol(torch.float32))
+
+
 def test_compiled():
     whole, parts = pair(4, bidirectional=True, **F64)
     x = leaf(torch.randn(T, B, I, **F64))
