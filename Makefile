@@ -4,7 +4,7 @@
 #   make test TORCH="torch==2.11.0"        another torch, before the first set-up
 #   make test ARGS="-k lengths -x"         what follows goes to the command that is run
 #   make test JOBS=0                       the tests in one process, as a debugger needs them
-#   LSTM_EXT_CUDA=0 make test              the build's own switches: see README.md
+#   LSTM_EXT_CUDA=0 make test              the build's own switches: see docs/development.md
 #   make gpu PYTHON=python3 OUT=results    with that Python as it is, and nothing installed
 
 PYTHON ?= python3
