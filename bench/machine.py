@@ -70,7 +70,7 @@ def machine(device: torch.device) -> str:
     """
     if device.type == "cuda":
         return slug(torch.cuda.get_device_name(device))
-    from lstm_ext.cpu_engine import cpu_isas
+    from lstm_ext.cpu.engine import cpu_isas
 
     vectors = cpu_isas()[0].split("_")[0]
     used = slug(torch.backends.cpu.get_cpu_capability())

@@ -22,7 +22,7 @@ from bench.arguments import pattern
 from bench.machine import environment
 from bench.suites import SUITES, Problem
 from lstm_ext import ops
-from lstm_ext.cuda_engine import FAMILIES, CudaEngine
+from lstm_ext.cuda.engine import FAMILIES, CudaEngine
 from lstm_ext.ops import Direction, DirectionGrads, LayerWeights
 from lstm_ext.steps import Steps
 

@@ -31,8 +31,8 @@ from bench.suites import Problem, square
 from bench.timing import drop_in, free_memory, one_line, seconds, truth_of, warm_up
 from bench.work import build_on, error_of, make_call, make_input, outcome, rounding
 from lstm_ext import LSTM, ops
-from lstm_ext.cuda_engine import FAMILIES, CudaEngine
-from lstm_ext.cuda_wavefront import plan_of
+from lstm_ext.cuda.engine import FAMILIES, CudaEngine
+from lstm_ext.cuda.wavefront import plan_of
 
 # Where the cost model expects a gain on an H100, and where none, for it may be wrong there too.
 PROBLEMS = (

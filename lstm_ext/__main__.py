@@ -15,8 +15,8 @@ import torch
 
 from lstm_ext import _C, _build
 from lstm_ext._version import __version__
-from lstm_ext.cpu_engine import isa_error
-from lstm_ext.cuda_products import open_vendor
+from lstm_ext.cpu.engine import isa_error
+from lstm_ext.cuda.products import open_vendor
 
 # What each variant of the CPU kernels needs (csrc/cpu/dispatch.cpp), best first.
 AVX2 = ("avx2", "fma", "f16c")

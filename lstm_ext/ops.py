@@ -1,6 +1,6 @@
 """One LSTM layer, all its directions, on the engine of its device: checks and dispatch.
 
-The engines (:mod:`cpu_engine`, :mod:`cuda_engine`) allocate, make the products over all steps and
+The engines (:mod:`cpu.engine`, :mod:`cuda.engine`) allocate, make the products over all steps and
 call the native core.
 
 Letters: T steps, B sequences, H hidden units, P = size of h (H, or the projection's size), D
@@ -18,9 +18,10 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from lstm_ext import cpu_engine, cuda_engine
 from lstm_ext._build import CUDA_BUILD_COMMAND
-from lstm_ext.cpu_engine import cpu_isa, cpu_isas, select_cpu_isa
+from lstm_ext.cpu import engine as cpu_engine
+from lstm_ext.cpu.engine import cpu_isa, cpu_isas, select_cpu_isa
+from lstm_ext.cuda import engine as cuda_engine
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,

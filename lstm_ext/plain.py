@@ -15,8 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function, profiler
 
-from lstm_ext import batching, cpu_backward, cpu_engine, cpu_products, cpu_second, ops
+from lstm_ext import batching, ops
 from lstm_ext.autograd import LSTMLayerBackward, must_apply, second_derivative
+from lstm_ext.cpu import backward as cpu_backward
+from lstm_ext.cpu import engine as cpu_engine
+from lstm_ext.cpu import products as cpu_products
+from lstm_ext.cpu import second as cpu_second
 from lstm_ext.engine import (
     DTYPE_CODE,
     EXCHANGE,

@@ -1,6 +1,6 @@
 """The LSTM cell alone, on pre-activations that somebody else made: a convolution, for one.
 
-The native core's cell (:mod:`cpu_cell`, :mod:`cuda_cell`), and the formula in torch operations.
+The native core's cell (:mod:`cpu.cell`, :mod:`cuda.cell`), and the formula in torch operations.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lstm_ext import cpu_cell, ops, reference
-from lstm_ext.cuda_cell import CudaCells
-from lstm_ext.cuda_engine import CudaEngine
+from lstm_ext import ops, reference
+from lstm_ext.cpu import cell as cpu_cell
+from lstm_ext.cuda.cell import CudaCells
+from lstm_ext.cuda.engine import CudaEngine
 from lstm_ext.steps import Steps
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lstm_ext import batching, plain
 from lstm_ext.autograd import has_tangent, needs_grad
-from lstm_ext.cpu_calls import biases_alone, gates_bytes, run_directions
+from lstm_ext.cpu.calls import biases_alone, gates_bytes, run_directions
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,
@@ -314,7 +314,7 @@ def _forward(
     y: Tensor,
     last: list[Any],
 ) -> Generator[Any, None, None]:
-    """One direction, as :func:`cpu_engine._forward`."""
+    """One direction, as :func:`cpu.engine._forward`."""
     h0, c0, w, reverse = direction
     H, P, I = c0.size(1), h0.size(1), x.size(1)
     _check_weights(H, P, I, w)
@@ -326,7 +326,7 @@ def _forward(
         c_seq = allocate(x, steps.rows, H, zero=steps.has_padding, dtype=torch.float32)
     variants, _ = native_variants(_C, w, x.dtype)
     gx: Tensor | None = None
-    if I == 0:  # as in cpu_engine
+    if I == 0:  # as in cpu.engine
         gx = biases_alone(steps.rows, 4 * H, [w.bias], w.scale_hh)
     # fmt: off
     call = _C.CpuForward(

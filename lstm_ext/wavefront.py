@@ -1,7 +1,7 @@
 """Stacks of layers that run as a wavefront on CUDA: which do, and their place in autograd.
 
 Off by default, for it has never run on a GPU: LSTM_EXT_WAVEFRONT=on, or ``wavefront`` of the CUDA
-engine. :mod:`cuda_wavefront` runs them; csrc/cuda/plan.cpp says in how many parts.
+engine. :mod:`cuda.wavefront` runs them; csrc/cuda/plan.cpp says in how many parts.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from lstm_ext import batching, cuda_wavefront, ops
+from lstm_ext import batching, ops
 from lstm_ext.autograd import needs_grad
-from lstm_ext.cuda_wavefront import Saved, StackResult
+from lstm_ext.cuda import wavefront as cuda_wavefront
+from lstm_ext.cuda.wavefront import Saved, StackResult
 from lstm_ext.engine import in_memory, is_recorded, is_recording, tensors_of
 from lstm_ext.flat import grouped
 from lstm_ext.layer import lstm_layer

@@ -4,7 +4,9 @@ import device
 import pytest
 import torch
 
-from lstm_ext import cpu_products, cpu_second, ops
+from lstm_ext import ops
+from lstm_ext.cpu import products as cpu_products
+from lstm_ext.cpu import second as cpu_second
 from lstm_ext.derivatives import BackwardTangents, ForwardTangents, SecondDerivative
 
 

@@ -18,8 +18,8 @@ import torch
 from emulator.build import KERNELS, build
 
 from lstm_ext import ops
-from lstm_ext.cuda_engine import FAMILIES, CudaEngine
-from lstm_ext.lanes import NoLanes
+from lstm_ext.cuda.engine import FAMILIES, CudaEngine
+from lstm_ext.cuda.lanes import NoLanes
 
 H100 = {"major": 9, "minor": 0, "sm_count": 132, "shared_bytes": 227 << 10, "l2_bytes": 50 << 20}
 H100 |= {"clusters": [132, 66, 32, 16, 8], "vendor": True}

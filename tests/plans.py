@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lstm_ext.cuda_engine import FAMILIES
+from lstm_ext.cuda.engine import FAMILIES
 
 
 def grid_plan(

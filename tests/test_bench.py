@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 import lstm_ext
 from bench import machine, records, report, timing, work
 from bench.suites import MODES, SECOND, Problem
-from lstm_ext import cpu_engine
+from lstm_ext.cpu import engine as cpu_engine
 
 pytestmark = pytest.mark.cpu_only(reason="the command line on the CPU")
 CPU = torch.device("cpu")

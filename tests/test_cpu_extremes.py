@@ -6,7 +6,7 @@ from eight_bits import MARKS
 from torch import nn
 
 import lstm_ext
-from lstm_ext import cpu_products
+from lstm_ext.cpu import products as cpu_products
 from lstm_ext.quantization import packed_size
 
 pytestmark = MARKS

@@ -11,7 +11,10 @@ from cases import Case
 from tolerances import assert_as_good, tol
 
 import lstm_ext
-from lstm_ext import _C, cpu_backward, cpu_engine, cpu_products, reference
+from lstm_ext import _C, reference
+from lstm_ext.cpu import backward as cpu_backward
+from lstm_ext.cpu import engine as cpu_engine
+from lstm_ext.cpu import products as cpu_products
 from lstm_ext.engine import native_steps
 from lstm_ext.steps import Steps
 

@@ -12,7 +12,9 @@ import torch
 from tolerances import tol
 
 import lstm_ext
-from lstm_ext import _C, cpu_calls, cpu_engine, layer, plain
+from lstm_ext import _C, layer, plain
+from lstm_ext.cpu import calls as cpu_calls
+from lstm_ext.cpu import engine as cpu_engine
 from lstm_ext.engine import Direction, LayerWeights
 from lstm_ext.steps import Steps
 

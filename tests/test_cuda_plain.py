@@ -25,7 +25,7 @@ from short_way import (
 from tolerances import tol
 
 import lstm_ext
-from lstm_ext import cuda_engine
+from lstm_ext.cuda import engine as cuda_engine
 
 pytestmark = pytest.mark.usefixtures("exact_float32")
 

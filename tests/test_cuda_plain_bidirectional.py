@@ -23,7 +23,7 @@ from short_way import (
 )
 from tolerances import tol
 
-from lstm_ext import cuda_engine
+from lstm_ext.cuda import engine as cuda_engine
 
 pytestmark = pytest.mark.usefixtures("exact_float32")
 

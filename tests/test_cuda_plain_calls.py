@@ -14,7 +14,7 @@ from emulated import installed
 from short_way import EMULATOR, H, I, both_ways, calls_of_torch, draw, engine, lstm
 
 from lstm_ext import ops
-from lstm_ext.cuda_engine import CudaEngine
+from lstm_ext.cuda.engine import CudaEngine
 
 pytestmark = pytest.mark.usefixtures("exact_float32")
 

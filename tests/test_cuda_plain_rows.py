@@ -13,7 +13,7 @@ from short_way import DTYPES, EMULATOR, H, I, Short, both_ways, draw, gradients,
 from tolerances import tol
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lstm_ext import cuda_engine
+from lstm_ext.cuda import engine as cuda_engine
 
 pytestmark = pytest.mark.usefixtures("exact_float32")
 

@@ -8,7 +8,7 @@ from device import here
 from emulated import EmulatedEngine, load
 
 from lstm_ext import ops
-from lstm_ext.cuda_products import TorchProducts
+from lstm_ext.cuda.products import TorchProducts
 from lstm_ext.engine import DTYPE_CODE, acc_dtype
 
 DTYPES = list(DTYPE_CODE)

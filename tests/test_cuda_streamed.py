@@ -8,7 +8,7 @@ from plans import grid_plan
 
 import lstm_ext
 from lstm_ext import ops
-from lstm_ext.cuda_engine import FAMILIES, CudaEngine
+from lstm_ext.cuda.engine import FAMILIES, CudaEngine
 
 pytestmark = pytest.mark.skipif(device.DEVICE.type != "cuda", reason="needs --device=cuda")
 

@@ -10,7 +10,7 @@ from tolerances import TF32_EPS, assert_as_good
 
 import lstm_ext
 from lstm_ext import ops
-from lstm_ext.cuda_engine import FAMILIES, CudaEngine
+from lstm_ext.cuda.engine import FAMILIES, CudaEngine
 
 pytestmark = pytest.mark.skipif(
     device.DEVICE.type != "cuda" or torch.cuda.get_device_capability() < (9, 0),

@@ -9,7 +9,7 @@ from torch import nn
 
 import lstm_ext
 from lstm_ext import ops
-from lstm_ext.cuda_engine import FAMILIES, CudaEngine
+from lstm_ext.cuda.engine import FAMILIES, CudaEngine
 
 pytestmark = [
     pytest.mark.tf32,

@@ -11,8 +11,8 @@ from torch import nn
 
 import lstm_ext
 from lstm_ext import ops, wavefront
-from lstm_ext.cuda_engine import FAMILIES
-from lstm_ext.cuda_wavefront import plan_of
+from lstm_ext.cuda.engine import FAMILIES
+from lstm_ext.cuda.wavefront import plan_of
 
 pytestmark = [
     pytest.mark.tf32,

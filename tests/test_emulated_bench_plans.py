@@ -6,7 +6,7 @@ import torch
 
 from bench import plans
 from bench.suites import Problem
-from lstm_ext.cuda_engine import FAMILIES
+from lstm_ext.cuda.engine import FAMILIES
 
 pytestmark = pytest.mark.cpu_only(reason="runs on the emulator")
 

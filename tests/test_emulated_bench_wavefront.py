@@ -6,7 +6,7 @@ import torch
 
 from bench import wavefront
 from bench.suites import Problem
-from lstm_ext import cuda_wavefront
+from lstm_ext.cuda import wavefront as cuda_wavefront
 
 pytestmark = pytest.mark.cpu_only(reason="runs on the emulator")
 

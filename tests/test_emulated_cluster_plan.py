@@ -8,7 +8,7 @@ import emulated
 import pytest
 from test_emulated_plan import DTYPES, check, plan_of, properties
 
-from lstm_ext.cuda_engine import FAMILIES
+from lstm_ext.cuda.engine import FAMILIES
 
 pytestmark = pytest.mark.cpu_only(reason="the plan asks no device")
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_ext
 from bench.plans import order_of_sums
-from lstm_ext.cuda_engine import FAMILIES
+from lstm_ext.cuda.engine import FAMILIES
 
 pytestmark = pytest.mark.cpu_only(reason="the emulator runs on tensors of the CPU")
 

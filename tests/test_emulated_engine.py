@@ -16,8 +16,8 @@ from plans import fetching, grid_plan
 from tolerances import tol
 
 import lstm_ext
-from lstm_ext import cuda_engine
-from lstm_ext.cuda_precision import products_in
+from lstm_ext.cuda import engine as cuda_engine
+from lstm_ext.cuda.precision import products_in
 from lstm_ext.layer import lstm_layer
 from lstm_ext.ops import Direction, LayerWeights
 from lstm_ext.steps import Steps

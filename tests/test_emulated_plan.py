@@ -10,7 +10,7 @@ import emulated
 import pytest
 
 from bench import suites
-from lstm_ext.cuda_engine import FAMILIES
+from lstm_ext.cuda.engine import FAMILIES
 
 pytestmark = pytest.mark.cpu_only(reason="the plan asks no device")
 

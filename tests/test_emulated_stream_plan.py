@@ -4,7 +4,7 @@ import emulated
 import pytest
 from test_emulated_plan import DEVICES, check, properties
 
-from lstm_ext.cuda_engine import FAMILIES
+from lstm_ext.cuda.engine import FAMILIES
 
 pytestmark = pytest.mark.cpu_only(reason="the plan asks no device")
 

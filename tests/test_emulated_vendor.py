@@ -12,7 +12,7 @@ from tolerances import TF32_EPS, assert_as_good, tol
 from variants import VARIANTS
 
 import lstm_ext
-from lstm_ext.cuda_engine import FAMILIES
+from lstm_ext.cuda.engine import FAMILIES
 
 pytestmark = pytest.mark.cpu_only(reason="the emulator runs on tensors of the CPU")
 

@@ -14,7 +14,9 @@ from tolerances import assert_as_good, tol
 from torch.utils.data import DataLoader, Dataset
 
 import lstm_ext
-from lstm_ext import cpu_engine, cpu_products, ops, reference
+from lstm_ext import ops, reference
+from lstm_ext.cpu import engine as cpu_engine
+from lstm_ext.cpu import products as cpu_products
 from lstm_ext.ops import LayerWeights
 from lstm_ext.steps import Steps
 

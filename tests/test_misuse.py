@@ -8,7 +8,8 @@ from layers import lstm_layer
 from tolerances import tol
 
 import lstm_ext
-from lstm_ext import cpu_products, reference
+from lstm_ext import reference
+from lstm_ext.cpu import products as cpu_products
 from lstm_ext.ops import LayerWeights
 from lstm_ext.steps import Steps
 

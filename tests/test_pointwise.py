@@ -7,7 +7,8 @@ from device import here, leaf
 from tolerances import tol
 
 import lstm_ext
-from lstm_ext import cpu_cell, pointwise
+from lstm_ext import pointwise
+from lstm_ext.cpu import cell as cpu_cell
 from lstm_ext.steps import Steps
 
 

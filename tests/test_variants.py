@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from variants import EVERYTHING, VARIANTS
 
 import lstm_ext
-from lstm_ext import cpu_products
+from lstm_ext.cpu import products as cpu_products
 from lstm_ext.ops import LayerWeights, Masks
 
 DTYPES = [torch.float64, torch.float32, *HALF]

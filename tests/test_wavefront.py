@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import lstm_ext
 from lstm_ext import ops, wavefront
-from lstm_ext.cuda_engine import FAMILIES, CudaEngine
+from lstm_ext.cuda.engine import FAMILIES, CudaEngine
 
 pytestmark = pytest.mark.cpu_only(reason="brings the emulated device along")
 

@@ -6,8 +6,8 @@ import emulated
 import pytest
 from test_emulated_plan import DEVICES, properties
 
-from lstm_ext.cuda_engine import FAMILIES
-from lstm_ext.cuda_wavefront import cuts, order
+from lstm_ext.cuda.engine import FAMILIES
+from lstm_ext.cuda.wavefront import cuts, order
 
 pytestmark = pytest.mark.cpu_only(reason="the plan asks no device")
 

@@ -11,8 +11,9 @@ from streams import Stream, Unordered, Watch
 from test_wavefront import Engine, H, I
 
 import lstm_ext
-from lstm_ext import lanes, ops
-from lstm_ext.lanes import Lanes
+from lstm_ext import ops
+from lstm_ext.cuda import lanes
+from lstm_ext.cuda.lanes import Lanes
 
 pytestmark = pytest.mark.cpu_only(reason="brings the emulated device along")
 

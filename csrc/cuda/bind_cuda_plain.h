@@ -20,7 +20,7 @@ class CudaPlain : public PlainTensors {
                      pybind11::str(is_cpu ? "is_cpu" : "is_cuda"),
                      is_cpu ? dlpack::kCpu : dlpack::kCuda, exchange) {}
 
-  // engine: a cuda_engine.CudaEngine, always the same. The rest as for PlainInputs::read. Returns
+  // engine: a cuda.engine.CudaEngine, always the same. The rest as for PlainInputs::read. Returns
   // what PlainOutputs::all has, saved as save says; or None, for what PlainInputs::read refuses, or
   // if a size is 0.
   Object forward(Handle engine, Handle x, Handle hx, const pybind11::list& weights, int64_t I,

@@ -1,5 +1,5 @@
 // Forward mode and second derivatives of a layer without variants: the two recurrences that
-// lstm_ext/cpu_second.py derives. A product or more a step by the vendor's library, and a kernel
+// lstm_ext/cpu/second.py derives. A product or more a step by the vendor's library, and a kernel
 // for all else, two with a projection. No CUDA header.
 //
 // Elements are fp32 or fp64 throughout: storage = acc. Letters, Steps and rows as in params.h, K

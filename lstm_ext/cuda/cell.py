@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lstm_ext.cuda_engine import CudaEngine
+from lstm_ext.cuda.engine import CudaEngine
 from lstm_ext.engine import DTYPE_CODE, address
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps

@@ -1,6 +1,6 @@
 """Forward mode and second derivatives of a layer on the CUDA engine.
 
-By the two recurrences of :mod:`cpu_second`, one like forward's and one like backward's, each with a
+By the two recurrences of :mod:`cpu.second`, one like forward's and one like backward's, each with a
 product or more a step by cuBLASLt and a kernel for the rest. Backward itself, which keeps nothing,
 is made again beside its tangent, by the same products and kernels. Letters as in :mod:`ops`.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lstm_ext.cuda_gradients import gradients
+from lstm_ext.cuda.gradients import gradients
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,

@@ -1,6 +1,6 @@
 """A layer on the native core's CUDA kernels: allocation, products over all steps, launches.
 
-The products over all steps are :mod:`cuda_products`', in the layer's own precision; the recurrence
+The products over all steps are :mod:`cuda.products`', in the layer's own precision; the recurrence
 is the core's. Nothing here waits for the device. Letters as in :mod:`ops`.
 """
 
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lstm_ext.cuda_gradients import gradients
-from lstm_ext.cuda_precision import lstm_uses_tf32
-from lstm_ext.cuda_products import Products, TorchProducts, VendorProducts, open_vendor
-from lstm_ext.cuda_second import layer_second
+from lstm_ext.cuda.gradients import gradients
+from lstm_ext.cuda.lanes import Lanes, NoLanes
+from lstm_ext.cuda.precision import lstm_uses_tf32
+from lstm_ext.cuda.products import Products, TorchProducts, VendorProducts, open_vendor
+from lstm_ext.cuda.second import layer_second
 from lstm_ext.engine import (
     DTYPE_CODE,
     EXCHANGE,
@@ -34,7 +35,6 @@ from lstm_ext.engine import (
     rows_of,
     without_autocast,
 )
-from lstm_ext.lanes import Lanes, NoLanes
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
 

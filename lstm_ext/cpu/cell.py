@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lstm_ext import cpu_products
+from lstm_ext.cpu import products as cpu_products
 from lstm_ext.engine import DTYPE_CODE, address, native_steps
 from lstm_ext.native import _C
 from lstm_ext.steps import Steps

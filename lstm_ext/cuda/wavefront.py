@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lstm_ext.cuda_engine import CudaEngine, verbose
-from lstm_ext.cuda_gradients import gradients
+from lstm_ext.cuda.engine import CudaEngine, verbose
+from lstm_ext.cuda.gradients import gradients
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,

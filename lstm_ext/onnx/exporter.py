@@ -18,7 +18,7 @@ from lstm_ext.cnn import CNNLSTM
 from lstm_ext.compat import States, check_match, check_pair
 from lstm_ext.lstm_cell import LSTMCell
 from lstm_ext.modules import LSTM
-from lstm_ext.onnx_node import (
+from lstm_ext.onnx.node import (
     Held,
     NodeConstants,
     checked_weights,

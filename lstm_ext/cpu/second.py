@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lstm_ext.cpu_backward import Kept, backward
-from lstm_ext.cpu_calls import gates_bytes, run_directions
-from lstm_ext.cpu_products import linear, matmul, transposed_matmul, workspace
+from lstm_ext.cpu.backward import Kept, backward
+from lstm_ext.cpu.calls import gates_bytes, run_directions
+from lstm_ext.cpu.products import linear, matmul, transposed_matmul, workspace
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lstm_ext.cpu_backward import backward
-from lstm_ext.cpu_calls import (
+from lstm_ext.cpu.backward import backward
+from lstm_ext.cpu.calls import (
     bf16_products,
     biases_alone,
     gates_bytes,
     run_directions,
 )
-from lstm_ext.cpu_products import linear
-from lstm_ext.cpu_second import layer_second as layer_second  # a part of the engine
+from lstm_ext.cpu.products import linear
+from lstm_ext.cpu.second import layer_second as layer_second  # a part of the engine
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lstm_ext import cpu_products
+from lstm_ext.cpu import products as cpu_products
 from lstm_ext.engine import Direction, LayerWeights, acc_dtype
 from lstm_ext.native import _C
 from lstm_ext.steps import Steps

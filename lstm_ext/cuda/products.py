@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lstm_ext.cuda_precision import products_in
+from lstm_ext.cuda.precision import products_in
 from lstm_ext.engine import DTYPE_CODE, acc_dtype, address
 
 

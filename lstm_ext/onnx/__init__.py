@@ -26,8 +26,8 @@ from torch.utils import _pytree as pytree
 from lstm_ext.cnn import CNNLSTM
 from lstm_ext.lstm_cell import LSTMCell
 from lstm_ext.modules import LSTM
-from lstm_ext.onnx_exporter import NAME, Exporter
-from lstm_ext.onnx_node import translations
+from lstm_ext.onnx.exporter import NAME, Exporter
+from lstm_ext.onnx.node import translations
 
 __all__ = ["export"]
 

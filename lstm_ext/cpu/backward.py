@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lstm_ext.cpu_calls import bf16_products
-from lstm_ext.cpu_products import matmul, transposed_matmul
+from lstm_ext.cpu.calls import bf16_products
+from lstm_ext.cpu.products import matmul, transposed_matmul
 from lstm_ext.engine import (
     DTYPE_CODE,
     Direction,
