@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lstm_ext import conv_library  # noqa: F401, its operators
 from lstm_ext.compat import States, check_match, check_weights
 from lstm_ext.conv_layer import ConvWeights, Walk, conv_lstm_layer
 from lstm_ext.convolutions import Window
@@ -215,7 +216,7 @@ class ConvLSTMBase(nn.Module):
         with without_autocast(x.device):
             shape = (self.num_layers, steps.B, self.hidden_channels, *size)
             h0, c0 = hx or [x.new_zeros(shape)] * 2
-            walk = Walk.of(x.dtype, steps, math.prod(size))
+            walk = Walk(x.dtype, steps, math.prod(size))
             x = walk.mask(x)  # a NaN in the padding ends here
             h_n, c_n = [], []
             for layer in range(self.num_layers):

@@ -2,9 +2,9 @@
 
 On the native cells it is one function for autograd, :class:`ConvLayer`: backward walks the steps
 back by the input's gradient alone of the recurrent convolution, and makes the weights' gradients in
-one convolution over all steps. In torch operations it is under whatever must see those:
-torch.compile (whose compiler fuses them itself), torch.export, make_fx, vmap, jvp; and for second
-derivatives.
+one convolution over all steps. In a graph (torch.compile, torch.export, make_fx) it is an operator
+that does the same, :mod:`conv_library`. In torch operations it is under whatever must see those:
+vmap, jvp, torch's ONNX export; and for second derivatives.
 
 Letters: T steps, N sequences, C hidden channels.
 """
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from lstm_ext import ops, pointwise
@@ -24,7 +25,14 @@ from lstm_ext.autograd import must_apply, needs_grad
 from lstm_ext.batching import batched_gradients
 from lstm_ext.convolutions import Convolution, Window
 from lstm_ext.derivatives import LayerFunction, pulled
-from lstm_ext.engine import acc_dtype, asked_once_a_graph, in_memory, is_watched, sum_of
+from lstm_ext.engine import (
+    acc_dtype,
+    asked_once_a_graph,
+    in_memory,
+    is_recorded,
+    is_watched,
+    sum_of,
+)
 from lstm_ext.native import _C
 from lstm_ext.steps import Steps
 
@@ -39,21 +47,26 @@ class ConvWeights(NamedTuple):
     w_ch: Tensor | None  # (3C), rows i, f, o
 
 
-class Walk(NamedTuple):
+class Walk:
     """What the layers share of a batch: its dtype, its sequences' ends."""
 
-    dtype: torch.dtype
-    steps: Steps  # T steps of N sequences
-    pixels: list[Steps]  # per step: which of the N * pixels rows take it
+    def __init__(self, dtype: torch.dtype, steps: Steps, pixels: int) -> None:
+        self.dtype = dtype
+        self.steps = steps  # T steps of N sequences
+        self.pixels = pixels  # of a state
+        self._each: list[Steps] | None = None
 
-    @staticmethod
-    def of(dtype: torch.dtype, steps: Steps, pixels: int) -> Walk:
-        rows = steps.B * pixels
-        if steps.lengths is None:
-            return Walk(dtype, steps, [Steps.padded(1, rows)] * steps.T)
-        on = steps.active().to(torch.int64).repeat_interleave(pixels, dim=1)  # (T, rows)
-        each = [Steps(1, rows, rows=rows, lengths=row) for row in on.unbind(0)]
-        return Walk(dtype, steps, each)
+    def each(self) -> list[Steps]:
+        """Per step: which of the N * pixels rows take it. Not for a graph of any number of steps,
+        which a list would fix."""
+        if self._each is None:
+            steps, rows = self.steps, self.steps.B * self.pixels
+            if steps.lengths is None:
+                self._each = [Steps.padded(1, rows)] * steps.T
+            else:
+                on = steps.active().to(torch.int64).repeat_interleave(self.pixels, dim=1)
+                self._each = [Steps(1, rows, rows=rows, lengths=row) for row in on.unbind(0)]
+        return self._each
 
     def mask(self, x: Tensor) -> Tensor:
         """x (T, N, ...) with zeros past each sequence's end."""
@@ -63,7 +76,7 @@ class Walk(NamedTuple):
         return torch.where(on.view(*on.shape, *[1] * (x.dim() - 2)), x, 0)
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     """What a layer is but for its tensors, which are always these: x (T, N, in, *size), w_ih, bias,
     w_hh, all of the convolutions' dtype; h0 and c0 (N, *output, C) and w_ch, of the cell's. bias
     and w_ch may be None. Its results: output (T, N, *output, C) of walk.dtype, h_n and c_n as h0.
@@ -72,6 +85,13 @@ class _Layer(NamedTuple):
     walk: Walk
     window: Window  # of the input's convolution
     size: tuple[int, ...]  # output
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Of the operators, after the tensors: see conv_library."""
+        window, steps = self.window, self.walk.steps
+        padding = None if window.padding == "same" else list(window.padding)
+        moves = list(window.stride), padding, list(window.dilation)
+        return steps.lengths, *moves, self.walk.dtype
 
     def recurrent(self, w_hh: Tensor) -> Convolution:
         ones = (1,) * len(self.size)
@@ -112,7 +132,7 @@ def conv_lstm_layer(
         Output (T, N, C, *output), h_n and c_n (N, C, *output), of walk.dtype.
     """
     dtype, acc = walk.dtype, acc_dtype(walk.dtype)
-    layer = _Layer(walk, window, tuple(h0.shape[2:]))
+    layer = Layer(walk, window, tuple(h0.shape[2:]))
     half = x.device.type != "cpu" or (dtype == torch.bfloat16 and layer.is_for_bf16(x.shape[3:]))
     convolved = dtype if half else acc
     w_ih, w_hh, b_ih, b_hh, w_ch = w
@@ -122,15 +142,34 @@ def conv_lstm_layer(
     tensors.append(None if w_ch is None else w_ch.to(acc))
     # What follows torch's operations would see none of the core's.
     seen = is_watched() or forward_ad._current_level >= 0
-    if x.size(0) == 0 or seen or not ops.has_native_kernels(x.device):
-        y, h, c = _in_torch(layer, *tensors)
+    if seen and _is_for_operator() and ops.has_native_kernels(x.device):
+        y, h, c = torch.ops.lstm_ext.conv_lstm_layer(*tensors, *layer.arguments(), False)
+    elif seen or x.size(0) == 0 or not ops.has_native_kernels(x.device):
+        y, h, c = in_torch(layer, *tensors)
     else:
         tensors = [None if t is None else in_memory(t) for t in tensors]
         if needs_grad(tensors):
             y, h, c = ConvLayer.run(layer, *tensors)
         else:
-            y, h, c = _on_cells(layer, *tensors, save=False)[0]
+            y, h, c = on_cells(layer, *tensors, save=False)[0]
     return y.movedim(-1, 2), h.to(dtype).movedim(-1, 1), c.to(dtype).movedim(-1, 1)
+
+
+def _is_for_operator() -> bool:
+    return (torch.compiler.is_compiling() or is_recorded()) and not _is_for_torch()
+
+
+@asked_once_a_graph
+def _is_for_torch() -> bool:
+    """Whether a graph is of torch's operations alone: forward mode or a transform is part of it,
+    or what it is for knows no others."""
+    return forward_ad._current_level >= 0 or is_transformed() or torch.onnx.is_in_onnx_export()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is around, other than functionalize."""
+    stack = get_interpreter_stack() or []
+    return any(transform.key() != TransformType.Functionalize for transform in stack)
 
 
 @asked_once_a_graph
@@ -150,8 +189,8 @@ def _rows(x: Tensor) -> Tensor:
 # --- in torch operations --------------------------------------------------------------------------
 
 
-def _in_torch(
-    layer: _Layer,
+def in_torch(
+    layer: Layer,
     x: Tensor,
     w_ih: Tensor,
     bias: Tensor | None,
@@ -168,7 +207,7 @@ def _in_torch(
     if T == 0:  # no numbers, but a place in the graph
         return layer.frames(gx[..., :C].to(walk.dtype)), h0, c0
     recurrent, outputs = layer.recurrent(w_hh), []
-    for gx_t, steps in zip(gx.unbind(0), walk.pixels, strict=True):
+    for gx_t, steps in zip(gx.unbind(0), walk.each(), strict=True):
         # The recurrence goes on with h as the user sees it: rounded to its dtype.
         image = layer.images(h.to(walk.dtype).to(convolved).unsqueeze(0)).squeeze(0)
         a = gx_t.to(acc) + _rows(recurrent(_unambiguous(image))).to(acc)
@@ -186,8 +225,8 @@ def _unambiguous(images: Tensor) -> Tensor:
 # --- on the native cells --------------------------------------------------------------------------
 
 
-def _on_cells(
-    layer: _Layer,
+def on_cells(
+    layer: Layer,
     x: Tensor,
     w_ih: Tensor,
     bias: Tensor | None,
@@ -209,14 +248,17 @@ def _on_cells(
     gx = _rows(window.convolution(w_ih, x.shape[3:])(x.flatten(0, 1), bias)).view(T, rows, 4 * C)
     w_ch = None if w_ch is None else w_ch.contiguous()
     kept = gx if convolved == acc else h.new_empty(T if save else 1, rows, 4 * C)
-    h_seq, c_seq = x.new_empty(T + 1, rows, C), h.new_empty(T + 1 if save else 2, rows, C)
-    h_seq[0], c_seq[0] = h, c
+    h_seq, c_seq = x.new_empty(T + save, rows, C), h.new_empty(T + 1 if save else 2, rows, C)
+    first, h_out = (h_seq[0], h_seq[1:]) if save else (x.new_empty(rows, C), h_seq)
+    first.copy_(h)
+    c_seq[0] = c
     # What a step takes, made for all steps at once: of few pixels, views would cost more than sums.
-    images, states = layer.images(h_seq).unbind(0), h_seq.unbind(0)
+    states = first, *h_out.unbind(0)
+    images = layer.images(first.unsqueeze(0))[0], *layer.images(h_out).unbind(0)
     gates, gate_images = kept.unbind(0), layer.images(kept).unbind(0)
     gx_images, cell_states = layer.images(gx).unbind(0), c_seq.unbind(0)
     recurrent = layer.recurrent(w_hh).many(images[0], T)
-    for t, steps in enumerate(walk.pixels):
+    for t, steps in enumerate(walk.each()):
         a, product = gate_images[t % len(gates)], recurrent(images[t])
         if convolved == acc:
             a.add_(product)
@@ -228,7 +270,7 @@ def _on_cells(
         if walk.dtype != acc:
             states[t + 1].copy_(h_new.to(walk.dtype))
         h, c = h_new, c_new
-    y, h, c = layer.frames(h_seq[1:]), h.view(h0.shape), c.view(c0.shape)
+    y, h, c = layer.frames(h_out), h.view(h0.shape), c.view(c0.shape)
     masked = walk.mask(y).to(walk.dtype)
     if save or T == 1:  # whoever changes a result in place must not change what backward reads
         h, c = h.clone(), c.clone()  # and of a cell's there are to be no others in memory
@@ -244,8 +286,8 @@ class ConvLayer(LayerFunction):
     """
 
     @staticmethod
-    def forward(ctx: Any, layer: _Layer, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        results, saved = _on_cells(layer, *tensors, save=True)
+    def forward(ctx: Any, layer: Layer, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        results, saved = on_cells(layer, *tensors, save=True)
         every = (*tensors, *saved)
         ctx.kinds = [t if t is None else (t.shape, t.dtype, t.device) for t in every]
         ctx.layer = layer
@@ -264,13 +306,13 @@ class ConvLayer(LayerFunction):
         *tensors, kept, h_seq, c_seq = every
         with ops.without_autocast(kept.device):
             if must_apply():
-                run = functools.partial(_in_torch, layer)
+                run = functools.partial(in_torch, layer)
                 return None, *pulled(run, tensors, grads, wanted)
-            return None, *_gradients(layer, wanted, grads, tensors, kept, h_seq, c_seq)
+            return None, *gradients(layer, wanted, grads, tensors, kept, h_seq, c_seq)
 
 
-def _gradients(
-    layer: _Layer,
+def gradients(
+    layer: Layer,
     wanted: Sequence[bool],
     grads: Sequence[Tensor | None],
     tensors: Sequence[Any],
@@ -291,12 +333,12 @@ def _gradients(
     dh, dc = (None if g is None else g.contiguous().view(rows, C) for g in (dh, dc))
     da_seq = x.new_empty(kept.shape)
     da_images, h_images = layer.images(da_seq).unbind(0), layer.images(h_seq).unbind(0)
-    dw_ch = None if w_ch is None else torch.zeros_like(w_ch)
+    dw_ch, each = None if w_ch is None else torch.zeros_like(w_ch), walk.each()
     for t in reversed(range(T)):
         dh = sum_of(dh, None if dy is None else dy[t])
         da = da_seq[t] if x.dtype == acc else torch.empty_like(kept[t])
         step = (kept[t], c_seq[t], c_seq[t + 1], w_ch)
-        dh_passed, dc, dw_t = cells.cell_backward(walk.pixels[t], dh, dc, *step, da)
+        dh_passed, dc, dw_t = cells.cell_backward(each[t], dh, dc, *step, da)
         if x.dtype != acc:
             da_seq[t] = da
         dw_ch = sum_of(dw_ch, dw_t)

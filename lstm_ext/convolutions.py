@@ -39,7 +39,7 @@ class Window(NamedTuple):
             return [(p, p) for p in self.padding]
         pads = []
         for n, r, s in zip(size, self.reach, self.stride, strict=True):
-            total = max((-(-n // s) - 1) * s + r - n, 0)
+            total = max(((n + s - 1) // s - 1) * s + r - n, 0)
             pads.append((total // 2, total - total // 2))
         return pads
 
@@ -57,7 +57,8 @@ class Window(NamedTuple):
                     f"input of size {tuple(size)} with padding {self.padding} is too small for "
                     f"kernel size {self.kernel} and dilation {self.dilation}"
                 )
-            result.append(span // s + 1)
+            # One quotient: of a sum with one, torch's default compiler fails to divide symbols.
+            result.append((n + s - 1) // s if self.padding == "same" else (span + s) // s)
         return tuple(result)
 
     def convolution(self, w: Tensor, size: Sequence[int]) -> Convolution:

@@ -280,7 +280,7 @@ def _refuse(what: str) -> NoReturn:
     )
 
 
-def _refuse_transforms(tensors: Sequence[Tensor | None]) -> None:
+def refuse_transforms(tensors: Sequence[Tensor | None]) -> None:
     stack = get_interpreter_stack() or []
     names = [t.key().name for t in stack if t.key() != TransformType.Functionalize]
     if has_tangent(tensors):
@@ -292,7 +292,7 @@ def _refuse_transforms(tensors: Sequence[Tensor | None]) -> None:
 def _forward_autograd(*arguments: Any) -> list[Tensor]:
     *layer, cells, save = arguments
     x, flat = layer[:2]
-    _refuse_transforms([x, *flat])
+    refuse_transforms([x, *flat])
     if not needs_grad([x, *flat]):
         made = plain_forward(*arguments)
         if made is not None:
@@ -307,7 +307,7 @@ def _forward_autograd(*arguments: Any) -> list[Tensor]:
 def _backward_autograd(*arguments: Any) -> list[Tensor]:
     *layer, grads, results, wanted = arguments
     x, flat = layer[:2]
-    _refuse_transforms([x, *flat, *grads])
+    refuse_transforms([x, *flat, *grads])
     if not needs_grad([x, *flat, *grads]):
         made = plain_backward(*arguments)
         if made is not None:
