@@ -97,7 +97,7 @@ class Variants(nn.Module):
             self.peephole
             or self.layer_norm
             or self.zoneout
-            or (self.training and (self.recurrent_dropout or self.weight_dropout))
+            or ((self.recurrent_dropout or self.weight_dropout) and self.training)
         )
 
     def _variants_repr(self) -> str:
