@@ -110,6 +110,8 @@ class ConvLSTM(ConvLSTMBase):
 class ConvLSTMCell(ConvLSTMBase):
     """A step, likewise."""
 
+    _is_cell = True
+
     def __init__(
         self,
         in_channels: int,

@@ -32,6 +32,7 @@ class ConvLSTMBase(nn.Module):
     """Arguments, parameters and checks of the sequences and the cells."""
 
     _dims: int  # set by each class
+    _is_cell = False
 
     __jit_ignored_attributes__ = property(refuse_jit)  # torch.jit.script asks this first
 
@@ -216,7 +217,7 @@ class ConvLSTMBase(nn.Module):
         with without_autocast(x.device):
             shape = (self.num_layers, steps.B, self.hidden_channels, *size)
             h0, c0 = hx or [x.new_zeros(shape)] * 2
-            walk = Walk(x.dtype, steps, math.prod(size))
+            walk = Walk(x.dtype, steps, math.prod(size), self._is_cell)
             x = walk.mask(x)  # a NaN in the padding ends here
             h_n, c_n = [], []
             for layer in range(self.num_layers):

@@ -69,6 +69,11 @@ def _backward(*arguments: Any) -> list[Tensor]:
     *grads, kept, h_seq, c_seq, wanted = arguments[_LAYER_COUNT:]
     layer, tensors = _checked(*arguments[:_LAYER_COUNT])
     x, _, _, _, h0, *_ = tensors
+    if len(wanted) != _TENSORS or any(
+        w and t is None for w, t in zip(wanted, tensors, strict=True)
+    ):
+        given = [t is not None for t in tensors]
+        raise RuntimeError(f"Expected wanted to be among the tensors {given}, got {list(wanted)}")
     T, N, C, acc, device = x.size(0), h0.size(0), h0.size(-1), h0.dtype, x.device
     rows = N * layer.walk.pixels
     ops.check_result(kept, (T, rows, 4 * C), acc, device)

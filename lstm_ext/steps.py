@@ -298,10 +298,12 @@ _LENGTH_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 def lengths_tensor(lengths: Any, B: int) -> Tensor:
     """lengths, a tensor or a list, as a tensor; raises if they are no integers or not B."""
     if isinstance(lengths, (list, tuple)):
+        if any(isinstance(length, bool) for length in lengths):
+            raise TypeError(f"lengths should be integers, got {lengths!r}")
         try:
             lengths = torch.tensor(lengths, dtype=None if lengths else torch.int64, device="cpu")
         except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"lengths should be integers, got {lengths!r}") from None
+            raise TypeError(f"lengths should be integers of 64 bits, got {lengths!r}") from None
     if not isinstance(lengths, Tensor):
         got = type(lengths).__name__
         raise TypeError(f"lengths should be a tensor or a list of integers, got {got}")

@@ -89,6 +89,8 @@ class Variants(nn.Module):
         """Those in use, by argument; forget_bias is none, being only how a bias starts."""
         names = ("peephole", "layer_norm", "recurrent_dropout", "weight_dropout", "zoneout")
         values = {name: getattr(self, name) for name in names}
+        if not any(_pair(self.zoneout)):  # an old pickle's (0, 0)
+            del values["zoneout"]
         return {name: value for name, value in values.items() if value}
 
     def _varied(self) -> bool:

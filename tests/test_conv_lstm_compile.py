@@ -1,5 +1,7 @@
 """ConvLSTMs in a graph, where a layer is one operator: torch.compile, torch.export, make_fx."""
 
+import importlib
+
 import device
 import pytest
 import torch
@@ -120,8 +122,11 @@ def test_compiled_cells(dims):
     for n in (8, 3, 9):
         x = leaf(torch.randn(n, IN, *SIZES[dims]))
         states = tuple(here(torch.randn(n, C, *SIZES[dims])) for _ in "hc")
-        _bits(_both(compiled, x, states), _both(cell, x, states))
+        for got, want in zip(_both(compiled, x, states), _both(cell, x, states), strict=True):
+            _close(got, want)
     assert counter.frame_count == 1
+    program = export(cell, (x, states))
+    assert not _calls(program.graph_module)  # torch's operations, which a compiler fuses
 
 
 @pytest.mark.cpu_only(reason="compiles for the CPU")
@@ -358,6 +363,20 @@ def test_torchs_onnx_export_sees_torchs_operations(monkeypatch):
     program = export(module, (x,), strict=False)
     assert not _calls(program.graph_module)
     _close(program.module()(x)[0], module(x)[0])
+
+
+@pytest.mark.cpu_only(reason="a graph holds no device")
+def test_onnx_of_a_module(tmp_path):
+    """Plain nodes for a fixed number of steps."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    onnx = importlib.import_module("lstm_ext.onnx")
+    module, x = lstm_ext.ConvLSTM2d(IN, C, 3, 2, peephole=True), torch.randn(L, N, IN, 6, 5)
+    onnx.export(module.eval(), (x,), tmp_path / "m.onnx", verbose=False)
+    session = runtime.InferenceSession(tmp_path / "m.onnx")
+    made = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    for got, want in zip(made, tree_leaves(module(x)), strict=True):
+        _close(torch.from_numpy(got), want)
 
 
 def test_a_jacobian_by_torchs_own_vmap():

@@ -96,6 +96,12 @@ def test_backward_checks_gradients_and_what_was_saved():
     for grads in ((y[:-1], h, c), (y, h.double(), c), (y, h, c[..., :1])):
         with pytest.raises(RuntimeError, match="Expected a gradient of size"):
             BACKWARD(*arguments, *grads, *saved, wanted)
+    for flags in ([True] * 6, [True] * 8):
+        with pytest.raises(RuntimeError, match="Expected wanted to be among the tensors"):
+            BACKWARD(*arguments, y, h, c, *saved, flags)
+    absent = (*arguments[:6], None, *arguments[7:])
+    with pytest.raises(RuntimeError, match=r"among the tensors \[True.* False\], got"):
+        BACKWARD(*absent, y, h, c, *saved, wanted)
     for k in range(3):
         less = [t[:-1] if at == k else t for at, t in enumerate(saved)]
         with pytest.raises(RuntimeError, match="Expected a result saved for backward"):
