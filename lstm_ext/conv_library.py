@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lstm_ext import batching, ops
 from lstm_ext.autograd import has_tangent, needs_grad
-from lstm_ext.conv_layer import Layer, Walk, gradients, in_torch, is_transformed, on_cells
+from lstm_ext.conv_layer import Layer, Walk, gradients, in_torch, on_cells
 from lstm_ext.convolutions import Window
 from lstm_ext.derivatives import LayerFunction, pulled
-from lstm_ext.engine import acc_dtype
+from lstm_ext.engine import acc_dtype, transform_names
 from lstm_ext.library import refuse_transforms
 from lstm_ext.steps import Steps, check_steps
 
@@ -217,7 +217,7 @@ class RecordedBackward(LayerFunction):
 def _forward_autograd(*arguments: Any) -> list[Tensor]:
     *call, save = arguments
     tensors = call[:_TENSORS]
-    if is_transformed() or has_tangent(tensors):
+    if transform_names() or has_tangent(tensors):
         if save:
             refuse_transforms(tensors)
         layer, tensors = _decode(*call)

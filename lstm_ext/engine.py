@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import TransformType, peek_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.overrides import handle_torch_function
@@ -297,6 +297,12 @@ def is_recorded() -> bool:
         return True
     transform = peek_interpreter_stack()
     return transform is not None and transform.key() == TransformType.Functionalize
+
+
+def transform_names() -> list[str]:
+    """Of the transforms of torch.func around, but for functionalize. Not where they are traced."""
+    stack = get_interpreter_stack() or []
+    return [t.key().name for t in stack if t.key() != TransformType.Functionalize]
 
 
 #: What the core asks torch for, in one call: see csrc/bind_surroundings.h. Not where operations

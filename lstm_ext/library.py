@@ -15,11 +15,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
 
 from lstm_ext import batching, ops
 from lstm_ext.autograd import LSTMLayer, LSTMLayerBackward, has_tangent, needs_grad
-from lstm_ext.engine import acc_dtype, is_recorded
+from lstm_ext.engine import acc_dtype, is_recorded, transform_names
 from lstm_ext.flat import Kind, flatten, kinds_of, unflatten
 from lstm_ext.ops import Direction, Masks
 from lstm_ext.plain_operator import plain_backward, plain_forward
@@ -281,8 +280,7 @@ def _refuse(what: str) -> NoReturn:
 
 
 def refuse_transforms(tensors: Sequence[Tensor | None]) -> None:
-    stack = get_interpreter_stack() or []
-    names = [t.key().name for t in stack if t.key() != TransformType.Functionalize]
+    names = transform_names()
     if has_tangent(tensors):
         names.append("forward mode")
     if names:

@@ -182,10 +182,9 @@ class LSTM(LSTMBase):
             hx: (h_0, c_0) of shapes (D*num_layers, N, P) and (D*num_layers, N, H), without N for
                 an unbatched input; None: zeros.
             lengths: (N,) integers in 0..L in any order, a tensor on any device ((1,) or 0-d
-                unbatched) or a list.
-                Outputs past a length are 0 and what the input holds there does not matter; h_n and
-                c_n are those of each sequence's last step; the reverse direction starts there; a
-                zero length returns the initial state.
+                unbatched) or a list. Outputs past a length are 0 and what the input holds there
+                does not matter; h_n and c_n are those of each sequence's last step; the reverse
+                direction starts there; a zero length returns the initial state.
             reset_mask: bool, (L, N), (N, L) with batch_first, (L,) unbatched: where true, the
                 state is zero before that step (in each direction's own order), in every layer.
 
@@ -325,8 +324,8 @@ class LSTM(LSTMBase):
             return wavefront.run(self, x, h0, c0, steps)
         run, every = self._run_layer, self.checkpoint_every
         # An exported program takes any number of steps, which parts would fix.
-        exporting = torch.compiler._is_exporting_flag
-        if every is not None and not exporting and steps.T > every and is_recording():
+        whole = every is None or torch.compiler._is_exporting_flag
+        if not whole and steps.T > every and is_recording():
             run = functools.partial(checkpointed_layer, every=every)
         h_n, c_n = [], []
         cells: Tensor | None = None

@@ -162,10 +162,14 @@ class Steps:
             return torch.ones(self.T, self.B, dtype=torch.bool, device=device)
         return torch.arange(self.T, device=self.lengths.device).unsqueeze(1) < self.lengths
 
+    def _by_rows(self) -> Tensor:
+        """active(), in the order of the rows."""
+        active = self.active()
+        return (active.T if self.batch_first else active).reshape(-1)
+
     def find_active_rows(self) -> Tensor:
         """int64: the rows that are not padding, ascending."""
-        active = self.active()
-        return (active.T if self.batch_first else active).reshape(-1).nonzero().squeeze(1)
+        return self._by_rows().nonzero().squeeze(1)
 
     # No graph enters a cached_property, which is locked before Python 3.12.
     active_rows = functools.cached_property(find_active_rows)
@@ -173,8 +177,7 @@ class Steps:
     @functools.cached_property
     def padding_rows(self) -> Tensor:
         """bool (rows, 1): the rows that are padding."""
-        active = self.active()
-        return (active.T if self.batch_first else active).reshape(-1, 1).logical_not()
+        return self._by_rows().logical_not().unsqueeze(1)
 
     @functools.cached_property
     def _starts(self) -> list[int]:
