@@ -139,9 +139,9 @@ struct CpuPlain : PlainTensors {
 
   // As CpuPlainBackward::run.
   Object backward(const pybind11::tuple& gradients, const pybind11::tuple& saved,
-                  const pybind11::tuple& wanted, int64_t T, bool batch_first, int64_t most_rows,
-                  const pybind11::function& workspace) const {
-    return CpuPlainBackward::run(*this, gradients, saved, wanted, T, batch_first,
+                  const pybind11::tuple& wanted, int64_t T, bool batch_first, bool with_dgates,
+                  int64_t most_rows, const pybind11::function& workspace) const {
+    return CpuPlainBackward::run(*this, gradients, saved, wanted, T, batch_first, with_dgates,
                                  surroundings_.threads(), most_rows, workspace);
   }
 
@@ -210,7 +210,7 @@ inline void bind_cpu_plain(pybind11::module_& m) {
       .def("cpu_forward_quantized", &CpuPlain::forward_quantized, "x"_a, "hx"_a, "weights"_a,
            "row_bits"_a, "I"_a, "H"_a, "P"_a, "T"_a, "batch_first"_a, "workspace"_a)
       .def("cpu_backward", &CpuPlain::backward, "gradients"_a, "saved"_a, "wanted"_a, "T"_a,
-           "batch_first"_a, "most_rows"_a, "workspace"_a);
+           "batch_first"_a, "with_dgates"_a, "most_rows"_a, "workspace"_a);
 }
 
 }  // namespace lstm_ext

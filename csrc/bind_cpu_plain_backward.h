@@ -15,13 +15,15 @@ class CpuPlainBackward {
   using Sizes = PlainTensors::Sizes;
 
  public:
-  // Arguments as for PlainSaved::read. Returns the gradients of the inputs, None where not wanted.
-  // Or None, for what PlainSaved::read refuses; if there are two directions, or more than most_rows
-  // rows; if only gradients of biases are wanted; or if bf16 is not multiplied, or projected to an
-  // odd number. Some products are torch's: not under autocast.
+  // Arguments as for PlainSaved::read. Returns the gradients of the inputs, None where not wanted,
+  // and last, if with_dgates, those of the gates before activation (rows, 4H), which for a step the
+  // caller then multiplies with x and h_0. Or None, for what PlainSaved::read refuses; if there are
+  // two directions, or more than most_rows rows; if only gradients of biases are wanted; or if bf16
+  // is not multiplied, or projected to an odd number. Some products are torch's: not under
+  // autocast.
   static Object run(const PlainTensors& tensors, const pybind11::tuple& gradients,
                     const pybind11::tuple& saved, const pybind11::tuple& wanted, int64_t T,
-                    bool batch_first, int threads, int64_t most_rows,
+                    bool batch_first, bool with_dgates, int threads, int64_t most_rows,
                     const pybind11::function& workspace) {
     CpuPlainBackward in(tensors);
     in.p_.threads = threads;
@@ -30,7 +32,7 @@ class CpuPlainBackward {
       return in.call_.read(gradients, saved, wanted, T, batch_first, nullptr, false, accepts);
     };
     if (!PlainTensors::answered(read)) return pybind11::none();
-    return in.made(workspace);
+    return in.made(with_dgates, workspace);
   }
 
  private:
@@ -51,7 +53,7 @@ class CpuPlainBackward {
     return call_.steps.rows <= most_rows && (wanted(kWih) || wanted(kWhh) || !biases);
   }
 
-  Object made(const pybind11::function& workspace) {
+  Object made(bool with_dgates, const pybind11::function& workspace) {
     const int64_t rows = call_.steps.rows, H = call_.H, P = call_.P;
     const bool one_step = call_.steps.T == 1;
     p_.dtype = call_.code;
@@ -99,7 +101,7 @@ class CpuPlainBackward {
       made_[kBhh] =
           wanted(kBih) ? PlainTensors::call(made_[kBih], PlainTensors::names().clone) : made_[kBih];
     }
-    return call_.all(made_);
+    return call_.all(made_, with_dgates ? dgates : Object());
   }
 
   bool wanted(int k) const { return call_.wanted[k]; }

@@ -366,9 +366,10 @@ struct PlainSaved : PlainCall {
 
   // Of the size of an input, and beside it.
   Object like(int k) const { return empty(kept[k], input_size(k)); }
-  // The gradients that are wanted, else None.
-  pybind11::tuple all(const Objects& made) const {
-    pybind11::tuple result(static_cast<size_t>(inputs()));
+  // The gradients that are wanted, else None; and last `more`, if there is.
+  pybind11::tuple all(const Objects& made, const Object& more = {}) const {
+    pybind11::tuple result(size_t(inputs()) + bool(more));
+    if (more) result[size_t(inputs())] = more;
     for (int k = 0; k < inputs(); ++k)
       result[size_t(k)] = wanted[k] ? made[k] : Object(pybind11::none());
     return result;

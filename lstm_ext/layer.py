@@ -12,13 +12,16 @@ from torch._guards import TracingContext
 from torch.autograd import forward_ad
 
 from lstm_ext import library, ops
+from lstm_ext.autocast import cast_weight
 from lstm_ext.autograd import LSTMLayer, has_tangent, needs_grad
 from lstm_ext.engine import (
     asked_once_a_graph,
     in_memory,
     is_lazy,
     is_recorded,
+    is_recording,
     is_surrounded,
+    is_watched,
     refuse_jit,
 )
 from lstm_ext.flat import flatten, kinds_of, map_tensors
@@ -62,9 +65,16 @@ def lstm_layer(
     device = x.device.type
     if ops.autocast_is_on(device):
         dtype = torch.get_autocast_dtype(device)
-        x, directions = map_tensors(
-            lambda t: t.to(dtype) if is_autocast(t.dtype) else t, x, directions
-        )
+        # Where autograd records, a layer's weights are cast for each call, whose gradients are
+        # then added in their own dtype.
+        kept = not (is_watched() or is_recording() or torch._C._are_functorch_transforms_active())
+
+        def cast(tensor: Tensor) -> Tensor:
+            if not is_autocast(tensor.dtype):
+                return tensor
+            return cast_weight(tensor, dtype) if kept else tensor.to(dtype)
+
+        x, directions = map_tensors(cast, x, directions)
         with torch.autocast(device, enabled=False):
             return lstm_layer(x, directions, steps, cells=cells)
     compiling = torch.compiler.is_compiling()

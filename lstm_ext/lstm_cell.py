@@ -23,7 +23,7 @@ from lstm_ext.engine import as_one_function, autocast_is_on, is_intercepted, is_
 from lstm_ext.flat import flatten
 from lstm_ext.layer import lstm_layer
 from lstm_ext.ops import Direction, LayerWeights, check_layer
-from lstm_ext.plain import plain_cell, plain_layer
+from lstm_ext.plain import plain_autocast_cell, plain_cell, plain_layer
 from lstm_ext.steps import Steps
 from lstm_ext.tensors import check_dense
 from lstm_ext.torch_engine import reference_step
@@ -123,9 +123,9 @@ class LSTMCell(Variants, nn.RNNCellBase):
         # getattr finds every kind of replaced weight, but is slow for a plain parameter.
         parameters = self._parameters
         weights = [parameters[n] if n in parameters else getattr(self, n) for n in _WEIGHTS]
-        if not (is_surrounded() or self._varied()):
-            sizes = self.input_size, self.hidden_size
-            states = plain_layer(input, hx, [*weights, None], *sizes, 0)
+        if not (torch.compiler.is_compiling() or self._varied()):
+            call = input, hx, [*weights, None], self.input_size, self.hidden_size
+            states = plain_autocast_cell(*call) if is_surrounded() else plain_layer(*call, 0)
             if states is not None:
                 return states
         return self._by_layer(input, hx, weights)

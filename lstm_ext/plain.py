@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function, profiler
 
 from lstm_ext import batching, ops
+from lstm_ext.autocast import cast_weight
 from lstm_ext.autograd import LSTMLayerBackward, must_apply, second_derivative
 from lstm_ext.cpu import backward as cpu_backward
 from lstm_ext.cpu import engine as cpu_engine
@@ -25,22 +26,27 @@ from lstm_ext.engine import (
     DTYPE_CODE,
     EXCHANGE,
     SURROUNDINGS,
+    autocast_is_on,
     is_lazy,
     is_recording,
     is_surrounded,
     native_steps,
+    without_autocast,
 )
 from lstm_ext.flat import grouped
 from lstm_ext.native import _C
 from lstm_ext.plain_form import LayerForm
 from lstm_ext.profiling import recorded
+from lstm_ext.step_gradients import CellWeights, KeptSteps, cell_weights, step_before
 from lstm_ext.steps import Steps
+from lstm_ext.tensors import is_autocast
 
 if TYPE_CHECKING:
     from lstm_ext.lstm_cell import LSTMCell
 
 TYPES = (Tensor, nn.Parameter)
 _RESULTS = 3  # of forward that are saved: gates, c_t and y
+_WEIGHTS = 5  # of a direction
 _AS_RECORDED = -1  # to save what backward needs where autograd records
 
 
@@ -91,8 +97,23 @@ def plain_layer(
     outputs, saved = made
     if saved is None:
         return outputs
+    # Of a single step: what many of them have in common.
+    alike = steps == 1 and len(weights) == _WEIGHTS and weights[-1] is None
+    own = cell_weights(hx, weights) if alike and plain_engine_of(x) is cpu_engine else None
+    return _recorded(steps, batch_first, own, outputs, saved)
+
+
+def _recorded(
+    steps: int | Steps,
+    batch_first: bool,
+    own: CellWeights | None,
+    outputs: tuple[Tensor, ...],
+    saved: tuple[Tensor | None, ...],
+) -> tuple[Tensor, ...]:
+    """The outputs of :func:`plain_results`, differentiable."""
+    shared = None if own is None else own.shared
     # Function.apply looks for wrappers of transforms before, which the core found none of.
-    return super(Function, PlainLayer).apply(steps, batch_first, outputs, *saved)
+    return super(Function, PlainLayer).apply(steps, batch_first, own, shared, outputs, *saved)
 
 
 def plain_results(
@@ -181,7 +202,41 @@ def plain_cell(cell: LSTMCell, x: Any, hx: Any) -> tuple[Tensor, Tensor] | None:
     outputs, saved = made
     if saved is None:
         return outputs
-    return super(Function, PlainLayer).apply(0, False, outputs, *saved)  # as in plain_layer
+    return _recorded(0, False, cell_weights(hx, saved[-_WEIGHTS:]), outputs, saved)
+
+
+def plain_autocast_cell(
+    x: Any, hx: Any, weights: Sequence[Tensor | None], input_size: int, hidden_size: int
+) -> tuple[Tensor, Tensor] | None:
+    """As :func:`plain_layer`, of a cell on the CPU under autocast, all of it in autocast's dtype:
+    the weights are cast once a graph, and where none is recorded once an autocast. None also where
+    more than autocast is around."""
+    if plain_engine_of(x) is not cpu_engine or not autocast_is_on("cpu"):
+        return None
+    states = () if hx is None else hx
+    if not (isinstance(states, (tuple, list)) and all(type(t) in TYPES for t in states)):
+        return None
+    if not all(t is None or is_autocast(t.dtype) for t in (x, *states, *weights)):
+        return None
+    dtype = torch.get_autocast_dtype("cpu")
+    with torch.autocast("cpu", enabled=False):
+        if is_surrounded():
+            return None
+        own = step_before(hx, weights, dtype) if is_recording() else None
+        if own is None:
+            with torch.autocast("cpu", dtype):
+                casts = [None if w is None else cast_weight(w, dtype) for w in weights]
+                own = CellWeights(weights, casts)
+        given = x.to(dtype), None if hx is None else [t.to(dtype) for t in states]
+        sizes = input_size, hidden_size, 0
+        made = plain_results(*given, list(own.casts), sizes, 0, False, _AS_RECORDED)
+        if made is None:
+            return None
+        outputs, saved = made
+        if saved is None:
+            return outputs
+        own.share()
+        return _recorded(0, False, own, outputs, saved)
 
 
 def plain_quantized(
@@ -225,6 +280,8 @@ class PlainLayer(Function):
         ctx: Any,
         steps: int | Steps,
         batch_first: bool,
+        cell_weights: CellWeights | None,
+        shared: Tensor | None,
         outputs: tuple[Tensor, ...],
         gates: Tensor,
         c_seq: Tensor,
@@ -232,10 +289,12 @@ class PlainLayer(Function):
     ) -> tuple[Tensor, ...]:
         """outputs: y, unless of a cell (steps 0), every h_n and every c_n. inputs: x and, of each
         direction, h_0, c_0 and the weights; a module's states, of all directions, are the first's.
+        cell_weights, shared: of a single step, as :mod:`step_gradients` has them.
 
         gates (D * T * B, 4H), c_seq (D * T * B, H).
         """
         ctx.steps = steps, batch_first
+        ctx.cell_weights = cell_weights
         T = steps.T if isinstance(steps, Steps) else steps
         ctx.save_for_backward(*inputs, gates, c_seq, outputs[0] if T > 1 else None)
         ctx.set_materialize_grads(False)
@@ -244,20 +303,28 @@ class PlainLayer(Function):
     @staticmethod
     @batching.batched_gradients
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[5:]
-        made = None
-        if not is_surrounded():
-            if not torch.is_grad_enabled():
-                made = plain_gradients(gradients, saved, wanted, *ctx.steps)
-            else:
+        saved, shared, wanted = ctx.saved_tensors, ctx.needs_input_grad[3], ctx.needs_input_grad[7:]
+        made = kept = None
+        with without_autocast(saved[0].device):
+            if is_surrounded():
+                pass
+            elif torch.is_grad_enabled():
                 with torch.no_grad():  # the products that are torch's
                     made = plain_gradients(gradients, saved, wanted, *ctx.steps)
                 if made is not None:
                     call = (*ctx.steps, wanted, made, *gradients, *saved)
                     made = super(Function, PlainLayerBackward).apply(*call)  # as in plain_layer
-        if made is None:
-            made = _by_the_layer(gradients, saved, wanted, *ctx.steps)
-        return (None,) * 5 + made
+            elif shared and not torch.is_anomaly_enabled():  # which looks into each gradient
+                states = wanted[:-_WEIGHTS] + (False,) * _WEIGHTS
+                made = plain_gradients(gradients, saved, states, *ctx.steps, with_dgates=True)
+                if made is not None:
+                    *made, dgates = made
+                    kept = KeptSteps(dgates, *saved[:2], ctx.cell_weights.wanted)
+            else:
+                made = plain_gradients(gradients, saved, wanted, *ctx.steps)
+            if made is None:
+                made = _by_the_layer(gradients, saved, wanted, *ctx.steps)
+        return (None, None, None, kept, None, None, None, *made)
 
 
 class PlainLayerBackward(Function):
@@ -348,17 +415,20 @@ def plain_gradients(
     wanted: tuple[bool, ...],
     steps: int | Steps,
     batch_first: bool,
+    *,
+    with_dgates: bool = False,
 ) -> tuple[Tensor | None, ...] | None:
     """The gradients of the inputs, None where not wanted; None where the call is not one for the
     short way. Only where not :func:`engine.is_surrounded`.
 
     Args:
         gradients: of the outputs; None for zero. saved: as PlainLayer saves. wanted: of each input.
+        with_dgates: on the CPU, also those of the gates before activation, (rows, 4H), last.
     """
     engine = plain_engine_of(saved[0])
     if engine is cpu_engine and type(steps) is int:
         most_rows, workspace = cpu_backward.FUSED_ROWS - 1, cpu_products.workspace
-        call = (gradients, saved, wanted, steps, batch_first, most_rows, workspace)
+        call = (gradients, saved, wanted, steps, batch_first, with_dgates, most_rows, workspace)
         return recorded(_plain.cpu_backward)(*call)
     if engine is None or engine is cpu_engine:
         return None  # the latter: by a hook on saved tensors

@@ -12,11 +12,13 @@ import torch
 from device import DEVICE, here, leaf
 from tolerances import across_ways, assert_as_good
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
 
 import lstm_ext
 from lstm_ext import plain
+from lstm_ext.autocast import cast_weight
 
 T, B, I, H = 6, 3, 3, 4
 HALF = [torch.bfloat16, torch.float16]
@@ -301,3 +303,75 @@ def test_backward_inside_another_autocast(dtype, other, options):
 
     for found, expected in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def cast(weight):
+    return cast_weight(weight, torch.bfloat16)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weights_are_cast_once_while_autocast_is_on(mode):
+    weight = here(nn.Linear(I, H)).weight
+    with autocast(torch.bfloat16), mode():
+        first = cast(weight)
+        assert_close(first.detach(), weight.detach().to(torch.bfloat16), **BITS)
+        assert cast(weight) is first
+        with autocast(torch.float16, enabled=False):
+            pass
+        assert cast(weight) is first
+    with autocast(torch.bfloat16), mode():
+        assert cast(weight) is not first
+
+
+def test_weights_that_are_cast_anew():
+    """Where the tensor that autocast keeps is not what is asked for."""
+    weight = here(nn.Linear(I, H)).weight
+    with autocast(torch.bfloat16):
+        first = cast(weight)
+        assert first.requires_grad
+        with torch.no_grad():
+            weight.mul_(2)  # as an optimizer does
+        second = cast(weight)
+        assert_close(second, weight.to(torch.bfloat16), **BITS)
+        assert cast_weight(weight, torch.float16).dtype == torch.float16
+    with autocast(torch.bfloat16, cache_enabled=False):
+        assert cast(weight) is not cast(weight)
+    with autocast(torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: 0, lambda t: torch.zeros(())):
+            assert_close(cast(weight), weight.to(torch.bfloat16), **BITS)
+        for other in (weight.detach(), weight * 1, weight[:1], here(nn.Linear(I, H)).bias):
+            assert_close(cast(other), other.to(torch.bfloat16), **BITS)
+
+
+def test_weights_that_autocast_keeps_without_their_graph():
+    """As of a product without gradients that came before: its cast would get none."""
+    weight = here(nn.Linear(I, H)).weight
+    with autocast(torch.bfloat16):
+        with torch.no_grad():
+            F.linear(here(torch.randn(B, I)), weight)
+        cast(weight).sum().backward()
+    assert_close(weight.grad, torch.ones_like(weight))
+
+
+@pytest.mark.parametrize("make", [lstm_ext.LSTM, lstm_ext.LSTMCell])
+def test_bits_of_streams_without_gradients(make):
+    module = here(make(I, H))
+    half = here(make(I, H, dtype=torch.bfloat16))
+    half.load_state_dict(module.state_dict())
+    x = here(torch.randn(T, 1, B, I) if make is lstm_ext.LSTM else torch.randn(T, B, I))
+
+    def run(module, x):
+        states, outputs = None, []
+        for step in x:
+            made = module(step, states)
+            states = made[1] if make is lstm_ext.LSTM else made
+            outputs += states
+        return outputs
+
+    with torch.no_grad():
+        expected = run(half, x.to(torch.bfloat16))
+        with autocast(torch.bfloat16):
+            got = run(module, x)
+            with torch.inference_mode():
+                assert_close(run(module, x), got, **BITS)
+        assert_close(got, expected, **BITS)
