@@ -17,7 +17,6 @@ from torch.nn.modules.rnn import LSTM as TorchLSTM  # torch.nn.LSTM may be set t
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_ext import wavefront
-from lstm_ext.checkpointing import checkpointed_layer
 from lstm_ext.compat import (
     LSTMBase,
     States,
@@ -323,10 +322,9 @@ class LSTM(LSTMBase):
         if self.num_layers > 1 and wavefront.applies(self, x, steps):
             return wavefront.run(self, x, h0, c0, steps)
         run, every = self._run_layer, self.checkpoint_every
-        # An exported program takes any number of steps, which parts would fix.
-        whole = every is None or torch.compiler._is_exporting_flag
-        if not whole and steps.T > every and is_recording():
-            run = functools.partial(checkpointed_layer, every=every)
+        # A graph is for any number of steps, and does not ask for it.
+        if every is not None and is_recording() and (is_watched() or steps.T > every):
+            run = functools.partial(run, every=every)
         h_n, c_n = [], []
         cells: Tensor | None = None
         for layer in range(self.num_layers):
