@@ -267,6 +267,7 @@ def _saved(
 ) -> list[Tensor | None]:
     """y, gates, c_seq and what else backward needs of a part, made again: no derivative goes
     through them, for those of LSTMLayer are functions of its inputs."""
+    ops.check_layer(inputs[0], unflatten(inputs[1:], kinds), part.steps)  # see ops.check_saved
     if not differentiable:
         made = LSTMLayer.forward(part.steps, kinds, False, *inputs)
     else:

@@ -195,7 +195,10 @@ def _backward_autograd(*arguments: Any) -> list[Tensor]:
         call = functools.partial(torch.ops.lstm_ext.lstm_layer_parts_backward, *arguments)
         return list(RecordedBackward.apply(call, *tensors))
     steps, kinds = decode(*layer)
-    made = gradients(steps, kinds, every, wanted, grads, (x, *flat, *kept), differentiable=True)
+    # The states again: a recorded graph has cut off what it keeps from the inputs.
+    results = PartsLayer.run(steps, kinds, False, every, x, *flat)
+    inputs = (x, *flat, *results[2 + 2 * len(kinds) :])
+    made = gradients(steps, kinds, every, wanted, grads, inputs, differentiable=True)
     return [g for g in made if g is not None]
 
 

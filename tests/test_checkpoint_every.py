@@ -220,6 +220,25 @@ def test_what_backward_reads_again_changed_in_place(changed, kwargs):
         y.sum().backward()
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_what_backward_reads_again_of_another_size(create_graph):
+    """.data makes no new version."""
+    module = here(lstm_ext.LSTM(I, H, checkpoint_every=4))
+    y = module(leaf(torch.randn(T, B, I)))[0]
+    module.weight_hh_l0.data = here(torch.randn(4 * H, H + 1))
+    with pytest.raises(RuntimeError, match=r"Expected weight_hh of size \(20, 5\)"):
+        torch.autograd.grad(y.sum(), module.bias_ih_l0, create_graph=create_graph)
+
+
+def test_outputs_may_be_changed_in_place():
+    """Backward makes them again."""
+    whole, parts = pair(4, **F64)
+    x = leaf(torch.randn(T, B, I, **F64))
+    found, expected = parts(x)[0].relu_(), whole(x)[0].relu()
+    slopes = [torch.autograd.grad(y.square().sum(), x) for y in (found, expected)]
+    assert_close(*slopes, **tol(torch.float64))
+
+
 DERIVED = {
     "plain": {},
     "projection": {"proj_size": 2, "bidirectional": True},
