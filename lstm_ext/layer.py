@@ -59,8 +59,8 @@ def lstm_layer(
         TypeError, ValueError, RuntimeError: see :func:`ops.check_layer` and
             :func:`ops.has_native_kernels`.
     """
-    if every is None and (steps.is_whole or takes_more(x)) and not (cells or is_surrounded()):
-        made = _plain(x, directions, steps)
+    if (steps.is_whole or takes_more(x)) and not (cells or is_surrounded()):
+        made = _plain(x, directions, steps) if every is None or steps.T <= every else None
         if made is not None:
             return made
     device = x.device.type
@@ -96,7 +96,7 @@ def lstm_layer(
         return reference_layer(x, directions, steps, cells=cells)
     if torch._C._are_functorch_transforms_active() or forward_mode or needs_grad(flat):
         kinds = kinds_of(directions)
-        if every is None:
+        if every is None or steps.T <= every:  # a graph does not ask: it is for any number
             y, all_cells, *states = LSTMLayer.run(steps, kinds, cells, *flat)
         else:
             y, all_cells, *states = PartsLayer.run(steps, kinds, cells, every, *flat)

@@ -182,12 +182,9 @@ class Steps:
     @functools.cached_property
     def _starts(self) -> list[int]:
         """The row at which each step of a packed sequence starts, and at last their number."""
-        offsets = self.offsets
-        if self.batch_sizes is not None:
-            return [0, *self.batch_sizes.cumsum(0).tolist()]
-        while is_functorch_wrapped_tensor(offsets):
-            offsets = get_unwrapped(offsets)
-        return [*offsets.tolist(), self.rows]
+        if self.batch_sizes is None:
+            return [*self.offsets.tolist(), self.rows]
+        return [0, *self.batch_sizes.cumsum(0).tolist()]
 
     def part(self, start: int, stop: int) -> StepsPart:
         """The steps start..stop-1 as steps of their own; packed, of the sequences that take any."""

@@ -11,7 +11,7 @@ import torch
 from device import here, leaf
 from tolerances import tol
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
 from variants import EVERYTHING
 
@@ -87,6 +87,31 @@ def test_packed(name, every):
         return outputs, torch.autograd.grad(loss, [x, *module.parameters()])
 
     assert_close(run(parts), run(whole), **tol(torch.float64))
+
+
+@pytest.mark.parametrize("way", ["grad", "jvp", "hessian", "compile"])
+def test_packed_is_transformed(way):
+    whole, parts = pair(2, bidirectional=True, proj_size=2, **F64)
+    sizes = torch.tensor([3, 2, 2, 1, 1])
+    x, v = here(torch.randn(2, 9, I, **F64))
+
+    def loss(module):
+        def run(x):
+            y, (h_n, c_n) = module(PackedSequence(x, sizes))
+            return sum(t.square().sum() for t in (y.data, h_n, c_n))
+
+        return run
+
+    def derived(module):
+        if way == "compile":
+            run = torch.compile(loss(module), fullgraph=True, backend="aot_eager")
+            point = x.clone().requires_grad_()
+            return torch.autograd.grad(run(point), [point, *module.parameters()])
+        if way == "jvp":
+            return torch.func.jvp(loss(module), (x,), (v,))
+        return getattr(torch.func, way)(loss(module))(x)
+
+    assert_close(derived(parts), derived(whole), **tol(torch.float64))
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
