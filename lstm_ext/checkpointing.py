@@ -93,8 +93,12 @@ class PartsLayer(LayerFunction):
     @batching.batched_gradients
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         steps, kinds = batching.unwrapped(ctx.steps, ctx.kinds)
-        tensors = unwrap_dead_wrappers(ctx.saved_tensors)
-        return _tangents(steps, kinds, ctx.cells, ctx.every, tangents[4:], tensors)
+        saved = unwrap_dead_wrappers(ctx.saved_tensors)
+        # Torch switches forward mode off here, for the transforms around this one too, which are to
+        # follow; of this one's own tangents the inputs are freed.
+        with forward_ad._set_fwd_grad_enabled(True):
+            tensors = [t if t is None else forward_ad.unpack_dual(t).primal for t in saved]
+            return _tangents(steps, kinds, ctx.cells, ctx.every, tangents[4:], tensors)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:

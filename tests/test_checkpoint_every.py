@@ -304,6 +304,7 @@ def test_torch_func(name, padded):
         lambda m: torch.func.jvp(outputs(m), (x,), (v,)),
         lambda m: torch.func.jacrev(outputs(m))(x),
         lambda m: torch.func.hessian(loss(m))(x),
+        lambda m: torch.func.jacfwd(torch.func.jacfwd(loss(m)))(x),
         lambda m: torch.func.vmap(torch.func.grad(loss(m)))(torch.stack((x, v))),
         of_weights,
     ):
