@@ -11,9 +11,10 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._guards import TracingContext
 from torch.autograd import forward_ad
 
-from lstm_ext import library, ops
+from lstm_ext import library, ops, parts_library
 from lstm_ext.autocast import cast_weight
 from lstm_ext.autograd import LSTMLayer, has_tangent, needs_grad
+from lstm_ext.checkpointing import PartsLayer
 from lstm_ext.engine import (
     asked_once_a_graph,
     in_memory,
@@ -38,6 +39,7 @@ def lstm_layer(
     steps: Steps,
     *,
     cells: bool = False,
+    every: int | None = None,
 ) -> LayerOutputs:
     """One LSTM layer, all its directions, on the engine of x's device.
 
@@ -46,20 +48,22 @@ def lstm_layer(
         directions: one or two; states (B, P) and (B, H). All of one dtype and device with x,
             unless autocast is on: then all are cast together.
         cells: also return c_t of every step.
+        every: where a derivative may be asked for, keep no gates, but the state of every so many
+            steps; see :mod:`checkpointing`. Where torch operations make the layer, they keep all.
 
     Returns:
         y, the directions side by side; h_n and c_n of each; and cells or None. Rows past the end
         of a sequence are 0. Differentiable any number of times, in forward mode and under the
         transforms of torch.func too. What records operations (torch.compile, torch.export,
-        make_fx) sees one operator, which :mod:`library` defines, or, in forward mode, those of
-        :mod:`reference`.
+        make_fx) sees one operator, which :mod:`library` or :mod:`parts_library` defines, or, in
+        forward mode, those of :mod:`reference`.
 
     Raises:
         TypeError, ValueError, RuntimeError: see :func:`ops.check_layer` and
             :func:`ops.has_native_kernels`.
     """
     if (steps.is_whole or takes_more(x)) and not (cells or is_surrounded()):
-        made = _plain(x, directions, steps)
+        made = _plain(x, directions, steps) if every is None or steps.T <= every else None
         if made is not None:
             return made
     device = x.device.type
@@ -76,13 +80,15 @@ def lstm_layer(
 
         x, directions = map_tensors(cast, x, directions)
         with torch.autocast(device, enabled=False):
-            return lstm_layer(x, directions, steps, cells=cells)
+            return lstm_layer(x, directions, steps, cells=cells, every=every)
     compiling = torch.compiler.is_compiling()
     if compiling or is_recorded():
         forward_mode = not compiling and _is_forward_mode([x, *flatten(directions)])
         if forward_mode or not ops.has_native_kernels(x.device):
             return reference_layer(x, directions, steps, cells=cells)
         _refuse_onnx()
+        if every is not None:
+            return parts_library.lstm_layer_parts(x, directions, steps, cells=cells, every=every)
         return library.lstm_layer(x, directions, steps, cells=cells)
     if torch.jit.is_tracing():
         refuse_jit()
@@ -99,7 +105,11 @@ def lstm_layer(
             _warn_no_kernels(device)
         return reference_layer(x, directions, steps, cells=cells)
     if torch._C._are_functorch_transforms_active() or forward_mode or needs_grad(flat):
-        y, all_cells, *states = LSTMLayer.run(steps, kinds_of(directions), cells, *flat)
+        kinds = kinds_of(directions)
+        if every is None or steps.T <= every:  # a graph does not ask: it is for any number
+            y, all_cells, *states = LSTMLayer.run(steps, kinds, cells, *flat)
+        else:
+            y, all_cells, *states = PartsLayer.run(steps, kinds, cells, every, *flat)
         D = len(directions)
         return LayerOutputs(y, states[:D], states[D : 2 * D], all_cells)
     result = ops.layer_forward(x, directions, steps, save=False, cells=cells)

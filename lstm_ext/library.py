@@ -11,7 +11,7 @@ While a graph is recorded, a second derivative, forward mode and torch.func.grad
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,16 +29,16 @@ from lstm_ext.torch_engine import LayerOutputs, side_by_side
 # keeps: h_dropout, keep_h and keep_c of each, where they are tensors, and keep_h and keep_c where
 # they are numbers; or both None, as AOTInductor passes an empty list of such tensors on. T, B,
 # batch_first, offsets, lengths and reset_mask: see Steps.
-_LAYER = (
+LAYER = (
     "Tensor x, Tensor?[] directions, Tensor?[]? masks, float[]? keeps, bool[] reverse, "
     "SymInt T, SymInt B, bool batch_first, Tensor? offsets, Tensor? lengths, Tensor? reset_mask"
 )
-_LAYER_COUNT = 11
+LAYER_COUNT = 11
 
 _library = torch.library.Library("lstm_ext", "FRAGMENT")
 # y, then every c_t if cells, h_n and c_n of each direction; with save, then what backward needs.
 try:
-    _library.define(f"lstm_layer({_LAYER}, bool cells, bool save) -> Tensor[]")
+    _library.define(f"lstm_layer({LAYER}, bool cells, bool save) -> Tensor[]")
 except RuntimeError as error:
     raise ImportError(
         "lstm_ext was imported before in this process, by another copy of it or by one that was "
@@ -47,7 +47,7 @@ except RuntimeError as error:
 # grads: of y, cells, h_n and c_n. results: y and what backward needs. wanted: a flag for x and for
 # each of directions. Returns the gradients that are wanted.
 _library.define(
-    f"lstm_layer_backward({_LAYER}, Tensor?[] grads, Tensor[] results, bool[] wanted) -> Tensor[]"
+    f"lstm_layer_backward({LAYER}, Tensor?[] grads, Tensor[] results, bool[] wanted) -> Tensor[]"
 )
 
 
@@ -55,14 +55,14 @@ def lstm_layer(
     x: Tensor, directions: Sequence[Direction], steps: Steps, *, cells: bool
 ) -> LayerOutputs:
     """:func:`layer.lstm_layer` by the operator."""
-    arguments = _encode(steps, kinds_of(directions), x, flatten(directions))
+    arguments = encode(steps, kinds_of(directions), x, flatten(directions))
     y, *results = torch.ops.lstm_ext.lstm_layer(*arguments, cells, False)
     D, first = len(directions), int(cells)
     h_n, c_n = list(results[first : first + D]), list(results[first + D :])
     return LayerOutputs(y, h_n, c_n, results[0] if cells else None)
 
 
-def _encode(
+def encode(
     steps: Steps, kinds: Sequence[Kind], x: Tensor, flat: Sequence[Tensor | None]
 ) -> tuple[Any, ...]:
     """The operators' common arguments."""
@@ -89,7 +89,7 @@ def _encode(
     )
 
 
-def _decode(
+def decode(
     x: Tensor,
     flat: Sequence[Tensor | None],
     masks: Sequence[Tensor | None] | None,
@@ -102,7 +102,7 @@ def _decode(
     lengths: Tensor | None,
     reset_mask: Tensor | None,
 ) -> tuple[Steps, tuple[Kind, ...]]:
-    """The inverse of :func:`_encode`."""
+    """The inverse of :func:`encode`."""
     kinds: list[Kind] = []
     for k, backwards in enumerate(reverse):
         direction_masks = None
@@ -127,9 +127,9 @@ def _forward(*arguments: Any) -> list[Tensor]:
         return made
     *layer, cells, save = arguments
     x, flat = layer[:2]
-    steps, kinds = _decode(*layer)
+    steps, kinds = decode(*layer)
     directions = unflatten(flat, kinds)
-    _check(x, directions, steps)
+    check_inputs(x, directions, steps)
     if save:
         results = LSTMLayer.forward(steps, kinds, cells, x, *flat)
     else:
@@ -145,15 +145,15 @@ def _backward(*arguments: Any) -> list[Tensor]:
         return made
     *layer, grads, results, wanted = arguments
     x, flat = layer[:2]
-    steps, kinds = _decode(*layer)
+    steps, kinds = decode(*layer)
     directions = unflatten(flat, kinds)
-    _check(x, directions, steps)
-    _check_gradients(grads, directions, steps)
+    check_inputs(x, directions, steps)
+    check_gradients(grads, directions, steps)
     made = LSTMLayerBackward.forward(steps, kinds, tuple(wanted), *grads, x, *flat, *results)
     return [g.contiguous() for g, want in zip(made, wanted, strict=True) if want]
 
 
-def _check(x: Tensor, directions: list[Direction], steps: Steps) -> None:
+def check_inputs(x: Tensor, directions: list[Direction], steps: Steps) -> None:
     """As a graph's inputs, nothing has been checked yet."""
     if len(directions) not in (1, 2):
         raise RuntimeError(f"Expected 1 or 2 directions, got {len(directions)}")
@@ -169,7 +169,7 @@ def _check(x: Tensor, directions: list[Direction], steps: Steps) -> None:
     check_steps(steps)
 
 
-def _check_gradients(
+def check_gradients(
     grads: Sequence[Tensor | None], directions: list[Direction], steps: Steps
 ) -> None:
     """Of y, of the cells, and of each h_n and each c_n."""
@@ -185,7 +185,7 @@ def _check_gradients(
 def _forward_fake(*arguments: Any) -> list[Tensor]:
     *layer, cells, save = arguments
     x, flat = layer[:2]
-    _, kinds = _decode(*layer)
+    _, kinds = decode(*layer)
     directions, rows, D = unflatten(flat, kinds), x.size(0), len(kinds)
     ops.check_devices(x, flat)
     h0, c0, w, _ = directions[0]
@@ -206,7 +206,7 @@ def _forward_fake(*arguments: Any) -> list[Tensor]:
 
 
 def _backward_fake(*arguments: Any) -> list[Tensor]:
-    (x, flat, *_), wanted = arguments[:_LAYER_COUNT], arguments[-1]
+    (x, flat, *_), wanted = arguments[:LAYER_COUNT], arguments[-1]
     ops.check_devices(x, flat)
     return [t.new_empty(t.shape) for t, want in zip([x, *flat], wanted, strict=True) if want]
 
@@ -228,7 +228,7 @@ class RecordedLayer(LSTMLayer):
     ) -> tuple[Tensor | None, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             results: list[Tensor | None] = torch.ops.lstm_ext.lstm_layer(
-                *_encode(steps, kinds, x, flat), cells, True
+                *encode(steps, kinds, x, flat), cells, True
             )
         if not cells:
             results.insert(1, None)
@@ -242,7 +242,7 @@ class RecordedLayer(LSTMLayer):
         tensors = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
         x, *flat = tensors[: len(wanted)]
         made = torch.ops.lstm_ext.lstm_layer_backward(
-            *_encode(ctx.steps, ctx.kinds, x, flat),
+            *encode(ctx.steps, ctx.kinds, x, flat),
             list(grad_outputs[: 2 + 2 * len(ctx.kinds)]),
             list(tensors[len(wanted) :]),
             list(wanted),
@@ -261,18 +261,18 @@ class RecordedLayerBackward(LSTMLayerBackward):
         x, *flat = tensors[inputs:end]
         with torch._C._AutoDispatchBelowAutograd():
             made = torch.ops.lstm_ext.lstm_layer_backward(
-                *_encode(steps, kinds, x, flat), tensors[:inputs], tensors[end:], wanted
+                *encode(steps, kinds, x, flat), tensors[:inputs], tensors[end:], wanted
             )
         return tuple(made.pop(0) if want else None for want in wanted)
 
     @staticmethod
     def backward(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
         if is_recorded():
-            _refuse("a second derivative")
+            refuse("a second derivative")
         return LSTMLayerBackward.backward(ctx, *second)
 
 
-def _refuse(what: str) -> NoReturn:
+def refuse(what: str) -> NoReturn:
     raise RuntimeError(
         "lstm_ext's LSTM in a recorded graph (torch.compile, torch.export, make_fx) has a first "
         f"derivative only, got {what}: leave the function that asks for it out of the graph"
@@ -284,7 +284,7 @@ def refuse_transforms(tensors: Sequence[Tensor | None]) -> None:
     if has_tangent(tensors):
         names.append("forward mode")
     if names:
-        _refuse(", ".join(names))
+        refuse(", ".join(names))
 
 
 def _forward_autograd(*arguments: Any) -> list[Tensor]:
@@ -297,7 +297,7 @@ def _forward_autograd(*arguments: Any) -> list[Tensor]:
             return made
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.lstm_ext.lstm_layer(*arguments)
-    steps, kinds = _decode(*layer)
+    steps, kinds = decode(*layer)
     results = [t for t in RecordedLayer.apply(steps, kinds, cells, x, *flat) if t is not None]
     return results if save else results[: 1 + cells + 2 * len(kinds)]
 
@@ -312,7 +312,7 @@ def _backward_autograd(*arguments: Any) -> list[Tensor]:
             return made
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.lstm_ext.lstm_layer_backward(*arguments)
-    steps, kinds = _decode(*layer)
+    steps, kinds = decode(*layer)
     made = RecordedLayerBackward.apply(steps, kinds, tuple(wanted), *grads, x, *flat, *results)
     return [g for g, want in zip(made, wanted, strict=True) if want]
 
@@ -320,24 +320,28 @@ def _backward_autograd(*arguments: Any) -> list[Tensor]:
 # --- vmap -----------------------------------------------------------------------------------------
 
 
-class _Operator:
-    """lstm_layer with the arguments and results of LSTMLayer, as the rules of batching call it."""
+class _Operator(NamedTuple):
+    """An operator with the arguments and results of LSTMLayer, as the rules of batching call it."""
 
-    @staticmethod
+    name: str
+    last: bool | int  # argument
+
     def apply(
-        steps: Steps, kinds: Sequence[Kind], cells: bool, x: Tensor, *flat: Tensor | None
+        self, steps: Steps, kinds: Sequence[Kind], cells: bool, x: Tensor, *flat: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        y, *results = torch.ops.lstm_ext.lstm_layer(*_encode(steps, kinds, x, flat), cells, False)
+        operator = getattr(torch.ops.lstm_ext, self.name)
+        y, *results = operator(*encode(steps, kinds, x, flat), cells, self.last)
         return (y, *results) if cells else (y, None, *results)
 
 
-def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    *layer, cells, save = arguments
+def batched(
+    name: str, info: Any, in_dims: tuple[Any, ...], *arguments: Any
+) -> tuple[list[Tensor], list[int | None]]:
+    """The rule of vmap of an operator whose last two arguments are cells and one more."""
+    *layer, cells, last = arguments
     *layer_dims, _, _ = in_dims
-    if save:
-        raise RuntimeError("lstm_ext::lstm_layer has no rule of vmap with save=True")
     x, flat = layer[:2]
-    steps, kinds = _decode(*layer)
+    steps, kinds = decode(*layer)
     dims = layer_dims[1] or [None] * len(flat)
     masks = layer_dims[2] or [None] * len(layer[2] or ())
     tensors = Steps.of(steps.layout, *layer_dims[8:])
@@ -346,13 +350,19 @@ def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple
         for k, (_, m) in enumerate(kinds)
     )
     results, out_dims = batching.forward(
-        _Operator,
+        _Operator(name, last),
         info.batch_size,
         (tensors, kinds_dims, None, layer_dims[0], *dims),
         (steps, kinds, cells, x, *flat),
     )
     pairs = [pair for pair in zip(results, out_dims, strict=True) if pair[0] is not None]
     return [result for result, _ in pairs], [dim for _, dim in pairs]
+
+
+def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    if arguments[-1]:
+        raise RuntimeError("lstm_ext::lstm_layer has no rule of vmap with save=True")
+    return batched("lstm_layer", info, in_dims, *arguments)
 
 
 torch.library.register_vmap("lstm_ext::lstm_layer", _forward_vmap, lib=_library)

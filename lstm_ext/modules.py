@@ -17,7 +17,6 @@ from torch.nn.modules.rnn import LSTM as TorchLSTM  # torch.nn.LSTM may be set t
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_ext import wavefront
-from lstm_ext.checkpointing import checkpointed_layer
 from lstm_ext.compat import (
     LSTMBase,
     States,
@@ -81,8 +80,9 @@ class LSTM(LSTMBase):
         checkpoint_every: take the sequence in parts of so many steps while gradients are recorded,
             and make each part's gates again in backward: of the gates and c_t of every step, 5H
             numbers a sequence, only one part's exist at a time, for the time of a second forward
-            pass. torch.compile makes a graph for each number of steps then; torch.func.grad and
-            what is made of it raise; a program of torch.export keeps all. None: keep all.
+            pass; h and c of each part's end are kept. In graphs of torch.compile and programs of
+            torch.export too. A second derivative, forward mode with variants, and devices without
+            kernels keep all. None: keep all.
 
     The masks of dropout and zoneout come from torch's generator, layer by layer, the same for a
     batch-first layout: torch.manual_seed repeats them bit for bit.
@@ -204,8 +204,8 @@ class LSTM(LSTMBase):
                 another dtype than float64, float32, bfloat16 and float16, an hx that is no tuple
                 or list of tensors.
             RuntimeError: an hx that is not two, sparse and nested tensors, a CUDA device and a
-                build without CUDA, checkpoint_every under torch.func.grad, and num_layers, bias,
-                bidirectional or proj_size changed after construction.
+                build without CUDA, and num_layers, bias, bidirectional or proj_size changed after
+                construction.
         """
         if is_intercepted(input):
             given = {"lengths": lengths, "reset_mask": reset_mask}
@@ -323,10 +323,8 @@ class LSTM(LSTMBase):
         if self.num_layers > 1 and wavefront.applies(self, x, steps):
             return wavefront.run(self, x, h0, c0, steps)
         run, every = self._run_layer, self.checkpoint_every
-        # An exported program takes any number of steps, which parts would fix.
-        whole = every is None or torch.compiler._is_exporting_flag
-        if not whole and steps.T > every and is_recording():
-            run = functools.partial(checkpointed_layer, every=every)
+        if every is not None and is_recording():
+            run = functools.partial(run, every=every)
         h_n, c_n = [], []
         cells: Tensor | None = None
         for layer in range(self.num_layers):

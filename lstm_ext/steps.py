@@ -182,6 +182,8 @@ class Steps:
     @functools.cached_property
     def _starts(self) -> list[int]:
         """The row at which each step of a packed sequence starts, and at last their number."""
+        if self.batch_sizes is None:
+            return [*self.offsets.tolist(), self.rows]
         return [0, *self.batch_sizes.cumsum(0).tolist()]
 
     def part(self, start: int, stop: int) -> StepsPart:
@@ -232,11 +234,25 @@ class StepsPart(NamedTuple):
 
     def take(self, rows: Tensor) -> Tensor:
         """The part of (whole.rows, n)."""
-        whole, n = self.whole, rows.size(1)
+        return self._of(rows).reshape(self.steps.rows, rows.size(1))
+
+    def put(self, rows: Tensor, part: Tensor, add: bool = False) -> None:
+        """Writes the part of (whole.rows, n), or adds to it."""
+        written = self._of(rows)
+        part = part.view(written.shape)
+        if add:
+            written += part
+        else:
+            written.copy_(part)
+
+    def _of(self, rows: Tensor) -> Tensor:
+        """A view of the part of (whole.rows, n): (steps.rows, n), or (B, steps.T, n)."""
+        whole = self.whole
         if whole.offsets is not None:
             return rows[self.start : self.stop]
         if whole.batch_first:
-            return rows.view(whole.B, whole.T, n)[:, self.start : self.stop].reshape(-1, n)
+            sequences = rows.view(whole.B, whole.T, rows.size(1))
+            return sequences[:, self.start : self.stop]
         return rows[self.start * whole.B : self.stop * whole.B]
 
 

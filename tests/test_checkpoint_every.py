@@ -11,12 +11,13 @@ import torch
 from device import here, leaf
 from tolerances import tol
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
 from variants import EVERYTHING
 
 import lstm_ext
-from lstm_ext import modules
+from lstm_ext import ops
+from lstm_ext.checkpointing import PartsLayer
 
 T, B, I, H = 11, 3, 4, 5
 F64 = {"dtype": torch.float64}
@@ -89,6 +90,31 @@ def test_packed(name, every):
     assert_close(run(parts), run(whole), **tol(torch.float64))
 
 
+@pytest.mark.parametrize("way", ["grad", "jvp", "hessian", "compile"])
+def test_packed_is_transformed(way):
+    whole, parts = pair(2, bidirectional=True, proj_size=2, **F64)
+    sizes = torch.tensor([3, 2, 2, 1, 1])
+    x, v = here(torch.randn(2, 9, I, **F64))
+
+    def loss(module):
+        def run(x):
+            y, (h_n, c_n) = module(PackedSequence(x, sizes))
+            return sum(t.square().sum() for t in (y.data, h_n, c_n))
+
+        return run
+
+    def derived(module):
+        if way == "compile":
+            run = torch.compile(loss(module), fullgraph=True, backend="aot_eager")
+            point = x.clone().requires_grad_()
+            return torch.autograd.grad(run(point), [point, *module.parameters()])
+        if way == "jvp":
+            return torch.func.jvp(loss(module), (x,), (v,))
+        return getattr(torch.func, way)(loss(module))(x)
+
+    assert_close(derived(parts), derived(whole), **tol(torch.float64))
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_no_sequences(batch_first):
     module = here(lstm_ext.LSTM(I, H, checkpoint_every=2, batch_first=batch_first))
@@ -110,6 +136,20 @@ def test_second_derivatives():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_sum_in_float32(dtype):
+    """The gradients of weights over 600 parts: added up in 8 or 11 bits they would stand still."""
+    whole, parts = pair(1, dtype=dtype)
+    x = here(torch.ones(600, B, I, dtype=dtype))
+    found, expected = (
+        torch.autograd.grad(module(x)[0].sum() / 600, module.parameters())
+        for module in (parts, whole)
+    )
+    eps = torch.finfo(dtype).eps
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, rtol=4 * eps, atol=4 * eps * b.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     whole, parts = pair(4, num_layers=2)
     x = leaf(torch.randn(T, B, I))
@@ -127,35 +167,59 @@ def test_autocast(dtype):
     assert_close(dx, dx_expected, rtol=16 * eps, atol=16 * eps * dx_expected.abs().max().item())
 
 
-def test_exported_with_any_steps():
-    module, x = here(lstm_ext.LSTM(3, 4, checkpoint_every=3)), here(torch.randn(7, 2, 3))
+def exported(module, x):
     sizes = ({0: torch.export.Dim("T")},)
-    program = torch.export.export(module, (x,), dynamic_shapes=sizes).module()
-    for steps in (2, 7, 11):
-        x = here(torch.randn(steps, 2, 3))
-        assert_close(program(x)[0], module(x)[0], **tol(torch.float32))
+    return torch.export.export(module, (x,), dynamic_shapes=sizes).module()
 
 
-def test_compiled():
-    whole, parts = pair(4, bidirectional=True, **F64)
-    x = leaf(torch.randn(T, B, I, **F64))
-    made = torch.compile(parts, fullgraph=True, backend="aot_eager")
-    loss = lambda m: sum(t.square().sum() for t in flat(m(x)))  # noqa: E731
-    wanted = [x, *parts.parameters()]
-    expected = torch.autograd.grad(loss(parts), wanted)
-    assert_close(torch.autograd.grad(loss(made), wanted), expected, **tol(torch.float64))
+def compiled(module, x):
+    made = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    made(x)
+    return made
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled", "exported"])
+def test_what_is_kept(way):
+    """No gates and no cells: the inputs, and 2 * H numbers of a sequence and part."""
+    module = here(lstm_ext.LSTM(I, H, checkpoint_every=10, bidirectional=True))
+    made = {"compiled": compiled, "exported": exported}.get(way, lambda module, x: module)
+    run, sizes = made(module, leaf(torch.randn(50, B, I))), {}
+
+    def pack(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = leaf(torch.randn(400, B, I))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = run(x)[0]
+    read = [x, *module.parameters()]
+    states = 2 * 2 * 41 * B * H + 2 * B * H  # before, between and after parts, h and c; zeros
+    assert sum(sizes.values()) <= 4 * (sum(t.numel() for t in read) + states)
+    found, expected = (torch.autograd.grad(t.sum(), read) for t in (y, module(x)[0]))
+    assert_close(list(found), list(expected), rtol=0, atol=0)
+
+
+def test_a_graph_of_no_steps():
+    module = here(lstm_ext.LSTM(I, H, checkpoint_every=4, bidirectional=True))
+    x, hx = leaf(torch.randn(0, B, I)), [leaf(torch.randn(2, B, H)) for _ in "hc"]
+    y, states = torch.compile(module, fullgraph=True, backend="aot_eager")(x, hx)
+    assert y.shape == (0, B, 2 * H)
+    assert_close(list(states), hx, rtol=0, atol=0)
+    gradients = torch.autograd.grad(states[1].sum(), [*hx, *module.parameters()])
+    expected = [torch.full_like(t, float(t is hx[1])) for t in (*hx, *module.parameters())]
+    assert_close(list(gradients), expected, rtol=0, atol=0)
 
 
 def test_only_where_gradients_are_recorded(monkeypatch):
     module = here(lstm_ext.LSTM(I, H, checkpoint_every=4))
     x, calls = here(torch.randn(T, B, I)), []
-    run = modules.checkpointed_layer
+    run = PartsLayer.run
 
-    def spy(*args, **kwargs):
-        calls.append(kwargs["every"])
-        return run(*args, **kwargs)
+    def spy(steps, kinds, cells, every, *tensors):
+        calls.append(every)
+        return run(steps, kinds, cells, every, *tensors)
 
-    monkeypatch.setattr(modules, "checkpointed_layer", spy)
+    monkeypatch.setattr(PartsLayer, "run", spy)
     with torch.no_grad():
         module(x)
     module(x[:4])
@@ -170,7 +234,7 @@ def test_only_where_gradients_are_recorded(monkeypatch):
 @pytest.mark.parametrize("kwargs", [{}, {"bidirectional": True, "proj_size": 2}], ids=str)
 @pytest.mark.parametrize("changed", ["x", "h_0", "c_0", "weight_hh_l0", "bias_ih_l0"])
 def test_what_backward_reads_again_changed_in_place(changed, kwargs):
-    """torch.utils.checkpoint would take the new numbers for those of the forward."""
+    """Its numbers are no longer those of the forward."""
     module = here(lstm_ext.LSTM(I, H, checkpoint_every=4, **kwargs))
     D, P = 1 + module.bidirectional, module.proj_size or H
     x, h_0, c_0 = (here(torch.randn(*size)) for size in ((T, B, I), (D, B, P), (D, B, H)))
@@ -182,23 +246,85 @@ def test_what_backward_reads_again_changed_in_place(changed, kwargs):
         y.sum().backward()
 
 
-def test_torch_func():
-    """It knows no hooks on saved tensors, which checkpoints are; vmap and forward mode ask none."""
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_what_backward_reads_again_of_another_size(create_graph, monkeypatch):
+    """.data makes no new version. The core, which would read past an end, is not called."""
+    module = here(lstm_ext.LSTM(I, H, checkpoint_every=4))
+    y = module(leaf(torch.randn(T, B, I)))[0]
+    module.weight_hh_l0.data = here(torch.randn(4 * H, H - 1))
+    monkeypatch.setattr(ops, "layer_forward", None)
+    with pytest.raises(RuntimeError, match=r"Expected weight_hh of size \(20, 5\)"):
+        torch.autograd.grad(y.sum(), module.bias_ih_l0, create_graph=create_graph)
+
+
+def test_outputs_may_be_changed_in_place():
+    """Backward makes them again."""
     whole, parts = pair(4, **F64)
-    x = here(torch.randn(T, B, I, **F64))
+    x = leaf(torch.randn(T, B, I, **F64))
+    found, expected = parts(x)[0].relu_(), whole(x)[0].relu()
+    slopes = [torch.autograd.grad(y.square().sum(), x) for y in (found, expected)]
+    assert_close(*slopes, **tol(torch.float64))
 
-    def loss(x, module=parts):
-        return module(x)[0].square().sum()
 
-    with pytest.raises(RuntimeError, match="checkpoint_every=4: torch.func.grad, vjp"):
-        torch.func.grad(loss)(x)
-    with pytest.raises(RuntimeError, match="Set it to None on the module"):
-        torch.func.vmap(torch.func.grad(loss), in_dims=1)(x.unsqueeze(2))
-    found, expected = (
-        torch.func.jvp(lambda x, module=module: loss(x, module), (x,), (x,))
-        for module in (parts, whole)
-    )
-    assert_close(found, expected, **tol(torch.float64))
+DERIVED = {
+    "plain": {},
+    "projection": {"proj_size": 2, "bidirectional": True},
+    "cells": {"return_cell_sequence": True, "batch_first": True},
+    "peephole": {"peephole": True},
+    "layer_norm": {"layer_norm": True},
+}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", DERIVED)
+def test_torch_func(name, padded):
+    whole, parts = pair(2, **DERIVED[name], **F64)
+    shape = (2, 5) if whole.batch_first else (5, 2)
+    x, v = here(torch.randn(2, *shape, I, **F64))
+    options = {}
+    if padded:
+        resets = torch.tensor([[0, 0, 1, 0, 0], [0, 1, 0, 1, 0]]).bool()
+        resets = resets if whole.batch_first else resets.T
+        options = {"lengths": torch.tensor([3, 5]), "reset_mask": resets}
+
+    def outputs(module):
+        return lambda x: flat(module(x, **options))
+
+    def loss(module):
+        return lambda x: sum((t * (k + 1)).square().sum() for k, t in enumerate(outputs(module)(x)))
+
+    def of_weights(module):
+        parameters = {k: p.detach() for k, p in module.named_parameters()}
+        run = lambda p: torch.func.functional_call(module, p, (x,), options)  # noqa: E731
+        return torch.func.grad(lambda p: sum(t.square().sum() for t in flat(run(p))))(parameters)
+
+    for derived in (
+        lambda m: torch.func.grad(loss(m))(x),
+        lambda m: torch.func.vjp(outputs(m), x)[1](outputs(whole)(v)),
+        lambda m: torch.func.jvp(outputs(m), (x,), (v,)),
+        lambda m: torch.func.jacrev(outputs(m))(x),
+        lambda m: torch.func.hessian(loss(m))(x),
+        lambda m: torch.func.jacfwd(torch.func.jacfwd(loss(m)))(x),
+        lambda m: torch.func.vmap(torch.func.grad(loss(m)))(torch.stack((x, v))),
+        of_weights,
+    ):
+        assert_close(derived(parts), derived(whole), **tol(torch.float64))
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_gradgradcheck(name):
+    module = here(lstm_ext.LSTM(2, 3, checkpoint_every=2, **DERIVED[name], **F64))
+    x = leaf(torch.randn(3, 3, 2, **F64))
+    weights = {k: p.detach().requires_grad_() for k, p in module.named_parameters()}
+
+    def run(x, *parameters):
+        named = dict(zip(weights, parameters, strict=True))
+        return tuple(flat(torch.func.functional_call(module, named, (x,))))
+
+    inputs = (x, *weights.values())
+    fast = {"fast_mode": True}
+    assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True, **fast)
+    assert torch.autograd.gradgradcheck(run, inputs, check_fwd_over_rev=True, **fast)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"peephole": True}, {"num_layers": 2}], ids=str)

@@ -27,6 +27,8 @@ MODULES = {
     "merged": {"bidirectional": True, "merge_mode": "mul", "num_layers": 2},
     "pair": {"bidirectional": True, "merge_mode": None},
     "half": {"dtype": torch.bfloat16, "bidirectional": True},
+    "parts": {"checkpoint_every": 2, "bidirectional": True, "return_cell_sequence": True},
+    "parts_of_everything": {"checkpoint_every": 3, **EVERYTHING, "batch_first": True},
     "everything": EVERYTHING,
     **{name: VARIANTS[name] for name in ("peephole", "layer_norm", "zoneout", "weight_dropout")},
 }
@@ -161,9 +163,10 @@ def test_inductor(name):
         check(here(Tagger()), inputs(), lengths=LENGTHS, backend="inductor", tolerance=tolerance)
 
 
-def test_no_recompilation_for_other_sizes():
+@pytest.mark.parametrize("every", [None, 6])
+def test_no_recompilation_for_other_sizes(every):
     """Both sizes dynamic from the start, or found so: the graphs of the first calls serve all."""
-    module = here(lstm_ext.LSTM(I, H, 2, bidirectional=True))
+    module = here(lstm_ext.LSTM(I, H, 2, bidirectional=True, checkpoint_every=every))
     for options, calls in (({"dynamic": True}, 1), ({}, 2)):
         counter = CompileCounterWithBackend("aot_eager")
         made = compiled(module, counter, **options)
@@ -171,15 +174,19 @@ def test_no_recompilation_for_other_sizes():
         for k, (steps, batch) in enumerate(sizes):
             x, lengths = torch.randn(steps, batch, I), torch.randint(0, steps + 1, (batch,))
             x, lengths = here(x), here(lengths)
-            assert_close(made(x, lengths=lengths)[0], module(x, lengths=lengths)[0], **BITS)
+            y, expected = (m(x, lengths=lengths)[0] for m in (made, module))
+            assert_close(y, expected, **BITS)
+            wanted = list(module.parameters())
+            slopes = [torch.autograd.grad(t.sum(), wanted) for t in (y, expected)]
+            assert_close(*slopes, **BITS)
             if k == calls - 1:
                 seen = counter.frame_count
         assert counter.frame_count == seen
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_no_recompilation_for_other_packed_sizes(given):
-    module = here(lstm_ext.LSTM(I, H, 2, bidirectional=True))
+@pytest.mark.parametrize(("given", "every"), [(False, None), (True, None), (False, 2), (True, 2)])
+def test_no_recompilation_for_other_packed_sizes(given, every):
+    module = here(lstm_ext.LSTM(I, H, 2, bidirectional=True, checkpoint_every=every))
     counter = CompileCounterWithBackend("aot_eager")
     made = compiled(module, counter)
     for lengths in ([2, 5, 4], [7, 3], [3, 6, 6, 2], [3, 3], [9, 1, 8, 8, 3]):

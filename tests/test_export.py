@@ -76,7 +76,7 @@ def operands(
     ]
     x = here(torch.randn(steps.rows, I, dtype=dtype))
     flat = flatten(directions)
-    return (*library._encode(steps, kinds_of(directions), x, flat), cells)
+    return (*library.encode(steps, kinds_of(directions), x, flat), cells)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -180,9 +180,12 @@ class Tagger(nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True], ids=["lax", "strict"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_export_with_any_steps_and_batch(strict, training):
+@pytest.mark.parametrize("every", [None, 4])
+def test_export_with_any_steps_and_batch(strict, training, every):
     """One node a layer, whatever T and B; states and gradients too."""
-    module = here(lstm_ext.LSTM(I, H, 2, bidirectional=True, proj_size=P)).train(training)
+    options = {"bidirectional": True, "proj_size": P, "checkpoint_every": every}
+    module = here(lstm_ext.LSTM(I, H, 2, **options)).train(training)
+    operator = "lstm_layer" if every is None else "lstm_layer_parts"
 
     def states(batch):
         return here((torch.randn(4, batch, P), torch.randn(4, batch, H)))
@@ -193,8 +196,8 @@ def test_export_with_any_steps_and_batch(strict, training):
         dynamic_shapes=({0: TIME, 1: BATCH}, ({1: BATCH}, {1: BATCH})),
         strict=strict,
     )
-    assert nodes(program) == ["lstm_ext.lstm_layer.default"] * 2
-    assert nodes(program.run_decompositions()) == ["lstm_ext.lstm_layer.default"] * 2
+    assert nodes(program) == [f"lstm_ext.{operator}.default"] * 2
+    assert nodes(program.run_decompositions()) == [f"lstm_ext.{operator}.default"] * 2
     run = program.module()
     for steps, batch in SIZES:
         x, hx = here(torch.randn(steps, batch, I)), states(batch)

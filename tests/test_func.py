@@ -22,6 +22,8 @@ MODULES = {
     "projection": {"proj_size": 2, "bias": False},
     "variants": {"layer_norm": True, "peephole": True, "zoneout": 0.3, "bidirectional": True},
     "cells": {"return_cell_sequence": True},
+    "parts": {"checkpoint_every": 2, "bidirectional": True, "return_cell_sequence": True},
+    "parts_of_variants": {"checkpoint_every": 1, "peephole": True, "zoneout": 0.3},
 }
 
 

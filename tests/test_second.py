@@ -318,7 +318,9 @@ def test_it_is_repeated_bit_by_bit():
         assert torch.equal(one, again)
 
 
-@pytest.mark.parametrize("options", [{"proj_size": 2}, {"peephole": True}, {}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"proj_size": 2}, {"peephole": True}, {}, {"checkpoint_every": 2}], ids=str
+)
 def test_a_checkpointed_penalty(options):
     """Its saved tensors may be unpacked once only."""
     module = here(lstm_ext.LSTM(3, 5, dtype=F64, **options))
