@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lstm_ext.compat import States, check_pair
+from lstm_ext.compat import States, as_batch, check_pair
 from lstm_ext.conv_base import ConvLSTMBase, Size
 from lstm_ext.engine import as_one_function, is_intercepted, is_recorded
 from lstm_ext.steps import Steps
@@ -54,6 +54,7 @@ class ConvLSTM(ConvLSTMBase):
         hx: States | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
+        reset_mask: Tensor | None = None,
     ) -> tuple[Tensor, States]:
         """Run the whole sequence of L steps.
 
@@ -66,6 +67,8 @@ class ConvLSTM(ConvLSTMBase):
             lengths: (N,) integers in 0..L in any order, a tensor on any device or a list. Outputs
                 past a length are 0 and what the input holds there does not matter; h_n and c_n are
                 those of each sequence's last step; a zero length returns the initial state.
+            reset_mask: bool, (L, N), (N, L) with batch_first, (L,) unbatched: where true, the
+                state is zero before that step, in every layer.
 
         Returns:
             output, (h_n, c_n): the last layer's h of every step, (L, N, hidden_channels, *output)
@@ -73,28 +76,30 @@ class ConvLSTM(ConvLSTMBase):
             Under autocast all are of its dtype.
 
         Raises:
-            ValueError: an input of another rank; lengths of another shape or out of range (in a
-                graph RuntimeError). TypeError: an input that is no Tensor, lengths that are no
-                integers, an hx that is no tuple or list of tensors; a dtype without kernels.
+            ValueError: an input of another rank; lengths or reset_mask of another shape, lengths
+                out of range (in a graph RuntimeError). TypeError: an input that is no Tensor,
+                lengths that are no integers, a reset_mask that is not bool, an hx that is no tuple
+                or list of tensors; a dtype without kernels.
                 RuntimeError: an input of another dtype than the parameters', of another number of
                 channels, or smaller than the kernel; an hx that is not two, or of another size or
                 dtype; what is sparse; attributes changed after construction; a CUDA tensor and a
                 build without CUDA.
         """
         if is_intercepted(input):
-            return as_one_function(ConvLSTM.forward, self, input, hx, lengths=lengths)
+            given = {"lengths": lengths, "reset_mask": reset_mask}
+            return as_one_function(ConvLSTM.forward, self, input, hx, **given)
         batched = self._is_batched(input, self._dims + 2)
         if hx is not None:
             check_pair(hx)
         N = (input.size(0 if self.batch_first else 1),) if batched else ()
         self._check(input, hx, (self.num_layers, *N))
         if not batched:
+            lengths, reset_mask = as_batch(lengths, reset_mask, input.size(0), self.batch_first)
             input = input.unsqueeze(0 if self.batch_first else 1)
             hx = hx and (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-            if isinstance(lengths, Tensor) and lengths.dim() == 0:
-                lengths = lengths.unsqueeze(0)
         T, N = input.shape[:2][:: -1 if self.batch_first else 1]
-        steps = Steps.padded(T, N, lengths=lengths, device=input.device)
+        given = {"lengths": lengths, "reset_mask": reset_mask, "batch_first": self.batch_first}
+        steps = Steps.padded(T, N, **given, device=input.device)
         if steps.lengths is not None and (torch.compiler.is_compiling() or is_recorded()):
             right = ((steps.lengths >= 0) & (steps.lengths <= T)).all()
             torch._assert_async(right, "lengths: expected 0 to as many as there are steps")

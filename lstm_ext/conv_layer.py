@@ -48,7 +48,7 @@ class ConvWeights(NamedTuple):
 
 
 class Walk:
-    """What the layers share of a batch: its dtype, its sequences' ends."""
+    """What the layers share of a batch: its dtype, its sequences' ends and resets."""
 
     def __init__(
         self, dtype: torch.dtype, steps: Steps, pixels: int, of_cell: bool = False
@@ -58,6 +58,7 @@ class Walk:
         self.pixels = pixels  # of a state
         self.of_cell = of_cell  # a single step
         self._each: list[Steps] | None = None
+        self._resets: Sequence[Tensor] | None = None
 
     def each(self) -> list[Steps]:
         """Per step: which of the N * pixels rows take it. Not for a graph of any number of steps,
@@ -67,9 +68,26 @@ class Walk:
             if steps.lengths is None:
                 self._each = [Steps.padded(1, rows)] * steps.T
             else:
-                on = steps.active().to(torch.int64).repeat_interleave(self.pixels, dim=1)
+                on = self._by_rows(steps.active().to(torch.int64))
                 self._each = [Steps(1, rows, rows=rows, lengths=row) for row in on.unbind(0)]
         return self._each
+
+    def _by_rows(self, x: Tensor) -> Tensor:
+        """(T, N) as (T, N * pixels)."""
+        return x.repeat_interleave(self.pixels, dim=1)
+
+    def renewed(self, t: int, state: Tensor) -> Tensor:
+        """A state (N * pixels, n) as step t finds it: zero where a reset stands before that step;
+        one that is not taken resets nothing. Also the gradient of the state before the reset, from
+        that of the one after it."""
+        steps = self.steps
+        if steps.reset_mask is None:
+            return state
+        if self._resets is None:
+            mask = steps.reset_mask
+            mask = mask if steps.lengths is None else mask & steps.active()
+            self._resets = self._by_rows(mask).unsqueeze(2).unbind(0)
+        return state.masked_fill(self._resets[t], 0)
 
     def mask(self, x: Tensor) -> Tensor:
         """x (T, N, ...) with zeros past each sequence's end."""
@@ -94,7 +112,7 @@ class Layer(NamedTuple):
         window, steps = self.window, self.walk.steps
         padding = None if window.padding == "same" else list(window.padding)
         moves = list(window.stride), padding, list(window.dilation)
-        return steps.lengths, *moves, self.walk.dtype
+        return steps.lengths, steps.reset_mask, *moves, self.walk.dtype
 
     def recurrent(self, w_hh: Tensor) -> Convolution:
         ones = (1,) * len(self.size)
@@ -208,7 +226,8 @@ def in_torch(
     if T == 0:  # no numbers, but a place in the graph
         return layer.frames(gx[..., :C].to(walk.dtype)), h0, c0
     recurrent, outputs = layer.recurrent(w_hh), []
-    for gx_t, steps in zip(gx.unbind(0), walk.each(), strict=True):
+    for t, (gx_t, steps) in enumerate(zip(gx.unbind(0), walk.each(), strict=True)):
+        h, c = walk.renewed(t, h), walk.renewed(t, c)
         # The recurrence goes on with h as the user sees it: rounded to its dtype.
         image = layer.images(h.to(walk.dtype).to(convolved).unsqueeze(0)).squeeze(0)
         a = gx_t.to(acc) + _rows(recurrent(_unambiguous(image))).to(acc)
@@ -260,13 +279,17 @@ def on_cells(
     gx_images, cell_states = layer.images(gx).unbind(0), c_seq.unbind(0)
     recurrent = layer.recurrent(w_hh).many(images[0], T)
     for t, steps in enumerate(walk.each()):
-        a, product = gate_images[t % len(gates)], recurrent(images[t])
+        image = images[t]
+        if walk.steps.reset_mask is not None:  # h itself is a step's output
+            image = layer.images(walk.renewed(t, states[t]).unsqueeze(0))[0]
+        a, product = gate_images[t % len(gates)], recurrent(image)
         if convolved == acc:
             a.add_(product)
         else:
             a.copy_(gx_images[t]).add_(product)
         c, c_new = (cell_states[k % len(cell_states)] for k in (t, t + 1))
         h_new = states[t + 1] if walk.dtype == acc else torch.empty_like(h)
+        c = walk.renewed(t, c)
         cells.cell_forward(steps, gates[t % len(gates)], h, c, w_ch, h_new, c_new, save)
         if walk.dtype != acc:
             states[t + 1].copy_(h_new.to(walk.dtype))
@@ -338,7 +361,7 @@ def gradients(
     for t in reversed(range(T)):
         dh = sum_of(dh, None if dy is None else dy[t])
         da = da_seq[t] if x.dtype == acc else torch.empty_like(kept[t])
-        step = (kept[t], c_seq[t], c_seq[t + 1], w_ch)
+        step = (kept[t], walk.renewed(t, c_seq[t]), c_seq[t + 1], w_ch)
         dh_passed, dc, dw_t = cells.cell_backward(each[t], dh, dc, *step, da)
         if x.dtype != acc:
             da_seq[t] = da
@@ -347,10 +370,15 @@ def gradients(
             dh = _rows(recurrent.gradients(da_images[t], h_images[t], True, False)[0]).to(acc)
             if walk.steps.lengths is not None:
                 dh += dh_passed
+            dh = walk.renewed(t, dh)
+        dc = walk.renewed(t, dc)
     g = layer.images(da_seq).flatten(0, 1)
     dw_hh = None
-    if of_w_hh:  # what a sequence without steps starts with is no part of any product
-        h_prev = walk.mask(layer.images(h_seq[:T])).flatten(0, 1)
+    if of_w_hh:  # a state that no step takes, or that a reset ends, is no part of any product
+        h_prev = h_seq[:T]
+        if walk.steps.reset_mask is not None:
+            h_prev = torch.stack([walk.renewed(t, h) for t, h in enumerate(h_prev.unbind(0))])
+        h_prev = walk.mask(layer.images(h_prev)).flatten(0, 1)
         dw_hh = recurrent.gradients(g, h_prev, False, True)[1]
     dx = dw_ih = None
     if of_x or of_w_ih:

@@ -34,7 +34,7 @@ def _near(got, expected):
     torch.testing.assert_close(got, expected, rtol=0, atol=0.02 * scale)
 
 
-def _loop(module, x, hx=None, lengths=None):
+def _loop(module, x, hx=None, lengths=None, reset_mask=None):
     """output and states of every layer, step by step; x (L, N, in, *size). torch's own "same".
 
     What is written here is the formula of the paper, so that nothing of the package checks itself.
@@ -53,14 +53,17 @@ def _loop(module, x, hx=None, lengths=None):
         h, c = (s[k] for s in hx) if hx else [gx[0].new_zeros(N, C, *gx[0].shape[2:])] * 2
         outputs = []
         for t, g in enumerate(gx):
+            on = torch.full((N,), True, device=x.device) if lengths is None else t < lengths
+            on = on.view(N, *[1] * (dims + 1))
+            if reset_mask is not None:
+                reset = on & reset_mask[t].view(on.shape)
+                h, c = torch.where(reset, 0, h), torch.where(reset, 0, c)
             a = g + conv(h, weight["weight_hh"], weight.get("bias_hh"), padding="same")
             i, f, g, o = a.chunk(4, 1)
             peep = weight.get("weight_ch", a.new_zeros(3 * C)).view(3, C, *[1] * dims)
             i, f, g = (i + peep[0] * c).sigmoid(), (f + peep[1] * c).sigmoid(), g.tanh()
             c_new = f * c + i * g
             h_new = (o + peep[2] * c_new).sigmoid() * c_new.tanh()
-            on = torch.full((N,), True, device=x.device) if lengths is None else t < lengths
-            on = on.view(N, *[1] * (dims + 1))
             h, c = torch.where(on, h_new, h), torch.where(on, c_new, c)
             outputs.append(torch.where(on, h_new, 0))
         x = torch.stack(outputs)
