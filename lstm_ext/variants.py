@@ -216,7 +216,11 @@ def _flags(p: float, steps: Steps, state: Tensor) -> Tensor:
 
 def merged(y: Tensor, mode: str | None) -> Tensor:
     """The two directions of y (rows, 2P) in one of Keras' modes but concat and None."""
-    forward, backward = y.chunk(2, dim=1)
+    return merged_pair(*y.chunk(2, dim=1), mode)
+
+
+def merged_pair(forward: Tensor, backward: Tensor, mode: str | None) -> Tensor:
+    """Likewise, of a tensor each."""
     if mode == "mul":
         return forward * backward
     total = forward + backward

@@ -12,7 +12,14 @@ import lstm_ext
 
 
 def operands(
-    dtype=torch.float32, lengths=False, resets=False, bias=True, stride=(1, 2), padding=None, T=L
+    dtype=torch.float32,
+    lengths=False,
+    resets=False,
+    reverse=False,
+    bias=True,
+    stride=(1, 2),
+    padding=None,
+    T=L,
 ):
     """Of a layer without peepholes where it has no bias."""
     acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -29,7 +36,7 @@ def operands(
     tensors = [None if t is None else here(t) for t in tensors]
     ends = _lengths(T, N) if lengths else None
     mask = here(torch.rand(T, N) < 0.4) if resets else None
-    return (*tensors, ends, mask, list(stride), padding and list(padding), [1, 1], dtype)
+    return (*tensors, ends, mask, reverse, list(stride), padding and list(padding), [1, 1], dtype)
 
 
 CALLS = {
@@ -39,6 +46,7 @@ CALLS = {
     "resets": {"lengths": True, "resets": True},
     "double": {"dtype": torch.float64, "stride": (1, 1)},
     "half": {"dtype": torch.float16, "lengths": True},
+    "reverse": {"lengths": True, "resets": True, "reverse": True},
     "one_step": {"T": 1},
     "no_steps": {"T": 0},
 }
@@ -71,14 +79,14 @@ REFUSED = {
     "size": ({0: lambda x: x[..., :3]}, r"of size \(3, 6, 2, 5\), got .* \(3, 6, 3, 5\)"),
     "batch": ({0: lambda x: x[:, :2]}, r"of size \(2, 6, 3, 5\), got"),
     "dtype": ({4: lambda h: h.double()}, "Expected torch.float32 of size .* got torch.float64"),
-    "unknown_dtype": ({12: lambda _: torch.int64}, "no kernel for torch.int64"),
+    "unknown_dtype": ({13: lambda _: torch.int64}, "no kernel for torch.int64"),
     "peephole": ({6: lambda w: w[1:]}, r"of size \(15,\), got"),
     "lengths": ({7: lambda t: t[:2]}, r"lengths to be torch.int64 of size \(3,\)"),
     "a_length": ({7: lambda t: t + L}, "between 0 and the number of steps"),
     "reset_mask": ({8: lambda t: t.T}, r"reset_mask to be torch.bool of size \(4, 3\)"),
-    "stride": ({9: lambda _: [1, 0]}, "Expected a stride, padding and dilation of 2 numbers"),
-    "padding": ({10: lambda _: [0]}, "Expected a stride, padding and dilation of 2 numbers"),
-    "small": ({10: lambda _: [0, 0], 11: lambda _: [3, 3]}, "too small for kernel size"),
+    "stride": ({10: lambda _: [1, 0]}, "Expected a stride, padding and dilation of 2 numbers"),
+    "padding": ({11: lambda _: [0]}, "Expected a stride, padding and dilation of 2 numbers"),
+    "small": ({11: lambda _: [0, 0], 12: lambda _: [3, 3]}, "too small for kernel size"),
 }
 
 

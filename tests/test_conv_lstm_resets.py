@@ -31,8 +31,8 @@ def _close(got, expected):
         torch.testing.assert_close(a, b, **tol(b.dtype))
 
 
-def _states(count, *size, n=N):
-    return tuple(here(torch.randn(count, n, C, *size, **F64)).requires_grad_() for _ in "hc")
+def _states(count, *size):
+    return tuple(here(torch.randn(count, N, C, *size, **F64)).requires_grad_() for _ in "hc")
 
 
 def _grads(results, inputs):
