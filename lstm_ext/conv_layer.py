@@ -256,18 +256,19 @@ def on_cells(
     gates, gate_images = kept.unbind(0), layer.images(kept).unbind(0)
     gx_images, cell_states = layer.images(gx).unbind(0), c_seq.unbind(0)
     recurrent, each = layer.recurrent(w_hh).many(first_image, T), walk.each()
+    resets, memories = walk.steps.reset_mask is not None, len(cell_states)
     for t, before, after in layer.turns():
         image = images[before]
-        if walk.steps.reset_mask is not None:  # h itself is a step's output
+        c, c_new = cell_states[before % memories], cell_states[after % memories]
+        if resets:  # not in place: h is a step's output, and backward reads c
             image = layer.images(walk.renewed(t, states[before]).unsqueeze(0))[0]
+            c = walk.renewed(t, c)
         a, product = gate_images[t % len(gates)], recurrent(image)
         if convolved == acc:
             a.add_(product)
         else:
             a.copy_(gx_images[t]).add_(product)
-        c, c_new = (cell_states[k % len(cell_states)] for k in (before, after))
         h_new = states[after] if walk.dtype == acc else torch.empty_like(h)
-        c = walk.renewed(t, c)
         cells.cell_forward(each[t], gates[t % len(gates)], h, c, w_ch, h_new, c_new, save)
         if walk.dtype != acc:
             states[after].copy_(h_new.to(walk.dtype))
