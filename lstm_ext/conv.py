@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from lstm_ext.compat import States, as_batch, check_pair
 from lstm_ext.conv_base import ConvLSTMBase, Size
 from lstm_ext.engine import as_one_function, is_intercepted, is_recorded
 from lstm_ext.steps import Steps
-from lstm_ext.variants import check_bool
+from lstm_ext.variants import check_bool, check_probability
 
 __all__ = [
     "ConvLSTM1d",
@@ -43,12 +44,33 @@ class ConvLSTM(ConvLSTMBase):
         dtype: torch.dtype | None = None,
         bidirectional: bool = False,
         merge_mode: str | None = "concat",
+        dropout: float = 0.0,
     ) -> None:
         check_bool("batch_first", batch_first)
         shared = (num_layers, stride, padding, dilation, bias, peephole, "_l{}", device, dtype)
         directions = (bidirectional, merge_mode)
         super().__init__(in_channels, hidden_channels, kernel_size, *shared, *directions)
-        self.batch_first = batch_first
+        self.batch_first, self.dropout = batch_first, dropout
+        if dropout and num_layers == 1:
+            warnings.warn(
+                "dropout is applied to the output of every layer but the last, expected num_layers "
+                f"of at least 2, got dropout={dropout} and num_layers=1",
+                stacklevel=2,
+            )
+
+    # Not the number alone: for each that forward looks at, torch.compile(dynamic=True) makes its
+    # graph a second time.
+    _dropout: float = 0.0
+
+    @property
+    def dropout(self) -> float:
+        """The probability; may be set after construction, as nn.LSTM's."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, p: float) -> None:
+        check_probability("dropout", p)
+        self._dropout, self._drops = float(p), p > 0
 
     def forward(
         self,
@@ -198,6 +220,9 @@ _SEQUENCE_DOC = """A stateful convolutional LSTM over sequences of {what}.
         merge_mode: what becomes of the two outputs, in every layer: "concat", channels side by
             side; "sum", "mul" or "ave" (mean), then a deeper layer's input has C channels; None: a
             pair of outputs, of a single layer.
+        dropout: while training, the probability that an element of the output of a layer but the
+            last is zero for the next layer, the others scaled by 1/(1-p): element by element, not
+            whole channels or images, and anew at every step.
 
     The recurrent convolution has stride 1, dilation 1 and keeps the size.
 
@@ -209,7 +234,8 @@ _SEQUENCE_DOC = """A stateful convolutional LSTM over sequences of {what}.
 
     Raises:
         ValueError: a size that is no integer or too small; an unknown merge_mode, one but "concat"
-            with a single direction, None with several layers. TypeError: a flag that is no bool.
+            with a single direction, None with several layers; a probability outside of 0..1.
+            TypeError: a flag that is no bool.
     """
 
 _CELL_DOC = """One step of :class:`{sequence}`.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -39,6 +40,7 @@ class ConvLSTMBase(nn.Module):
     # On the class for what was pickled before there were any.
     bidirectional: bool = False
     merge_mode: str | None = "concat"
+    _drops: bool = False  # of a ConvLSTM: whether its dropout is not 0
 
     __jit_ignored_attributes__ = property(refuse_jit)  # torch.jit.script asks this first
 
@@ -131,7 +133,7 @@ class ConvLSTMBase(nn.Module):
         ones = (1,) * self._dims
         defaults = {"num_layers": 1, "stride": ones, "padding": "same", "dilation": ones}
         defaults |= {"bias": True, "batch_first": False, "peephole": False}
-        defaults |= {"bidirectional": False, "merge_mode": "concat"}
+        defaults |= {"bidirectional": False, "merge_mode": "concat", "dropout": 0.0}
         for name, default in defaults.items():
             value = getattr(self, name, default)
             text += "" if value == default else f", {name}={value!r}"
@@ -255,6 +257,8 @@ class ConvLSTMBase(nn.Module):
                     c_n.append(c)
                 if D == 2 and self.merge_mode is not None:
                     outputs = [_merged(outputs, self.merge_mode)]
+                if self._drops and self.training and layer < self.num_layers - 1:
+                    outputs = [F.dropout(y, self.dropout) for y in outputs]
         return outputs, h_n, c_n
 
 
