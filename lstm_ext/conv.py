@@ -58,8 +58,8 @@ class ConvLSTM(ConvLSTMBase):
                 stacklevel=2,
             )
 
-    # Not the number alone: for each that forward looks at, torch.compile(dynamic=True) makes its
-    # graph a second time.
+    # With a flag beside it: torch.compile(dynamic=True) makes a graph twice if forward looks at a
+    # number of floating point.
     _dropout: float = 0.0
 
     @property
@@ -124,6 +124,7 @@ class ConvLSTM(ConvLSTMBase):
             input = input.unsqueeze(0 if self.batch_first else 1)
             hx = hx and (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
         T, N = input.shape[:2][:: -1 if self.batch_first else 1]
+        # The layout is that of reset_mask; the layers take x time-first.
         given = {"lengths": lengths, "reset_mask": reset_mask, "batch_first": self.batch_first}
         steps = Steps.padded(T, N, **given, device=input.device)
         if steps.lengths is not None and (torch.compiler.is_compiling() or is_recorded()):

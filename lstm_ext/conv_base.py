@@ -37,10 +37,10 @@ class ConvLSTMBase(nn.Module):
     _dims: int  # set by each class
     _is_cell = False
 
-    # On the class for what was pickled before there were any.
+    # On the class for what was pickled before they existed.
     bidirectional: bool = False
     merge_mode: str | None = "concat"
-    _drops: bool = False  # of a ConvLSTM: whether its dropout is not 0
+    _drops: bool = False  # whether dropout, which the cells have not, is more than 0
 
     __jit_ignored_attributes__ = property(refuse_jit)  # torch.jit.script asks this first
 

@@ -261,8 +261,8 @@ def on_cells(
         image = images[before]
         c, c_new = cell_states[before % memories], cell_states[after % memories]
         if resets:  # not in place: h is a step's output, and backward reads c
-            image = layer.images(walk.renewed(t, states[before]).unsqueeze(0))[0]
-            c = walk.renewed(t, c)
+            state, c = walk.renewed(t, states[before]), walk.renewed(t, c)
+            image = image if state is states[before] else layer.images(state.unsqueeze(0))[0]
         a, product = gate_images[t % len(gates)], recurrent(image)
         if convolved == acc:
             a.add_(product)

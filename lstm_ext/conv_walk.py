@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lstm_ext.engine import is_watched
 from lstm_ext.steps import Steps
 
 
@@ -21,7 +22,7 @@ class Walk:
         self.pixels = pixels  # of a state
         self.of_cell = of_cell  # a single step
         self._each: list[Steps] | None = None
-        self._resets: Sequence[Tensor] | None = None
+        self._resets: Sequence[Tensor | None] | None = None
 
     def each(self) -> list[Steps]:
         """Per step: which of the N * pixels rows take it. Not for a graph of any number of steps,
@@ -50,7 +51,11 @@ class Walk:
             mask = steps.reset_mask
             mask = mask if steps.lengths is None else mask & steps.active()
             self._resets = self._by_rows(mask).unsqueeze(2).unbind(0)
-        return state.masked_fill(self._resets[t], 0)
+            if mask.device.type == "cpu" and not is_watched():  # most steps reset nothing
+                some = mask.any(1).tolist()
+                self._resets = [r if s else None for r, s in zip(self._resets, some, strict=True)]
+        reset = self._resets[t]
+        return state if reset is None else state.masked_fill(reset, 0)
 
     def mask(self, x: Tensor) -> Tensor:
         """x (T, N, ...) with zeros past each sequence's end."""
