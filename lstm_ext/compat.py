@@ -192,6 +192,17 @@ def check_pair(hx: Any, op: str = "lstm") -> None:
         raise RuntimeError(f"{op} expects two hidden states")
 
 
+def as_batch(lengths: Any, reset_mask: Any, T: int, batch_first: bool) -> tuple[Any, Any]:
+    """What forward takes beside an unbatched sequence of T steps, as beside a batch of it."""
+    if isinstance(lengths, Tensor) and lengths.dim() == 0:
+        lengths = lengths.unsqueeze(0)
+    if isinstance(reset_mask, Tensor):
+        if reset_mask.dim() != 1:
+            raise ValueError(f"Expected reset_mask of size {(T,)}, got {tuple(reset_mask.shape)}")
+        reset_mask = reset_mask.unsqueeze(0 if batch_first else 1)
+    return lengths, reset_mask
+
+
 def check_every(every: int | None) -> None:
     """Raise for a number of steps that is none."""
     if every is not None and (not isinstance(every, int) or isinstance(every, bool)):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lstm_ext.compat import States, check_pair
+from lstm_ext.compat import States, as_batch, check_pair
 from lstm_ext.conv_base import ConvLSTMBase, Size
 from lstm_ext.engine import as_one_function, is_intercepted, is_recorded
 from lstm_ext.steps import Steps
+from lstm_ext.variants import check_bool, check_probability
 
 __all__ = [
     "ConvLSTM1d",
@@ -40,13 +42,35 @@ class ConvLSTM(ConvLSTMBase):
         peephole: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        bidirectional: bool = False,
+        merge_mode: str | None = "concat",
+        dropout: float = 0.0,
     ) -> None:
-        if not isinstance(batch_first, bool):
-            got = type(batch_first).__name__
-            raise TypeError(f"batch_first should be of type bool, got: {got}")
-        shared = (num_layers, stride, padding, dilation, bias, peephole)
-        super().__init__(in_channels, hidden_channels, kernel_size, *shared, "_l{}", device, dtype)
-        self.batch_first = batch_first
+        check_bool("batch_first", batch_first)
+        shared = (num_layers, stride, padding, dilation, bias, peephole, "_l{}", device, dtype)
+        directions = (bidirectional, merge_mode)
+        super().__init__(in_channels, hidden_channels, kernel_size, *shared, *directions)
+        self.batch_first, self.dropout = batch_first, dropout
+        if dropout and num_layers == 1:
+            warnings.warn(
+                "dropout is applied to the output of every layer but the last, expected num_layers "
+                f"of at least 2, got dropout={dropout} and num_layers=1",
+                stacklevel=2,
+            )
+
+    # With a flag beside it: torch.compile(dynamic=True) makes a graph twice if forward looks at a
+    # number of floating point.
+    _dropout: float = 0.0
+
+    @property
+    def dropout(self) -> float:
+        """The probability; may be set after construction, as nn.LSTM's."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, p: float) -> None:
+        check_probability("dropout", p)
+        self._dropout, self._drops = float(p), p > 0
 
     def forward(
         self,
@@ -54,57 +78,66 @@ class ConvLSTM(ConvLSTMBase):
         hx: States | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
+        reset_mask: Tensor | None = None,
     ) -> tuple[Tensor, States]:
-        """Run the whole sequence of L steps.
+        """Run the whole sequence of L steps, in D directions.
 
         Args:
             input: (L, N, in_channels, *size), (N, L, ...) with batch_first, or without N; L and N
                 may be 0. *size: one, two or three numbers.
-            hx: (h_0, c_0), each (num_layers, N, hidden_channels, *output), without N for an
+            hx: (h_0, c_0), each (D*num_layers, N, hidden_channels, *output), without N for an
                 unbatched input; None: zeros. *output is the size that the first layer's input
                 convolution leaves.
             lengths: (N,) integers in 0..L in any order, a tensor on any device or a list. Outputs
                 past a length are 0 and what the input holds there does not matter; h_n and c_n are
-                those of each sequence's last step; a zero length returns the initial state.
+                those of each sequence's last step; the reverse direction starts there; a zero
+                length returns the initial state.
+            reset_mask: bool, (L, N), (N, L) with batch_first, (L,) unbatched: where true, the
+                state is zero before that step (in each direction's own order), in every layer.
 
         Returns:
-            output, (h_n, c_n): the last layer's h of every step, (L, N, hidden_channels, *output)
-            or as the input has it, and the states shaped as hx. In memory they lie channels last.
-            Under autocast all are of its dtype.
+            output, (h_n, c_n): the last layer's h of every step, (L, N, D*hidden_channels,
+            *output) or as the input has it, and the states shaped as hx. merge_mode "sum", "mul"
+            and "ave" give an output of hidden_channels, None a pair, one of each direction. In
+            memory they lie channels last. Under autocast all are of its dtype.
 
         Raises:
-            ValueError: an input of another rank; lengths of another shape or out of range (in a
-                graph RuntimeError). TypeError: an input that is no Tensor, lengths that are no
-                integers, an hx that is no tuple or list of tensors; a dtype without kernels.
+            ValueError: an input of another rank; lengths or reset_mask of another shape, lengths
+                out of range (in a graph RuntimeError). TypeError: an input that is no Tensor,
+                lengths that are no integers, a reset_mask that is not bool, an hx that is no tuple
+                or list of tensors; a dtype without kernels.
                 RuntimeError: an input of another dtype than the parameters', of another number of
                 channels, or smaller than the kernel; an hx that is not two, or of another size or
                 dtype; what is sparse; attributes changed after construction; a CUDA tensor and a
                 build without CUDA.
         """
         if is_intercepted(input):
-            return as_one_function(ConvLSTM.forward, self, input, hx, lengths=lengths)
+            given = {"lengths": lengths, "reset_mask": reset_mask}
+            return as_one_function(ConvLSTM.forward, self, input, hx, **given)
         batched = self._is_batched(input, self._dims + 2)
         if hx is not None:
             check_pair(hx)
         N = (input.size(0 if self.batch_first else 1),) if batched else ()
-        self._check(input, hx, (self.num_layers, *N))
+        self._check(input, hx, (self.num_layers * self._directions, *N))
         if not batched:
+            lengths, reset_mask = as_batch(lengths, reset_mask, input.size(0), self.batch_first)
             input = input.unsqueeze(0 if self.batch_first else 1)
             hx = hx and (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-            if isinstance(lengths, Tensor) and lengths.dim() == 0:
-                lengths = lengths.unsqueeze(0)
         T, N = input.shape[:2][:: -1 if self.batch_first else 1]
-        steps = Steps.padded(T, N, lengths=lengths, device=input.device)
+        # The layout is that of reset_mask; the layers take x time-first.
+        given = {"lengths": lengths, "reset_mask": reset_mask, "batch_first": self.batch_first}
+        steps = Steps.padded(T, N, **given, device=input.device)
         if steps.lengths is not None and (torch.compiler.is_compiling() or is_recorded()):
             right = ((steps.lengths >= 0) & (steps.lengths <= T)).all()
             torch._assert_async(right, "lengths: expected 0 to as many as there are steps")
-        y, h, c = self._run(input.transpose(0, 1) if self.batch_first else input, hx, steps)
-        if self.batch_first:  # in memory too: whoever takes all frames as one batch copies nothing
-            y = y.movedim((0, 2), (1, -1)).contiguous().movedim(-1, 2)
+        outputs, h, c = self._run(input.transpose(0, 1) if self.batch_first else input, hx, steps)
         h_n, c_n = torch.stack(h), torch.stack(c)
+        if self.batch_first:  # in memory too: whoever takes all frames as one batch copies nothing
+            outputs = [y.movedim((0, 2), (1, -1)).contiguous().movedim(-1, 2) for y in outputs]
         if not batched:
-            y, h_n, c_n = y.squeeze(0 if self.batch_first else 1), h_n.squeeze(1), c_n.squeeze(1)
-        return y, (h_n, c_n)
+            outputs = [y.squeeze(0 if self.batch_first else 1) for y in outputs]
+            h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs), (h_n, c_n)
 
 
 class ConvLSTMCell(ConvLSTMBase):
@@ -183,16 +216,27 @@ _SEQUENCE_DOC = """A stateful convolutional LSTM over sequences of {what}.
         batch_first: sequences are (N, L, ...), not (L, N, ...). Never the states.
         peephole: whether the gates see the cell.
         device, dtype: of the parameters.
+        bidirectional: a second direction takes the steps from the last to the first; the next layer
+            takes both directions' outputs.
+        merge_mode: what becomes of the two outputs, in every layer: "concat", channels side by
+            side; "sum", "mul" or "ave" (mean), then a deeper layer's input has C channels; None: a
+            pair of outputs, of a single layer.
+        dropout: while training, the probability that an element of the output of a layer but the
+            last is zero for the next layer, the others scaled by 1/(1-p): element by element, not
+            whole channels or images, and anew at every step.
 
     The recurrent convolution has stride 1, dilation 1 and keeps the size.
 
-    Parameters of layer k, with in = in_channels for k = 0, else C: ``weight_ih_l{{k}}`` (4C, in,
-    *kernel_size), ``weight_hh_l{{k}}`` (4C, C, *kernel_size), ``bias_ih_l{{k}}`` and
-    ``bias_hh_l{{k}}`` (4C,), with peephole ``weight_ch_l{{k}}`` (3C,), rows i, f, o. All are drawn
-    from U(-1/sqrt(n), 1/sqrt(n)), n = C times the number of the kernel's pixels.
+    Parameters of layer k and direction (``_reverse`` for the second), with in = in_channels for
+    k = 0, else the channels of the output below: ``weight_ih_l{{k}}`` (4C, in, *kernel_size),
+    ``weight_hh_l{{k}}`` (4C, C, *kernel_size), ``bias_ih_l{{k}}`` and ``bias_hh_l{{k}}`` (4C,),
+    with peephole ``weight_ch_l{{k}}`` (3C,), rows i, f, o. All are drawn from U(-1/sqrt(n),
+    1/sqrt(n)), n = C times the number of the kernel's pixels.
 
     Raises:
-        ValueError: a size that is no integer or too small. TypeError: a flag that is no bool.
+        ValueError: a size that is no integer or too small; an unknown merge_mode, one but "concat"
+            with a single direction, None with several layers; a probability outside of 0..1.
+            TypeError: a flag that is no bool.
     """
 
 _CELL_DOC = """One step of :class:`{sequence}`.

@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_ext import conv_library  # noqa: F401, its operators
 from lstm_ext.compat import States, check_match, check_weights
-from lstm_ext.conv_layer import ConvWeights, Walk, conv_lstm_layer
+from lstm_ext.conv_layer import ConvWeights, conv_lstm_layer
+from lstm_ext.conv_walk import Walk
 from lstm_ext.convolutions import Window
 from lstm_ext.engine import autocast_is_on, refuse_jit, without_autocast
 from lstm_ext.ops import check_dtype
 from lstm_ext.steps import Steps
 from lstm_ext.tensors import check_dense, is_autocast
+from lstm_ext.variants import check_bool, check_merge_mode, merged_pair
 
 __all__ = ["ConvLSTMBase", "Size"]
 
@@ -25,7 +28,7 @@ Size = int | Sequence[int]
 
 #: Attributes that the parameters were made for, or that the constructor puts in one form.
 _FIXED = ("in_channels", "hidden_channels", "num_layers", "bias", "peephole")
-_FIXED += ("kernel_size", "stride", "padding", "dilation")
+_FIXED += ("kernel_size", "stride", "padding", "dilation", "bidirectional", "merge_mode")
 
 
 class ConvLSTMBase(nn.Module):
@@ -33,6 +36,11 @@ class ConvLSTMBase(nn.Module):
 
     _dims: int  # set by each class
     _is_cell = False
+
+    # On the class for what was pickled before they existed.
+    bidirectional: bool = False
+    merge_mode: str | None = "concat"
+    _drops: bool = False  # whether dropout, which the cells have not, is more than 0
 
     __jit_ignored_attributes__ = property(refuse_jit)  # torch.jit.script asks this first
 
@@ -50,15 +58,19 @@ class ConvLSTMBase(nn.Module):
         suffix: str,
         device: Any,
         dtype: torch.dtype | None,
+        bidirectional: bool = False,
+        merge_mode: str | None = "concat",
     ) -> None:
         super().__init__()
         counts = {"in_channels": in_channels, "hidden_channels": hidden_channels}
         for name, count in {**counts, "num_layers": num_layers}.items():
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
-        for name, flag in {"bias": bias, "peephole": peephole}.items():
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
+        flags = {"bias": bias, "peephole": peephole, "bidirectional": bidirectional}
+        for name, flag in flags.items():
+            check_bool(name, flag)
+        check_merge_mode(merge_mode, bidirectional, num_layers)
+        self.bidirectional, self.merge_mode = bidirectional, merge_mode
         self.in_channels, self.hidden_channels = in_channels, hidden_channels
         self.num_layers, self.bias, self.peephole = num_layers, bias, peephole
         self.kernel_size = self._each("kernel_size", kernel_size, 1)
@@ -74,13 +86,23 @@ class ConvLSTMBase(nn.Module):
             self.padding = self._each("padding", padding, 0)
         at = {"device": device, "dtype": dtype}
         self._names: list[dict[str, str]] = []
-        for layer in range(num_layers):
-            end, sizes = suffix.format(layer), self._sizes(layer)
+        for k in range(num_layers * self._directions):
+            layer, second = divmod(k, self._directions)
+            end, sizes = suffix.format(layer) + "_reverse" * second, self._sizes(layer)
             for name, size in sizes.items():
                 self.register_parameter(name + end, nn.Parameter(torch.empty(size, **at)))
             self._names.append({name: name + end for name in sizes})
         self._made_as = self._attributes()
         self.reset_parameters()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # What was pickled before there were more attributes was made with their defaults.
+        self._made_as += self._attributes()[len(self._made_as) :]
+
+    @property
+    def _directions(self) -> int:
+        return 2 if self.bidirectional else 1
 
     def _attributes(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in _FIXED)
@@ -88,7 +110,8 @@ class ConvLSTMBase(nn.Module):
     def _sizes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Of a layer's parameters, in the order of ConvWeights."""
         C = self.hidden_channels
-        inputs = C if layer else self.in_channels
+        below = C * self._directions if self.merge_mode == "concat" else C
+        inputs = below if layer else self.in_channels
         sizes: dict[str, tuple[int, ...]] = {
             "weight_ih": (4 * C, inputs, *self.kernel_size),
             "weight_hh": (4 * C, C, *self.kernel_size),
@@ -110,6 +133,7 @@ class ConvLSTMBase(nn.Module):
         ones = (1,) * self._dims
         defaults = {"num_layers": 1, "stride": ones, "padding": "same", "dilation": ones}
         defaults |= {"bias": True, "batch_first": False, "peephole": False}
+        defaults |= {"bidirectional": False, "merge_mode": "concat", "dropout": 0.0}
         for name, default in defaults.items():
             value = getattr(self, name, default)
             text += "" if value == default else f", {name}={value!r}"
@@ -134,12 +158,12 @@ class ConvLSTMBase(nn.Module):
         padding = (0,) * self._dims if self.padding == "valid" else self.padding
         return Window(self.kernel_size, self.stride, padding, self.dilation)
 
-    def _weights(self, layer: int, x: Tensor) -> ConvWeights:
-        """The tensors of a layer, as they are now, for x."""
-        names = self._names[layer]
+    def _weights(self, index: int, x: Tensor) -> ConvWeights:
+        """The tensors of one direction of a layer, as they are now, for x."""
+        names = self._names[index]
         tensors = {role: getattr(self, name) for role, name in names.items()}
         check_weights(names.values(), tensors.values(), x)
-        sizes = self._sizes(layer)
+        sizes = self._sizes(index // self._directions)
         for role, tensor in tensors.items():
             check_dense(names[role], tensor)
             if tensor.shape != sizes.get(role, tensor.shape):
@@ -198,15 +222,17 @@ class ConvLSTMBase(nn.Module):
 
     def _run(
         self, x: Tensor, hx: States | None, steps: Steps
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """All layers on x (T, N, in, *size): the output, and h and c of each.
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """All layers on x (T, N, in, *size): the output, or the directions' two, and h and c of
+        each layer and direction.
 
-        hx: (num_layers, N, C, *output) each.
+        hx: (num_layers * D, N, C, *output) each, of D directions.
         """
         if not torch.compiler.is_compiling() and torch.jit.is_tracing():
             refuse_jit()
         size = self._window(0).output(x.shape[3:])
-        weights = [self._weights(layer, x) for layer in range(self.num_layers)]
+        D = self._directions
+        weights = [self._weights(k, x) for k in range(self.num_layers * D)]
         check_match("hidden", hx or (), x)
         check_dtype(x.dtype)
         device = x.device.type
@@ -215,15 +241,30 @@ class ConvLSTMBase(nn.Module):
             x, hx = x.to(dtype), hx and (hx[0].to(dtype), hx[1].to(dtype))
             weights = [ConvWeights(*(t if t is None else t.to(dtype) for t in w)) for w in weights]
         with without_autocast(x.device):
-            shape = (self.num_layers, steps.B, self.hidden_channels, *size)
+            shape = (self.num_layers * D, steps.B, self.hidden_channels, *size)
             h0, c0 = hx or [x.new_zeros(shape)] * 2
             walk = Walk(x.dtype, steps, math.prod(size), self._is_cell)
-            x = walk.mask(x)  # a NaN in the padding ends here
+            outputs = [walk.mask(x)]  # a NaN in the padding ends here
             h_n, c_n = [], []
             for layer in range(self.num_layers):
-                x, h, c = conv_lstm_layer(
-                    x, h0[layer], c0[layer], weights[layer], self._window(layer), walk
-                )
-                h_n.append(h)
-                c_n.append(c)
-        return x, h_n, c_n
+                (x,), outputs = outputs, []
+                for k in range(layer * D, (layer + 1) * D):
+                    y, h, c = conv_lstm_layer(
+                        x, h0[k], c0[k], weights[k], self._window(layer), walk, k % D == 1
+                    )
+                    outputs.append(y)
+                    h_n.append(h)
+                    c_n.append(c)
+                if D == 2 and self.merge_mode is not None:
+                    outputs = [_merged(outputs, self.merge_mode)]
+                if self._drops and self.training and layer < self.num_layers - 1:
+                    outputs = [F.dropout(y, self.dropout) for y in outputs]
+        return outputs, h_n, c_n
+
+
+def _merged(outputs: Sequence[Tensor], mode: str) -> Tensor:
+    """Of two directions' outputs (T, N, C, *output), one."""
+    if mode != "concat":
+        return merged_pair(*outputs, mode)
+    # As they lie in memory, channels last, which torch.cat of five or six dimensions would not see.
+    return torch.cat([y.movedim(2, -1) for y in outputs], -1).movedim(-1, 2)

@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from lstm_ext import ops, pointwise
 from lstm_ext.autograd import must_apply, needs_grad
 from lstm_ext.batching import batched_gradients
+from lstm_ext.conv_walk import Walk
 from lstm_ext.convolutions import Convolution, Window
 from lstm_ext.derivatives import LayerFunction, pulled
 from lstm_ext.engine import (
@@ -34,7 +35,6 @@ from lstm_ext.engine import (
     transform_names,
 )
 from lstm_ext.native import _C
-from lstm_ext.steps import Steps
 
 
 class ConvWeights(NamedTuple):
@@ -47,38 +47,6 @@ class ConvWeights(NamedTuple):
     w_ch: Tensor | None  # (3C), rows i, f, o
 
 
-class Walk:
-    """What the layers share of a batch: its dtype, its sequences' ends."""
-
-    def __init__(
-        self, dtype: torch.dtype, steps: Steps, pixels: int, of_cell: bool = False
-    ) -> None:
-        self.dtype = dtype
-        self.steps = steps  # T steps of N sequences
-        self.pixels = pixels  # of a state
-        self.of_cell = of_cell  # a single step
-        self._each: list[Steps] | None = None
-
-    def each(self) -> list[Steps]:
-        """Per step: which of the N * pixels rows take it. Not for a graph of any number of steps,
-        which a list would fix."""
-        if self._each is None:
-            steps, rows = self.steps, self.steps.B * self.pixels
-            if steps.lengths is None:
-                self._each = [Steps.padded(1, rows)] * steps.T
-            else:
-                on = steps.active().to(torch.int64).repeat_interleave(self.pixels, dim=1)
-                self._each = [Steps(1, rows, rows=rows, lengths=row) for row in on.unbind(0)]
-        return self._each
-
-    def mask(self, x: Tensor) -> Tensor:
-        """x (T, N, ...) with zeros past each sequence's end."""
-        if self.steps.lengths is None:
-            return x
-        on = self.steps.active()
-        return torch.where(on.view(*on.shape, *[1] * (x.dim() - 2)), x, 0)
-
-
 class Layer(NamedTuple):
     """What a layer is but for its tensors, which are always these: x (T, N, in, *size), w_ih, bias,
     w_hh, all of the convolutions' dtype; h0 and c0 (N, *output, C) and w_ch, of the cell's. bias
@@ -88,13 +56,29 @@ class Layer(NamedTuple):
     walk: Walk
     window: Window  # of the input's convolution
     size: tuple[int, ...]  # output
+    reverse: bool  # takes the steps from the last to the first
+
+    @property
+    def start(self) -> int:
+        """Which of T + 1 states, in the order of memory, is the initial one."""
+        return self.walk.steps.T if self.reverse else 0
+
+    def turns(self) -> list[tuple[int, int, int]]:
+        """The steps in the order in which they are taken: which it is, which of T + 1 states it
+        finds, and which it leaves."""
+        turns = [(t, t + self.reverse, t + (not self.reverse)) for t in range(self.walk.steps.T)]
+        return turns[::-1] if self.reverse else turns
+
+    def all_states(self, first: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
+        """T + 1 in the order of memory, from the initial one and those that the steps leave."""
+        return [*others, first] if self.reverse else [first, *others]
 
     def arguments(self) -> tuple[Any, ...]:
         """Of the operators, after the tensors: see conv_library."""
         window, steps = self.window, self.walk.steps
         padding = None if window.padding == "same" else list(window.padding)
         moves = list(window.stride), padding, list(window.dilation)
-        return steps.lengths, *moves, self.walk.dtype
+        return steps.lengths, steps.reset_mask, self.reverse, *moves, self.walk.dtype
 
     def recurrent(self, w_hh: Tensor) -> Convolution:
         ones = (1,) * len(self.size)
@@ -122,20 +106,27 @@ class Layer(NamedTuple):
 
 
 def conv_lstm_layer(
-    x: Tensor, h0: Tensor, c0: Tensor, w: ConvWeights, window: Window, walk: Walk
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w: ConvWeights,
+    window: Window,
+    walk: Walk,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer.
+    """One direction of one layer.
 
     Args:
         x: (T, N, in, *size) of walk.dtype.
         h0, c0: (N, C, *output), likewise.
         window: of the input's convolution.
+        reverse: take the steps from the last to the first, of a shorter sequence from its end.
 
     Returns:
         Output (T, N, C, *output), h_n and c_n (N, C, *output), of walk.dtype.
     """
     dtype, acc = walk.dtype, acc_dtype(walk.dtype)
-    layer = Layer(walk, window, tuple(h0.shape[2:]))
+    layer = Layer(walk, window, tuple(h0.shape[2:]), reverse)
     half = x.device.type != "cpu" or (dtype == torch.bfloat16 and layer.is_for_bf16(x.shape[3:]))
     convolved = dtype if half else acc
     w_ih, w_hh, b_ih, b_hh, w_ch = w
@@ -201,19 +192,23 @@ def in_torch(
     w_ch: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The layer's results."""
-    (walk, window, _), T, C = layer, x.size(0), h0.size(-1)
+    (walk, window, *_), T, C = layer, x.size(0), h0.size(-1)
     convolved, acc, h, c = x.dtype, h0.dtype, h0.reshape(-1, C), c0.reshape(-1, C)
     gx = _rows(window.convolution(w_ih, x.shape[3:])(_unambiguous(x.flatten(0, 1)), bias))
     gx = gx.view(T, h.size(0), 4 * C)
     if T == 0:  # no numbers, but a place in the graph
         return layer.frames(gx[..., :C].to(walk.dtype)), h0, c0
     recurrent, outputs = layer.recurrent(w_hh), []
-    for gx_t, steps in zip(gx.unbind(0), walk.each(), strict=True):
+    of_steps, each = gx.unbind(0), walk.each()
+    for t, *_ in layer.turns():
+        h, c = walk.renewed(t, h), walk.renewed(t, c)
         # The recurrence goes on with h as the user sees it: rounded to its dtype.
         image = layer.images(h.to(walk.dtype).to(convolved).unsqueeze(0)).squeeze(0)
-        a = gx_t.to(acc) + _rows(recurrent(_unambiguous(image))).to(acc)
-        h, c = pointwise.lstm_cell(a, h, c, steps, w_ch)
+        a = of_steps[t].to(acc) + _rows(recurrent(_unambiguous(image))).to(acc)
+        h, c = pointwise.lstm_cell(a, h, c, each[t], w_ch)
         outputs.append(h.to(walk.dtype))
+    if layer.reverse:
+        outputs.reverse()
     return walk.mask(layer.frames(torch.stack(outputs))), h.view(h0.shape), c.view(c0.shape)
 
 
@@ -243,33 +238,40 @@ def on_cells(
     That is what the cells keep (T, rows, 4C) and c (T + 1, rows, C), of the cell's dtype, and h
     (T + 1, rows, C) as the convolutions see it; without ``save`` they are of fewer steps.
     """
-    (walk, window, _), T, C = layer, x.size(0), h0.size(-1)
+    (walk, window, *_), T, C = layer, x.size(0), h0.size(-1)
     convolved, acc, (h, c) = x.dtype, h0.dtype, (s.contiguous().view(-1, C) for s in (h0, c0))
     cells, rows = pointwise.cells_of(x.device), h.size(0)
     gx = _rows(window.convolution(w_ih, x.shape[3:])(x.flatten(0, 1), bias)).view(T, rows, 4 * C)
     w_ch = None if w_ch is None else w_ch.contiguous()
     kept = gx if convolved == acc else h.new_empty(T if save else 1, rows, 4 * C)
     h_seq, c_seq = x.new_empty(T + save, rows, C), h.new_empty(T + 1 if save else 2, rows, C)
-    first, h_out = (h_seq[0], h_seq[1:]) if save else (x.new_empty(rows, C), h_seq)
+    first = h_seq[layer.start] if save else x.new_empty(rows, C)
+    h_out = h_seq if not save else h_seq[:T] if layer.reverse else h_seq[1:]
     first.copy_(h)
-    c_seq[0] = c
+    c_seq[layer.start % len(c_seq)] = c
     # What a step takes, made for all steps at once: of few pixels, views would cost more than sums.
-    states = first, *h_out.unbind(0)
-    images = layer.images(first.unsqueeze(0))[0], *layer.images(h_out).unbind(0)
+    states = layer.all_states(first, h_out.unbind(0))
+    first_image = layer.images(first.unsqueeze(0))[0]
+    images = layer.all_states(first_image, layer.images(h_out).unbind(0))
     gates, gate_images = kept.unbind(0), layer.images(kept).unbind(0)
     gx_images, cell_states = layer.images(gx).unbind(0), c_seq.unbind(0)
-    recurrent = layer.recurrent(w_hh).many(images[0], T)
-    for t, steps in enumerate(walk.each()):
-        a, product = gate_images[t % len(gates)], recurrent(images[t])
+    recurrent, each = layer.recurrent(w_hh).many(first_image, T), walk.each()
+    resets, memories = walk.steps.reset_mask is not None, len(cell_states)
+    for t, before, after in layer.turns():
+        image = images[before]
+        c, c_new = cell_states[before % memories], cell_states[after % memories]
+        if resets:  # not in place: h is a step's output, and backward reads c
+            state, c = walk.renewed(t, states[before]), walk.renewed(t, c)
+            image = image if state is states[before] else layer.images(state.unsqueeze(0))[0]
+        a, product = gate_images[t % len(gates)], recurrent(image)
         if convolved == acc:
             a.add_(product)
         else:
             a.copy_(gx_images[t]).add_(product)
-        c, c_new = (cell_states[k % len(cell_states)] for k in (t, t + 1))
-        h_new = states[t + 1] if walk.dtype == acc else torch.empty_like(h)
-        cells.cell_forward(steps, gates[t % len(gates)], h, c, w_ch, h_new, c_new, save)
+        h_new = states[after] if walk.dtype == acc else torch.empty_like(h)
+        cells.cell_forward(each[t], gates[t % len(gates)], h, c, w_ch, h_new, c_new, save)
         if walk.dtype != acc:
-            states[t + 1].copy_(h_new.to(walk.dtype))
+            states[after].copy_(h_new.to(walk.dtype))
         h, c = h_new, c_new
     y, h, c = layer.frames(h_out), h.view(h0.shape), c.view(c0.shape)
     masked = walk.mask(y).to(walk.dtype)
@@ -324,7 +326,7 @@ def gradients(
     """Of the layer's tensors, None where not wanted, from those of its results, None for zero."""
     x, w_ih, bias, w_hh, h0, _, w_ch = tensors
     of_x, of_w_ih, of_bias, of_w_hh, of_h0, of_c0, of_w_ch = wanted
-    (walk, window, _), (T, rows, _), acc, C = layer, kept.shape, kept.dtype, h0.size(-1)
+    (walk, window, *_), (T, rows, _), acc, C = layer, kept.shape, kept.dtype, h0.size(-1)
     cells = pointwise.cells_of(x.device)
     kept, h_seq, c_seq = (t.contiguous() for t in (kept, h_seq, c_seq))
     w_ch = None if w_ch is None else w_ch.contiguous()
@@ -335,22 +337,27 @@ def gradients(
     da_seq = x.new_empty(kept.shape)
     da_images, h_images = layer.images(da_seq).unbind(0), layer.images(h_seq).unbind(0)
     dw_ch, each = None if w_ch is None else torch.zeros_like(w_ch), walk.each()
-    for t in reversed(range(T)):
+    for t, before, after in reversed(layer.turns()):
         dh = sum_of(dh, None if dy is None else dy[t])
         da = da_seq[t] if x.dtype == acc else torch.empty_like(kept[t])
-        step = (kept[t], c_seq[t], c_seq[t + 1], w_ch)
+        step = (kept[t], walk.renewed(t, c_seq[before]), c_seq[after], w_ch)
         dh_passed, dc, dw_t = cells.cell_backward(each[t], dh, dc, *step, da)
         if x.dtype != acc:
             da_seq[t] = da
         dw_ch = sum_of(dw_ch, dw_t)
-        if t or of_h0:
-            dh = _rows(recurrent.gradients(da_images[t], h_images[t], True, False)[0]).to(acc)
+        if before != layer.start or of_h0:
+            dh = _rows(recurrent.gradients(da_images[t], h_images[before], True, False)[0]).to(acc)
             if walk.steps.lengths is not None:
                 dh += dh_passed
+            dh = walk.renewed(t, dh)
+        dc = walk.renewed(t, dc)
     g = layer.images(da_seq).flatten(0, 1)
     dw_hh = None
-    if of_w_hh:  # what a sequence without steps starts with is no part of any product
-        h_prev = walk.mask(layer.images(h_seq[:T])).flatten(0, 1)
+    if of_w_hh:  # a state that no step takes, or that a reset ends, is no part of any product
+        h_prev = h_seq[1:] if layer.reverse else h_seq[:T]
+        if walk.steps.reset_mask is not None:
+            h_prev = torch.stack([walk.renewed(t, h) for t, h in enumerate(h_prev.unbind(0))])
+        h_prev = walk.mask(layer.images(h_prev)).flatten(0, 1)
         dw_hh = recurrent.gradients(g, h_prev, False, True)[1]
     dx = dw_ih = None
     if of_x or of_w_ih:

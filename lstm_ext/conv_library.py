@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lstm_ext import batching, ops
 from lstm_ext.autograd import has_tangent, needs_grad
-from lstm_ext.conv_layer import Layer, Walk, gradients, in_torch, on_cells
+from lstm_ext.conv_layer import Layer, gradients, in_torch, on_cells
+from lstm_ext.conv_walk import Walk
 from lstm_ext.convolutions import Window
 from lstm_ext.derivatives import LayerFunction, pulled
 from lstm_ext.engine import acc_dtype, transform_names
@@ -27,10 +28,11 @@ from lstm_ext.steps import Steps, check_steps
 # What both take: the tensors of a Layer, and what Layer.arguments lists. padding: None is "same".
 _LAYER = (
     "Tensor x, Tensor w_ih, Tensor? bias, Tensor w_hh, Tensor h0, Tensor c0, Tensor? w_ch, "
-    "Tensor? lengths, int[] stride, int[]? padding, int[] dilation, ScalarType dtype"
+    "Tensor? lengths, Tensor? reset_mask, bool reverse, int[] stride, int[]? padding, "
+    "int[] dilation, ScalarType dtype"
 )
 _TENSORS = 7
-_LAYER_COUNT = 12
+_LAYER_COUNT = 14
 
 _library = torch.library.Library("lstm_ext", "FRAGMENT")
 # The layer's results; with save, then what backward needs, as on_cells lists both.
@@ -45,13 +47,13 @@ _library.define(
 
 def _decode(*arguments: Any) -> tuple[Layer, list[Any]]:
     """The layer, by the inverse of Layer.arguments, and its tensors."""
-    *tensors, lengths, stride, padding, dilation, dtype = arguments
+    *tensors, lengths, reset_mask, reverse, stride, padding, dilation, dtype = arguments
     x, w_ih, _, _, h0, *_ = tensors
     T, N, size = x.size(0), h0.size(0), tuple(h0.shape[1:-1])
     kernel, padding = tuple(w_ih.shape[2:]), "same" if padding is None else tuple(padding)
     window = Window(kernel, tuple(stride), padding, tuple(dilation))
-    steps = Steps(T, N, rows=T * N, lengths=lengths)
-    return Layer(Walk(dtype, steps, math.prod(size)), window, size), tensors
+    steps = Steps(T, N, rows=T * N, lengths=lengths, reset_mask=reset_mask)
+    return Layer(Walk(dtype, steps, math.prod(size)), window, size, reverse), tensors
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -128,8 +130,9 @@ def _checked(*arguments: Any) -> tuple[Layer, list[Any]]:
         if tensor is not None and (tensor.shape != size or tensor.dtype != expected):
             got = f"{tensor.dtype} of size {tuple(tensor.shape)}"
             raise RuntimeError(f"Expected {expected} of size {tuple(size)}, got {got}")
-    ops.check_devices(x, [*tensors, layer.walk.steps.lengths])
-    check_steps(layer.walk.steps)
+    steps = layer.walk.steps
+    ops.check_devices(x, [*tensors, steps.lengths, steps.reset_mask])
+    check_steps(steps)
     return layer, tensors
 
 

@@ -21,6 +21,7 @@ from lstm_ext.compat import (
     LSTMBase,
     States,
     adopt,
+    as_batch,
     check_batch_sizes,
     check_match,
     check_none,
@@ -225,14 +226,9 @@ class LSTM(LSTMBase):
         check_dense("input", input)
         batched = input.dim() == 3
         if not batched:
+            given = lengths, reset_mask
+            lengths, reset_mask = as_batch(*given, input.size(0), self.batch_first)
             input = input.unsqueeze(0 if self.batch_first else 1)
-            if isinstance(lengths, Tensor) and lengths.dim() == 0:
-                lengths = lengths.unsqueeze(0)
-            if isinstance(reset_mask, Tensor):
-                if reset_mask.dim() != 1:
-                    size, got = (input.size(1 if self.batch_first else 0),), tuple(reset_mask.shape)
-                    raise ValueError(f"Expected reset_mask of size {size}, got {got}")
-                reset_mask = reset_mask.unsqueeze(0 if self.batch_first else 1)
         if hx is None:
             self.check_input(input, None)
         else:

@@ -63,14 +63,14 @@ class Variants(nn.Module):
         if name in ("peephole", "layer_norm"):
             check_bool(name, value)
         elif name in ("recurrent_dropout", "weight_dropout"):
-            _check_probability(name, value)
+            check_probability(name, value)
         elif name == "zoneout":
             if isinstance(value, (tuple, list)):
                 if len(value) != 2:
                     raise ValueError(f"zoneout should be a number or a pair (h, c), got {value!r}")
                 value = tuple(value)
             for part in _pair(value):
-                _check_probability(name, part, "keeping its old value")
+                check_probability(name, part, "keeping its old value")
             if not any(_pair(value)):
                 value = 0.0
         elif name == "forget_bias" and value is not None:
@@ -216,7 +216,11 @@ def _flags(p: float, steps: Steps, state: Tensor) -> Tensor:
 
 def merged(y: Tensor, mode: str | None) -> Tensor:
     """The two directions of y (rows, 2P) in one of Keras' modes but concat and None."""
-    forward, backward = y.chunk(2, dim=1)
+    return merged_pair(*y.chunk(2, dim=1), mode)
+
+
+def merged_pair(forward: Tensor, backward: Tensor, mode: str | None) -> Tensor:
+    """Likewise, of a tensor each."""
     if mode == "mul":
         return forward * backward
     total = forward + backward
@@ -242,7 +246,7 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
 
 
-def _check_probability(name: str, value: Any, event: str = "being zeroed") -> None:
+def check_probability(name: str, value: Any, event: str = "being zeroed") -> None:
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value <= 1:
         raise ValueError(
             f"{name} should be a number in range [0, 1] representing the probability of an "

@@ -17,6 +17,13 @@ F64 = {"dtype": torch.float64}
 SEQUENCES = {1: lstm_ext.ConvLSTM1d, 2: lstm_ext.ConvLSTM2d, 3: lstm_ext.ConvLSTM3d}
 CELLS = {1: lstm_ext.ConvLSTM1dCell, 2: lstm_ext.ConvLSTM2dCell, 3: lstm_ext.ConvLSTM3dCell}
 SIZES = {1: (7,), 2: (6, 5), 3: (4, 3, 5)}
+MERGES = {
+    "concat": lambda a, b: torch.cat([a, b], 2),
+    "sum": lambda a, b: a + b,
+    "mul": lambda a, b: a * b,
+    "ave": lambda a, b: (a + b) / 2,
+    None: lambda a, b: (a, b),
+}
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 L, N, IN, C = 4, 3, 2, 5
 
@@ -34,38 +41,43 @@ def _near(got, expected):
     torch.testing.assert_close(got, expected, rtol=0, atol=0.02 * scale)
 
 
-def _loop(module, x, hx=None, lengths=None):
+def _loop(module, x, hx=None, lengths=None, reset_mask=None):
     """output and states of every layer, step by step; x (L, N, in, *size). torch's own "same".
 
     What is written here is the formula of the paper, so that nothing of the package checks itself.
     """
     dims, N, C = len(module.kernel_size), x.size(1), module.hidden_channels
-    conv = CONVOLUTIONS[dims]
-    states = [[], []]
-    for k in range(module.num_layers):
+    conv, ends = CONVOLUTIONS[dims], ("", "_reverse") if module.bidirectional else ("",)
+    states, both, parameters = [[], []], [], dict(module.named_parameters())
+    for index, suffix in enumerate(f"_l{k}{end}" for k in range(module.num_layers) for end in ends):
         weight = {
-            n.removesuffix(f"_l{k}"): p for n, p in module.named_parameters() if f"_l{k}" in n
+            name.removesuffix(suffix): p for name, p in parameters.items() if name.endswith(suffix)
         }
         how = {"padding": "same", "dilation": module.dilation}
-        if k == 0:
+        if "_l0" in suffix:
             how |= {"padding": module.padding, "stride": module.stride}
         gx = [conv(step, weight["weight_ih"], weight.get("bias_ih"), **how) for step in x]
-        h, c = (s[k] for s in hx) if hx else [gx[0].new_zeros(N, C, *gx[0].shape[2:])] * 2
-        outputs = []
-        for t, g in enumerate(gx):
-            a = g + conv(h, weight["weight_hh"], weight.get("bias_hh"), padding="same")
+        h, c = (s[index] for s in hx) if hx else [gx[0].new_zeros(N, C, *gx[0].shape[2:])] * 2
+        outputs, steps = [None] * len(gx), range(len(gx))
+        for t in reversed(steps) if "_reverse" in suffix else steps:
+            on = torch.full((N,), True, device=x.device) if lengths is None else t < lengths
+            on = on.view(N, *[1] * (dims + 1))
+            if reset_mask is not None:
+                reset = on & reset_mask[t].view(on.shape)
+                h, c = torch.where(reset, 0, h), torch.where(reset, 0, c)
+            a = gx[t] + conv(h, weight["weight_hh"], weight.get("bias_hh"), padding="same")
             i, f, g, o = a.chunk(4, 1)
             peep = weight.get("weight_ch", a.new_zeros(3 * C)).view(3, C, *[1] * dims)
             i, f, g = (i + peep[0] * c).sigmoid(), (f + peep[1] * c).sigmoid(), g.tanh()
             c_new = f * c + i * g
             h_new = (o + peep[2] * c_new).sigmoid() * c_new.tanh()
-            on = torch.full((N,), True, device=x.device) if lengths is None else t < lengths
-            on = on.view(N, *[1] * (dims + 1))
             h, c = torch.where(on, h_new, h), torch.where(on, c_new, c)
-            outputs.append(torch.where(on, h_new, 0))
-        x = torch.stack(outputs)
+            outputs[t] = torch.where(on, h_new, 0)
         states[0].append(h)
         states[1].append(c)
+        both.append(torch.stack(outputs))
+        if len(both) == len(ends):
+            x, both = MERGES[module.merge_mode](*both) if both[1:] else both[0], []
     return x, (torch.stack(states[0]), torch.stack(states[1]))
 
 

@@ -11,7 +11,16 @@ from torch.library import opcheck
 import lstm_ext
 
 
-def operands(dtype=torch.float32, lengths=False, bias=True, stride=(1, 2), padding=None, T=L):
+def operands(
+    dtype=torch.float32,
+    lengths=False,
+    resets=False,
+    reverse=False,
+    bias=True,
+    stride=(1, 2),
+    padding=None,
+    T=L,
+):
     """Of a layer without peepholes where it has no bias."""
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     convolved = dtype if device.DEVICE.type != "cpu" else acc
@@ -26,15 +35,18 @@ def operands(dtype=torch.float32, lengths=False, bias=True, stride=(1, 2), paddi
         tensors[2] = tensors[6] = None
     tensors = [None if t is None else here(t) for t in tensors]
     ends = _lengths(T, N) if lengths else None
-    return (*tensors, ends, list(stride), padding and list(padding), [1, 1], dtype)
+    mask = here(torch.rand(T, N) < 0.4) if resets else None
+    return (*tensors, ends, mask, reverse, list(stride), padding and list(padding), [1, 1], dtype)
 
 
 CALLS = {
     "plain": {"bias": False, "padding": (0, 2)},
     "peephole": {},
     "lengths": {"lengths": True},
+    "resets": {"lengths": True, "resets": True},
     "double": {"dtype": torch.float64, "stride": (1, 1)},
     "half": {"dtype": torch.float16, "lengths": True},
+    "reverse": {"lengths": True, "resets": True, "reverse": True},
     "one_step": {"T": 1},
     "no_steps": {"T": 0},
 }
@@ -67,13 +79,14 @@ REFUSED = {
     "size": ({0: lambda x: x[..., :3]}, r"of size \(3, 6, 2, 5\), got .* \(3, 6, 3, 5\)"),
     "batch": ({0: lambda x: x[:, :2]}, r"of size \(2, 6, 3, 5\), got"),
     "dtype": ({4: lambda h: h.double()}, "Expected torch.float32 of size .* got torch.float64"),
-    "unknown_dtype": ({11: lambda _: torch.int64}, "no kernel for torch.int64"),
+    "unknown_dtype": ({13: lambda _: torch.int64}, "no kernel for torch.int64"),
     "peephole": ({6: lambda w: w[1:]}, r"of size \(15,\), got"),
     "lengths": ({7: lambda t: t[:2]}, r"lengths to be torch.int64 of size \(3,\)"),
     "a_length": ({7: lambda t: t + L}, "between 0 and the number of steps"),
-    "stride": ({8: lambda _: [1, 0]}, "Expected a stride, padding and dilation of 2 numbers"),
-    "padding": ({9: lambda _: [0]}, "Expected a stride, padding and dilation of 2 numbers"),
-    "small": ({9: lambda _: [0, 0], 10: lambda _: [3, 3]}, "too small for kernel size"),
+    "reset_mask": ({8: lambda t: t.T}, r"reset_mask to be torch.bool of size \(4, 3\)"),
+    "stride": ({10: lambda _: [1, 0]}, "Expected a stride, padding and dilation of 2 numbers"),
+    "padding": ({11: lambda _: [0]}, "Expected a stride, padding and dilation of 2 numbers"),
+    "small": ({11: lambda _: [0, 0], 12: lambda _: [3, 3]}, "too small for kernel size"),
 }
 
 
@@ -81,7 +94,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_operators_check_what_they_get(name):
     changes, words = REFUSED[name]
-    arguments = list(operands(lengths=True))
+    arguments = list(operands(lengths=True, resets=True))
     saved = FORWARD(*arguments, True)[3:]
     for place, change in changes.items():
         arguments[place] = change(arguments[place])
