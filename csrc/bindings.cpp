@@ -9,6 +9,7 @@
 #include <string>
 
 #include "bind_cpu.h"
+#include "bind_cpu_conv.h"
 #include "bind_cpu_plain.h"
 #include "bind_memory.h"
 #include "bind_steps.h"
@@ -241,6 +242,7 @@ PYBIND11_MODULE(_C, m) {
   lstm_ext::bind_variants(m);
   lstm_ext::bind_surroundings(m);
   lstm_ext::bind_cpu_plain(m);
+  lstm_ext::bind_cpu_conv(m);
   m.def(
       "address",
       [](lstm_ext::Memory tensor) { return reinterpret_cast<uintptr_t>(tensor.address); },

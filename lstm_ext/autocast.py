@@ -30,7 +30,9 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             product = torch.mm(weight, _no_columns(weight.size(1), weight.device))
         kept: Any = getattr(product.grad_fn, "_saved_self", None)
-        if kept is not None and kept.dtype == dtype and (kept.requires_grad or not is_recording()):
+        if kept is None or kept is weight:
+            return weight.to(dtype)
+        if kept.dtype == dtype and (kept.requires_grad or not is_recording()):
             version = getattr(kept, "_version_of_weight", None)
             if version is None:
                 kept._version_of_weight = version = weight._version
@@ -42,4 +44,4 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _no_columns(rows: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.empty(rows, 0, device=device).requires_grad_()
+        return torch.empty(rows, 0, dtype=torch.float32, device=device).requires_grad_()

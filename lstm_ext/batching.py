@@ -192,7 +192,7 @@ def unwrapped(steps: Steps, kinds: tuple[Kind, ...]) -> tuple[Steps, tuple[Kind,
     return pytree.tree_map_only(Tensor, unwrap_if_dead, (steps, kinds))
 
 
-class _SavedOnce:
+class SavedOnce:
     """A ctx whose saved tensors are asked for once: torch.utils.checkpoint gives them no second
     time."""
 
@@ -233,7 +233,7 @@ def batched_gradients(backward: Callable[..., tuple[Any, ...]]) -> Callable[...,
             torch._remove_batch_dim(g, level, 1, 0).unbind(0) if batched else None
             for g, batched in zip(gradients, is_batched, strict=True)
         ]
-        once = _SavedOnce(ctx)
+        once = SavedOnce(ctx)
         each = [
             backward(
                 once, *(g if p is None else p[v] for g, p in zip(gradients, parts, strict=True))

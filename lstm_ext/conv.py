@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lstm_ext.compat import States, as_batch, check_pair
 from lstm_ext.conv_base import ConvLSTMBase, Size
+from lstm_ext.conv_cell import short_step
 from lstm_ext.engine import as_one_function, is_intercepted, is_recorded
 from lstm_ext.steps import Steps
 from lstm_ext.variants import check_bool, check_probability
@@ -177,6 +178,10 @@ class ConvLSTMCell(ConvLSTMBase):
         """
         if is_intercepted(input):
             return as_one_function(ConvLSTMCell.forward, self, input, hx)
+        if not torch.compiler.is_compiling() and self._attributes() == self._made_as:
+            states = short_step(self, input, hx, self._window(0), self._sizes(0))
+            if states is not None:
+                return states
         batched = self._is_batched(input, self._dims + 1)
         if hx is not None:
             check_pair(hx, "hx")

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lstm_ext import ops, pointwise
+from lstm_ext import conv_steps, ops, pointwise
 from lstm_ext.autograd import must_apply, needs_grad
 from lstm_ext.batching import batched_gradients
 from lstm_ext.conv_walk import Walk
-from lstm_ext.convolutions import Convolution, Window
+from lstm_ext.convolutions import Convolution, Window, pixels_of
+from lstm_ext.cpu import conv as cpu_conv
 from lstm_ext.derivatives import LayerFunction, pulled
 from lstm_ext.engine import (
     acc_dtype,
@@ -31,7 +32,6 @@ from lstm_ext.engine import (
     in_memory,
     is_recorded,
     is_watched,
-    sum_of,
     transform_names,
 )
 from lstm_ext.native import _C
@@ -69,6 +69,10 @@ class Layer(NamedTuple):
         turns = [(t, t + self.reverse, t + (not self.reverse)) for t in range(self.walk.steps.T)]
         return turns[::-1] if self.reverse else turns
 
+    def outputs(self, states: Tensor) -> Tensor:
+        """Those that the steps leave, of T + 1 states."""
+        return states[:-1] if self.reverse else states[1:]
+
     def all_states(self, first: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
         """T + 1 in the order of memory, from the initial one and those that the steps leave."""
         return [*others, first] if self.reverse else [first, *others]
@@ -79,6 +83,18 @@ class Layer(NamedTuple):
         padding = None if window.padding == "same" else list(window.padding)
         moves = list(window.stride), padding, list(window.dilation)
         return steps.lengths, steps.reset_mask, self.reverse, *moves, self.walk.dtype
+
+    def call(self, x: Tensor, C: int) -> cpu_conv.Call | None:
+        """What the CPU's core is to know, where it can take all steps at once."""
+        steps, acc = self.walk.steps, acc_dtype(self.walk.dtype)
+        if x.device.type != "cpu" or x.dtype != acc or self.walk.dtype != acc:
+            return None
+        if steps.lengths is not None or not x.numel():
+            return None
+        if steps.reset_mask is not None and steps.reset_mask.any():
+            return None
+        size = tuple(x.shape[3:])
+        return cpu_conv.Call(self.window, self.reverse, *x.shape[:3], C, size, self.size)
 
     def recurrent(self, w_hh: Tensor) -> Convolution:
         ones = (1,) * len(self.size)
@@ -173,11 +189,6 @@ def _has_bf16_convolutions() -> bool:
     )
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(N, C, *size) as (N * pixels, C), contiguous: reshape alone does not see to that."""
-    return x.movedim(1, -1).reshape(-1, x.size(1)).contiguous()
-
-
 # --- in torch operations --------------------------------------------------------------------------
 
 
@@ -194,7 +205,7 @@ def in_torch(
     """The layer's results."""
     (walk, window, *_), T, C = layer, x.size(0), h0.size(-1)
     convolved, acc, h, c = x.dtype, h0.dtype, h0.reshape(-1, C), c0.reshape(-1, C)
-    gx = _rows(window.convolution(w_ih, x.shape[3:])(_unambiguous(x.flatten(0, 1)), bias))
+    gx = pixels_of(window.convolution(w_ih, x.shape[3:])(_unambiguous(x.flatten(0, 1)), bias))
     gx = gx.view(T, h.size(0), 4 * C)
     if T == 0:  # no numbers, but a place in the graph
         return layer.frames(gx[..., :C].to(walk.dtype)), h0, c0
@@ -204,7 +215,7 @@ def in_torch(
         h, c = walk.renewed(t, h), walk.renewed(t, c)
         # The recurrence goes on with h as the user sees it: rounded to its dtype.
         image = layer.images(h.to(walk.dtype).to(convolved).unsqueeze(0)).squeeze(0)
-        a = of_steps[t].to(acc) + _rows(recurrent(_unambiguous(image))).to(acc)
+        a = of_steps[t].to(acc) + pixels_of(recurrent(_unambiguous(image))).to(acc)
         h, c = pointwise.lstm_cell(a, h, c, each[t], w_ch)
         outputs.append(h.to(walk.dtype))
     if layer.reverse:
@@ -239,40 +250,21 @@ def on_cells(
     (T + 1, rows, C) as the convolutions see it; without ``save`` they are of fewer steps.
     """
     (walk, window, *_), T, C = layer, x.size(0), h0.size(-1)
-    convolved, acc, (h, c) = x.dtype, h0.dtype, (s.contiguous().view(-1, C) for s in (h0, c0))
-    cells, rows = pointwise.cells_of(x.device), h.size(0)
-    gx = _rows(window.convolution(w_ih, x.shape[3:])(x.flatten(0, 1), bias)).view(T, rows, 4 * C)
+    convolved, acc, rows = x.dtype, h0.dtype, h0.numel() // C
+    call = layer.call(x, C)
+    if call is not None and call.is_few_products(forward=True):
+        return _in_core(call, layer, x, h0, c0, (w_ih, w_hh, bias, None, w_ch), save)
     w_ch = None if w_ch is None else w_ch.contiguous()
-    kept = gx if convolved == acc else h.new_empty(T if save else 1, rows, 4 * C)
-    h_seq, c_seq = x.new_empty(T + save, rows, C), h.new_empty(T + 1 if save else 2, rows, C)
+    gx = pixels_of(window.convolution(w_ih, x.shape[3:])(x.flatten(0, 1), bias))
+    gx = gx.view(T, rows, 4 * C)
+    kept = gx if convolved == acc else h0.new_empty(T if save else 1, rows, 4 * C)
+    h_seq, c_seq = x.new_empty(T + save, rows, C), h0.new_empty(T + 1 if save else 2, rows, C)
     first = h_seq[layer.start] if save else x.new_empty(rows, C)
-    h_out = h_seq if not save else h_seq[:T] if layer.reverse else h_seq[1:]
+    h_out = layer.outputs(h_seq) if save else h_seq
+    h, c = (s.contiguous().view(-1, C) for s in (h0, c0))
     first.copy_(h)
     c_seq[layer.start % len(c_seq)] = c
-    # What a step takes, made for all steps at once: of few pixels, views would cost more than sums.
-    states = layer.all_states(first, h_out.unbind(0))
-    first_image = layer.images(first.unsqueeze(0))[0]
-    images = layer.all_states(first_image, layer.images(h_out).unbind(0))
-    gates, gate_images = kept.unbind(0), layer.images(kept).unbind(0)
-    gx_images, cell_states = layer.images(gx).unbind(0), c_seq.unbind(0)
-    recurrent, each = layer.recurrent(w_hh).many(first_image, T), walk.each()
-    resets, memories = walk.steps.reset_mask is not None, len(cell_states)
-    for t, before, after in layer.turns():
-        image = images[before]
-        c, c_new = cell_states[before % memories], cell_states[after % memories]
-        if resets:  # not in place: h is a step's output, and backward reads c
-            state, c = walk.renewed(t, states[before]), walk.renewed(t, c)
-            image = image if state is states[before] else layer.images(state.unsqueeze(0))[0]
-        a, product = gate_images[t % len(gates)], recurrent(image)
-        if convolved == acc:
-            a.add_(product)
-        else:
-            a.copy_(gx_images[t]).add_(product)
-        h_new = states[after] if walk.dtype == acc else torch.empty_like(h)
-        cells.cell_forward(each[t], gates[t % len(gates)], h, c, w_ch, h_new, c_new, save)
-        if walk.dtype != acc:
-            states[after].copy_(h_new.to(walk.dtype))
-        h, c = h_new, c_new
+    h, c = conv_steps.forward(layer, gx, kept, w_hh, w_ch, h, first, h_out, c_seq, save)
     y, h, c = layer.frames(h_out), h.view(h0.shape), c.view(c0.shape)
     masked = walk.mask(y).to(walk.dtype)
     if save or T == 1:  # whoever changes a result in place must not change what backward reads
@@ -280,6 +272,30 @@ def on_cells(
     if save:
         masked = masked.clone() if masked is y else masked
     return (masked, h, c), (kept, h_seq, c_seq)
+
+
+def _in_core(
+    call: cpu_conv.Call,
+    layer: Layer,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: tuple[Tensor | None, ...],
+    save: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:
+    """on_cells' results, by one call of the CPU's core; without ``save`` nothing for backward."""
+    shape = call.rows, call.C
+    h, c = h0.new_empty(h0.shape), c0.new_empty(c0.shape)
+    first = kept = h_seq = c_seq = None
+    h_out = None if save else x.new_empty(call.T, *shape)
+    if save:
+        kept = x.new_empty(call.T, call.rows, 4 * call.C)
+        h_seq, c_seq = x.new_empty(call.T + 1, *shape), x.new_empty(call.T + 1, *shape)
+        first, h_out = h_seq[layer.start], layer.outputs(h_seq)
+    states = h0.movedim(-1, 1), c0.movedim(-1, 1)
+    cpu_conv.forward(call, x, *states, weights, h, c, first, h_out, c_seq, kept)
+    y = layer.frames(h_out)  # below: whoever changes it must not change what backward reads
+    return (y.clone() if save else y, h, c), (kept, h_seq, c_seq)
 
 
 class ConvLayer(LayerFunction):
@@ -325,32 +341,22 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Of the layer's tensors, None where not wanted, from those of its results, None for zero."""
     x, w_ih, bias, w_hh, h0, _, w_ch = tensors
-    of_x, of_w_ih, of_bias, of_w_hh, of_h0, of_c0, of_w_ch = wanted
+    of_x, of_w_ih, of_bias, of_w_hh, of_h0, *_ = wanted
     (walk, window, *_), (T, rows, _), acc, C = layer, kept.shape, kept.dtype, h0.size(-1)
-    cells = pointwise.cells_of(x.device)
     kept, h_seq, c_seq = (t.contiguous() for t in (kept, h_seq, c_seq))
     w_ch = None if w_ch is None else w_ch.contiguous()
-    of_input, recurrent = window.convolution(w_ih, x.shape[3:]), layer.recurrent(w_hh)
     dy, dh, dc = (None if g is None else in_memory(g) for g in grads)
     dy = None if dy is None else walk.mask(dy).to(acc).contiguous().view(T, rows, C)
     dh, dc = (None if g is None else g.contiguous().view(rows, C) for g in (dh, dc))
+    states = kept, h_seq, c_seq, dy, dh, dc
+    call = layer.call(x, C)
+    if call is not None and call.is_few_products(forward=False):
+        inputs = (*tensors[:-1], w_ch)
+        *of_weights, dh, dc, dw_ch = cpu_conv.backward(call, wanted, inputs, *states)
+        return *of_weights, *_as_wanted(wanted, h0, dh, dc, dw_ch)
+    of_input, recurrent = window.convolution(w_ih, x.shape[3:]), layer.recurrent(w_hh)
     da_seq = x.new_empty(kept.shape)
-    da_images, h_images = layer.images(da_seq).unbind(0), layer.images(h_seq).unbind(0)
-    dw_ch, each = None if w_ch is None else torch.zeros_like(w_ch), walk.each()
-    for t, before, after in reversed(layer.turns()):
-        dh = sum_of(dh, None if dy is None else dy[t])
-        da = da_seq[t] if x.dtype == acc else torch.empty_like(kept[t])
-        step = (kept[t], walk.renewed(t, c_seq[before]), c_seq[after], w_ch)
-        dh_passed, dc, dw_t = cells.cell_backward(each[t], dh, dc, *step, da)
-        if x.dtype != acc:
-            da_seq[t] = da
-        dw_ch = sum_of(dw_ch, dw_t)
-        if before != layer.start or of_h0:
-            dh = _rows(recurrent.gradients(da_images[t], h_images[before], True, False)[0]).to(acc)
-            if walk.steps.lengths is not None:
-                dh += dh_passed
-            dh = walk.renewed(t, dh)
-        dc = walk.renewed(t, dc)
+    dh, dc, dw_ch = conv_steps.backward(layer, recurrent, w_ch, *states, of_h0, da_seq)
     g = layer.images(da_seq).flatten(0, 1)
     dw_hh = None
     if of_w_hh:  # a state that no step takes, or that a reset ends, is no part of any product
@@ -367,6 +373,16 @@ def gradients(
         dw_ih,
         da_seq.flatten(0, 1).sum(0, dtype=acc).to(bias.dtype) if of_bias else None,
         dw_hh,
+        *_as_wanted(wanted, h0, dh, dc, dw_ch),
+    )
+
+
+def _as_wanted(
+    wanted: Sequence[bool], h0: Tensor, dh: Tensor, dc: Tensor, dw_ch: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The last three gradients, of the states (rows, C)."""
+    *_, of_h0, of_c0, of_w_ch = wanted
+    return (
         dh.view(h0.shape) if of_h0 else None,
         dc.view(h0.shape) if of_c0 else None,
         dw_ch if of_w_ch else None,

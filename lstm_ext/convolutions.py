@@ -16,6 +16,11 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
 
+def pixels_of(images: Tensor) -> Tensor:
+    """(N, C, *size) as (N * pixels, C), contiguous: reshape alone does not see to that."""
+    return images.movedim(1, -1).reshape(-1, images.size(1)).contiguous()
+
+
 class Window(NamedTuple):
     """How a kernel moves over its input, a number a dimension."""
 

@@ -214,7 +214,9 @@ def plain_autocast_cell(
     if plain_engine_of(x) is not cpu_engine or not autocast_is_on("cpu"):
         return None
     states = () if hx is None else hx
-    if not (isinstance(states, (tuple, list)) and all(type(t) in TYPES for t in states)):
+    if not (isinstance(states, (tuple, list)) and len(states) in (0, 2)):
+        return None
+    if (hx is not None and not states) or not all(type(t) in TYPES for t in states):
         return None
     if not all(t is None or is_autocast(t.dtype) for t in (x, *states, *weights)):
         return None
@@ -222,9 +224,11 @@ def plain_autocast_cell(
     with torch.autocast("cpu", enabled=False):
         if is_surrounded():
             return None
-        own = step_before(hx, weights, dtype) if is_recording() else None
-        if own is None:
-            with torch.autocast("cpu", dtype):
+        own = step_before(hx, weights) if is_recording() else None
+        with torch.autocast("cpu", dtype):
+            w_hh = cast_weight(weights[1], dtype)
+            # Of another autocast the weights may have changed since, as .data in place.
+            if own is None or own.casts is None or own.casts[1] is not w_hh:
                 casts = [None if w is None else cast_weight(w, dtype) for w in weights]
                 own = CellWeights(weights, casts)
         given = x.to(dtype), None if hx is None else [t.to(dtype) for t in states]
@@ -314,7 +318,7 @@ class PlainLayer(Function):
                 if made is not None:
                     call = (*ctx.steps, wanted, made, *gradients, *saved)
                     made = super(Function, PlainLayerBackward).apply(*call)  # as in plain_layer
-            elif shared and not torch.is_anomaly_enabled():  # which looks into each gradient
+            elif shared and not (torch.is_anomaly_enabled() or isinstance(ctx, batching.SavedOnce)):
                 states = wanted[:-_WEIGHTS] + (False,) * _WEIGHTS
                 made = plain_gradients(gradients, saved, states, *ctx.steps, with_dgates=True)
                 if made is not None:
@@ -324,6 +328,8 @@ class PlainLayer(Function):
                 made = plain_gradients(gradients, saved, wanted, *ctx.steps)
             if made is None:
                 made = _by_the_layer(gradients, saved, wanted, *ctx.steps)
+        if shared and kept is None:  # compiled autograd adds it up in any case
+            kept = torch.zeros((), dtype=torch.float32)
         return (None, None, None, kept, None, None, None, *made)
 
 

@@ -26,8 +26,9 @@ from lstm_ext.cpu.products import transposed_matmul
 # gains. Training, 20 steps, float32, one Zen 4 core: B 8 H 32 1.11 times as long as without, B 1
 # H 64 0.96, H 128 0.77 to 0.83, H 256 0.50 to 0.68, H 1024 0.37 to 0.46; B 64 H 512 0.89 to 0.92.
 _FEW_WEIGHTS = 1 << 15
-# Operations between two steps: of a stack of layers its states are taken apart and put together.
-_MOST_BETWEEN = 4
+# Operations between two steps, and before them, that are looked at: of a stack of layers the states
+# are taken apart and put together.
+_MOST_BETWEEN = 12
 # Kept, before they are multiplied: what there is in memory at once, and a product of more rows is
 # no faster.
 _MOST_ROWS = 1024
@@ -36,7 +37,7 @@ _MOST_ROWS = 1024
 class CellWeights:
     """The weights of a cell, as the steps of a graph share them."""
 
-    __slots__ = ("casts", "shared", "versions", "wanted", "weights")
+    __slots__ = ("casts", "made_by", "shared", "wanted", "weights")
 
     def __init__(
         self, weights: Sequence[Tensor | None], casts: Sequence[Tensor | None] | None = None
@@ -44,25 +45,24 @@ class CellWeights:
         """weights: weight_ih, weight_hh, bias_ih, bias_hh and None; casts: autocast's of them."""
         self.weights, self.casts = weights, casts
         self.wanted = [w is not None and w.requires_grad for w in weights]
-        self.versions = None if casts is None else [_version(w) for w in weights]
+        self.made_by = [None if w is None else w.grad_fn for w in weights]
         self.shared: Tensor | None = None  # the input that steps share, once there are two
 
-    def are(self, weights: Sequence[Tensor | None], dtype: torch.dtype | None = None) -> bool:
-        """Whether these are the weights still, and the casts, of such a dtype, as they are now."""
-        for own, other, wanted in zip(self.weights, weights, self.wanted, strict=True):
-            if own is not other or wanted != (own is not None and own.requires_grad):
+    def are(self, weights: Sequence[Tensor | None]) -> bool:
+        """Whether these are the weights, as far as autograd sees."""
+        for own, other, wanted, node in zip(
+            self.weights, weights, self.wanted, self.made_by, strict=True
+        ):
+            if own is not other:
                 return False
-        if self.casts is None or dtype is None:
-            return self.casts is None and dtype is None
-        return self.casts[0].dtype == dtype and self.versions == [_version(w) for w in weights]
+            if own is not None and (own.requires_grad != wanted or own.grad_fn is not node):
+                return False
+        return True
 
     def share(self) -> None:
+        """Make that input."""
         if self.shared is None:
             self.shared = SharedInput.apply(*self.weights)
-
-
-def _version(weight: Tensor | None) -> int | None:
-    return None if weight is None or weight.is_inference() else weight._version
 
 
 def cell_weights(hx: Any, weights: Sequence[Tensor | None]) -> CellWeights | None:
@@ -77,26 +77,28 @@ def cell_weights(hx: Any, weights: Sequence[Tensor | None]) -> CellWeights | Non
     return own
 
 
-def step_before(
-    hx: Any, weights: Sequence[Tensor | None], dtype: torch.dtype | None = None
-) -> CellWeights | None:
-    """Those of the step that made the states hx, if they are these weights: see CellWeights.are."""
-    node = None if hx is None else hx[1].grad_fn
-    return None if node is None else _found(node, weights, dtype, _MOST_BETWEEN)
-
-
-def _found(
-    node: Any, weights: Sequence[Tensor | None], dtype: torch.dtype | None, depth: int
-) -> CellWeights | None:
-    own: CellWeights | None = getattr(node, "cell_weights", None)
-    if own is not None:
-        return own if own.are(weights, dtype) else None
-    if depth:
-        for before, _ in node.next_functions:
-            own = None if before is None else _found(before, weights, dtype, depth - 1)
-            if own is not None:
+def step_before(hx: Any, weights: Sequence[Tensor | None]) -> CellWeights | None:
+    """Those of the step that made the states hx, if it had the same weights."""
+    nodes = [] if hx is None else [hx[1].grad_fn]
+    seen = 0
+    for node in nodes:  # which grows
+        if node is None:
+            continue
+        own = getattr(node, "cell_weights", None)
+        if isinstance(own, CellWeights):
+            if own.are(weights):
                 return own
+            continue
+        seen += 1
+        if seen > _MOST_BETWEEN:
+            return None
+        nodes += [before for before, _ in node.next_functions[:_MOST_BETWEEN]]
     return None
+
+
+def _identity(tensor: Tensor) -> tuple[int, int]:
+    """It changes with the numbers, and where the memory is freed."""
+    return tensor._version, tensor.data_ptr()
 
 
 class SharedInput(Function):
@@ -105,17 +107,31 @@ class SharedInput(Function):
     @staticmethod
     def forward(ctx: Any, *weights: Tensor | None) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.dtypes = [None if w is None else w.dtype for w in weights]
+        ctx.sizes = [None if w is None else (w.shape, w.dtype) for w in weights]
         return torch.zeros((), dtype=torch.float32, device="cpu")
 
     @staticmethod
-    def backward(ctx: Any, kept: KeptSteps | None) -> tuple[Tensor | None, ...]:
-        if kept is None:  # all steps returned gradients of the weights themselves
-            return (None,) * len(ctx.dtypes)
+    def backward(ctx: Any, kept: Tensor | None) -> tuple[Tensor | None, ...]:
+        if kept is None:
+            return (None,) * len(ctx.sizes)
+        wanted = zip(ctx.needs_input_grad, ctx.sizes, strict=True)
+        if not isinstance(kept, KeptSteps):  # all steps made the gradients themselves
+            return tuple(torch.zeros(s[0], dtype=s[1]) if flag else None for flag, s in wanted)
         return tuple(
-            None if gradient is None else gradient.to(dtype)
-            for gradient, dtype in zip(kept.gradients(), ctx.dtypes, strict=True)
+            gradient.to(size[1]) if flag else None
+            for gradient, (flag, size) in zip(kept.gradients(), wanted, strict=True)
         )
+
+
+# What one asks a gradient before it goes on: of this one the answers are those of a zero. What
+# makes another gradient of it is not among them.
+_QUESTIONS = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        "abs isnan isinf isfinite isneginf isposinf ne eq lt le gt ge any all max min amax amin "
+        "mean sum norm linalg_vector_norm _local_scalar_dense is_nonzero equal"
+    ).split()
+}
 
 
 class KeptSteps(Tensor):
@@ -128,7 +144,9 @@ class KeptSteps(Tensor):
     def __init__(self, dgates: Tensor, x: Tensor, h_0: Tensor, wanted: Sequence[bool]) -> None:
         """dgates (B, 4H), x (B, in) and h_0 (B, H), also (in) and (H), or (1, B, in) and (1, B, H);
         wanted: the gradients, of the weights."""
-        self._steps = [(dgates, x.reshape(-1, x.size(-1)), h_0.reshape(-1, h_0.size(-1)))]
+        x, h_0 = x.reshape(-1, x.size(-1)), h_0.reshape(-1, h_0.size(-1))
+        self._steps = [(dgates, x, h_0)]
+        self._are = [_identity(x), _identity(h_0)]
         self._rows = dgates.size(0)
         self._wanted = wanted
         self._sums: list[Tensor | None] | None = None  # of weight_ih, weight_hh and a bias
@@ -142,12 +160,17 @@ class KeptSteps(Tensor):
     def __torch_dispatch__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if function is torch.ops.aten.add.Tensor and all(type(t) is cls for t in args):
-            kept, more = args
-            kept._add(more)
-            return kept
+        if function is torch.ops.aten.add.Tensor and any(isinstance(t, cls) for t in args):
+            kept = [t for t in args if isinstance(t, cls)]  # else 0: a step that kept nothing
+            if len(kept) == 2:
+                kept[0]._add(kept[1])
+            return kept[0]
         if function is torch.ops.aten.detach.default:
             return args[0]
+        if function.overloadpacket in _QUESTIONS:
+            zero = torch.zeros((), dtype=torch.float32)
+            args = tuple(zero if isinstance(t, cls) else t for t in args)
+            return function(*args, **(kwargs or {}))
         raise NotImplementedError(
             "The gradient of an input that the steps of an lstm_ext.LSTMCell share is for autograd "
             f"to add up, got {function}"
@@ -155,6 +178,7 @@ class KeptSteps(Tensor):
 
     def _add(self, more: KeptSteps) -> None:
         self._steps += more._steps
+        self._are += more._are
         self._rows += more._rows
         if more._sums is not None:
             self._add_products(more._sums)
@@ -162,6 +186,14 @@ class KeptSteps(Tensor):
             self._multiply()
 
     def _multiply(self) -> None:
+        read = [tensor for _, *both in self._steps for tensor in both]
+        if self._are != [_identity(t) for t in read]:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                "inplace operation: an input or a state of an lstm_ext.LSTMCell, in backward, "
+                "before the gradients of the weights were made of it"
+            )
+        self._are.clear()
         kept = zip(*self._steps, strict=True)
         dgates, x, h = (t[0] if len(t) == 1 else torch.cat(t) for t in kept)
         self._steps, self._rows = [], 0

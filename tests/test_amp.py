@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 import lstm_ext
 from lstm_ext import plain
-from lstm_ext.autocast import cast_weight
+from lstm_ext.autocast import _no_columns, cast_weight
 
 T, B, I, H = 6, 3, 3, 4
 HALF = [torch.bfloat16, torch.float16]
@@ -375,3 +375,44 @@ def test_bits_of_streams_without_gradients(make):
             with torch.inference_mode():
                 assert_close(run(module, x), got, **BITS)
         assert_close(got, expected, **BITS)
+
+
+@pytest.mark.parametrize("hx", [(), [], (torch.zeros(B, H),)], ids=["tuple", "list", "one"])
+def test_errors_are_those_outside(hx):
+    cell = here(lstm_ext.LSTMCell(I, H))
+    with (
+        autocast(torch.bfloat16),
+        pytest.raises(RuntimeError, match="lstm_cell expects two hidden states"),
+    ):
+        cell(here(torch.randn(B, I)), hx)
+
+
+@pytest.mark.parametrize("make", [lstm_ext.LSTM, lstm_ext.LSTMCell])
+def test_default_dtype(make):
+    """Of what is made on the way."""
+    module = here(make(7, H))
+    x = here(torch.randn(T, B, 7))
+    x = x if make is lstm_ext.LSTM else x[0]
+    with autocast(torch.bfloat16), torch.no_grad():
+        before = module(x)[0]
+    torch.set_default_dtype(torch.float64)
+    try:
+        with autocast(torch.bfloat16), torch.no_grad():
+            assert_close(module(x)[0], before, **BITS)
+            _no_columns.cache_clear()
+            assert_close(module(x)[0], before, **BITS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_of_another_autocast_weights_are_cast_anew():
+    """With states that still belong to the graph of the first."""
+    cell = here(lstm_ext.LSTMCell(64, 64))
+    x = here(torch.randn(B, 64))
+    with autocast(torch.bfloat16):
+        states = cell(x)
+    for weight in cell.parameters():
+        weight.data.zero_()
+    with autocast(torch.bfloat16):
+        h, _ = cell(x, tuple(0 * s for s in states))
+    assert not h.any()

@@ -12,6 +12,7 @@ from torch import nn
 import lstm_ext
 from lstm_ext import convolutions
 from lstm_ext.convolutions import Convolution, Window
+from lstm_ext.cpu import conv as cpu_conv
 
 F64 = {"dtype": torch.float64}
 SEQUENCES = {1: lstm_ext.ConvLSTM1d, 2: lstm_ext.ConvLSTM2d, 3: lstm_ext.ConvLSTM3d}
@@ -420,6 +421,7 @@ def test_compile_as_one_graph(dtype):
 @pytest.mark.parametrize("dims", SEQUENCES)
 def test_a_weight_laid_out_for_all_steps(dims, kernel, dtype, monkeypatch):
     """As is done for many channels only."""
+    monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda call, forward: False)
     module = SEQUENCES[dims](IN, C, kernel, dtype=dtype)
     x = torch.randn(L, N, IN, *SIZES[dims], dtype=dtype).requires_grad_()
     kinds, results = [], []

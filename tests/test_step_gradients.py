@@ -290,6 +290,144 @@ def test_that_gradient_can_only_be_added():
         kept * 2
 
 
+LOOKS = {
+    "norm": lambda g: g.norm(),
+    "nan": lambda g: g.isnan().any() or (g != g).any(),
+    "largest": lambda g: g.abs().max().item(),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_hooks_on_nodes(look, kept):
+    """As of one who walks a graph for its first NaN."""
+    x, seen = torch.randn(T, B, I, dtype=F64), []
+
+    def run(cell):
+        loss = loop(cell, x)
+        nodes, every = [loss.grad_fn], set()
+        for node in nodes:
+            if node not in every:
+                every.add(node)
+                node.register_hook(
+                    lambda *both: seen.extend(look(g) for t in both for g in t if g is not None)
+                )
+                nodes += [before for before, _ in node.next_functions if before is not None]
+        return gradients(loss, cell)
+
+    both(run, twins())
+    assert kept and seen
+
+
+@pytest.mark.parametrize("of", ["weights", "x", "autocast"])
+def test_gradients_in_batches(of, kept):
+    ours, theirs = twins(torch.float32 if of == "autocast" else F64)
+    theirs.load_state_dict(ours.state_dict())
+    x = leaf(torch.randn(T, B, I, dtype=ours.weight_hh.dtype))
+
+    def run(cell, batched):
+        states, losses = None, []
+        with torch.autocast("cpu", torch.bfloat16, enabled=of == "autocast"):
+            for step in x:
+                states = cell(step, states)
+                losses.append(states[0].float().sum() if of == "autocast" else states[0].sum())
+        wanted = [x] if of == "x" else list(cell.parameters())
+        losses, flags = torch.stack(losses), torch.eye(T, dtype=x.dtype)
+        if batched:
+            return torch.autograd.grad(losses, wanted, flags, is_grads_batched=True)
+        each = [torch.autograd.grad(losses, wanted, f, retain_graph=True) for f in flags]
+        return [torch.stack(g) for g in zip(*each, strict=True)]
+
+    options = {"rtol": 2e-2, "atol": 2e-2} if of == "autocast" else {}
+    torch.testing.assert_close(list(run(ours, True)), run(ours, False), **options)
+    if of != "autocast":
+        torch.testing.assert_close(list(run(ours, True)), run(theirs, False))
+
+
+@pytest.mark.parametrize("change", ["number", "memory"])
+def test_what_is_read_later_changed_meanwhile(change, kept):
+    """By a hook, between a step's backward and the products of all steps."""
+    cell, _ = twins()
+    later = torch.randn(B, I, dtype=F64)
+
+    def change_later(grad):
+        if change == "number":
+            later.zero_()
+        else:
+            later.untyped_storage().resize_(0)
+
+    states = None
+    for k, step in enumerate([*torch.randn(2, B, I, dtype=F64), later]):
+        states = cell(step, states)
+        if k == 1:
+            states[0].register_hook(change_later)
+    with pytest.raises(RuntimeError, match="an input or a state of an lstm_ext.LSTMCell"):
+        states[0].sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_autograd(backend, kept):
+    compiled = pytest.importorskip("torch._dynamo.compiled_autograd")
+    x = torch.randn(T, B, I, dtype=F64)
+
+    def run(cell):
+        cell.zero_grad()
+        loss = loop(cell, x)
+        with compiled._enable(torch.compile(backend=backend)):
+            loss.backward()
+        return [w.grad for w in cell.parameters()]
+
+    both(run, twins())
+
+
+def test_weights_cut_off_meanwhile():
+    """They are the same tensors, and others to autograd."""
+    ours, theirs = twins()
+    x = torch.randn(T, B, I, dtype=F64)
+
+    def run(cell):
+        weights = {name: w * 1 for name, w in cell.named_parameters()}
+        states, total = None, 0
+        for t, step in enumerate(x):
+            if t == 3:
+                for w in weights.values():
+                    w.detach_().requires_grad_()
+            states = torch.func.functional_call(cell, weights, (step, states))
+            total = total + states[0].square().sum()
+        return torch.autograd.grad(total, [*cell.parameters(), *weights.values()])
+
+    both(run, (ours, theirs))
+
+
+def test_another_function_s_attributes():
+    class Other(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, c):
+            ctx.cell_weights = (1, 2)
+            return c * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2
+
+    x = torch.randn(T, B, I, dtype=F64)
+    both(lambda cell: gradients(loop(cell, x, lambda s: (s[0], Other.apply(s[1]))), cell), twins())
+
+
+def test_states_of_a_wide_graph(monkeypatch):
+    looked = []
+    monkeypatch.setattr(
+        step_gradients,
+        "getattr",
+        lambda *args: looked.append(args) or getattr(*args),
+        raising=False,
+    )
+    cell, _ = twins()
+    rows = [torch.randn(H, dtype=F64, requires_grad=True) * 1 for _ in range(200)]
+    c = torch.stack([torch.stack(rows)[k] for k in range(200)])
+    cell(torch.randn(200, I, dtype=F64), (torch.zeros(200, H, dtype=F64), c))
+    assert 0 < len(looked) < 20
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_autocast(inside, kept, monkeypatch):
     """One cast of each weight a graph, and sums over the steps in float32."""
@@ -298,8 +436,8 @@ def test_autocast(inside, kept, monkeypatch):
     casts = []
 
     def spy(weight, dtype, cast=plain.cast_weight):
-        casts.append(weight)
-        return cast(weight, dtype)
+        casts.append(cast(weight, dtype))
+        return casts[-1]
 
     monkeypatch.setattr(plain, "cast_weight", spy)
     steps = 200
@@ -317,7 +455,7 @@ def test_autocast(inside, kept, monkeypatch):
         return gradients(loss, cell)
 
     got, peer, expected = run(ours), run(theirs), gradients(loop(true, x.double()), true)
-    assert len(casts) == 4 and len(kept) == steps
+    assert len({id(cast) for cast in casts}) == 4 and len(kept) == steps
     for own, other, grad in zip(got, peer, expected, strict=True):
         assert own.dtype == torch.float32
         error, peers = ((g.double() - grad).norm() / grad.norm() for g in (own, other))

@@ -1,0 +1,230 @@
+"""ConvLSTM's steps in one call of the CPU's core, and the short way of its cell."""
+
+import pytest
+import torch
+from device import leaf
+from torch import nn
+
+import lstm_ext
+from lstm_ext import conv, conv_cell
+from lstm_ext.cpu import conv as cpu_conv
+
+pytestmark = pytest.mark.cpu_only(reason="the CPU's core")
+F64 = torch.float64
+SIZES = {1: (7,), 2: (6, 5), 3: (4, 3, 5)}
+SEQUENCES = {1: lstm_ext.ConvLSTM1d, 2: lstm_ext.ConvLSTM2d, 3: lstm_ext.ConvLSTM3d}
+CELLS = {1: lstm_ext.ConvLSTM1dCell, 2: lstm_ext.ConvLSTM2dCell, 3: lstm_ext.ConvLSTM3dCell}
+OPTIONS = {
+    "plain": {},
+    "even": {"kernel_size": 2},
+    "wide": {"kernel_size": 5},
+    "one": {"kernel_size": 1},
+    "stride": {"stride": 2},
+    "dilation": {"dilation": 2},
+    "both": {"stride": 2, "dilation": 2, "padding": 2},
+    "padding": {"padding": 3},
+    "valid": {"padding": "valid"},
+    "peephole": {"peephole": True, "bias": False},
+}
+
+
+@pytest.fixture
+def way(monkeypatch):
+    """way(flag) has the core take all steps, or none; and a list with an entry for each call."""
+    calls = []
+    for name, run in (("forward", cpu_conv.forward), ("backward", cpu_conv.backward)):
+
+        def spy(*args, run=run, name=name):
+            calls.append(name)
+            return run(*args)
+
+        monkeypatch.setattr(cpu_conv, name, spy)
+
+    def choose(flag):
+        monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda call, forward: flag)
+        conv_cell._call.cache_clear()
+        calls.clear()
+        return calls
+
+    yield choose
+    conv_cell._call.cache_clear()
+
+
+def made(dims, name, dtype, cell=False, **more):
+    options = {"kernel_size": 3, **OPTIONS[name], **more}
+    return (CELLS if cell else SEQUENCES)[dims](3, 4, dtype=dtype, **options)
+
+
+def results(module, x, hx=None):
+    """Outputs, states and all gradients, of different numbers each."""
+    y, (h, c) = module(x, hx)
+    parts = [y, h, c]
+    loss = sum(
+        (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view(t.shape)).sum() for t in parts
+    )
+    wanted = [x, *(hx or ()), *module.parameters()]
+    return [*parts, *torch.autograd.grad(loss, wanted)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dims", SIZES)
+def test_as_a_library_s_convolutions(dims, name, dtype, way, isa):
+    module = made(dims, name, dtype, bidirectional=name == "plain")
+    x = leaf(torch.randn(4, 2, 3, *SIZES[dims], dtype=dtype))
+    if name == "stride":  # in memory channels last
+        x = leaf(torch.randn(4, 2, *SIZES[dims], 3, dtype=dtype).movedim(-1, 2))
+    way(False)
+    expected = results(module, x)
+    calls = way(True)
+    got = results(module, x)
+    assert sorted(calls) == sorted(["forward", "backward"] * (1 + module.bidirectional))
+    for a, b in zip(got, expected, strict=True):
+        scale = max(1, b.abs().max().item())
+        limit = 1e-12 if dtype == F64 else 2e-5
+        torch.testing.assert_close(a, b, rtol=0, atol=limit * scale)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradients_of_some(reverse, way):
+    module = made(2, "plain", F64, bidirectional=reverse)
+    x = leaf(torch.randn(3, 2, 3, 5, 4, dtype=F64))
+    hx = [leaf(torch.randn(1 + reverse, 2, 4, 5, 4, dtype=F64)) for _ in "hc"]
+    every = {"x": x, "h": hx[0], "c": hx[1], **dict(module.named_parameters())}
+    for name, tensor in every.items():
+        found = []
+        for flag in (False, True):
+            calls = way(flag)
+            for other in every.values():
+                other.requires_grad_(other is tensor)
+            y, (h, c) = module(x, hx)
+            found += torch.autograd.grad((y.square().sum() + h.sum() + c.sum()), [tensor])
+        assert calls[: 2 + reverse] == ["forward"] * (1 + reverse) + ["backward"], name
+        torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("columns", [1, 900])
+def test_products_of_a_few_steps_at_once(columns, way, monkeypatch):
+    """The sums of the weights' gradients, where not all that kernels see is in memory."""
+    module = made(2, "peephole", F64, num_layers=2)
+    x = leaf(torch.randn(5, 2, 3, 5, 4, dtype=F64))
+    way(True)
+    expected = results(module, x)
+    monkeypatch.setattr(cpu_conv, "_COLUMNS", columns)
+    torch.testing.assert_close(results(module, x), expected)
+
+
+def test_which_sizes_the_core_takes():
+    module, large = lstm_ext.ConvLSTM2d(8, 8, 3), lstm_ext.ConvLSTM2d(32, 64, 3)
+    for lstm, x, forward, backward in (
+        (module, torch.randn(2, 1, 8, 8, 8), True, True),
+        (large, torch.randn(2, 1, 32, 8, 8), True, False),
+        (large, torch.randn(2, 8, 32, 32, 32), False, False),
+    ):
+        T, N, inputs, *size = x.shape
+        C = lstm.hidden_channels
+        call = cpu_conv.Call(lstm._window(0), False, T, N, inputs, C, tuple(size), tuple(size))
+        assert call.is_few_products(True) == forward
+        assert call.is_few_products(False) == backward
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A list with an entry for each step of a cell: whether it went the short way."""
+    found = []
+
+    def spy(*args, run=conv.short_step):
+        states = None if spy.refuses else run(*args)
+        found.append(states is not None)
+        return states
+
+    spy.refuses = False
+    monkeypatch.setattr(conv, "short_step", spy)
+    return found, spy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dims", SIZES)
+def test_a_cell_s_short_way_has_the_bits_of_the_other(dims, name, dtype, short):
+    found, spy = short
+    cell = made(dims, name, dtype, cell=True)
+    x = leaf(torch.randn(2, 3, *SIZES[dims], dtype=dtype))
+    size = cell(x)[0].shape
+    hx = [leaf(torch.randn(size, dtype=dtype)) for _ in "hc"]
+    read = [x, *hx, *cell.parameters()]
+
+    def run(states):
+        with torch.no_grad():
+            outputs = [*cell(x, states)]
+        for _ in range(2):  # of states that lie channels last
+            states = cell(x, states)
+            outputs += states
+        loss = states[0].square().sum() + states[1].sin().sum()
+        return outputs + list(torch.autograd.grad(loss, read))
+
+    found.clear()
+    got = run(tuple(hx))
+    assert found == [True] * 3
+    spy.refuses = True
+    for a, b in zip(got, run(tuple(hx)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_states_are_alone_in_memory_and_may_be_changed(short):
+    cell = made(2, "plain", F64, cell=True)
+    x = leaf(torch.randn(2, 3, 6, 5, dtype=F64))
+    expected = torch.autograd.grad(cell(x)[0].sum(), cell.weight_ih)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            h, c = cell(x)
+        assert h.untyped_storage().nbytes() == c.untyped_storage().nbytes() == 8 * h.numel()
+    total = h.sum()
+    with torch.no_grad():
+        h.zero_()
+        c.zero_()
+    assert torch.equal(*torch.autograd.grad(total, cell.weight_ih), *expected)
+    assert short[0] == [True] * 3
+
+
+def test_second_derivatives_of_a_cell(short):
+    cell = made(2, "peephole", F64, cell=True)
+    x, h, c = (leaf(torch.randn(1, n, 3, 2, dtype=F64)) for n in (3, 4, 4))
+    assert torch.autograd.gradgradcheck(lambda x, h, c: cell(x, (h, c)), (x, h, c))
+    assert all(short[0])
+
+
+def test_what_a_hook_on_saved_tensors_returns_is_looked_at(short):
+    cell = made(2, "plain", F64, cell=True)
+    x = leaf(torch.randn(1, 3, 4, 4, dtype=F64))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t[..., :1]):
+        h, _ = cell(x)
+    with pytest.raises(RuntimeError, match="Expected a result saved for backward"):
+        h.sum().backward()
+    assert short[0] == [True]
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_calls_that_go_the_other_way(short):
+    found, _ = short
+    cell = made(2, "plain", torch.float32, cell=True)
+    x = torch.randn(2, 3, 6, 5)
+    expected = cell(x)
+    found.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        cell(x)
+    torch.testing.assert_close(
+        cell(x.as_subclass(Subclass))[0].as_subclass(torch.Tensor), expected[0]
+    )
+    torch.testing.assert_close(cell(torch._neg_view(-x))[0], expected[0])
+    torch.testing.assert_close(cell(x[0])[0], expected[0][0])
+    torch.func.vmap(cell)(x[None])
+    cell.weight_ih = nn.Parameter(cell.weight_ih.data.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(cell(x)[0], expected[0])
+    cell.register_parameter("weight_ih", None)
+    cell.__dict__["weight_ih"] = torch.zeros(16, 3, 3, 3)
+    cell(x)
+    assert not any(found)
