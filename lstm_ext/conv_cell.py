@@ -78,6 +78,7 @@ def short_step(
             or weight.shape != sizes.get(role)
             or weight.device.type != "cpu"
             or not weight.is_contiguous()
+            or is_lazy(weight)
         ):
             return None
     N = x.size(0)

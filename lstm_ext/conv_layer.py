@@ -24,6 +24,7 @@ from lstm_ext.autograd import must_apply, needs_grad
 from lstm_ext.batching import batched_gradients
 from lstm_ext.conv_walk import Walk
 from lstm_ext.convolutions import Convolution, Window, pixels_of
+from lstm_ext.cpu import cell as cpu_cell
 from lstm_ext.cpu import conv as cpu_conv
 from lstm_ext.derivatives import LayerFunction, pulled
 from lstm_ext.engine import (
@@ -87,7 +88,7 @@ class Layer(NamedTuple):
     def call(self, x: Tensor, C: int) -> cpu_conv.Call | None:
         """What the CPU's core is to know, where it can take all steps at once."""
         steps, acc = self.walk.steps, acc_dtype(self.walk.dtype)
-        if x.device.type != "cpu" or x.dtype != acc or self.walk.dtype != acc:
+        if pointwise.cells_of(x.device) is not cpu_cell or x.dtype != acc or self.walk.dtype != acc:
             return None
         if steps.lengths is not None or not x.numel():
             return None

@@ -4,7 +4,7 @@ import device
 import pytest
 import torch
 from device import here
-from tolerances import across_ways
+from tolerances import across_ways, tol
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, stack_module_state, vmap
@@ -167,6 +167,8 @@ def test_inductor(name):
 def test_no_recompilation_for_other_sizes(every):
     """Both sizes dynamic from the start, or found so: the graphs of the first calls serve all."""
     module = here(lstm_ext.LSTM(I, H, 2, bidirectional=True, checkpoint_every=every))
+    # On a GPU steps that eager mode would not take in parts have another order of sums in one.
+    limits = BITS if every is None or device.NAME == "cpu" else tol(torch.float32)
     for options, calls in (({"dynamic": True}, 1), ({}, 2)):
         counter = CompileCounterWithBackend("aot_eager")
         made = compiled(module, counter, **options)
@@ -178,7 +180,7 @@ def test_no_recompilation_for_other_sizes(every):
             assert_close(y, expected, **BITS)
             wanted = list(module.parameters())
             slopes = [torch.autograd.grad(t.sum(), wanted) for t in (y, expected)]
-            assert_close(*slopes, **BITS)
+            assert_close(*slopes, **limits)
             if k == calls - 1:
                 seen = counter.frame_count
         assert counter.frame_count == seen

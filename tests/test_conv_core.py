@@ -222,7 +222,12 @@ def test_calls_that_go_the_other_way(short):
     torch.testing.assert_close(cell(torch._neg_view(-x))[0], expected[0])
     torch.testing.assert_close(cell(x[0])[0], expected[0][0])
     torch.func.vmap(cell)(x[None])
-    cell.weight_ih = nn.Parameter(cell.weight_ih.data.to(memory_format=torch.channels_last))
+    for weight in (
+        cell.weight_ih.data.to(memory_format=torch.channels_last),
+        torch._neg_view(-cell.weight_ih.data),
+    ):
+        cell.weight_ih = nn.Parameter(weight)
+        torch.testing.assert_close(cell(x)[0], expected[0])
     torch.testing.assert_close(cell(x)[0], expected[0])
     cell.register_parameter("weight_ih", None)
     cell.__dict__["weight_ih"] = torch.zeros(16, 3, 3, 3)
