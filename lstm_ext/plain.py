@@ -307,30 +307,38 @@ class PlainLayer(Function):
     @staticmethod
     @batching.batched_gradients
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        saved, shared, wanted = ctx.saved_tensors, ctx.needs_input_grad[3], ctx.needs_input_grad[7:]
-        made = kept = None
-        with without_autocast(saved[0].device):
-            if is_surrounded():
-                pass
-            elif torch.is_grad_enabled():
-                with torch.no_grad():  # the products that are torch's
-                    made = plain_gradients(gradients, saved, wanted, *ctx.steps)
-                if made is not None:
-                    call = (*ctx.steps, wanted, made, *gradients, *saved)
-                    made = super(Function, PlainLayerBackward).apply(*call)  # as in plain_layer
-            elif shared and not (torch.is_anomaly_enabled() or isinstance(ctx, batching.SavedOnce)):
-                states = wanted[:-_WEIGHTS] + (False,) * _WEIGHTS
-                made = plain_gradients(gradients, saved, states, *ctx.steps, with_dgates=True)
-                if made is not None:
-                    *made, dgates = made
-                    kept = KeptSteps(dgates, *saved[:2], ctx.cell_weights.wanted)
-            else:
-                made = plain_gradients(gradients, saved, wanted, *ctx.steps)
-            if made is None:
-                made = _by_the_layer(gradients, saved, wanted, *ctx.steps)
-        if shared and kept is None:  # compiled autograd adds it up in any case
-            kept = torch.zeros((), dtype=torch.float32)
-        return (None, None, None, kept, None, None, None, *made)
+        if not torch._C._is_any_autocast_enabled():
+            return _plain_backward(ctx, gradients)
+        given = [g.device for g in gradients if g is not None]
+        with without_autocast(given[0] if given else torch.device("cpu")):
+            return _plain_backward(ctx, gradients)
+
+
+def _plain_backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """PlainLayer's, where no autocast has a say in the products."""
+    saved, shared, wanted = ctx.saved_tensors, ctx.needs_input_grad[3], ctx.needs_input_grad[7:]
+    made = kept = None
+    if is_surrounded():
+        pass
+    elif torch.is_grad_enabled():
+        with torch.no_grad():  # the products that are torch's
+            made = plain_gradients(gradients, saved, wanted, *ctx.steps)
+        if made is not None:
+            call = (*ctx.steps, wanted, made, *gradients, *saved)
+            made = super(Function, PlainLayerBackward).apply(*call)  # as in plain_layer
+    elif shared and not (torch.is_anomaly_enabled() or isinstance(ctx, batching.SavedOnce)):
+        states = wanted[:-_WEIGHTS] + (False,) * _WEIGHTS
+        made = plain_gradients(gradients, saved, states, *ctx.steps, with_dgates=True)
+        if made is not None:
+            *made, dgates = made
+            kept = KeptSteps(dgates, *saved[:2], ctx.cell_weights.wanted)
+    else:
+        made = plain_gradients(gradients, saved, wanted, *ctx.steps)
+    if made is None:
+        made = _by_the_layer(gradients, saved, wanted, *ctx.steps)
+    if shared and kept is None:  # compiled autograd adds it up in any case
+        kept = torch.zeros((), dtype=torch.float32)
+    return (None, None, None, kept, None, None, None, *made)
 
 
 class PlainLayerBackward(Function):

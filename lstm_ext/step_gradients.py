@@ -23,9 +23,10 @@ from torch.autograd import Function
 from lstm_ext.cpu.products import transposed_matmul
 
 # A graph with fewer numbers in W_ih and W_hh takes longer to be told of what it is to keep than it
-# gains. Training, 20 steps, float32, one Zen 4 core: B 8 H 32 1.11 times as long as without, B 1
-# H 64 0.96, H 128 0.77 to 0.83, H 256 0.50 to 0.68, H 1024 0.37 to 0.46; B 64 H 512 0.89 to 0.92.
-_FEW_WEIGHTS = 1 << 15
+# gains. Training with it over without, float32, Zen 4: 20 steps, B 8 H 32 1.11, B 1 H 64 0.96, H
+# 128 0.77 to 0.83, H 256 0.50 to 0.68, H 1024 0.37 to 0.46, B 64 H 512 0.89 to 0.92; 8 steps with a
+# linear layer after each, B 1 and 8, H 64 1.17 and 1.19, H 128 0.76 and 0.90.
+_FEW_WEIGHTS = 1 << 16
 # Operations between two steps, and before them, that are looked at: of a stack of layers the states
 # are taken apart and put together.
 _MOST_BETWEEN = 12
@@ -44,24 +45,22 @@ class CellWeights:
     ) -> None:
         """weights: weight_ih, weight_hh, bias_ih, bias_hh and None; casts: autocast's of them."""
         self.weights, self.casts = weights, casts
-        self.wanted = [w is not None and w.requires_grad for w in weights]
-        self.made_by = [None if w is None else w.grad_fn for w in weights]
         self.shared: Tensor | None = None  # the input that steps share, once there are two
 
     def are(self, weights: Sequence[Tensor | None]) -> bool:
-        """Whether these are the weights, as far as autograd sees."""
-        for own, other, wanted, node in zip(
-            self.weights, weights, self.wanted, self.made_by, strict=True
-        ):
-            if own is not other:
-                return False
-            if own is not None and (own.requires_grad != wanted or own.grad_fn is not node):
-                return False
-        return True
+        """Whether these are the weights, and to autograd what they were as the input was made."""
+        if any(own is not w for own, w in zip(self.weights, weights, strict=True)):
+            return False
+        return self.shared is None or (self.wanted, self.made_by) == self._to_autograd()
+
+    def _to_autograd(self) -> tuple[list[bool], list[Any]]:
+        wanted = [w is not None and w.requires_grad for w in self.weights]
+        return wanted, [None if w is None else w.grad_fn for w in self.weights]
 
     def share(self) -> None:
         """Make that input."""
         if self.shared is None:
+            self.wanted, self.made_by = self._to_autograd()
             self.shared = SharedInput.apply(*self.weights)
 
 

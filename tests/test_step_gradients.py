@@ -210,7 +210,7 @@ def anomalies(cell, x):
         (second, 5),
         (one_of_them, 20),
         (frozen, 5),
-        (frozen_for_a_step, 3),
+        (frozen_for_a_step, 4),
         (hooks, 5),
         (within_another, None),
         (after_an_error, None),
