@@ -105,16 +105,16 @@ def short_step(
                 return None
     tensors = (x, h0, c0, *weights)
     save = is_recording() and any(t is not None and t.requires_grad for t in tensors)
-    h, c = (x.new_empty(N, *call.output, C) for _ in "hc")
+    # In memory channels last; no views, which a caller could not change in place.
+    h, c = (x.new_empty_strided(size, call.state_strides) for _ in "hc")
     if not save:
         cpu_conv.forward(call, x, h0, c0, weights, h, c)
-        return h.movedim(-1, 1), c.movedim(-1, 1)
+        return h, c
     gates = x.new_empty(1, call.rows, 4 * C)
     h_seq, c_seq = (x.new_empty(2, call.rows, C) for _ in "hc")
     with torch.no_grad():
         cpu_conv.forward(call, x, h0, c0, weights, h, c, h_seq[0], h_seq[1:], c_seq, gates)
-    states = h.movedim(-1, 1), c.movedim(-1, 1)
-    return super(Function, ConvStep).apply(call, states, gates, h_seq, c_seq, *tensors)
+    return super(Function, ConvStep).apply(call, (h, c), gates, h_seq, c_seq, *tensors)
 
 
 class ConvStep(Function):

@@ -51,6 +51,14 @@ class Call(NamedTuple):
         """Its pixels."""
         return math.prod(self.window.kernel)
 
+    @property
+    def state_strides(self) -> tuple[int, ...]:
+        """Of (N, C, *output) that lies channels last."""
+        pixels = [self.C]
+        for n in self.output[::-1]:
+            pixels.append(pixels[-1] * n)
+        return (pixels[-1], 1, *pixels[-2::-1])
+
     def is_few_products(self, forward: bool) -> bool:
         """Whether a step has so few that the core, which copies what the kernel sees at each pixel,
         takes less time than a library's convolutions."""
@@ -127,8 +135,9 @@ def forward(
     gates: Tensor | None = None,
 ) -> None:
     """All steps. x (T, N, in, *size), or of one step (N, in, *size); h0 and c0 (N, C, *output);
-    weights: w_ih, w_hh, bias, what is added to it, and w_ch. Written are h_n and c_n (rows, C), and
-    if they are given h_first, h_out, c_seq and gates, as :func:`conv_layer.on_cells` has them."""
+    weights: w_ih, w_hh, bias, what is added to it, and w_ch. Written are h_n and c_n, whose memory
+    is (rows, C), and if they are given h_first, h_out, c_seq and gates, as
+    :func:`conv_layer.on_cells` has them."""
     made, kept = _layer(call, x, *weights)
     (h0, h0_first), (c0, c0_first) = _laid_out(h0, 1), _laid_out(c0, 1)
     memories = 2 if c_seq is None else c_seq.size(0)
