@@ -118,7 +118,6 @@ inline void bind_cpu_conv(pybind11::module_& m) {
             p.dy = dy.address;
             p.at_once = at_once;
             p.of_h0 = of_h0;
-            p.of_weights = dbias.address != nullptr;
             p.dx = dx.address;
             p.dh = dh.address;
             p.dc = dc.address;

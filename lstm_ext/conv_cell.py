@@ -17,7 +17,7 @@ from torch.autograd import Function
 from lstm_ext import ops
 from lstm_ext.autograd import must_apply
 from lstm_ext.batching import batched_gradients
-from lstm_ext.conv_layer import Layer, gradients, in_torch
+from lstm_ext.conv_layer import Layer, gradients, in_torch, save, saved_tensors
 from lstm_ext.conv_walk import Walk
 from lstm_ext.convolutions import Window
 from lstm_ext.cpu import conv as cpu_conv
@@ -104,10 +104,10 @@ def short_step(
             ):
                 return None
     tensors = (x, h0, c0, *weights)
-    save = is_recording() and any(t is not None and t.requires_grad for t in tensors)
+    recorded = is_recording() and any(t is not None and t.requires_grad for t in tensors)
     # In memory channels last; no views, which a caller could not change in place.
     h, c = (x.new_empty_strided(size, call.state_strides) for _ in "hc")
-    if not save:
+    if not recorded:
         cpu_conv.forward(call, x, h0, c0, weights, h, c)
         return h, c
     gates = x.new_empty(1, call.rows, 4 * C)
@@ -131,22 +131,15 @@ class ConvStep(Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """tensors: x, h0 and c0, weight_ih, weight_hh, bias_ih, bias_hh and weight_ch."""
-        every = (*tensors, gates, h_seq, c_seq)
-        ctx.kinds = [t if t is None else (t.shape, t.dtype, t.device) for t in every]
         ctx.call = call
-        ctx.save_for_backward(*every)
-        ctx.set_materialize_grads(False)
+        save(ctx, (*tensors, gates, h_seq, c_seq))
         return states
 
     @staticmethod
     @batched_gradients
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call, wanted = ctx.call, ctx.needs_input_grad[5:]
-        every = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
-        for tensor, kind in zip(every, ctx.kinds, strict=True):
-            if kind is not None:  # a hook on saved tensors may return anything, and .data changes
-                ops.check_result(tensor, *kind)
-        *tensors, gates, h_seq, c_seq = every
+        *tensors, gates, h_seq, c_seq = saved_tensors(ctx)
         with ops.without_autocast(gates.device):
             if must_apply():
                 made = pulled(functools.partial(_in_torch, call), tensors, grads, wanted)

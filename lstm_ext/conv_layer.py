@@ -98,8 +98,7 @@ class Layer(NamedTuple):
         return cpu_conv.Call(self.window, self.reverse, *x.shape[:3], C, size, self.size)
 
     def recurrent(self, w_hh: Tensor) -> Convolution:
-        ones = (1,) * len(self.size)
-        return Window(self.window.kernel, ones, "same", ones).convolution(w_hh, self.size)
+        return self.window.of_states().convolution(w_hh, self.size)
 
     def is_for_bf16(self, size: Sequence[int]) -> bool:
         """Whether a CPU's convolutions of bfloat16 are as fast as they should be, and right.
@@ -299,6 +298,22 @@ def _in_core(
     return (y.clone() if save else y, h, c), (kept, h_seq, c_seq)
 
 
+def save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
+    """For backward, which asks for them by :func:`saved_tensors`."""
+    ctx.kinds = [t if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def saved_tensors(ctx: Any) -> Sequence[Any]:
+    """As they were saved: a hook on them may return anything, and .data changes."""
+    tensors = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+    for tensor, kind in zip(tensors, ctx.kinds, strict=True):
+        if kind is not None:
+            ops.check_result(tensor, *kind)
+    return tensors
+
+
 class ConvLayer(LayerFunction):
     """The layer on the native cells.
 
@@ -308,22 +323,15 @@ class ConvLayer(LayerFunction):
     @staticmethod
     def forward(ctx: Any, layer: Layer, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         results, saved = on_cells(layer, *tensors, save=True)
-        every = (*tensors, *saved)
-        ctx.kinds = [t if t is None else (t.shape, t.dtype, t.device) for t in every]
         ctx.layer = layer
-        ctx.save_for_backward(*every)
-        ctx.set_materialize_grads(False)
+        save(ctx, (*tensors, *saved))
         return results
 
     @staticmethod
     @batched_gradients
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         layer, wanted = ctx.layer, ctx.needs_input_grad[1:]
-        every = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
-        for tensor, kind in zip(every, ctx.kinds, strict=True):
-            if kind is not None:  # a hook on saved tensors may return anything, and .data changes
-                ops.check_result(tensor, *kind)
-        *tensors, kept, h_seq, c_seq = every
+        *tensors, kept, h_seq, c_seq = saved_tensors(ctx)
         with ops.without_autocast(kept.device):
             if must_apply():
                 run = functools.partial(in_torch, layer)

@@ -22,7 +22,7 @@ from lstm_ext.conv_walk import Walk
 from lstm_ext.convolutions import Window
 from lstm_ext.derivatives import LayerFunction, pulled
 from lstm_ext.engine import acc_dtype, transform_names
-from lstm_ext.library import refuse_transforms
+from lstm_ext.library import refuse_transforms, register
 from lstm_ext.steps import Steps, check_steps
 
 # What both take: the tensors of a Layer, and what Layer.arguments lists. padding: None is "same".
@@ -262,11 +262,7 @@ def _vmap_of(name: str) -> Any:
     return rule
 
 
-for _name, _kernel, _fake, _autograd in (
-    ("conv_lstm_layer", _forward, _forward_fake, _forward_autograd),
-    ("conv_lstm_layer_backward", _backward, _backward_fake, _backward_autograd),
-):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    _library.impl(_name, _autograd, "Autograd")
+register(_library, "conv_lstm_layer", _forward, _forward_fake, _forward_autograd)
+register(_library, "conv_lstm_layer_backward", _backward, _backward_fake, _backward_autograd)
+for _name in ("conv_lstm_layer", "conv_lstm_layer_backward"):
     torch.library.register_vmap(f"lstm_ext::{_name}", _vmap_of(_name), lib=_library)
-    torch.library.register_fake(f"lstm_ext::{_name}", _fake, lib=_library)

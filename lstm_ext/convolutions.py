@@ -34,6 +34,11 @@ class Window(NamedTuple):
         """How many pixels of the input an output's are spread over."""
         return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
 
+    def of_states(self) -> Window:
+        """That of the recurrent convolution, which keeps the size."""
+        ones = (1,) * len(self.kernel)
+        return Window(self.kernel, ones, "same", ones)
+
     def pads(self, size: Sequence[int]) -> list[tuple[int, int]]:
         """Zeros before and after each dimension of an input of that size.
 

@@ -367,10 +367,16 @@ def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple
 
 torch.library.register_vmap("lstm_ext::lstm_layer", _forward_vmap, lib=_library)
 
-for _name, _kernel, _fake, _autograd in (
-    ("lstm_layer", _forward, _forward_fake, _forward_autograd),
-    ("lstm_layer_backward", _backward, _backward_fake, _backward_autograd),
-):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    _library.impl(_name, _autograd, "Autograd")
-    torch.library.register_fake(f"lstm_ext::{_name}", _fake, lib=_library)
+
+def register(
+    library: torch.library.Library, name: str, kernel: Any, fake: Any, autograd: Any
+) -> None:
+    """What every operator here has: a kernel that calls the engine of the device, a fake, which
+    gives the shapes, and an autograd kernel."""
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    library.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"lstm_ext::{name}", fake, lib=library)
+
+
+register(_library, "lstm_layer", _forward, _forward_fake, _forward_autograd)
+register(_library, "lstm_layer_backward", _backward, _backward_fake, _backward_autograd)

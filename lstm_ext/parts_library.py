@@ -29,6 +29,7 @@ from lstm_ext.library import (
     encode,
     refuse,
     refuse_transforms,
+    register,
 )
 from lstm_ext.ops import Direction
 from lstm_ext.steps import Steps
@@ -206,10 +207,5 @@ torch.library.register_vmap(
     "lstm_ext::lstm_layer_parts", functools.partial(batched, "lstm_layer_parts"), lib=_library
 )
 
-for _name, _kernel, _fake, _autograd in (
-    ("lstm_layer_parts", _forward, _forward_fake, _forward_autograd),
-    ("lstm_layer_parts_backward", _backward, _backward_fake, _backward_autograd),
-):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    _library.impl(_name, _autograd, "Autograd")
-    torch.library.register_fake(f"lstm_ext::{_name}", _fake, lib=_library)
+register(_library, "lstm_layer_parts", _forward, _forward_fake, _forward_autograd)
+register(_library, "lstm_layer_parts_backward", _backward, _backward_fake, _backward_autograd)

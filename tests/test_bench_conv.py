@@ -22,7 +22,7 @@ def test_the_loop_is_the_module(kernel):
 
 def test_table_and_file(capsys, tmp_path):
     out = tmp_path / "conv.json"
-    small = ["--film", "C8", "--repeats", "1", "--min-sample", "0", "--out", str(out)]
+    small = ["--film", "I3 C8", "--repeats", "1", "--min-sample", "0", "--out", str(out)]
     assert conv.main(small) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].count("|") == lines[2].count("|") == 5 and len(lines) == 4
@@ -39,7 +39,7 @@ def test_what_cannot_be_is_said_before_anything_is_timed(tmp_path, capsys):
         (["--device", "cuda"], "sees no usable CUDA GPU here"),
     ):
         with pytest.raises(SystemExit) as exit:
-            conv.main(["--film", "C8", *more])
+            conv.main(["--film", "I3 C8", *more])
         assert exit.value.code == 2 and words in capsys.readouterr().err
 
 

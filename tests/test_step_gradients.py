@@ -6,6 +6,7 @@ import pytest
 import torch
 from device import leaf
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 import lstm_ext
@@ -366,13 +367,12 @@ def test_what_is_read_later_changed_meanwhile(change, kept):
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_autograd(backend, kept):
-    compiled = pytest.importorskip("torch._dynamo.compiled_autograd")
     x = torch.randn(T, B, I, dtype=F64)
 
     def run(cell):
         cell.zero_grad()
         loss = loop(cell, x)
-        with compiled._enable(torch.compile(backend=backend)):
+        with compiled_autograd._enable(torch.compile(backend=backend)):
             loss.backward()
         return [w.grad for w in cell.parameters()]
 

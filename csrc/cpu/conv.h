@@ -102,13 +102,12 @@ struct ConvLayer {
   const void* dy;     // [T, rows, C], or null for zero
   int64_t at_once;    // steps whose products for the weights are one; forward: 1
   bool of_h0;         // whether the gradient of h_first is wanted
-  bool of_weights;    // whether that of a weight or the bias is; then dbias is not null
   void* dx;           // [T, N, pixels, in]
   void* dh;           // [rows, C]: first of h_n, at last of h0
   void* dc;           // [2, rows, C]: the first of c_n, at last of c0
   void* dw_ih;        // [4C, in, kernel]
   void* dw_hh;
-  void* dbias;      // [2, 4C], of which the first is it
+  void* dbias;      // [2, 4C], of which the first is it; null only if dw_ih and dw_hh are
   void* dpeephole;  // [rows, 3C], zeros at first; or null
   // scratch
   void* w;        // [4C, columns]: both weights
@@ -244,7 +243,7 @@ class ConvSteps {
   // Returns which of dc is the last.
   int backward(const CpuKernels& kernels, void* workspace) const {
     const int last = back_steps(kernels, workspace);
-    if (p_.of_weights) products_of_weights(kernels, workspace);
+    if (p_.dbias) products_of_weights(kernels, workspace);
     return last;
   }
 

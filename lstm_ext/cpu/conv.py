@@ -84,9 +84,8 @@ def _windows(call: Call) -> tuple[Any, Any]:
         )
         # fmt: on
 
-    one = (1,) * len(call.size)
-    recurrent = Window(call.window.kernel, one, "same", one)
-    return made(call.window, call.size, call.inputs), made(recurrent, call.output, call.C)
+    of_states = made(call.window.of_states(), call.output, call.C)
+    return made(call.window, call.size, call.inputs), of_states
 
 
 def _laid_out(images: Tensor, channels: int) -> tuple[Tensor, bool]:
