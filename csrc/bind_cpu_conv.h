@@ -13,16 +13,16 @@ namespace lstm_ext {
 
 // run(steps, memory) with the scratch of a call, after that of the kernels, bytes(steps) of it.
 template <class E, class Bytes, class Run>
-auto with_scratch(ConvLayer p, bool backward, const pybind11::function& workspace,
+auto with_scratch(ConvLayer p, ConvCall call, const pybind11::function& workspace,
                   const Bytes& bytes, const Run& run) {
   ConvScratch size;
   ConvLayer sized = p;  // where something is, wherever: what a kernel takes depends on that
-  ConvSteps<E>::take_scratch(sized, size, backward);
+  ConvSteps<E>::take_scratch(sized, size, call);
   const pybind11::object tensor = workspace(size.taken() + bytes(ConvSteps<E>(sized)));
   void* const memory = memory_of(tensor);
   const pybind11::gil_scoped_release release;
   ConvScratch scratch(memory);
-  ConvSteps<E>::take_scratch(p, scratch, backward);
+  ConvSteps<E>::take_scratch(p, scratch, call);
   return run(ConvSteps<E>(p), static_cast<char*>(memory) + scratch.taken());
 }
 
@@ -30,7 +30,7 @@ inline void conv_forward(const ConvLayer& p, const pybind11::function& workspace
   const CpuKernels& kernels = cpu_kernels();
   of_dtype(p.dtype, [&](auto element) {
     with_scratch<decltype(element)>(
-        p, false, workspace,
+        p, ConvCall::kForward, workspace,
         [&](const auto& steps) { return kernels.forward.workspace(steps.first_call()); },
         [&](const auto& steps, void* memory) { steps.forward(kernels, memory); });
   });
@@ -40,13 +40,26 @@ inline int conv_backward(const ConvLayer& p, const pybind11::function& workspace
   const CpuKernels& kernels = cpu_kernels();
   return of_dtype(p.dtype, [&](auto element) {
     return with_scratch<decltype(element)>(
-        p, true, workspace,
+        p, ConvCall::kBackward, workspace,
         [&](const auto& steps) {
-          return std::max({kernels.backward.workspace(steps.first_backward()),
-                           kernels.matmul_workspace(steps.back_product()),
-                           kernels.matmul_workspace(steps.weights_product(p.at_once))});
+          return std::max(kernels.backward.workspace(steps.first_backward()),
+                          kernels.matmul_workspace(steps.back_product()));
         },
         [&](const auto& steps, void* memory) { return steps.backward(kernels, memory); });
+  });
+}
+
+inline void conv_weights(const ConvLayer& p, const pybind11::function& workspace) {
+  const CpuKernels& kernels = cpu_kernels();
+  of_dtype(p.dtype, [&](auto element) {
+    with_scratch<decltype(element)>(
+        p, ConvCall::kWeights, workspace,
+        [&](const auto& steps) {
+          // The last product's steps may be fewer, and take more memory.
+          return std::max(kernels.matmul_workspace(steps.weights_product(p.at_once)),
+                          kernels.matmul_workspace(steps.weights_product(p.T % p.at_once)));
+        },
+        [&](const auto& steps, void* memory) { steps.weights(kernels, memory); });
   });
 }
 
@@ -61,11 +74,14 @@ inline void bind_cpu_conv(pybind11::module_& m) {
   py::class_<ConvWindow>(m, "ConvWindow", py::module_local())
       .def(py::init(make_window), "size"_a, "output"_a, "kernel"_a, "stride"_a, "before"_a,
            "dilation"_a, "channels"_a);
-  const auto make_layer = [](int dtype, int threads, int64_t T, int64_t N, int64_t C, bool reverse,
-                             const ConvWindow& of_x, const ConvWindow& of_h, Memory x, bool x_first,
-                             Memory w_ih, Memory w_hh, Memory bias, Memory more_bias, Memory w_ch) {
+  const auto make_layer = [](int dtype, int h_dtype, int threads, int64_t T, int64_t N, int64_t C,
+                             bool reverse, const ConvWindow& of_x, const ConvWindow& of_h, Memory x,
+                             bool x_first, Memory w_ih, bool w_ih_first, Memory w_hh,
+                             bool w_hh_first, Memory bias, Memory more_bias, Memory w_ch, Memory on,
+                             Memory reset) {
     ConvLayer p{};
     p.dtype = static_cast<Dtype>(dtype);
+    p.h_dtype = static_cast<Dtype>(h_dtype);
     p.threads = threads;
     p.T = T;
     p.N = N;
@@ -76,16 +92,21 @@ inline void bind_cpu_conv(pybind11::module_& m) {
     p.x = x.address;
     p.x_first = x_first;
     p.w_ih = w_ih.address;
+    p.w_ih_first = w_ih_first;
     p.w_hh = w_hh.address;
+    p.w_hh_first = w_hh_first;
     p.bias = bias.address;
     p.more_bias = more_bias.address;
     p.w_ch = w_ch.address;
+    p.on = static_cast<const uint8_t*>(on.address);
+    p.reset = static_cast<const uint8_t*>(reset.address);
     p.at_once = 1;
     return p;
   };
   py::class_<ConvLayer>(m, "CpuConv", py::module_local())
-      .def(py::init(make_layer), "dtype"_a, "threads"_a, "T"_a, "N"_a, "C"_a, "reverse"_a, "of_x"_a,
-           "of_h"_a, "x"_a, "x_first"_a, "w_ih"_a, "w_hh"_a, "bias"_a, "more_bias"_a, "w_ch"_a)
+      .def(py::init(make_layer), "dtype"_a, "h_dtype"_a, "threads"_a, "T"_a, "N"_a, "C"_a,
+           "reverse"_a, "of_x"_a, "of_h"_a, "x"_a, "x_first"_a, "w_ih"_a, "w_ih_first"_a, "w_hh"_a,
+           "w_hh_first"_a, "bias"_a, "more_bias"_a, "w_ch"_a, "on"_a, "reset"_a)
       .def(
           "forward",
           [](ConvLayer p, Memory h0, bool h0_first, Memory c0, bool c0_first, Memory h_first,
@@ -108,27 +129,35 @@ inline void bind_cpu_conv(pybind11::module_& m) {
           "memories"_a, "gates"_a, "h_n"_a, "c_n"_a, "workspace"_a)
       .def(
           "backward",
-          [](ConvLayer p, Memory gates, Memory h_seq, Memory c_seq, Memory dy, int64_t at_once,
-             bool of_h0, Memory dx, Memory dh, Memory dc, Memory dw_ih, Memory dw_hh, Memory dbias,
-             Memory dpeephole, const py::function& workspace) {
+          [](ConvLayer p, Memory gates, Memory c_seq, Memory dy, bool of_h0, Memory dgates,
+             Memory dx, Memory dh, Memory dc, Memory dpeephole, const py::function& workspace) {
             p.gates = gates.address;
-            p.h_seq = h_seq.address;
             p.c_seq = c_seq.address;
             p.memories = p.T + 1;
             p.dy = dy.address;
-            p.at_once = at_once;
             p.of_h0 = of_h0;
+            p.dgates = dgates.address;
             p.dx = dx.address;
             p.dh = dh.address;
             p.dc = dc.address;
-            p.dw_ih = dw_ih.address;
-            p.dw_hh = dw_hh.address;
-            p.dbias = dbias.address;
             p.dpeephole = dpeephole.address;
             return conv_backward(p, workspace);
           },
-          "gates"_a, "h_seq"_a, "c_seq"_a, "dy"_a, "at_once"_a, "of_h0"_a, "dx"_a, "dh"_a, "dc"_a,
-          "dw_ih"_a, "dw_hh"_a, "dbias"_a, "dpeephole"_a, "workspace"_a);
+          "gates"_a, "c_seq"_a, "dy"_a, "of_h0"_a, "dgates"_a, "dx"_a, "dh"_a, "dc"_a,
+          "dpeephole"_a, "workspace"_a)
+      .def(
+          "weights",
+          [](ConvLayer p, Memory h_seq, Memory dgates, int64_t at_once, Memory dw_ih, Memory dw_hh,
+             Memory dbias, const py::function& workspace) {
+            p.h_seq = h_seq.address;
+            p.dgates = dgates.address;
+            p.at_once = at_once;
+            p.dw_ih = dw_ih.address;
+            p.dw_hh = dw_hh.address;
+            p.dbias = dbias.address;
+            conv_weights(p, workspace);
+          },
+          "h_seq"_a, "dgates"_a, "at_once"_a, "dw_ih"_a, "dw_hh"_a, "dbias"_a, "workspace"_a);
 }
 
 }  // namespace lstm_ext

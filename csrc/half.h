@@ -38,6 +38,16 @@ static inline float to_float(float16 h) {
   return out;
 }
 
+// To nearest, ties to even. Not of numbers too large for a bfloat16.
+static inline float rounded_to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffff) > 0x7f800000) return x;  // NaN
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 // Single to IEEE half, to nearest, ties to even.
 static inline float16 to_float16(float x) {
   uint32_t bits;

@@ -117,7 +117,7 @@ class ConvLSTM(ConvLSTMBase):
             return as_one_function(ConvLSTM.forward, self, input, hx, **given)
         batched = self._is_batched(input, self._dims + 2)
         if hx is not None:
-            check_pair(hx)
+            check_pair(hx, type(self).__name__)
         N = (input.size(0 if self.batch_first else 1),) if batched else ()
         self._check(input, hx, (self.num_layers * self._directions, *N))
         if not batched:
@@ -184,7 +184,7 @@ class ConvLSTMCell(ConvLSTMBase):
                 return states
         batched = self._is_batched(input, self._dims + 1)
         if hx is not None:
-            check_pair(hx, "hx")
+            check_pair(hx, type(self).__name__)
         self._check(input, hx, (input.size(0),) if batched else ())
         if not batched:
             input = input.unsqueeze(0)

@@ -195,7 +195,7 @@ class ConvLSTMBase(nn.Module):
         name = type(self).__name__
         if not isinstance(input, Tensor):
             got = type(input).__name__
-            if isinstance(input, PackedSequence):
+            if isinstance(input, PackedSequence) and not self._is_cell:
                 got += ": pad_packed_sequence makes one, and the lengths for lengths="
             raise TypeError(f"{name}: Expected input to be a Tensor, got {got}")
         check_dense("input", input)

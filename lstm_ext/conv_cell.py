@@ -1,47 +1,63 @@
 """A step of a ConvLSTMCell, where nothing surrounds the call: the short way.
 
 For few pixels and channels the questions that :mod:`conv_base` asks take longer than the step. A
-call of any other kind goes that way, which has the errors; the bits are the same.
+call of any other kind goes that way, which has the errors. The step is a call of the core, or of a
+library's convolutions, channels first (:mod:`conv_first`); these make the gradients of large
+weights, of many steps, at once (:mod:`step_gradients`).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lstm_ext import ops
+from lstm_ext import conv_first, ops, step_gradients
 from lstm_ext.autograd import must_apply
 from lstm_ext.batching import batched_gradients
-from lstm_ext.conv_layer import Layer, gradients, in_torch, save, saved_tensors
+from lstm_ext.conv_layer import Layer, in_torch, save, saved_tensors
 from lstm_ext.conv_walk import Walk
-from lstm_ext.convolutions import Window
+from lstm_ext.convolutions import Window, pixels_of
 from lstm_ext.cpu import conv as cpu_conv
 from lstm_ext.cpu import engine as cpu_engine
 from lstm_ext.derivatives import pulled
 from lstm_ext.engine import is_lazy, is_recording, is_surrounded
 from lstm_ext.plain import TYPES
+from lstm_ext.step_gradients import (
+    CellWeights,
+    Kept,
+    KeptSteps,
+    cell_weights,
+    may_keep,
+    nothing_kept,
+    two_biases,
+)
 from lstm_ext.steps import Steps
 
 if TYPE_CHECKING:
     from lstm_ext.conv import ConvLSTMCell
 
 _ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ch")
+_TENSORS = 3 + len(_ROLES)  # x and the states before
+# With more numbers in W_ih and W_hh a library's convolutions take less time than the core, and all
+# steps' gradients of them at once less than each step's. The time of a loop over nn.Conv2d over
+# that of one over a cell, by the core, by the library, and at once, 6 steps and backward: 64
+# channels of 8x8 pixels 0.95, 0.92 and 0.96, 128 of 4x4 0.75, 0.82 and 1.02 (Zen 4, one thread).
+_MANY_WEIGHTS = 1 << 19
 
 
 @functools.lru_cache(maxsize=256)
 def _call(window: Window, N: int, inputs: int, C: int, size: tuple[int, ...]) -> Any:
-    """None where the core is not to take the step, or the input has an error."""
+    """None where there is nothing to do, or the input has an error."""
     try:
         output = window.output(size)
     except RuntimeError:
         return None
-    call = cpu_conv.Call(window, False, 1, N, inputs, C, size, output)
-    return call if N and call.is_few_products(forward=True) else None
+    return cpu_conv.Call(window, False, 1, N, inputs, C, size, output) if N else None
 
 
 def short_step(
@@ -77,7 +93,7 @@ def short_step(
             or weight.dtype != dtype
             or weight.shape != sizes.get(role)
             or weight.device.type != "cpu"
-            or not weight.is_contiguous()
+            or not (weight.is_contiguous() or weight.movedim(1, -1).is_contiguous())
             or is_lazy(weight)
         ):
             return None
@@ -105,16 +121,40 @@ def short_step(
                 return None
     tensors = (x, h0, c0, *weights)
     recorded = is_recording() and any(t is not None and t.requires_grad for t in tensors)
-    # In memory channels last; no views, which a caller could not change in place.
-    h, c = (x.new_empty_strided(size, call.state_strides) for _ in "hc")
+    many = weights[0].numel() + weights[1].numel() >= _MANY_WEIGHTS
+    in_core = call.is_few_products(forward=True) and not many
+    if not in_core and not (weights[0].is_contiguous() and weights[1].is_contiguous()):
+        return None  # channels last, as the other way wants them
     if not recorded:
+        return _forward(call, in_core, tensors, False)[:2]
+    own = None
+    if many and call.rows < step_gradients.MOST_ROWS:
+        own = cell_weights(hx, (*weights[:4], None), 0)  # each step makes that of w_ch itself
+    with torch.no_grad():
+        h, c, *saved = _forward(call, in_core, tensors, True)
+    shared = None if own is None else own.shared
+    # Function.apply looks for wrappers of transforms before: there is none.
+    return super(Function, ConvStep).apply(call, in_core, own, shared, (h, c), *tensors, *saved)
+
+
+def _forward(
+    call: cpu_conv.Call, in_core: bool, tensors: Sequence[Any], save: bool
+) -> tuple[Tensor, ...]:
+    """h_1, c_1, neither of which is a view: a caller may change them in place; and what backward
+    needs, if ``save``. tensors: as ConvStep's."""
+    x, h0, c0, *weights = tensors
+    if not in_core:
+        h, c, gates = conv_first.forward(call, x, h0, c0, weights, save)
+        return (h, c, gates, c.clone()) if save else (h, c)
+    size = (call.N, call.C, *call.output)
+    h, c = (x.new_empty_strided(size, call.state_strides) for _ in "hc")  # channels last
+    if not save:
         cpu_conv.forward(call, x, h0, c0, weights, h, c)
         return h, c
-    gates = x.new_empty(1, call.rows, 4 * C)
-    h_seq, c_seq = (x.new_empty(2, call.rows, C) for _ in "hc")
-    with torch.no_grad():
-        cpu_conv.forward(call, x, h0, c0, weights, h, c, h_seq[0], h_seq[1:], c_seq, gates)
-    return super(Function, ConvStep).apply(call, (h, c), gates, h_seq, c_seq, *tensors)
+    gates = x.new_empty(1, call.rows, 4 * call.C)
+    h_seq, c_seq = (x.new_empty(2, call.rows, call.C) for _ in "hc")
+    cpu_conv.forward(call, x, h0, c0, weights, h, c, h_seq[0], h_seq[1:], c_seq, gates)
+    return h, c, gates, c_seq, h_seq
 
 
 class ConvStep(Function):
@@ -124,58 +164,79 @@ class ConvStep(Function):
     def forward(
         ctx: Any,
         call: cpu_conv.Call,
+        in_core: bool,
+        cell_weights: CellWeights | None,
+        shared: Tensor | None,
         states: tuple[Tensor, Tensor],
-        gates: Tensor,
-        h_seq: Tensor,
-        c_seq: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """tensors: x, h0 and c0, weight_ih, weight_hh, bias_ih, bias_hh and weight_ch."""
-        ctx.call = call
-        save(ctx, (*tensors, gates, h_seq, c_seq))
+        """tensors: x, h0 and c0, weight_ih, weight_hh, bias_ih, bias_hh and weight_ch; then what
+        :func:`_forward` has saved. cell_weights, shared: as :mod:`step_gradients` has them."""
+        ctx.call, ctx.in_core, ctx.cell_weights = call, in_core, cell_weights
+        save(ctx, tensors)
         return states
 
     @staticmethod
     @batched_gradients
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        call, wanted = ctx.call, ctx.needs_input_grad[5:]
-        *tensors, gates, h_seq, c_seq = saved_tensors(ctx)
-        with ops.without_autocast(gates.device):
+        tensors = saved_tensors(ctx)
+        shared, wanted = ctx.needs_input_grad[3], ctx.needs_input_grad[5 : 5 + _TENSORS]
+        kept = None
+        with ops.without_autocast(tensors[0].device):
             if must_apply():
-                made = pulled(functools.partial(_in_torch, call), tensors, grads, wanted)
+                run = functools.partial(_in_torch, ctx.call)
+                made = pulled(run, tensors[:_TENSORS], grads, wanted)
             else:
-                made = _gradients(call, wanted, grads, tensors, gates, h_seq, c_seq)
-        return None, None, None, None, None, *made
+                made, kept = _gradients(ctx, wanted, grads, tensors, shared and may_keep(ctx))
+        if shared and kept is None:
+            kept = nothing_kept()
+        return None, None, None, kept, None, *made, *[None] * (len(tensors) - _TENSORS)
+
+
+class _Products(NamedTuple):
+    """As :data:`step_gradients.Products`, of steps by a library's convolutions."""
+
+    call: cpu_conv.Call
+
+    def __call__(self, steps: Sequence[Kept], wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+        da, x, h = (t[0] if len(t) == 1 else torch.cat(t) for t in zip(*steps, strict=True))
+        return conv_first.weights_gradients(self.call, wanted, x, h, da)
 
 
 def _gradients(
-    call: cpu_conv.Call,
+    ctx: ConvStep,
     wanted: Sequence[bool],
     grads: Sequence[Tensor | None],
     tensors: Sequence[Any],
-    *saved: Tensor,
-) -> tuple[Tensor | None, ...]:
-    x, h0, c0, w_ih, w_hh, b_ih, _, w_ch = tensors
-    of_x, of_h0, of_c0, of_w_ih, of_w_hh, of_b_ih, of_b_hh, of_w_ch = wanted
-    states = h0.movedim(1, -1), c0.movedim(1, -1)
-    dx, dw_ih, db, dw_hh, dh0, dc0, dw_ch = gradients(
-        _layer(call, x.dtype),
-        (of_x, of_w_ih, of_b_ih or of_b_hh, of_w_hh, of_h0, of_c0, of_w_ch),
-        (None, *(None if g is None else g.movedim(1, -1) for g in grads)),
-        (x.unsqueeze(0), w_ih, b_ih, w_hh, *states, w_ch),
-        *saved,
-    )
-    return (
-        None if dx is None else dx.squeeze(0),
-        None if dh0 is None else dh0.movedim(-1, 1),
-        None if dc0 is None else dc0.movedim(-1, 1),
-        dw_ih,
-        dw_hh,
-        db if of_b_ih else None,
-        # Two tensors, as for two parameters: a caller may change one in place.
-        (db.clone() if of_b_ih else db) if of_b_hh else None,
-        dw_ch,
-    )
+    keep: bool,
+) -> tuple[tuple[Tensor | None, ...], KeptSteps | None]:
+    """Those of ConvStep's tensors, and instead of those of the weights, if ``keep``, that of
+    ``shared``."""
+    call = ctx.call
+    x, h0, c0, w_ih, w_hh, _, _, w_ch, gates, c_seq, *h_seq = tensors
+    of_x, of_h0, of_c0, *of_weights, of_w_ch = wanted
+    kept = made = None
+    if ctx.in_core:
+        dh, dc = (None if g is None else pixels_of(g) for g in grads)
+        da, dx, dh0, dc0, dw_ch = cpu_conv.backward(
+            call, of_x, of_h0, (x, w_ih, w_hh, w_ch), gates, c_seq, None, dh, dc
+        )
+        dx = None if dx is None else dx[0]
+        dh0, dc0 = (d.view(call.N, *call.output, call.C).movedim(-1, 1) for d in (dh0, dc0))
+        if any(of_weights):
+            made = cpu_conv.weights_gradients(call, *of_weights[:2], x, h_seq[0], da)
+    else:
+        da, dx, dh0, dc0, dw_ch = conv_first.backward(
+            call, of_x, of_h0, (x, h0, c0, w_ih, w_hh, w_ch), gates, c_seq, *grads
+        )
+        step, products = Kept(da, x.contiguous(), h0.contiguous()), _Products(call)
+        if keep:
+            kept = KeptSteps(products, step, call.rows, ctx.cell_weights.wanted)
+        elif any(of_weights):
+            made = products([step], of_weights)
+    states = dh0 if of_h0 else None, dc0 if of_c0 else None
+    weights = (None,) * 4 if made is None else (*made[:2], *two_biases(made[2], *of_weights[2:]))
+    return (dx, *states, *weights, dw_ch if of_w_ch else None), kept
 
 
 def _layer(call: cpu_conv.Call, dtype: torch.dtype) -> Layer:

@@ -85,17 +85,15 @@ class Layer(NamedTuple):
         moves = list(window.stride), padding, list(window.dilation)
         return steps.lengths, steps.reset_mask, self.reverse, *moves, self.walk.dtype
 
-    def call(self, x: Tensor, C: int) -> cpu_conv.Call | None:
-        """What the CPU's core is to know, where it can take all steps at once."""
-        steps, acc = self.walk.steps, acc_dtype(self.walk.dtype)
-        if pointwise.cells_of(x.device) is not cpu_cell or x.dtype != acc or self.walk.dtype != acc:
-            return None
-        if steps.lengths is not None or not x.numel():
-            return None
-        if steps.reset_mask is not None and steps.reset_mask.any():
+    def call(self, x: Tensor, C: int, forward: bool) -> cpu_conv.Call | None:
+        """What the CPU's core is to know, where it takes less time for all steps than a library's
+        convolutions: those of bfloat16, if x is that, which are float32 there."""
+        if pointwise.cells_of(x.device) is not cpu_cell or not x.numel():
             return None
         size = tuple(x.shape[3:])
-        return cpu_conv.Call(self.window, self.reverse, *x.shape[:3], C, size, self.size)
+        call = cpu_conv.Call(self.window, self.reverse, *x.shape[:3], C, size, self.size)
+        half = x.dtype != acc_dtype(x.dtype)
+        return call if call.is_few_products(forward, half) else None
 
     def recurrent(self, w_hh: Tensor) -> Convolution:
         return self.window.of_states().convolution(w_hh, self.size)
@@ -251,8 +249,8 @@ def on_cells(
     """
     (walk, window, *_), T, C = layer, x.size(0), h0.size(-1)
     convolved, acc, rows = x.dtype, h0.dtype, h0.numel() // C
-    call = layer.call(x, C)
-    if call is not None and call.is_few_products(forward=True):
+    call = layer.call(x, C, forward=True)
+    if call is not None:
         return _in_core(call, layer, x, h0, c0, (w_ih, w_hh, bias, None, w_ch), save)
     w_ch = None if w_ch is None else w_ch.contiguous()
     gx = pixels_of(window.convolution(w_ih, x.shape[3:])(x.flatten(0, 1), bias))
@@ -284,7 +282,8 @@ def _in_core(
     save: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:
     """on_cells' results, by one call of the CPU's core; without ``save`` nothing for backward."""
-    shape = call.rows, call.C
+    shape, convolved = (call.rows, call.C), x.dtype
+    x, *weights = (None if w is None else w.to(h0.dtype) for w in (x, *weights))
     h, c = h0.new_empty(h0.shape), c0.new_empty(c0.shape)
     first = kept = h_seq = c_seq = None
     h_out = None if save else x.new_empty(call.T, *shape)
@@ -293,9 +292,15 @@ def _in_core(
         h_seq, c_seq = x.new_empty(call.T + 1, *shape), x.new_empty(call.T + 1, *shape)
         first, h_out = h_seq[layer.start], layer.outputs(h_seq)
     states = h0.movedim(-1, 1), c0.movedim(-1, 1)
-    cpu_conv.forward(call, x, *states, weights, h, c, first, h_out, c_seq, kept)
-    y = layer.frames(h_out)  # below: whoever changes it must not change what backward reads
-    return (y.clone() if save else y, h, c), (kept, h_seq, c_seq)
+    written, walk = (h, c, first, h_out, c_seq, kept), layer.walk
+    cpu_conv.forward(call, x, *states, weights, *written, walk.masks(), walk.dtype)
+    frames = layer.frames(h_out)
+    y = walk.mask(frames).to(walk.dtype)
+    if save and y is frames:  # whoever changes it must not change what backward reads
+        y = y.clone()
+    if save:  # as the library's convolutions would see it
+        h_seq = h_seq.to(convolved)
+    return (y, h, c), (kept, h_seq, c_seq)
 
 
 def save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
@@ -358,10 +363,21 @@ def gradients(
     dy = None if dy is None else walk.mask(dy).to(acc).contiguous().view(T, rows, C)
     dh, dc = (None if g is None else g.contiguous().view(rows, C) for g in (dh, dc))
     states = kept, h_seq, c_seq, dy, dh, dc
-    call = layer.call(x, C)
-    if call is not None and call.is_few_products(forward=False):
-        inputs = (*tensors[:-1], w_ch)
-        *of_weights, dh, dc, dw_ch = cpu_conv.backward(call, wanted, inputs, *states)
+    call = layer.call(x, C, forward=False)
+    if call is not None:
+        masks, convolved = walk.masks(), x.dtype
+        x, w_ih, w_hh, h_seq = (t.to(acc) for t in (x, w_ih, w_hh, h_seq))
+        da_seq, dx, dh, dc, dw_ch = cpu_conv.backward(
+            call, of_x, of_h0, (x, w_ih, w_hh, w_ch), kept, c_seq, dy, dh, dc, masks
+        )
+        dw_ih = dw_hh = db = None
+        if of_w_ih or of_w_hh or of_bias:
+            h_prev = h_seq[1:] if layer.reverse else h_seq[:T]
+            dw_ih, dw_hh, db = cpu_conv.weights_gradients(
+                call, of_w_ih, of_w_hh, x, h_prev, da_seq, masks
+            )
+        of_weights = dx, dw_ih, db if of_bias else None, dw_hh
+        of_weights = (None if d is None else d.to(convolved) for d in of_weights)
         return *of_weights, *_as_wanted(wanted, h0, dh, dc, dw_ch)
     of_input, recurrent = window.convolution(w_ih, x.shape[3:]), layer.recurrent(w_hh)
     da_seq = x.new_empty(kept.shape)

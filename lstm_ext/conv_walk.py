@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lstm_ext.cpu.conv import Masks
 from lstm_ext.engine import is_watched
 from lstm_ext.steps import Steps
 
@@ -56,6 +57,13 @@ class Walk:
                 self._resets = [r if s else None for r, s in zip(self._resets, some, strict=True)]
         reset = self._resets[t]
         return state if reset is None else state.masked_fill(reset, 0)
+
+    def masks(self) -> Masks:
+        """For the CPU's core, which takes all steps at once."""
+        steps = self.steps
+        on = None if steps.lengths is None else steps.active()
+        reset = steps.reset_mask
+        return Masks(on, None if reset is None or not reset.any() else reset)
 
     def mask(self, x: Tensor) -> Tensor:
         """x (T, N, ...) with zeros past each sequence's end."""

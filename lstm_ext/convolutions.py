@@ -71,8 +71,12 @@ class Window(NamedTuple):
             result.append((n + s - 1) // s if self.padding == "same" else (span + s) // s)
         return tuple(result)
 
-    def convolution(self, w: Tensor, size: Sequence[int]) -> Convolution:
-        """Of images (N, in, *size) with w (out, in, *kernel); gives (N, out, *output)."""
+    def convolution(self, w: Tensor, size: Sequence[int], last: bool = True) -> Convolution:
+        """Of images (N, in, *size) with w (out, in, *kernel); gives (N, out, *output).
+
+        last: whether the output is to lie channels last, where it may. If not, contiguous images
+        and weights are not copied.
+        """
         pads = self.pads(size)
         # What oneDNN is not to pad: it knows no unequal pads, and in volumes, with strides and few
         # pixels beside the kernel's, its gradients (3.x) are anything and write past the end.
@@ -94,10 +98,10 @@ class Window(NamedTuple):
         # its strides, which contiguous() leaves as they are where there is one channel or the
         # kernel is one pixel. vmap knows no formats.
         if peek_interpreter_stack() is None:
-            last = torch.channels_last if w.dim() == 4 else torch.channels_last_3d
+            channels_last = torch.channels_last if w.dim() == 4 else torch.channels_last_3d
             ambiguous = w.size(1) == 1 or math.prod(self.kernel) == 1
-            laid = w.clone if first or ambiguous else w.contiguous
-            w = laid(memory_format=torch.contiguous_format if first else last)
+            laid = w.clone if first or (last and ambiguous) else w.contiguous
+            w = laid(memory_format=channels_last if last and not first else torch.contiguous_format)
         zeros = [n for pair in reversed(pads) for n in pair] if padded else None
         return Convolution(w, stride, padding, dilation, zeros, row, first)
 

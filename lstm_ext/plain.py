@@ -37,7 +37,16 @@ from lstm_ext.flat import grouped
 from lstm_ext.native import _C
 from lstm_ext.plain_form import LayerForm
 from lstm_ext.profiling import recorded
-from lstm_ext.step_gradients import CellWeights, KeptSteps, cell_weights, step_before
+from lstm_ext.step_gradients import (
+    CellWeights,
+    Kept,
+    KeptSteps,
+    cell_products,
+    cell_weights,
+    may_keep,
+    nothing_kept,
+    step_before,
+)
 from lstm_ext.steps import Steps
 from lstm_ext.tensors import is_autocast
 
@@ -326,18 +335,19 @@ def _plain_backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Any
         if made is not None:
             call = (*ctx.steps, wanted, made, *gradients, *saved)
             made = super(Function, PlainLayerBackward).apply(*call)  # as in plain_layer
-    elif shared and not (torch.is_anomaly_enabled() or isinstance(ctx, batching.SavedOnce)):
+    elif shared and may_keep(ctx):
         states = wanted[:-_WEIGHTS] + (False,) * _WEIGHTS
         made = plain_gradients(gradients, saved, states, *ctx.steps, with_dgates=True)
         if made is not None:
             *made, dgates = made
-            kept = KeptSteps(dgates, *saved[:2], ctx.cell_weights.wanted)
+            step = Kept(dgates, *saved[:2])
+            kept = KeptSteps(cell_products, step, len(dgates), ctx.cell_weights.wanted)
     else:
         made = plain_gradients(gradients, saved, wanted, *ctx.steps)
     if made is None:
         made = _by_the_layer(gradients, saved, wanted, *ctx.steps)
-    if shared and kept is None:  # compiled autograd adds it up in any case
-        kept = torch.zeros((), dtype=torch.float32)
+    if shared and kept is None:
+        kept = nothing_kept()
     return (None, None, None, kept, None, None, None, *made)
 
 

@@ -13,13 +13,14 @@ away from it, as after a mask of the sequences that have ended.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from lstm_ext.batching import SavedOnce
 from lstm_ext.cpu.products import transposed_matmul
 
 # A graph with fewer numbers in W_ih and W_hh takes longer to be told of what it is to keep than it
@@ -32,7 +33,7 @@ _FEW_WEIGHTS = 1 << 16
 _MOST_BETWEEN = 12
 # Kept, before they are multiplied: what there is in memory at once, and a product of more rows is
 # no faster.
-_MOST_ROWS = 1024
+MOST_ROWS = 1024
 
 
 class CellWeights:
@@ -64,10 +65,12 @@ class CellWeights:
             self.shared = SharedInput.apply(*self.weights)
 
 
-def cell_weights(hx: Any, weights: Sequence[Tensor | None]) -> CellWeights | None:
-    """Those of a step with the states hx, None for zeros; None where their gradients are not worth
-    keeping."""
-    if weights[0].numel() + weights[1].numel() < _FEW_WEIGHTS:
+def cell_weights(
+    hx: Any, weights: Sequence[Tensor | None], few: int | None = None
+) -> CellWeights | None:
+    """Those of a step with the states hx, None for zeros; None where there are ``few``, whose
+    gradients are not worth keeping."""
+    if weights[0].numel() + weights[1].numel() < (_FEW_WEIGHTS if few is None else few):
         return None
     own = step_before(hx, weights)
     if own is None:
@@ -133,20 +136,42 @@ _QUESTIONS = {
 }
 
 
+class Kept(NamedTuple):
+    """Of one step, or of several alike."""
+
+    dgates: Tensor
+    x: Tensor
+    h_0: Tensor
+
+
+#: From what steps of one kind have kept and which gradients are wanted: those of weight_ih and
+#: weight_hh and of a bias.
+Products = Callable[[Sequence[Kept], Sequence[bool]], Sequence[Tensor | None]]
+
+
+def cell_products(steps: Sequence[Kept], wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+    """Products of an LSTMCell: dgates (B, 4H), x (B, in) and h_0 (B, H), also (in) and (H), or
+    (1, B, in) and (1, B, H)."""
+    dgates, *both = zip(*steps, strict=True)
+    rows = [[t.reshape(-1, t.size(-1)) for t in of_steps] for of_steps in both]
+    dgates, x, h = (t[0] if len(t) == 1 else torch.cat(t) for t in (dgates, *rows))
+    w_ih, w_hh, *biases = wanted
+    return transposed_matmul(dgates, x if w_ih else None, h if w_hh else None, any(biases))
+
+
 class KeptSteps(Tensor):
     """Its gradient, of one step or, added up, of several."""
 
     @staticmethod
-    def __new__(cls, dgates: Tensor, x: Tensor, h_0: Tensor, wanted: Sequence[bool]) -> KeptSteps:
+    def __new__(cls, *_: Any) -> KeptSteps:
         return Tensor._make_wrapper_subclass(cls, (), dtype=torch.float32)
 
-    def __init__(self, dgates: Tensor, x: Tensor, h_0: Tensor, wanted: Sequence[bool]) -> None:
-        """dgates (B, 4H), x (B, in) and h_0 (B, H), also (in) and (H), or (1, B, in) and (1, B, H);
-        wanted: the gradients, of the weights."""
-        x, h_0 = x.reshape(-1, x.size(-1)), h_0.reshape(-1, h_0.size(-1))
-        self._steps = [(dgates, x, h_0)]
-        self._are = [_identity(x), _identity(h_0)]
-        self._rows = dgates.size(0)
+    def __init__(self, products: Products, step: Kept, rows: int, wanted: Sequence[bool]) -> None:
+        """products: equal for steps alike. rows: of a step's dgates. wanted: the gradients, of the
+        weights."""
+        self._steps = [(products, step)]
+        self._are = [_identity(step.x), _identity(step.h_0)]
+        self._rows = rows
         self._wanted = wanted
         self._sums: list[Tensor | None] | None = None  # of weight_ih, weight_hh and a bias
 
@@ -171,8 +196,8 @@ class KeptSteps(Tensor):
             args = tuple(zero if isinstance(t, cls) else t for t in args)
             return function(*args, **(kwargs or {}))
         raise NotImplementedError(
-            "The gradient of an input that the steps of an lstm_ext.LSTMCell share is for autograd "
-            f"to add up, got {function}"
+            "The gradient of an input that the steps of an lstm_ext cell share is for autograd to "
+            f"add up, got {function}"
         )
 
     def _add(self, more: KeptSteps) -> None:
@@ -181,24 +206,24 @@ class KeptSteps(Tensor):
         self._rows += more._rows
         if more._sums is not None:
             self._add_products(more._sums)
-        if self._rows >= _MOST_ROWS:
+        if self._rows >= MOST_ROWS:
             self._multiply()
 
     def _multiply(self) -> None:
-        read = [tensor for _, *both in self._steps for tensor in both]
+        read = [tensor for _, (_, *both) in self._steps for tensor in both]
         if self._are != [_identity(t) for t in read]:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an "
-                "inplace operation: an input or a state of an lstm_ext.LSTMCell, in backward, "
-                "before the gradients of the weights were made of it"
+                "inplace operation: an input or a state of an lstm_ext cell, in backward, before "
+                "the gradients of the weights were made of it"
             )
         self._are.clear()
-        kept = zip(*self._steps, strict=True)
-        dgates, x, h = (t[0] if len(t) == 1 else torch.cat(t) for t in kept)
+        alike: dict[Products, list[Kept]] = {}
+        for products, step in self._steps:
+            alike.setdefault(products, []).append(step)
         self._steps, self._rows = [], 0
-        w_ih, w_hh, *biases = self._wanted
-        products = transposed_matmul(dgates, x if w_ih else None, h if w_hh else None, any(biases))
-        self._add_products(products)
+        for products, steps in alike.items():
+            self._add_products(products(steps, self._wanted))
 
     def _add_products(self, products: Sequence[Tensor | None]) -> None:
         if self._sums is None:
@@ -216,6 +241,24 @@ class KeptSteps(Tensor):
         if self._steps:
             self._multiply()
         w_ih, w_hh, b = self._sums
-        _, _, b_ih, b_hh, _ = self._wanted
-        # Two tensors, as for two parameters: a caller may change one in place.
-        return w_ih, w_hh, b if b_ih else None, (b.clone() if b_ih else b) if b_hh else None, None
+        return w_ih, w_hh, *two_biases(b, *self._wanted[2:4]), None
+
+
+def two_biases(
+    b: Tensor | None, of_b_ih: bool, of_b_hh: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of both biases, None where not wanted, from that of one: two tensors, as for
+    two parameters, of which a caller may change one in place."""
+    return b if of_b_ih else None, (b.clone() if of_b_ih else b) if of_b_hh else None
+
+
+def may_keep(ctx: Any) -> bool:
+    """Whether the backward of a step that shares an input may keep what the weights' gradients are
+    made of: not where each of them is asked for numbers, nor where steps are batched."""
+    return not (torch.is_anomaly_enabled() or isinstance(ctx, SavedOnce))
+
+
+def nothing_kept() -> Tensor:
+    """The shared input's gradient, of a step that made those of the weights itself: compiled
+    autograd adds it up in any case."""
+    return torch.zeros((), dtype=torch.float32)

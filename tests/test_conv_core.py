@@ -3,6 +3,7 @@
 import pytest
 import torch
 from device import leaf
+from tolerances import assert_as_good
 from torch import nn
 
 import lstm_ext
@@ -41,7 +42,7 @@ def way(monkeypatch):
         monkeypatch.setattr(cpu_conv, name, spy)
 
     def choose(flag):
-        monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda call, forward: flag)
+        monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda *_, **__: flag)
         conv_cell._call.cache_clear()
         calls.clear()
         return calls
@@ -55,9 +56,9 @@ def made(dims, name, dtype, cell=False, **more):
     return (CELLS if cell else SEQUENCES)[dims](3, 4, dtype=dtype, **options)
 
 
-def results(module, x, hx=None):
+def results(module, x, hx=None, **given):
     """Outputs, states and all gradients, of different numbers each."""
-    y, (h, c) = module(x, hx)
+    y, (h, c) = module(x, hx, **given)
     parts = [y, h, c]
     loss = sum(
         (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view(t.shape)).sum() for t in parts
@@ -83,6 +84,62 @@ def test_as_a_library_s_convolutions(dims, name, dtype, way, isa):
         scale = max(1, b.abs().max().item())
         limit = 1e-12 if dtype == F64 else 2e-5
         torch.testing.assert_close(a, b, rtol=0, atol=limit * scale)
+
+
+ENDS = torch.tensor([4, 0, 2])
+MASK = torch.tensor([[0, 1, 1], [1, 0, 0], [0, 0, 1], [1, 1, 1]], dtype=torch.bool)
+GIVEN = {"ends": {"lengths": ENDS}, "resets": {"reset_mask": MASK}}
+GIVEN["both"] = GIVEN["ends"] | GIVEN["resets"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("dims", SIZES)
+def test_lengths_and_resets(dims, given, dtype, way, isa):
+    """With NaN in the padding, and states that are anything before a reset."""
+    module = made(dims, "peephole", dtype, bidirectional=True)
+    x = torch.randn(4, 3, 3, *SIZES[dims], dtype=dtype)
+    if "lengths" in GIVEN[given]:
+        x[torch.arange(4)[:, None] >= ENDS] = torch.nan
+    x = leaf(x)
+    states = torch.randn(2, 2, 3, 4, *SIZES[dims], dtype=dtype)
+    if "reset_mask" in GIVEN[given] and "lengths" not in GIVEN[given]:
+        states[:, 0, 1] = torch.nan  # of a sequence whose first step a reset stands before
+    hx = [leaf(s) for s in states]
+    way(False)
+    expected = results(module, x, hx, **GIVEN[given])
+    calls = way(True)
+    got = results(module, x, hx, **GIVEN[given])
+    assert sorted(calls) == sorted(["forward", "backward"] * 2)
+    for k, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert not b.isnan().any(), k
+        scale = max(1, b.abs().max().item())
+        limit = 1e-12 if dtype == F64 else 2e-5
+        torch.testing.assert_close(a, b, rtol=0, atol=limit * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [*GIVEN, None])
+def test_half_types(dtype, given, way):
+    """In float32, but for h, which goes on as the caller sees it; saved as elsewhere."""
+    truth = lstm_ext.ConvLSTM2d(3, 8, 3, 2)
+    module = lstm_ext.ConvLSTM2d(3, 8, 3, 2, dtype=dtype)
+    module.load_state_dict(truth.state_dict())
+    truth.double().load_state_dict(module.state_dict())
+    x, given = leaf(torch.randn(4, 3, 3, 6, 5, dtype=dtype)), GIVEN.get(given, {})
+    way(False)
+    peer, exact = results(module, x, **given), results(truth, leaf(x.detach().double()), **given)
+    calls = way(True)
+    ours = results(module, x, **given)
+    assert calls.count("forward") == calls.count("backward") == 2
+    for got, theirs, want in zip(ours, peer, exact, strict=True):
+        assert got.dtype == dtype
+        assert_as_good(got, theirs, want)
+    # Of one step nothing but its results is rounded.
+    if not given:
+        y = module(x[:1])[0]
+        single = truth(x[:1].double())[0]
+        assert (y.double() - single).abs().max() <= 2 * torch.finfo(dtype).eps * single.abs().max()
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -114,10 +171,56 @@ def test_products_of_a_few_steps_at_once(columns, way, monkeypatch):
     torch.testing.assert_close(results(module, x), expected)
 
 
+# A product of fewer steps, the last, can need more memory than the others.
+@pytest.mark.parametrize("shape", [(66, 1, 16, 8, 8), (81, 1, 16, 8, 8)])
+def test_scratch_is_large_enough(shape, way, monkeypatch):
+    module, x = lstm_ext.ConvLSTM2d(16, 16, 3), leaf(torch.randn(shape))
+    way(True)
+    expected, guard, given = results(module, x), 1 << 20, []
+
+    def guarded(size):
+        memory = torch.full((size + guard,), 0xA5, dtype=torch.uint8)
+        given.append(memory[size:])
+        return memory
+
+    monkeypatch.setattr(cpu_conv.cpu_products, "workspace", guarded)
+    got = results(module, x)
+    assert len(given) == 3 and all((after == 0xA5).all() for after in given)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", [False, True])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_weights_that_lie_channels_last(dims, cell, way):
+    module = made(dims, "peephole", F64, cell=cell)
+    x = leaf(torch.randn(*([] if cell else [4]), 2, 3, *SIZES[dims], dtype=F64))
+    way(True)
+
+    def run():
+        if not cell:
+            return results(module, x)
+        h, c = module(x)
+        wanted = [x, *module.parameters()]
+        return [h, c, *torch.autograd.grad(h.square().sum() + c.sum(), wanted)]
+
+    expected = run()
+    last = torch.channels_last if dims == 2 else torch.channels_last_3d
+    for name in ("weight_ih", "weight_hh"):
+        weight = getattr(module, name if cell else name + "_l0")
+        weight.data = weight.data.contiguous(memory_format=last)
+        assert not weight.is_contiguous()
+    calls = way(True)
+    for a, b in zip(run(), expected, strict=True):
+        assert torch.equal(a, b)
+    assert calls == ["forward", "backward"]
+
+
 def test_which_sizes_the_core_takes():
     module, large = lstm_ext.ConvLSTM2d(8, 8, 3), lstm_ext.ConvLSTM2d(32, 64, 3)
     for lstm, x, forward, backward in (
         (module, torch.randn(2, 1, 8, 8, 8), True, True),
+        (large, torch.randn(1, 1, 32, 8, 8), True, True),
         (large, torch.randn(2, 1, 32, 8, 8), True, False),
         (large, torch.randn(2, 8, 32, 32, 32), False, False),
     ):
@@ -222,13 +325,10 @@ def test_calls_that_go_the_other_way(short):
     torch.testing.assert_close(cell(torch._neg_view(-x))[0], expected[0])
     torch.testing.assert_close(cell(x[0])[0], expected[0][0])
     torch.func.vmap(cell)(x[None])
-    for weight in (
-        cell.weight_ih.data.to(memory_format=torch.channels_last),
-        torch._neg_view(-cell.weight_ih.data),
-    ):
-        cell.weight_ih = nn.Parameter(weight)
+    weight = cell.weight_ih.data
+    for other in (weight.movedim(2, 3).contiguous().movedim(3, 2), torch._neg_view(-weight)):
+        cell.weight_ih = nn.Parameter(other)
         torch.testing.assert_close(cell(x)[0], expected[0])
-    torch.testing.assert_close(cell(x)[0], expected[0])
     cell.register_parameter("weight_ih", None)
     cell.__dict__["weight_ih"] = torch.zeros(16, 3, 3, 3)
     cell(x)

@@ -421,7 +421,7 @@ def test_compile_as_one_graph(dtype):
 @pytest.mark.parametrize("dims", SEQUENCES)
 def test_a_weight_laid_out_for_all_steps(dims, kernel, dtype, monkeypatch):
     """As is done for many channels only."""
-    monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda call, forward: False)
+    monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda *_: False)
     module = SEQUENCES[dims](IN, C, kernel, dtype=dtype)
     x = torch.randn(L, N, IN, *SIZES[dims], dtype=dtype).requires_grad_()
     kinds, results = [], []

@@ -67,14 +67,14 @@ def test_forward_errors():
         (RuntimeError, r"in_channels channels. Expected 2, got 1", (x[:, :, :1],), {}),
         (ValueError, "ConvLSTM2d: Expected input to be 4D or 5D, got 3D instead", (x[0, 0],), {}),
         (RuntimeError, r"too small for kernel size \(3, 3\)", (x[..., :2],), {}),
-        (TypeError, r"hx should be a pair of Tensors \(h_0, c_0\), got Tensor", (x, state), {}),
+        (TypeError, r"^ConvLSTM2d: hx should be a pair .*, got Tensor", (x, state), {}),
         (
             RuntimeError,
             r"Expected hidden\[1\] size \(1, 3, 5, 4, 3\), got \[1, 3, 5, 4, 2\]",
             (x, (state, state[..., :2])),
             {},
         ),
-        (RuntimeError, "expects two hidden states", (x, (state,)), {}),
+        (RuntimeError, "^ConvLSTM2d expects two hidden states", (x, (state,)), {}),
         (
             TypeError,
             r"hx should be a pair .*, got tuple of \['Tensor', 'NoneType'\]",
@@ -103,7 +103,9 @@ def test_inputs_that_are_no_dense_tensors(kind):
     if kind:
         x, state = x[0], state[0]
     packed = torch.nn.utils.rnn.pack_sequence([here(torch.randn(2, IN, 6))])
-    for wrong, words in ((packed, "PackedSequence: .*for lengths="), (None, "NoneType")):
+    # A cell has no lengths.
+    of_packed = "PackedSequence$" if kind else "PackedSequence: .*for lengths="
+    for wrong, words in ((packed, of_packed), (None, "NoneType")):
         with pytest.raises(TypeError, match=f"Expected input to be a Tensor, got {words}"):
             module(wrong)
     with pytest.raises(RuntimeError, match="Expected input to be dense, got torch.sparse_coo"):

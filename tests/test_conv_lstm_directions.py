@@ -150,8 +150,10 @@ def test_dtypes(dtype):
     results = [
         [*tree_leaves(r), torch.autograd.grad(r[0].double().sum(), x)[0].double()] for r in runs
     ]
+    # In float32 the core adds a pixel's 171 products up one after another, oneDNN in parts.
+    factor = 4 if dtype == torch.float32 else 2
     for got, theirs, want in zip(*results, strict=True):
-        assert_as_good(got, theirs, want)
+        assert_as_good(got, theirs, want, factor=factor)
 
 
 @pytest.mark.cpu_only(reason="CPU autocast")

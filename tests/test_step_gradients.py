@@ -22,9 +22,9 @@ def kept(monkeypatch):
     """A list with an entry for each step that was kept: its rows."""
     found = []
 
-    def spy(self, dgates, *rest, start=step_gradients.KeptSteps.__init__):
-        found.append(dgates.size(0))
-        start(self, dgates, *rest)
+    def spy(self, products, step, rows, wanted, start=step_gradients.KeptSteps.__init__):
+        found.append(rows)
+        start(self, products, step, rows, wanted)
 
     monkeypatch.setattr(step_gradients.KeptSteps, "__init__", spy)
     return found
@@ -66,7 +66,7 @@ def test_a_loop(shape, bias, kept):
 
 @pytest.mark.parametrize("most_rows", [1, 7, 1024])
 def test_products_meanwhile(most_rows, kept, monkeypatch):
-    monkeypatch.setattr(step_gradients, "_MOST_ROWS", most_rows)
+    monkeypatch.setattr(step_gradients, "MOST_ROWS", most_rows)
     x = torch.randn(T, B, I, dtype=F64)
     both(lambda cell: gradients(loop(cell, x), cell), twins())
     assert len(kept) == T - 1
@@ -284,8 +284,8 @@ def test_steps_of_a_module(shape, layers, kept):
 
 
 def test_that_gradient_can_only_be_added():
-    rows = torch.randn(B, 4 * H), torch.randn(B, I), torch.randn(B, H)
-    kept = step_gradients.KeptSteps(*rows, [True] * 4 + [False])
+    step = step_gradients.Kept(torch.randn(B, 4 * H), torch.randn(B, I), torch.randn(B, H))
+    kept = step_gradients.KeptSteps(step_gradients.cell_products, step, B, [True] * 4 + [False])
     assert repr(kept) == "KeptSteps(rows=3)"
     with pytest.raises(NotImplementedError, match="for autograd to add up, got aten.mul"):
         kept * 2
@@ -361,7 +361,7 @@ def test_what_is_read_later_changed_meanwhile(change, kept):
         states = cell(step, states)
         if k == 1:
             states[0].register_hook(change_later)
-    with pytest.raises(RuntimeError, match="an input or a state of an lstm_ext.LSTMCell"):
+    with pytest.raises(RuntimeError, match="an input or a state of an lstm_ext cell"):
         states[0].sum().backward()
 
 

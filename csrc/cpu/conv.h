@@ -4,75 +4,20 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
+#include "../half.h"
+#include "conv_window.h"
 #include "kernels.h"
 
 namespace lstm_ext {
 
-// How a kernel moves over images of up to three dimensions; a dimension that is not there has 1
-// pixel. Images lie channels last.
-struct ConvWindow {
-  using Sizes = std::array<int64_t, 3>;
-
-  Sizes size;                              // of an image
-  Sizes output;                            // how many places the kernel takes
-  Sizes kernel, stride, before, dilation;  // before: zeros before the first pixel
-  int64_t channels;
-
-  static int64_t product(const Sizes& of) { return of[0] * of[1] * of[2]; }
-  int64_t pixels() const { return product(size); }
-  int64_t places() const { return product(output); }
-  int64_t columns() const { return product(kernel) * channels; }
-
-  // done(place, k, pixel, count) for each place: what `count` pixels of the kernel, from the k-th
-  // on, see there: as many pixels of the image, one after the other in memory; or -1: zeros.
-  template <class Done>
-  void each(Done&& done) const {
-    Sizes o, k{};
-    int64_t place = 0;
-    for (o[0] = 0; o[0] < output[0]; ++o[0])
-      for (o[1] = 0; o[1] < output[1]; ++o[1])
-        for (o[2] = 0; o[2] < output[2]; ++o[2], ++place) {
-          int64_t at = 0;
-          for (k[0] = 0; k[0] < kernel[0]; ++k[0])
-            for (k[1] = 0; k[1] < kernel[1]; ++k[1], at += kernel[2]) line(o, k, place, at, done);
-        }
-  }
-
- private:
-  int64_t seen(const Sizes& o, const Sizes& k, size_t d) const {
-    return o[d] * stride[d] - before[d] + k[d] * dilation[d];
-  }
-
-  // Of the kernel's pixels along the last dimension, the k-th and following.
-  template <class Done>
-  void line(const Sizes& o, Sizes k, int64_t place, int64_t at, Done&& done) const {
-    const int64_t many = kernel[2], i = seen(o, k, 0), j = seen(o, k, 1);
-    if (i < 0 || i >= size[0] || j < 0 || j >= size[1]) return done(place, at, -1, many);
-    const int64_t start = (i * size[1] + j) * size[2];
-    if (dilation[2] > 1) {
-      for (k[2] = 0; k[2] < many; ++k[2]) {
-        const int64_t l = seen(o, k, 2);
-        done(place, at + k[2], l < 0 || l >= size[2] ? -1 : start + l, 1);
-      }
-      return;
-    }
-    const int64_t first = seen(o, k, 2);
-    const int64_t left = std::min(many, std::max<int64_t>(0, -first));
-    const int64_t right = std::max(left, std::min(many, size[2] - first));
-    if (left) done(place, at, -1, left);
-    if (right > left) done(place, at + left, start + first + left, right - left);
-    if (right < many) done(place, at + right, -1, many - right);
-  }
-};
-
 // Its tensors are dense, of one dtype, float32 or float64. rows: places of all images.
 struct ConvLayer {
   Dtype dtype;
+  Dtype h_dtype;  // as the caller sees h, which goes on rounded to that: dtype, or a half type
   int threads;
   int64_t T, N, C;
   bool reverse;
@@ -83,13 +28,18 @@ struct ConvLayer {
   bool h0_first;
   const void* c0;
   bool c0_first;
-  const void* w_ih;  // [4C, in, kernel], and likewise w_hh
+  const void* w_ih;  // [4C, in, kernel], or, unless w_ih_first, [4C, kernel, in]; likewise w_hh
+  bool w_ih_first;
   const void* w_hh;
+  bool w_hh_first;
   const void* bias;  // [4C], or null; and likewise what is added to it
   const void* more_bias;
-  const void* w_ch;  // [3C], or null
+  const void* w_ch;      // [3C], or null
+  const uint8_t* on;     // [T, N] nonzero: the sequence takes the step; null: all of them do
+  const uint8_t* reset;  // [T, N] nonzero: its state is zero before the step; null: none is
   // As conv_layer.on_cells has them: of T + 1 states the first is before the first step in memory,
-  // so that a reverse direction begins with the last. Null, but for gates: scratch is taken.
+  // so that a reverse direction begins with the last. For one that is null scratch is taken; not
+  // for gates.
   void* h_first;     // [rows, C]: for h0
   void* h_out;       // [T, rows, C]
   void* c_seq;       // [memories, rows, C]
@@ -97,30 +47,36 @@ struct ConvLayer {
   void* gates;       // [T, rows, 4C]
   void* h_n;         // [rows, C]
   void* c_n;
-  // backward; the gradients of x and of weights are null if they are not wanted
-  const void* h_seq;  // [T + 1, rows, C]
-  const void* dy;     // [T, rows, C], or null for zero
-  int64_t at_once;    // steps whose products for the weights are one; forward: 1
-  bool of_h0;         // whether the gradient of h_first is wanted
-  void* dx;           // [T, N, pixels, in]
-  void* dh;           // [rows, C]: first of h_n, at last of h0
-  void* dc;           // [2, rows, C]: the first of c_n, at last of c0
+  // backward: from those of the results the gradients of the gates, before activation, of the
+  // states and, unless it is null, of x
+  const void* dy;   // [T, rows, C], or null for zero
+  bool of_h0;       // whether the gradient of h_first is wanted
+  void* dgates;     // [T, rows, 4C]
+  void* dx;         // [T, N, pixels, in]
+  void* dh;         // [rows, C]: first of h_n, at last of h0
+  void* dc;         // [2, rows, C]: the first of c_n, at last of c0
+  void* dpeephole;  // [rows, 3C], zeros at first; or null
+  // weights: their gradients, null if they are not wanted, from dgates
+  const void* h_seq;  // [T, rows, C], before each step
+  int64_t at_once;    // steps whose products are one; in the other calls 1
   void* dw_ih;        // [4C, in, kernel]
   void* dw_hh;
-  void* dbias;      // [2, 4C], of which the first is it; null only if dw_ih and dw_hh are
-  void* dpeephole;  // [rows, 3C], zeros at first; or null
+  void* dbias;  // [2, 4C], of which the first is it
   // scratch
-  void* w;        // [4C, columns]: both weights
-  void* columns;  // [at_once * rows, columns of x, then of h]
-  void* image;    // [N, pixels, in]
-  void* dgates;   // [T, rows, 4C]: of backward
-  void* dw;       // [2, 4C, columns]: likewise
+  void* w;           // [4C, columns]: both weights
+  void* columns;     // [at_once * rows, columns of x, then of h]
+  void* image;       // [N, pixels, in]
+  void* dw;          // [2, 4C, columns]
+  void* on_rows;     // [rows] int64_t: of a step, as Steps has lengths; null without `on`
+  void* reset_rows;  // [rows] uint8_t: likewise
 
   int64_t all_columns() const { return of_x.columns() + of_h.columns(); }
   int64_t rows() const { return N * of_h.places(); }
   int64_t step_at(int64_t i) const { return reverse ? T - 1 - i : i; }
   int64_t before(int64_t t) const { return t + reverse; }
   int64_t after(int64_t t) const { return t + !reverse; }
+  bool skips(int64_t t, int64_t b) const { return on && !on[t * N + b]; }
+  bool resets(int64_t t, int64_t b) const { return reset && reset[t * N + b]; }
 };
 
 // Pieces of a call's scratch, one after the other; of no memory, to see how many bytes they are.
@@ -142,19 +98,28 @@ class ConvScratch {
   int64_t taken_ = 0;
 };
 
+enum class ConvCall { kForward, kBackward, kWeights };
+
 template <class E>
 class ConvSteps {
  public:
-  static void take_scratch(ConvLayer& p, ConvScratch& scratch, bool backward) {
+  static void take_scratch(ConvLayer& p, ConvScratch& scratch, ConvCall call) {
     const int64_t size = int64_t(sizeof(E)), state = p.rows() * p.C * size;
     const int64_t weights = 4 * p.C * p.all_columns() * size;
-    scratch.take(p.w, weights);
     scratch.take(p.columns, p.at_once * p.rows() * p.all_columns() * size);
-    scratch.take(p.image, p.N * p.of_x.pixels() * p.of_x.channels * size);
-    if (backward) {
-      scratch.take(p.dgates, p.T * 4 * state);
+    if (call == ConvCall::kWeights) {
       scratch.take(p.dw, 2 * weights);
     } else {
+      scratch.take(p.w, weights);
+    }
+    if (call != ConvCall::kWeights) {
+      if (p.on) scratch.take(p.on_rows, p.rows() * int64_t(sizeof(int64_t)));
+      if (p.reset) scratch.take(p.reset_rows, p.rows());
+    }
+    if (call != ConvCall::kBackward) {
+      scratch.take(p.image, p.N * p.of_x.pixels() * p.of_x.channels * size);
+    }
+    if (call == ConvCall::kForward) {
       scratch.take(p.h_first, state);
       scratch.take(p.h_out, p.T * state);
       scratch.take(p.c_seq, p.memories * state);
@@ -188,6 +153,7 @@ class ConvSteps {
     for (int64_t i = 0; i < p_.T; ++i) {
       const int64_t t = p_.step_at(i);
       take_step(t, h, at(p_.columns, 0));
+      set_rows(t);
       call.h0 = h;
       call.c0 = cell(p_.before(t));
       call.gates = p_.gates ? at(p_.gates, t * 4 * state_) : nullptr;
@@ -195,7 +161,13 @@ class ConvSteps {
       call.y = at(p_.h_out, t * state_);
       call.h_n = i < p_.T - 1 ? call.y : p_.h_n;
       call.c_n = i < p_.T - 1 ? call.c_seq : p_.c_n;
+      if (p_.on) {  // rows without a step are left as they are, but for states
+        std::memset(call.y, 0, size_t(state_) * sizeof(E));
+        std::memset(call.c_seq, 0, size_t(state_) * sizeof(E));
+        if (p_.gates) std::memset(call.gates, 0, size_t(4 * state_) * sizeof(E));
+      }
       kernels.forward.run(call);
+      round_to(p_.h_dtype, at(call.y, 0), state_);
       h = call.y;
     }
   }
@@ -208,7 +180,8 @@ class ConvSteps {
     call.H = call.P = p_.C;
     call.variants.peephole = p_.w_ch;
     call.dpeephole = p_.dpeephole;
-    call.dh0 = p_.columns;  // nothing passes a step but what comes through the gates
+    // Zeros, or what passes a sequence that takes no step: nobody reads them there.
+    call.dh0 = p_.columns;
     return call;
   }
 
@@ -242,15 +215,6 @@ class ConvSteps {
 
   // Returns which of dc is the last.
   int backward(const CpuKernels& kernels, void* workspace) const {
-    const int last = back_steps(kernels, workspace);
-    if (p_.dbias) products_of_weights(kernels, workspace);
-    return last;
-  }
-
- private:
-  Steps one_step() const { return {1, rows_, rows_, rows_, 1, nullptr, nullptr, nullptr, false}; }
-
-  int back_steps(const CpuKernels& kernels, void* workspace) const {
     LstmBackward call = first_backward();
     Matmul m = back_product();
     lay_out_weights(p_.dx ? p_.w_ih : nullptr, m.N);
@@ -267,23 +231,31 @@ class ConvSteps {
       call.dc_n = at(p_.dc, last * state_);
       call.dc0 = at(p_.dc, (1 - last) * state_);
       call.dgates = at(p_.dgates, t * 4 * state_);
+      set_rows(t);
+      // The kernel leaves rows without a step as they are.
+      if (p_.on) std::memset(call.dgates, 0, size_t(4 * state_) * sizeof(E));
       kernels.backward.run(call);
       if (i == 0 && !p_.of_h0 && !p_.dx) continue;
       m.a = call.dgates;
       kernels.matmul(m);
-      put_back(p_.of_h, m.N - p_.of_h.columns(), m.N, dh);
-      if (p_.dx) put_back(p_.of_x, 0, m.N, at(p_.dx, t * image_size()));
+      put_back(p_.of_h, m.N - p_.of_h.columns(), m.N, dh, [&](int64_t b) {
+        // Without a step it is that of the state after it.
+        return p_.skips(t, b) ? Image::kStays : p_.resets(t, b) ? Image::kZero : Image::kSeen;
+      });
+      if (!p_.dx) continue;
+      put_back(p_.of_x, 0, m.N, at(p_.dx, t * image_size()),
+               [&](int64_t b) { return p_.skips(t, b) ? Image::kZero : Image::kSeen; });
     }
     return last;
   }
 
-  void products_of_weights(const CpuKernels& kernels, void* workspace) const {
+  void weights(const CpuKernels& kernels, void* workspace) const {
     const int64_t size = 4 * p_.C * p_.all_columns();
     for (int64_t begin = 0; begin < p_.T; begin += p_.at_once) {
       const int64_t end = std::min(p_.T, begin + p_.at_once);
       for (int64_t t = begin; t < end; ++t) {
         E* const to = at(p_.columns, (t - begin) * rows_ * p_.all_columns());
-        take_step(t, at(p_.h_seq, p_.before(t) * state_), to);
+        take_step(t, at(p_.h_seq, t * state_), to);
       }
       Matmul m = weights_product(end - begin);
       m.workspace = workspace;
@@ -298,6 +270,36 @@ class ConvSteps {
     }
     each_weight([](E& own, const E& laid_out) { own = laid_out; }, at(p_.dw, 0), p_.all_columns(),
                 p_.dw_ih, p_.dw_hh);
+  }
+
+ private:
+  // What becomes of an image, or of its gradient.
+  enum class Image { kSeen, kZero, kStays };
+
+  // What set_rows sets.
+  Steps one_step() const {
+    const auto* lengths = static_cast<const int64_t*>(p_.on_rows);
+    const auto* reset = static_cast<const uint8_t*>(p_.reset_rows);
+    return {1, rows_, rows_, rows_, 1, nullptr, lengths, reset, false};
+  }
+
+  // A pixel is a sequence to the kernels.
+  void set_rows(int64_t t) const {
+    const int64_t n = p_.of_h.places();
+    for (int64_t b = 0; b < p_.N; ++b) {
+      if (p_.on) std::fill_n(static_cast<int64_t*>(p_.on_rows) + b * n, n, !p_.skips(t, b));
+      if (p_.reset) std::fill_n(static_cast<uint8_t*>(p_.reset_rows) + b * n, n, p_.resets(t, b));
+    }
+  }
+
+  static void round_to(Dtype dtype, E* x, int64_t n) {
+    if constexpr (std::is_same_v<E, float>) {
+      if (dtype == Dtype::kFloat16) {
+        for (int64_t k = 0; k < n; ++k) x[k] = to_float(to_float16(x[k]));
+      } else if (dtype == Dtype::kBFloat16) {
+        for (int64_t k = 0; k < n; ++k) x[k] = rounded_to_bfloat16(x[k]);
+      }
+    }
   }
 
   static void add(E* to, const E* more, int64_t n) {
@@ -325,8 +327,8 @@ class ConvSteps {
         for (int64_t i = 0; i < pixels; ++i) to[i * n + c] = *images++;
   }
 
-  // done(weight, the same in rows of so many columns), for each that there is: there the channels
-  // of a pixel are side by side, and W_hh's are last.
+  // done(weight, the same in rows of so many columns), for each that there is and lies channels
+  // first: in the rows the channels of a pixel are side by side, and W_hh's are last.
   template <class Done, class Void>
   void each_weight(Done&& done, E* laid_out, int64_t columns, Void* w_ih, Void* w_hh) const {
     const auto each = [&](const ConvWindow& window, Void* weights, E* column) {
@@ -342,8 +344,17 @@ class ConvSteps {
     each(p_.of_h, w_hh, laid_out + columns - p_.of_h.columns());
   }
   void lay_out_weights(const void* w_ih, int64_t columns) const {
-    each_weight([](const E& own, E& laid_out) { laid_out = own; }, at(p_.w, 0), columns, w_ih,
-                p_.w_hh);
+    each_weight([](const E& own, E& laid_out) { laid_out = own; }, at(p_.w, 0), columns,
+                p_.w_ih_first ? w_ih : nullptr, p_.w_hh_first ? p_.w_hh : nullptr);
+    const auto copy = [&](const void* weights, E* to, int64_t n) {
+      const E* from = at(weights, 0);
+      for (int64_t row = 0; row < 4 * p_.C; ++row, from += n, to += columns) {
+        std::memcpy(to, from, size_t(n) * sizeof(E));
+      }
+    };
+    if (w_ih && !p_.w_ih_first) copy(w_ih, at(p_.w, 0), p_.of_x.columns());
+    const int64_t of_h = p_.of_h.columns();
+    if (!p_.w_hh_first) copy(p_.w_hh, at(p_.w, columns - of_h), of_h);
   }
 
   // What the kernels see at a step, of x and of the h before it.
@@ -353,18 +364,21 @@ class ConvSteps {
       put(p_.of_x, x, true, at(p_.image, 0));
       x = at(p_.image, 0);
     }
-    take(p_.of_x, x, to);
-    take(p_.of_h, at(h, 0), to + p_.of_x.columns());
+    take(p_.of_x, x, to, [&](int64_t b) { return p_.skips(t, b); });
+    take(p_.of_h, at(h, 0), to + p_.of_x.columns(),
+         [&](int64_t b) { return p_.skips(t, b) || p_.resets(t, b); });
   }
 
-  // What the kernel sees of N images, in a part of the columns.
-  void take(const ConvWindow& window, const E* images, E* to) const {
+  // What the kernel sees of N images, in a part of the columns; of one that is_zero(b) zeros.
+  template <class IsZero>
+  void take(const ConvWindow& window, const E* images, E* to, IsZero&& is_zero) const {
     const int64_t n = window.channels, columns = p_.all_columns();
     for (int64_t b = 0; b < p_.N; ++b) {
-      window.each([&](int64_t place, int64_t k, int64_t pixel, int64_t count) {
-        E* const own = to + place * columns + k * n;
+      const bool zero = is_zero(b);
+      window.each([&](int64_t place, int64_t at, int64_t pixel, int64_t count) {
+        E* const own = to + place * columns + at * n;
         const size_t bytes = size_t(count * n) * sizeof(E);
-        if (pixel < 0) {
+        if (zero || pixel < 0) {
           std::memset(own, 0, bytes);
         } else {
           std::memcpy(own, images + pixel * n, bytes);
@@ -375,14 +389,19 @@ class ConvSteps {
     }
   }
 
-  // The inverse, for gradients: the columns from one on, of so many.
-  void put_back(const ConvWindow& window, int64_t column, int64_t columns, E* images) const {
+  // The inverse, for gradients: the columns from one on, of so many. of(b): what becomes of one.
+  template <class Of>
+  void put_back(const ConvWindow& window, int64_t column, int64_t columns, E* images,
+                Of&& of) const {
     const int64_t n = window.channels, size = window.pixels() * n;
-    std::memset(images, 0, size_t(p_.N * size) * sizeof(E));
     const E* from = at(static_cast<const void*>(p_.columns), column);
     for (int64_t b = 0; b < p_.N; ++b, images += size, from += window.places() * columns) {
-      window.each([&](int64_t place, int64_t k, int64_t pixel, int64_t count) {
-        if (pixel >= 0) add(images + pixel * n, from + place * columns + k * n, count * n);
+      const Image becomes = of(b);
+      if (becomes == Image::kStays) continue;
+      std::memset(images, 0, size_t(size) * sizeof(E));
+      if (becomes == Image::kZero) continue;
+      window.each([&](int64_t place, int64_t at, int64_t pixel, int64_t count) {
+        if (pixel >= 0) add(images + pixel * n, from + place * columns + at * n, count * n);
       });
     }
   }

@@ -1,0 +1,205 @@
+"""The steps of a ConvLSTM's cell by a library's convolutions, channels first, and the gradients of
+large weights of many steps at once."""
+
+import pytest
+import torch
+from device import leaf
+from test_conv_core import CELLS, F64, OPTIONS, SIZES, made
+
+from lstm_ext import conv, conv_cell, conv_first, step_gradients
+from lstm_ext.cpu import conv as cpu_conv
+
+pytestmark = pytest.mark.cpu_only(reason="the CPU's short way")
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """A list with the rows of every step that was kept; no step is the core's."""
+    rows = []
+
+    def spy(self, products, step, count, wanted, start=step_gradients.KeptSteps.__init__):
+        rows.append(count)
+        start(self, products, step, count, wanted)
+
+    monkeypatch.setattr(step_gradients.KeptSteps, "__init__", spy)
+    monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda *_, **__: False)
+    monkeypatch.setattr(conv_cell, "_MANY_WEIGHTS", 0)
+    return rows
+
+
+def loop(cell, x, hx, steps=4):
+    """Outputs and states of a few steps, and what makes a loss of them."""
+    outputs, states = [], hx
+    for k in range(steps):
+        states = cell(x * (1 + k), states)
+        outputs += states
+    return outputs
+
+
+def gradients(outputs, wanted, **options):
+    loss = sum(
+        (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view(t.shape)).sum() for t in outputs
+    )
+    return torch.autograd.grad(loss, wanted, **options)
+
+
+def the_other_way(monkeypatch):
+    monkeypatch.setattr(conv, "short_step", lambda *_: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dims", SIZES)
+def test_as_the_other_way(dims, name, dtype, found, monkeypatch):
+    cell = made(dims, name, dtype, cell=True)
+    x = leaf(torch.randn(2, 3, *SIZES[dims], dtype=dtype))
+    if name == "padding":  # in memory channels last
+        x = leaf(torch.randn(2, *SIZES[dims], 3, dtype=dtype).movedim(-1, 1))
+    hx = [leaf(torch.randn(cell(x)[0].shape, dtype=dtype)) for _ in "hc"]
+    wanted = [x, *hx, *cell.parameters()]
+    with torch.no_grad():
+        plain = loop(cell, x, hx)
+    got = loop(cell, x, hx)
+    assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
+    got += gradients(got, wanted)
+    assert found == [hx[0][:, 0].numel()] * 3  # the first does not know of others yet
+    the_other_way(monkeypatch)
+    expected = loop(cell, x, hx)
+    expected += gradients(expected, wanted)
+    assert len(found) == 3
+    for a, b in zip(got, expected, strict=True):
+        scale = max(1, b.abs().max().item())
+        limit = 1e-12 if dtype == F64 else 2e-5
+        torch.testing.assert_close(a, b, rtol=0, atol=limit * scale)
+
+
+@pytest.mark.parametrize("few", [0, 1 << 19])
+@pytest.mark.parametrize("sizes", [(), (1, 1), (3, 1)])
+def test_one_convolution_of_both(sizes, few, found, monkeypatch):
+    """Padding in numbers that is "same", and such that is not."""
+    kernel = sizes or (3, 3)
+    cell = CELLS[2](2, 3, kernel, padding=tuple(k // 2 for k in kernel), dtype=F64)
+    x, hx = leaf(torch.randn(2, 2, 4, 5, dtype=F64)), list(torch.randn(2, 2, 3, 4, 5, dtype=F64))
+    monkeypatch.setattr(conv_first, "_FEW_WEIGHTS", few)
+    call = conv_cell._call(cell._window(0), 2, 2, 3, (4, 5))
+    assert conv_first._is_one(call) == bool(few)
+    got = loop(cell, x, hx)
+    got += gradients(got, [x])
+    the_other_way(monkeypatch)
+    expected = loop(cell, x, hx)
+    expected += gradients(expected, [x])
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 100, 10**6])
+def test_gradients_of_some(rows, found, monkeypatch):
+    """Of every subset of the parameters, products being made meanwhile or at last."""
+    cell = made(2, "plain", F64, cell=True, peephole=True)
+    x, hx = torch.randn(2, 3, 4, 5, dtype=F64), list(torch.randn(2, 2, 4, 4, 5, dtype=F64))
+    monkeypatch.setattr(step_gradients, "MOST_ROWS", rows)
+    parameters = list(cell.parameters())
+    cases = []
+    for subset in range(1, 2 ** len(parameters)):
+        wanted = [p for k, p in enumerate(parameters) if subset >> k & 1]
+        for p in parameters:
+            p.requires_grad_(any(p is w for w in wanted))
+        cases.append((wanted, gradients(loop(cell, x, hx), wanted)))
+    assert bool(found) == (rows > 40)
+    the_other_way(monkeypatch)
+    for wanted, got in cases:
+        for p in parameters:
+            p.requires_grad_(any(p is w for w in wanted))
+        torch.testing.assert_close(got, gradients(loop(cell, x, hx), wanted))
+
+
+def test_images_of_other_sizes_and_windows(found, monkeypatch):
+    """Steps that share weights but are not alike: products of each kind."""
+    cell, wider = (CELLS[2](2, 3, 3, dtype=F64, dilation=d) for d in (1, 2))
+    for name, parameter in cell.named_parameters():
+        setattr(wider, name, parameter)
+    x, small = torch.randn(2, 2, 4, 4, dtype=F64), torch.randn(2, 2, 2, 2, dtype=F64)
+
+    def run():
+        states, outputs = None, []
+        for images, module in ((x, cell), (x, cell), (x, wider), (small, cell), (small, wider)):
+            if images is small and states[0].size(2) == 4:
+                states = [s[..., ::2, ::2] for s in states]
+            states = module(images, states)
+            outputs += states
+        return gradients(outputs, list(cell.parameters()))
+
+    got = run()
+    assert found == [8, 8, 32, 32]  # backward, from the last; not the first step
+    the_other_way(monkeypatch)
+    torch.testing.assert_close(got, run())
+
+
+def test_graphs(found, monkeypatch):
+    """Gradients of gradients, in batches, of anomalies, twice, and of a step within others."""
+    cell = made(2, "plain", F64, cell=True)
+    x = leaf(torch.randn(1, 3, 3, 3, dtype=F64))
+    wanted = [x, *cell.parameters()]
+
+    def run():
+        outputs, results = loop(cell, x, None), []
+        first = gradients(outputs, wanted, create_graph=True)
+        results += torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+        outputs = loop(cell, x, None)
+        for _ in range(2):
+            results += gradients(outputs, wanted, retain_graph=True)
+        losses = torch.stack([t.square().sum() for t in outputs])
+        flags = torch.eye(len(outputs), dtype=F64)
+        results += torch.autograd.grad(losses, wanted, flags, is_grads_batched=True)
+        with torch.autograd.detect_anomaly(check_nan=True):
+            results += gradients(loop(cell, x, None), wanted)
+        return results
+
+    got = run()
+    assert found
+    the_other_way(monkeypatch)
+    for a, b in zip(got, run(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_is_read_later_changed_meanwhile(found):
+    cell = made(2, "plain", F64, cell=True)
+    x = [torch.randn(1, 3, 3, 3, dtype=F64) for _ in range(3)]
+
+    def change_later(grad):
+        x[2].zero_()
+
+    states = None
+    for k, images in enumerate(x):
+        states = cell(images, states)
+        if k == 1:
+            states[0].register_hook(change_later)
+    with pytest.raises(RuntimeError, match="an input or a state of an lstm_ext cell"):
+        states[0].sum().backward()
+    assert found
+
+
+def test_states_may_be_changed(found):
+    cell = made(2, "plain", F64, cell=True)
+    x = leaf(torch.randn(2, 3, 6, 5, dtype=F64))
+    expected = torch.autograd.grad(cell(x)[0].sum(), [x, cell.weight_ih])
+    h, c = cell(x)
+    assert h.untyped_storage().nbytes() == c.untyped_storage().nbytes() == 8 * h.numel()
+    total = h.sum()
+    with torch.no_grad():
+        h.zero_()
+        c.zero_()
+    for a, b in zip(torch.autograd.grad(total, [x, cell.weight_ih]), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_which_steps_are_the_core_s():
+    """And that channels last weights go the other way where a library's convolutions take them."""
+    ways = []
+    for channels, size in ((8, 8), (128, 4), (32, 32)):
+        cell = CELLS[2](channels, channels, 3)
+        x = leaf(torch.randn(1, channels, size, size))
+        ways.append(cell(x)[0].grad_fn)
+        cell.to(memory_format=torch.channels_last)
+        ways.append(cell(x)[0].grad_fn)
+    kinds = [getattr(node, "in_core", None) for node in ways]
+    assert kinds == [True, True, False, None, False, None]
