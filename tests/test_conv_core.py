@@ -221,7 +221,9 @@ def test_which_sizes_the_core_takes():
     for lstm, x, forward, backward in (
         (module, torch.randn(2, 1, 8, 8, 8), True, True),
         (large, torch.randn(1, 1, 32, 8, 8), True, True),
-        (large, torch.randn(2, 1, 32, 8, 8), True, False),
+        (large, torch.randn(2, 1, 32, 8, 8), True, True),
+        (large, torch.randn(2, 1, 32, 9, 8), False, False),
+        (module, torch.randn(2, 9, 8, 9, 20), True, False),
         (large, torch.randn(2, 8, 32, 32, 32), False, False),
     ):
         T, N, inputs, *size = x.shape

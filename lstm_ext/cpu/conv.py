@@ -18,9 +18,9 @@ from lstm_ext.native import _C
 from lstm_ext.profiling import recorded
 
 # Up to so many multiplications of a step the core takes less time than a library's convolutions:
-# forward 0.5 to 0.9 of it, and with six times as many, of up to 64 pixels in all images, 0.8 to
-# 0.95; backward 0.4 to 0.9; a single step, which would lay the weights out for itself alone, 0.7 to
-# 0.97 with six times as many, either way. Above, copies of what kernels see take longer than
+# forward 0.5 to 0.9 of it, backward 0.4 to 0.9; and with six times as many, either way, of up to 64
+# pixels in all images 0.5 to 1.0, of a single step, which would lay the weights out for itself
+# alone, 0.7 to 0.97. Above, copies of what kernels see take longer than
 # they save, the sooner the more threads. Layers of 8 to 128 channels, 4x4 to 64x64 pixels, one and
 # two threads (Zen 4).
 _FEW_PRODUCTS = 10_000_000
@@ -73,7 +73,7 @@ class Call(NamedTuple):
         count = self.rows * self.kernel_size * (self.inputs + self.C) * 4 * self.C
         if half:
             return count <= _FEW_PRODUCTS_HALF and self.rows <= _FEW_ROWS_HALF
-        if self.T == 1 or (forward and self.rows <= _FEW_ROWS):
+        if self.T == 1 or self.rows <= _FEW_ROWS:
             return count <= _MORE_PRODUCTS
         return count <= (_FEW_PRODUCTS if forward else _FEW_PRODUCTS_BACK)
 
