@@ -25,7 +25,14 @@ from lstm_ext.convolutions import Window, pixels_of
 from lstm_ext.cpu import conv as cpu_conv
 from lstm_ext.cpu import engine as cpu_engine
 from lstm_ext.derivatives import pulled
-from lstm_ext.engine import is_lazy, is_recording, is_surrounded
+from lstm_ext.engine import (
+    DTYPE_CODE,
+    acc_dtype,
+    autocast_is_on,
+    is_lazy,
+    is_recording,
+    is_surrounded,
+)
 from lstm_ext.plain import TYPES
 from lstm_ext.step_gradients import (
     CellWeights,
@@ -37,6 +44,7 @@ from lstm_ext.step_gradients import (
     two_biases,
 )
 from lstm_ext.steps import Steps
+from lstm_ext.tensors import is_autocast
 
 if TYPE_CHECKING:
     from lstm_ext.conv import ConvLSTMCell
@@ -63,16 +71,37 @@ def _call(window: Window, N: int, inputs: int, C: int, size: tuple[int, ...]) ->
 def short_step(
     cell: ConvLSTMCell, x: Any, hx: Any, window: Window, sizes: dict[str, tuple[int, ...]]
 ) -> tuple[Tensor, Tensor] | None:
-    """What the cell's forward returns for x (N, in, *size) and hx, in float32 or float64 on the
-    CPU; None where they are not for the short way. Not where operations are traced.
+    """What the cell's forward returns for x (N, in, *size) and hx on the CPU; None where they are
+    not for the short way. Not where operations are traced.
 
     window: of the input's convolution; sizes: of the parameters.
     """
-    if type(x) not in TYPES or ops._engines["cpu"] is not cpu_engine or is_surrounded():
+    if type(x) not in TYPES or ops._engines["cpu"] is not cpu_engine:
         return None
-    dtype, C = x.dtype, cell.hidden_channels
+    if not is_surrounded():
+        return _step(cell, x, hx, window, sizes, None)
+    if not autocast_is_on("cpu"):
+        return None
+    dtype = torch.get_autocast_dtype("cpu")
+    with torch.autocast("cpu", enabled=False):  # which may not be all that is around
+        return None if is_surrounded() else _step(cell, x, hx, window, sizes, dtype)
+
+
+def _step(
+    cell: ConvLSTMCell,
+    x: Any,
+    hx: Any,
+    window: Window,
+    sizes: dict[str, tuple[int, ...]],
+    cast: torch.dtype | None,
+) -> tuple[Tensor, Tensor] | None:
+    """cast: to which autocast would, None without it."""
+    C, dtype = cell.hidden_channels, x.dtype
+    if cast is not None and is_autocast(dtype):
+        dtype = cast
+    kinds = (torch.float32, cast, x.dtype) if dtype == cast else (dtype,)
     if (
-        dtype not in (torch.float32, torch.float64)
+        dtype not in DTYPE_CODE
         or x.device.type != "cpu"
         or x.is_nested
         or x.dim() != cell._dims + 2
@@ -90,7 +119,7 @@ def short_step(
             continue
         if (
             type(weight) is not nn.Parameter
-            or weight.dtype != dtype
+            or weight.dtype not in kinds
             or weight.shape != sizes.get(role)
             or weight.device.type != "cpu"
             or not (weight.is_contiguous() or weight.movedim(1, -1).is_contiguous())
@@ -112,7 +141,7 @@ def short_step(
             if (
                 type(state) not in TYPES
                 or state.is_nested
-                or state.dtype != dtype
+                or state.dtype not in kinds
                 or state.shape != size
                 or state.device.type != "cpu"
                 or state.layout is not torch.strided
@@ -122,39 +151,74 @@ def short_step(
     tensors = (x, h0, c0, *weights)
     recorded = is_recording() and any(t is not None and t.requires_grad for t in tensors)
     many = weights[0].numel() + weights[1].numel() >= _MANY_WEIGHTS
-    in_core = call.is_few_products(forward=True) and not many
-    if not in_core and not (weights[0].is_contiguous() and weights[1].is_contiguous()):
+    kind = _kind(call, dtype, many)
+    if not kind.in_core and not (weights[0].is_contiguous() and weights[1].is_contiguous()):
         return None  # channels last, as the other way wants them
     if not recorded:
-        return _forward(call, in_core, tensors, False)[:2]
+        return _forward(call, kind, tensors, False)[:2]
     own = None
     if many and call.rows < step_gradients.MOST_ROWS:
         own = cell_weights(hx, (*weights[:4], None), 0)  # each step makes that of w_ch itself
     with torch.no_grad():
-        h, c, *saved = _forward(call, in_core, tensors, True)
+        h, c, *saved = _forward(call, kind, tensors, True)
     shared = None if own is None else own.shared
     # Function.apply looks for wrappers of transforms before: there is none.
-    return super(Function, ConvStep).apply(call, in_core, own, shared, (h, c), *tensors, *saved)
+    return super(Function, ConvStep).apply(call, kind, own, shared, (h, c), *tensors, *saved)
+
+
+class _Kind(NamedTuple):
+    """How a step is computed."""
+
+    in_core: bool
+    dtype: torch.dtype  # of what comes in, autocast or not, and of the results
+    convolved: torch.dtype  # of the convolutions: dtype, or float32 for a half type
+
+    def computed(self, tensors: Sequence[Any]) -> list[Any]:
+        """ConvStep's tensors as they are computed with."""
+        acc = acc_dtype(self.dtype)
+        if self.dtype == acc:
+            return list(tensors)
+        x, h0, c0, w_ih, w_hh, *others = (None if t is None else t.to(self.dtype) for t in tensors)
+        x, h0, w_ih, w_hh = (t.to(self.convolved) for t in (x, h0, w_ih, w_hh))
+        return [x, h0, c0.to(acc), w_ih, w_hh, *(None if t is None else t.to(acc) for t in others)]
+
+
+@functools.lru_cache(maxsize=256)
+def _is_for_bf16(call: cpu_conv.Call) -> bool:
+    return _layer(call, torch.bfloat16).is_for_bf16(call.size)
+
+
+def _kind(call: cpu_conv.Call, dtype: torch.dtype, many: bool) -> _Kind:
+    acc = acc_dtype(dtype)
+    half = dtype == torch.bfloat16 and _is_for_bf16(call)
+    in_core = call.is_few_products(forward=True, half=half) and not many
+    return _Kind(in_core, dtype, dtype if half and not in_core else acc)
 
 
 def _forward(
-    call: cpu_conv.Call, in_core: bool, tensors: Sequence[Any], save: bool
+    call: cpu_conv.Call, kind: _Kind, tensors: Sequence[Any], save: bool
 ) -> tuple[Tensor, ...]:
     """h_1, c_1, neither of which is a view: a caller may change them in place; and what backward
     needs, if ``save``. tensors: as ConvStep's."""
-    x, h0, c0, *weights = tensors
-    if not in_core:
+    x, h0, c0, *weights = kind.computed(tensors)
+    if not kind.in_core:
         h, c, gates = conv_first.forward(call, x, h0, c0, weights, save)
-        return (h, c, gates, c.clone()) if save else (h, c)
-    size = (call.N, call.C, *call.output)
-    h, c = (x.new_empty_strided(size, call.state_strides) for _ in "hc")  # channels last
-    if not save:
-        cpu_conv.forward(call, x, h0, c0, weights, h, c)
-        return h, c
-    gates = x.new_empty(1, call.rows, 4 * call.C)
-    h_seq, c_seq = (x.new_empty(2, call.rows, call.C) for _ in "hc")
-    cpu_conv.forward(call, x, h0, c0, weights, h, c, h_seq[0], h_seq[1:], c_seq, gates)
-    return h, c, gates, c_seq, h_seq
+        saved = (gates, c)
+    else:
+        size = (call.N, call.C, *call.output)
+        h, c = (x.new_empty_strided(size, call.state_strides) for _ in "hc")  # channels last
+        saved = ()
+        if save:
+            gates = x.new_empty(1, call.rows, 4 * call.C)
+            h_seq, c_seq = (x.new_empty(2, call.rows, call.C) for _ in "hc")
+            saved = gates, c_seq, h_seq
+            written = h_seq[0], h_seq[1:], c_seq, gates
+        cpu_conv.forward(call, x, h0, c0, weights, h, c, *(written if save else ()))
+    if kind.dtype != c.dtype:
+        return h.to(kind.dtype), c.to(kind.dtype), *saved
+    if save and not kind.in_core:
+        saved = gates, c.clone()
+    return h, c, *saved
 
 
 class ConvStep(Function):
@@ -164,7 +228,7 @@ class ConvStep(Function):
     def forward(
         ctx: Any,
         call: cpu_conv.Call,
-        in_core: bool,
+        kind: _Kind,
         cell_weights: CellWeights | None,
         shared: Tensor | None,
         states: tuple[Tensor, Tensor],
@@ -172,7 +236,7 @@ class ConvStep(Function):
     ) -> tuple[Tensor, Tensor]:
         """tensors: x, h0 and c0, weight_ih, weight_hh, bias_ih, bias_hh and weight_ch; then what
         :func:`_forward` has saved. cell_weights, shared: as :mod:`step_gradients` has them."""
-        ctx.call, ctx.in_core, ctx.cell_weights = call, in_core, cell_weights
+        ctx.call, ctx.kind, ctx.cell_weights = call, kind, cell_weights
         save(ctx, tensors)
         return states
 
@@ -184,7 +248,7 @@ class ConvStep(Function):
         kept = None
         with ops.without_autocast(tensors[0].device):
             if must_apply():
-                run = functools.partial(_in_torch, ctx.call)
+                run = functools.partial(_in_torch, ctx.call, ctx.kind)
                 made = pulled(run, tensors[:_TENSORS], grads, wanted)
             else:
                 made, kept = _gradients(ctx, wanted, grads, tensors, shared and may_keep(ctx))
@@ -212,11 +276,13 @@ def _gradients(
 ) -> tuple[tuple[Tensor | None, ...], KeptSteps | None]:
     """Those of ConvStep's tensors, and instead of those of the weights, if ``keep``, that of
     ``shared``."""
-    call = ctx.call
-    x, h0, c0, w_ih, w_hh, _, _, w_ch, gates, c_seq, *h_seq = tensors
+    call, kind = ctx.call, ctx.kind
+    gates, c_seq, *h_seq = tensors[_TENSORS:]
+    x, h0, c0, w_ih, w_hh, _, _, w_ch = kind.computed(tensors[:_TENSORS])
+    grads = [None if g is None else g.to(c0.dtype) for g in grads]
     of_x, of_h0, of_c0, *of_weights, of_w_ch = wanted
     kept = made = None
-    if ctx.in_core:
+    if kind.in_core:
         dh, dc = (None if g is None else pixels_of(g) for g in grads)
         da, dx, dh0, dc0, dw_ch = cpu_conv.backward(
             call, of_x, of_h0, (x, w_ih, w_hh, w_ch), gates, c_seq, None, dh, dc
@@ -236,7 +302,11 @@ def _gradients(
             made = products([step], of_weights)
     states = dh0 if of_h0 else None, dc0 if of_c0 else None
     weights = (None,) * 4 if made is None else (*made[:2], *two_biases(made[2], *of_weights[2:]))
-    return (dx, *states, *weights, dw_ch if of_w_ch else None), kept
+    all_made = (dx, *states, *weights, dw_ch if of_w_ch else None)
+    if kind.dtype != c0.dtype:
+        pairs = zip(all_made, tensors, strict=False)
+        all_made = tuple(None if g is None else g.to(t.dtype) for g, t in pairs)
+    return all_made, kept
 
 
 def _layer(call: cpu_conv.Call, dtype: torch.dtype) -> Layer:
@@ -244,19 +314,11 @@ def _layer(call: cpu_conv.Call, dtype: torch.dtype) -> Layer:
     return Layer(walk, call.window, call.output, False)
 
 
-def _in_torch(
-    call: cpu_conv.Call,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_ch: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _in_torch(call: cpu_conv.Call, kind: _Kind, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     """The step in torch operations."""
-    bias = None if b_ih is None else b_ih + b_hh
-    states = h0.movedim(1, -1), c0.movedim(1, -1)
-    _, h, c = in_torch(_layer(call, x.dtype), x.unsqueeze(0), w_ih, bias, w_hh, *states, w_ch)
-    return h.movedim(-1, 1), c.movedim(-1, 1)
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_ch = kind.computed(tensors)
+    bias = None if b_ih is None else (b_ih + b_hh).to(x.dtype)
+    states = (s.to(c0.dtype).movedim(1, -1) for s in (h0, c0))
+    layer = _layer(call, kind.dtype)
+    _, h, c = in_torch(layer, x.unsqueeze(0), w_ih, bias, w_hh, *states, w_ch)
+    return h.movedim(-1, 1).to(kind.dtype), c.movedim(-1, 1).to(kind.dtype)

@@ -51,18 +51,19 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h_1 and c_1, and the gates as the core's cell keeps them, if ``save``: all (N, channels,
-    *output). weights: w_ih, w_hh, b_ih, b_hh and w_ch."""
+    *output). weights: w_ih, w_hh, b_ih, b_hh and w_ch. x, h0, w_ih and w_hh are of the
+    convolutions' dtype, all else, the results too, of the cell's."""
     w_ih, w_hh, b_ih, b_hh, w_ch = weights
     x, h0, c0 = (t.contiguous() for t in (x, h0, c0))
-    bias = None if b_ih is None else b_ih + b_hh
+    bias, acc = None if b_ih is None else (b_ih + b_hh).to(x.dtype), c0.dtype
     if _is_one(call):
         both = call.window.convolution(torch.cat([w_ih, w_hh], 1), call.size, last=False)
-        a = both(torch.cat([x, h0], 1), bias).contiguous()
+        a = both(torch.cat([x, h0], 1), bias).to(acc).contiguous()
     else:
-        a = call.window.convolution(w_ih, call.size, last=False)(x, bias).contiguous()
+        a = call.window.convolution(w_ih, call.size, last=False)(x, bias).to(acc).contiguous()
         a += call.window.of_states().convolution(w_hh, call.output, last=False)(h0)
-    h, c = torch.empty_like(h0), torch.empty_like(c0)
-    states = (_rows(t) for t in (h0, c0))
+    h, c = torch.empty_like(c0), torch.empty_like(c0)
+    states = (_rows(t) for t in (h0.to(acc), c0))
     results = (_rows(t) for t in (h, c))
     steps = Steps.padded(1, call.N)
     cell.cell_forward(steps, _rows(a), *states, _peephole(w_ch, call), *results, save)
@@ -80,7 +81,8 @@ def backward(
     dc: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """The gradients of the gates before activation, of x and h0, None where not wanted, c0 and
-    w_ch. tensors: x, h0, c0, w_ih, w_hh and w_ch; c: c_1; dh, dc: of h_1 and c_1, None for zero."""
+    w_ch; the first three of the convolutions' dtype. tensors: x, h0, c0, w_ih, w_hh and w_ch; c:
+    c_1; dh, dc: of h_1 and c_1, None for zero."""
     x, h0, c0, w_ih, w_hh, w_ch = tensors
     dh, dc = (None if d is None else _rows(d.contiguous()) for d in (dh, dc))
     da = torch.empty_like(gates)
@@ -88,6 +90,7 @@ def backward(
     _, dc0, dw_ch = cell.cell_backward(
         Steps.padded(1, call.N), dh, dc, *given, _peephole(w_ch, call), _rows(da)
     )
+    da = da.to(x.dtype)
     dx = dh0 = None
     if of_x:
         of_input = call.window.convolution(w_ih, call.size, last=False)
@@ -113,4 +116,9 @@ def weights_gradients(
             convolution = window.convolution(w, images.shape[2:], last=False)
             dw = convolution.gradients(da, images, False, True)[1]
         made.append(dw)
-    return made[0], made[1], da.flatten(2).sum((0, 2)) if any(wanted[2:]) else None
+    return made[0], made[1], _sum(da) if any(wanted[2:]) else None
+
+
+def _sum(da: Tensor) -> Tensor:
+    """Of all pixels, of each channel."""
+    return da.flatten(2).sum((0, 2), dtype=torch.promote_types(da.dtype, torch.float32))

@@ -1,10 +1,12 @@
 """One layer of a ConvLSTM: the convolutions and the loop over the steps.
 
-On the native cells it is one function for autograd, :class:`ConvLayer`: backward walks the steps
-back by the input's gradient alone of the recurrent convolution, and makes the weights' gradients in
-one convolution over all steps. In a graph (torch.compile, torch.export, make_fx) it is an operator
-that does the same, :mod:`conv_library`. In torch operations it is under whatever must see those:
-vmap, jvp, torch's ONNX export; and for second derivatives.
+On the native cells it is one function for autograd, :class:`ConvLayer`. Of few pixels and channels
+on the CPU each pass is a call of the core, :mod:`cpu.conv`. Else the steps are a loop,
+:mod:`conv_steps`: backward walks them back by the input's gradient alone of the recurrent
+convolution, and makes the weights' gradients in one convolution over all steps. In a graph
+(torch.compile, torch.export, make_fx) a layer is an operator that does the same,
+:mod:`conv_library`. In torch operations it is under whatever must see those: vmap, jvp, torch's
+ONNX export; and for second derivatives.
 
 Letters: T steps, N sequences, C hidden channels.
 """

@@ -319,8 +319,6 @@ def test_calls_that_go_the_other_way(short):
     x = torch.randn(2, 3, 6, 5)
     expected = cell(x)
     found.clear()
-    with torch.autocast("cpu", torch.bfloat16):
-        cell(x)
     torch.testing.assert_close(
         cell(x.as_subclass(Subclass))[0].as_subclass(torch.Tensor), expected[0]
     )
