@@ -122,7 +122,7 @@ def _step(
             or weight.dtype not in kinds
             or weight.shape != sizes.get(role)
             or weight.device.type != "cpu"
-            or not (weight.is_contiguous() or weight.movedim(1, -1).is_contiguous())
+            or not _is_dense(weight)
             or is_lazy(weight)
         ):
             return None
@@ -181,6 +181,13 @@ class _Kind(NamedTuple):
         x, h0, c0, w_ih, w_hh, *others = (None if t is None else t.to(self.dtype) for t in tensors)
         x, h0, w_ih, w_hh = (t.to(self.convolved) for t in (x, h0, w_ih, w_hh))
         return [x, h0, c0.to(acc), w_ih, w_hh, *(None if t is None else t.to(acc) for t in others)]
+
+
+def _is_dense(weight: Tensor) -> bool:
+    """Channels first or last."""
+    if weight.is_contiguous():
+        return True
+    return weight.dim() > 1 and weight.movedim(1, -1).is_contiguous()
 
 
 @functools.lru_cache(maxsize=256)

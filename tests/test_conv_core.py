@@ -329,6 +329,11 @@ def test_calls_that_go_the_other_way(short):
     for other in (weight.movedim(2, 3).contiguous().movedim(3, 2), torch._neg_view(-weight)):
         cell.weight_ih = nn.Parameter(other)
         torch.testing.assert_close(cell(x)[0], expected[0])
+    cell.weight_ih = nn.Parameter(weight)
+    for name in ("bias_ih", "bias_hh"):
+        apart = getattr(cell, name).data.repeat_interleave(2)[::2]
+        setattr(cell, name, nn.Parameter(apart))
+    torch.testing.assert_close(cell(x)[0], expected[0])
     cell.register_parameter("weight_ih", None)
     cell.__dict__["weight_ih"] = torch.zeros(16, 3, 3, 3)
     cell(x)
