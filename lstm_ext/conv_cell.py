@@ -51,11 +51,6 @@ if TYPE_CHECKING:
 
 _ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ch")
 _TENSORS = 3 + len(_ROLES)  # x and the states before
-# With more numbers in W_ih and W_hh a library's convolutions take less time than the core, and all
-# steps' gradients of them at once less than each step's. The time of a loop over nn.Conv2d over
-# that of one over a cell, by the core, by the library, and at once, 6 steps and backward: 64
-# channels of 8x8 pixels 0.95, 0.92 and 0.96, 128 of 4x4 0.75, 0.82 and 1.02 (Zen 4, one thread).
-_MANY_WEIGHTS = 1 << 19
 
 
 @functools.lru_cache(maxsize=256)
@@ -150,7 +145,7 @@ def _step(
                 return None
     tensors = (x, h0, c0, *weights)
     recorded = is_recording() and any(t is not None and t.requires_grad for t in tensors)
-    many = weights[0].numel() + weights[1].numel() >= _MANY_WEIGHTS
+    many = weights[0].numel() + weights[1].numel() >= conv_first.MANY_WEIGHTS
     kind = _kind(call, dtype, many)
     if not kind.in_core and not (weights[0].is_contiguous() and weights[1].is_contiguous()):
         return None  # channels last, as the other way wants them
@@ -171,7 +166,9 @@ class _Kind(NamedTuple):
 
     in_core: bool
     dtype: torch.dtype  # of what comes in, autocast or not, and of the results
-    convolved: torch.dtype  # of the convolutions: dtype, or float32 for a half type
+    # Of the convolutions: dtype, but float32 for a half type in the core, and where a library's
+    # convolutions of it are not for use.
+    convolved: torch.dtype
 
     def computed(self, tensors: Sequence[Any]) -> list[Any]:
         """ConvStep's tensors as they are computed with."""
@@ -190,14 +187,9 @@ def _is_dense(weight: Tensor) -> bool:
     return weight.dim() > 1 and weight.movedim(1, -1).is_contiguous()
 
 
-@functools.lru_cache(maxsize=256)
-def _is_for_bf16(call: cpu_conv.Call) -> bool:
-    return _layer(call, torch.bfloat16).is_for_bf16(call.size)
-
-
 def _kind(call: cpu_conv.Call, dtype: torch.dtype, many: bool) -> _Kind:
     acc = acc_dtype(dtype)
-    half = dtype == torch.bfloat16 and _is_for_bf16(call)
+    half = dtype == torch.bfloat16 and _layer(call, dtype).is_for_bf16(call.size)
     in_core = call.is_few_products(forward=True, half=half) and not many
     return _Kind(in_core, dtype, dtype if half and not in_core else acc)
 
@@ -299,14 +291,14 @@ def _gradients(
         if any(of_weights):
             made = cpu_conv.weights_gradients(call, *of_weights[:2], x, h_seq[0], da)
     else:
+        x, h0 = x.contiguous(), h0.contiguous()
         da, dx, dh0, dc0, dw_ch = conv_first.backward(
             call, of_x, of_h0, (x, h0, c0, w_ih, w_hh, w_ch), gates, c_seq, *grads
         )
-        step, products = Kept(da, x.contiguous(), h0.contiguous()), _Products(call)
         if keep:
-            kept = KeptSteps(products, step, call.rows, ctx.cell_weights.wanted)
+            kept = KeptSteps(_Products(call), Kept(da, x, h0), call.rows, ctx.cell_weights.wanted)
         elif any(of_weights):
-            made = products([step], of_weights)
+            made = conv_first.weights_gradients(call, of_weights, x, h0, da)
     states = dh0 if of_h0 else None, dc0 if of_c0 else None
     weights = (None,) * 4 if made is None else (*made[:2], *two_biases(made[2], *of_weights[2:]))
     all_made = (dx, *states, *weights, dw_ch if of_w_ch else None)

@@ -1,7 +1,8 @@
 """The gradients of the weights of a cell, of all steps of a graph in few products.
 
-A loop over a cell sums dW = da_t^T x_t a step at a time: products of few rows, each of which writes
-a matrix of the weights' size, which is then added to the sum of the others. Here the backward of a
+A loop over a cell sums dW = da_t^T x_t (a ConvLSTM's: the same, of convolutions) a step at a time:
+products of few rows, each of which writes a matrix of the weights' size, which is then added to the
+sum of the others. Here the backward of a
 step keeps da_t, x_t and h_{t-1}, and what many steps have kept is multiplied at once. It goes the
 way that the gradients would have gone, through the graph: as the gradient of one more input, which
 all steps of a graph share. So autograd adds it up, and knows when all steps are there. In half
@@ -22,6 +23,7 @@ from torch.autograd import Function
 
 from lstm_ext.batching import SavedOnce
 from lstm_ext.cpu.products import transposed_matmul
+from lstm_ext.engine import is_surrounded
 
 # A graph with fewer numbers in W_ih and W_hh takes longer to be told of what it is to keep than it
 # gains. Training with it over without, float32, Zen 4: 20 steps, B 8 H 32 1.11, B 1 H 64 0.96, H
@@ -160,7 +162,7 @@ def cell_products(steps: Sequence[Kept], wanted: Sequence[bool]) -> Sequence[Ten
 
 
 class KeptSteps(Tensor):
-    """Its gradient, of one step or, added up, of several."""
+    """The gradient of a :class:`SharedInput`, of one step or, added up, of several."""
 
     @staticmethod
     def __new__(cls, *_: Any) -> KeptSteps:
@@ -254,8 +256,9 @@ def two_biases(
 
 def may_keep(ctx: Any) -> bool:
     """Whether the backward of a step that shares an input may keep what the weights' gradients are
-    made of: not where each of them is asked for numbers, nor where steps are batched."""
-    return not (torch.is_anomaly_enabled() or isinstance(ctx, SavedOnce))
+    made of: not where each of them is asked for numbers, where steps are batched, nor where what
+    surrounds backward adds up all that there is, as compiled autograd does."""
+    return not (torch.is_anomaly_enabled() or isinstance(ctx, SavedOnce) or is_surrounded())
 
 
 def nothing_kept() -> Tensor:

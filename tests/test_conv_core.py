@@ -118,6 +118,19 @@ def test_lengths_and_resets(dims, given, dtype, way, isa):
         torch.testing.assert_close(a, b, rtol=0, atol=limit * scale)
 
 
+@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize("given", GIVEN)
+def test_one_pass_by_the_core_and_one_by_a_library(given, forward, way, monkeypatch):
+    module = made(2, "peephole", F64, bidirectional=True)
+    x = leaf(torch.randn(4, 3, 3, 6, 5, dtype=F64))
+    expected = results(module, x, **GIVEN[given])
+    calls = way(True)
+    monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda _, pass_, *__: pass_ == forward)
+    got = results(module, x, **GIVEN[given])
+    assert calls == ["forward" if forward else "backward"] * 2
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("given", [*GIVEN, None])
 def test_half_types(dtype, given, way):

@@ -1,10 +1,14 @@
 """The steps of a ConvLSTM's cell by a library's convolutions, channels first, and the gradients of
 large weights of many steps at once."""
 
+import threading
+
 import pytest
 import torch
 from device import leaf
 from test_conv_core import CELLS, F64, OPTIONS, SIZES, made
+from torch._dynamo import compiled_autograd
+from torch.utils.checkpoint import checkpoint
 
 from lstm_ext import conv, conv_cell, conv_first, step_gradients
 from lstm_ext.cpu import conv as cpu_conv
@@ -23,7 +27,7 @@ def found(monkeypatch):
 
     monkeypatch.setattr(step_gradients.KeptSteps, "__init__", spy)
     monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda *_, **__: False)
-    monkeypatch.setattr(conv_cell, "_MANY_WEIGHTS", 0)
+    monkeypatch.setattr(conv_first, "MANY_WEIGHTS", 0)
     return rows
 
 
@@ -80,7 +84,7 @@ def test_one_convolution_of_both(sizes, few, found, monkeypatch):
     kernel = sizes or (3, 3)
     cell = CELLS[2](2, 3, kernel, padding=tuple(k // 2 for k in kernel), dtype=F64)
     x, hx = leaf(torch.randn(2, 2, 4, 5, dtype=F64)), list(torch.randn(2, 2, 3, 4, 5, dtype=F64))
-    monkeypatch.setattr(conv_first, "_FEW_WEIGHTS", few)
+    monkeypatch.setattr(conv_first, "MANY_WEIGHTS", few)
     call = conv_cell._call(cell._window(0), 2, 2, 3, (4, 5))
     assert conv_first._is_one(call) == bool(few)
     got = loop(cell, x, hx)
@@ -159,6 +163,72 @@ def test_graphs(found, monkeypatch):
     the_other_way(monkeypatch)
     for a, b in zip(got, run(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_autograd(backend, found, monkeypatch):
+    cell = made(2, "plain", F64, cell=True)
+    x = torch.randn(2, 3, 3, 4, dtype=F64)
+
+    def run():
+        cell.zero_grad()
+        loss = sum(t.square().sum() for t in loop(cell, x, None))
+        with compiled_autograd._enable(torch.compile(backend=backend)):
+            loss.backward()
+        return [w.grad for w in cell.parameters()]
+
+    got = run()
+    assert not found  # it adds up all that there is
+    the_other_way(monkeypatch)
+    torch.testing.assert_close(got, run())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_threads_and_some_steps_under_autocast(reentrant, found, monkeypatch):
+    cell = made(2, "plain", torch.float32, cell=True)
+    x = leaf(torch.randn(2, 3, 3, 4))
+    wanted = [x, *cell.parameters()]
+
+    def part(x, *states):
+        return loop(cell, x, states or None)
+
+    def in_parts(states=None):
+        outputs = []
+        for _ in range(2):
+            outputs += checkpoint(part, x, *(states or ()), use_reentrant=reentrant)
+            states = outputs[-2:]
+        return outputs
+
+    def of_two_dtypes():
+        outputs, states = [], None
+        for k in range(5):
+            with torch.autocast("cpu", torch.bfloat16, enabled=k in (1, 2)):
+                states = cell(x, None if states is None else [s.float() for s in states])
+            outputs += [s.float() for s in states]
+        return outputs
+
+    def run(outputs):
+        loss = sum(t.square().sum() for t in outputs)
+        loss.backward()
+        made = [w.grad.clone() for w in wanted]
+        for w in wanted:
+            w.grad = None
+        return made
+
+    def of_threads():
+        states = loop(cell, x, None)
+        thread = threading.Thread(target=lambda: states[-1].sum().backward(retain_graph=True))
+        thread.start()
+        thread.join()
+        return states[:-1]
+
+    cases = in_parts, of_two_dtypes, of_threads
+    got = [run(case()) for case in cases]
+    assert found
+    the_other_way(monkeypatch)
+    for case, ours in zip(cases, got, strict=True):
+        limits = {"rtol": 0.02, "atol": 0.02} if case is of_two_dtypes else {}
+        torch.testing.assert_close(ours, run(case()), **limits)
 
 
 def test_what_is_read_later_changed_meanwhile(found):

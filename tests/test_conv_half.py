@@ -7,7 +7,7 @@ from test_conv_core import CELLS, GIVEN, SIZES
 from tolerances import assert_as_good
 
 import lstm_ext
-from lstm_ext import conv, conv_cell, step_gradients
+from lstm_ext import conv, conv_cell, conv_first, step_gradients
 from lstm_ext.cpu import conv as cpu_conv
 
 pytestmark = pytest.mark.cpu_only(reason="the CPU's short way")
@@ -19,7 +19,7 @@ WAYS = ["core", "library", "at_once"]
 def way(request, monkeypatch):
     """How the short way computes a step; the first that keeps what gradients are made of."""
     monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda *_, **__: request.param == "core")
-    monkeypatch.setattr(conv_cell, "_MANY_WEIGHTS", 0 if request.param == "at_once" else 10**9)
+    monkeypatch.setattr(conv_first, "MANY_WEIGHTS", 0 if request.param == "at_once" else 10**9)
     return request.param
 
 

@@ -153,7 +153,7 @@ class ConvSteps {
     for (int64_t i = 0; i < p_.T; ++i) {
       const int64_t t = p_.step_at(i);
       take_step(t, h, at(p_.columns, 0));
-      set_rows(t);
+      const bool some_skip = set_rows(t);
       call.h0 = h;
       call.c0 = cell(p_.before(t));
       call.gates = p_.gates ? at(p_.gates, t * 4 * state_) : nullptr;
@@ -161,7 +161,7 @@ class ConvSteps {
       call.y = at(p_.h_out, t * state_);
       call.h_n = i < p_.T - 1 ? call.y : p_.h_n;
       call.c_n = i < p_.T - 1 ? call.c_seq : p_.c_n;
-      if (p_.on) {  // rows without a step are left as they are, but for states
+      if (some_skip) {  // their rows are left as they are, but for states
         std::memset(call.y, 0, size_t(state_) * sizeof(E));
         std::memset(call.c_seq, 0, size_t(state_) * sizeof(E));
         if (p_.gates) std::memset(call.gates, 0, size_t(4 * state_) * sizeof(E));
@@ -231,9 +231,8 @@ class ConvSteps {
       call.dc_n = at(p_.dc, last * state_);
       call.dc0 = at(p_.dc, (1 - last) * state_);
       call.dgates = at(p_.dgates, t * 4 * state_);
-      set_rows(t);
       // The kernel leaves rows without a step as they are.
-      if (p_.on) std::memset(call.dgates, 0, size_t(4 * state_) * sizeof(E));
+      if (set_rows(t)) std::memset(call.dgates, 0, size_t(4 * state_) * sizeof(E));
       kernels.backward.run(call);
       if (i == 0 && !p_.of_h0 && !p_.dx) continue;
       m.a = call.dgates;
@@ -283,13 +282,16 @@ class ConvSteps {
     return {1, rows_, rows_, rows_, 1, nullptr, lengths, reset, false};
   }
 
-  // A pixel is a sequence to the kernels.
-  void set_rows(int64_t t) const {
+  // A pixel is a sequence to the kernels. Returns whether some take no step.
+  bool set_rows(int64_t t) const {
     const int64_t n = p_.of_h.places();
+    bool some_skip = false;
     for (int64_t b = 0; b < p_.N; ++b) {
+      some_skip = some_skip || p_.skips(t, b);
       if (p_.on) std::fill_n(static_cast<int64_t*>(p_.on_rows) + b * n, n, !p_.skips(t, b));
       if (p_.reset) std::fill_n(static_cast<uint8_t*>(p_.reset_rows) + b * n, n, p_.resets(t, b));
     }
+    return some_skip;
   }
 
   static void round_to(Dtype dtype, E* x, int64_t n) {
