@@ -190,7 +190,7 @@ def test_checkpoints_threads_and_some_steps_under_autocast(reentrant, found, mon
     wanted = [x, *cell.parameters()]
 
     def part(x, *states):
-        return loop(cell, x, states or None)
+        return tuple(loop(cell, x, states or None))
 
     def in_parts(states=None):
         outputs = []
