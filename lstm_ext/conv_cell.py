@@ -145,7 +145,7 @@ def _step(
                 return None
     tensors = (x, h0, c0, *weights)
     recorded = is_recording() and any(t is not None and t.requires_grad for t in tensors)
-    many = weights[0].numel() + weights[1].numel() >= conv_first.MANY_WEIGHTS
+    many = call.weights >= conv_first.MANY_WEIGHTS
     kind = _kind(call, dtype, many)
     if not kind.in_core and not (weights[0].is_contiguous() and weights[1].is_contiguous()):
         return None  # channels last, as the other way wants them

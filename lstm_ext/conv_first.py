@@ -32,7 +32,7 @@ def _is_one(call: Call) -> bool:
         of_x.stride == of_h.stride
         and of_x.dilation == of_h.dilation
         and of_x.pads(call.size) == of_h.pads(call.output)
-        and 4 * call.C * (call.inputs + call.C) * call.kernel_size < MANY_WEIGHTS
+        and call.weights < MANY_WEIGHTS
     )
 
 

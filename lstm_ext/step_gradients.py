@@ -2,11 +2,10 @@
 
 A loop over a cell sums dW = da_t^T x_t (a ConvLSTM's: the same, of convolutions) a step at a time:
 products of few rows, each of which writes a matrix of the weights' size, which is then added to the
-sum of the others. Here the backward of a
-step keeps da_t, x_t and h_{t-1}, and what many steps have kept is multiplied at once. It goes the
-way that the gradients would have gone, through the graph: as the gradient of one more input, which
-all steps of a graph share. So autograd adds it up, and knows when all steps are there. In half
-precision the sums over the steps are float32 then.
+sum of the others. Here the backward of a step keeps da_t, x_t and h_{t-1}, and what many steps have
+kept is multiplied at once. It goes the way that the gradients would have gone, through the graph:
+as the gradient of one more input, which all steps of a graph share. So autograd adds it up, and
+knows when all steps are there. In half precision the sums over the steps are float32 then.
 
 Steps belong together if the state that one gets is that which another made, or a few operations
 away from it, as after a mask of the sequences that have ended.

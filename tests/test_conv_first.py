@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from device import leaf
+from kept_steps import rows_kept
 from test_conv_core import CELLS, F64, OPTIONS, SIZES, made
 from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
@@ -19,16 +20,9 @@ pytestmark = pytest.mark.cpu_only(reason="the CPU's short way")
 @pytest.fixture
 def found(monkeypatch):
     """A list with the rows of every step that was kept; no step is the core's."""
-    rows = []
-
-    def spy(self, products, step, count, wanted, start=step_gradients.KeptSteps.__init__):
-        rows.append(count)
-        start(self, products, step, count, wanted)
-
-    monkeypatch.setattr(step_gradients.KeptSteps, "__init__", spy)
     monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda *_, **__: False)
     monkeypatch.setattr(conv_first, "MANY_WEIGHTS", 0)
-    return rows
+    return rows_kept(monkeypatch)
 
 
 def loop(cell, x, hx, steps=4):

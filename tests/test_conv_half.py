@@ -3,11 +3,12 @@
 import pytest
 import torch
 from device import leaf
+from kept_steps import rows_kept
 from test_conv_core import CELLS, GIVEN, SIZES
 from tolerances import assert_as_good
 
 import lstm_ext
-from lstm_ext import conv, conv_cell, conv_first, step_gradients
+from lstm_ext import conv, conv_cell, conv_first
 from lstm_ext.cpu import conv as cpu_conv
 
 pytestmark = pytest.mark.cpu_only(reason="the CPU's short way")
@@ -99,13 +100,7 @@ def test_second_derivatives(dtype, way, monkeypatch):
 
 
 def test_gradients_of_many_steps_are_kept(way, monkeypatch):
-    found = []
-
-    def spy(self, *arguments, start=step_gradients.KeptSteps.__init__):
-        found.append(arguments[2])
-        start(self, *arguments)
-
-    monkeypatch.setattr(step_gradients.KeptSteps, "__init__", spy)
+    found = rows_kept(monkeypatch)
     cell, _ = twins(2, torch.bfloat16, False)
     x = torch.randn(2, 3, 4, 3, dtype=torch.bfloat16)
     states = None

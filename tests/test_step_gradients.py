@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from device import leaf
+from kept_steps import rows_kept
 from torch import nn
 from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
@@ -20,14 +21,7 @@ F64 = torch.float64
 @pytest.fixture
 def kept(monkeypatch):
     """A list with an entry for each step that was kept: its rows."""
-    found = []
-
-    def spy(self, products, step, rows, wanted, start=step_gradients.KeptSteps.__init__):
-        found.append(rows)
-        start(self, products, step, rows, wanted)
-
-    monkeypatch.setattr(step_gradients.KeptSteps, "__init__", spy)
-    return found
+    return rows_kept(monkeypatch)
 
 
 def twins(dtype=F64, kind="LSTMCell", **options):

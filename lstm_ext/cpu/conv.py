@@ -20,9 +20,8 @@ from lstm_ext.profiling import recorded
 # Up to so many multiplications of a step the core takes less time than a library's convolutions:
 # forward 0.5 to 0.9 of it, backward 0.4 to 0.9; and with six times as many, either way, of up to 64
 # pixels in all images 0.5 to 1.0, of a single step, which would lay the weights out for itself
-# alone, 0.7 to 0.97. Above, copies of what kernels see take longer than
-# they save, the sooner the more threads. Layers of 8 to 128 channels, 4x4 to 64x64 pixels, one and
-# two threads (Zen 4).
+# alone, 0.7 to 0.97. Above, copies of what kernels see take longer than they save, the sooner the
+# more threads. Layers of 8 to 128 channels, 4x4 to 64x64 pixels, one and two threads (Zen 4).
 _FEW_PRODUCTS = 10_000_000
 _FEW_PRODUCTS_BACK = 5_000_000
 _FEW_ROWS, _MORE_PRODUCTS = 64, 60_000_000
@@ -56,6 +55,11 @@ class Call(NamedTuple):
         """Its pixels."""
         return math.prod(self.window.kernel)
 
+    @property
+    def weights(self) -> int:
+        """Numbers in W_ih and W_hh."""
+        return 4 * self.C * (self.inputs + self.C) * self.kernel_size
+
     def weight_size(self, channels: int) -> tuple[int, ...]:
         return 4 * self.C, channels, *self.window.kernel
 
@@ -70,7 +74,7 @@ class Call(NamedTuple):
     def is_few_products(self, forward: bool, half: bool = False) -> bool:
         """Whether a step has so few that the core, which copies what the kernel sees at each pixel,
         takes less time than a library's convolutions; ``half``: than those of bfloat16."""
-        count = self.rows * self.kernel_size * (self.inputs + self.C) * 4 * self.C
+        count = self.rows * self.weights
         if half:
             return count <= _FEW_PRODUCTS_HALF and self.rows <= _FEW_ROWS_HALF
         if self.T == 1 or self.rows <= _FEW_ROWS:
