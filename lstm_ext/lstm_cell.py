@@ -204,18 +204,19 @@ class LSTMCell(Variants, nn.RNNCellBase):
         return self._arranged(weights, True, False, steps, h, c)
 
     def _check_state(self, state: Tensor, k: int, batch: int) -> None:
-        if state.shape == (batch, self.hidden_size):
-            return
+        if state.dim() != 2:  # batched unlike the input
+            raise RuntimeError(
+                f"Expected 2D hidden{k} (batch x hidden_size), but got {state.dim()}D tensor"
+            )
         if state.size(0) != batch:
             raise RuntimeError(
                 f"Input batch size {batch} doesn't match hidden{k} batch size {state.size(0)}"
             )
-        # A state batched unlike the input comes here with one or three dimensions.
-        wrong = state.dim() > 1 and state.size(1) != self.hidden_size
-        got = state.size(1) if wrong else tuple(state.shape)
-        raise RuntimeError(
-            f"hidden{k} has inconsistent hidden_size: got {got}, expected {self.hidden_size}"
-        )
+        if state.size(1) != self.hidden_size:
+            raise RuntimeError(
+                f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected "
+                f"{self.hidden_size}"
+            )
 
     @classmethod
     def from_torch(cls, module: nn.LSTMCell) -> LSTMCell:
