@@ -31,7 +31,7 @@ inline void conv_forward(const ConvLayer& p, const pybind11::function& workspace
   of_dtype(p.dtype, [&](auto element) {
     with_scratch<decltype(element)>(
         p, ConvCall::kForward, workspace,
-        [&](const auto& steps) { return kernels.forward.workspace(steps.first_call()); },
+        [&](const auto& steps) { return steps.forward_bytes(kernels); },
         [&](const auto& steps, void* memory) { steps.forward(kernels, memory); });
   });
 }
@@ -41,10 +41,7 @@ inline int conv_backward(const ConvLayer& p, const pybind11::function& workspace
   return of_dtype(p.dtype, [&](auto element) {
     return with_scratch<decltype(element)>(
         p, ConvCall::kBackward, workspace,
-        [&](const auto& steps) {
-          return std::max(kernels.backward.workspace(steps.first_backward()),
-                          kernels.matmul_workspace(steps.back_product()));
-        },
+        [&](const auto& steps) { return steps.backward_bytes(kernels); },
         [&](const auto& steps, void* memory) { return steps.backward(kernels, memory); });
   });
 }
@@ -54,11 +51,7 @@ inline void conv_weights(const ConvLayer& p, const pybind11::function& workspace
   of_dtype(p.dtype, [&](auto element) {
     with_scratch<decltype(element)>(
         p, ConvCall::kWeights, workspace,
-        [&](const auto& steps) {
-          // The last product's steps may be fewer, and take more memory.
-          return std::max(kernels.matmul_workspace(steps.weights_product(p.at_once)),
-                          kernels.matmul_workspace(steps.weights_product(p.T % p.at_once)));
-        },
+        [&](const auto& steps) { return steps.weights_bytes(kernels); },
         [&](const auto& steps, void* memory) { steps.weights(kernels, memory); });
   });
 }

@@ -11,6 +11,7 @@
 #include "../half.h"
 #include "conv_window.h"
 #include "kernels.h"
+#include "transpose.h"
 
 namespace lstm_ext {
 
@@ -98,6 +99,17 @@ class ConvScratch {
   int64_t taken_ = 0;
 };
 
+// N images, channels last.
+template <class E>
+void channels_last(const ConvWindow& window, int64_t N, const E* images, bool first, E* to) {
+  const int64_t n = window.channels, pixels = window.pixels(), size = n * pixels;
+  if (!first) {
+    std::memcpy(to, images, size_t(N * size) * sizeof(E));
+    return;
+  }
+  for (int64_t b = 0; b < N; ++b) exchange_sides(images + b * size, n, pixels, to + b * size);
+}
+
 enum class ConvCall { kForward, kBackward, kWeights };
 
 template <class E>
@@ -143,13 +155,27 @@ class ConvSteps {
     return call;
   }
 
+  // Of the kernels' workspace, of each call.
+  int64_t forward_bytes(const CpuKernels& kernels) const {
+    return kernels.forward.workspace(first_call());
+  }
+  int64_t backward_bytes(const CpuKernels& kernels) const {
+    return std::max(kernels.backward.workspace(first_backward()),
+                    kernels.matmul_workspace(back_product()));
+  }
+  int64_t weights_bytes(const CpuKernels& kernels) const {
+    // The last product's steps may be fewer, and take more memory.
+    return std::max(kernels.matmul_workspace(weights_product(p_.at_once)),
+                    kernels.matmul_workspace(weights_product(p_.T % p_.at_once)));
+  }
+
   void forward(const CpuKernels& kernels, void* workspace) const {
     LstmForward call = first_call();
     lay_out_weights(p_.w_ih, call.I);
     call.workspace = workspace;
     const void* h = p_.h_first;
-    put(p_.of_h, at(p_.h0, 0), p_.h0_first, at(p_.h_first, 0));
-    put(p_.of_h, at(p_.c0, 0), p_.c0_first, cell(p_.before(p_.step_at(0))));
+    channels_last(p_.of_h, p_.N, at(p_.h0, 0), p_.h0_first, at(p_.h_first, 0));
+    channels_last(p_.of_h, p_.N, at(p_.c0, 0), p_.c0_first, cell(p_.before(p_.step_at(0))));
     for (int64_t i = 0; i < p_.T; ++i) {
       const int64_t t = p_.step_at(i);
       take_step(t, h, at(p_.columns, 0));
@@ -267,8 +293,10 @@ class ConvSteps {
         add(at(p_.dbias, 0), at(p_.dbias, 4 * p_.C), 4 * p_.C);
       }
     }
-    each_weight([](E& own, const E& laid_out) { own = laid_out; }, at(p_.dw, 0), p_.all_columns(),
-                p_.dw_ih, p_.dw_hh);
+    const auto in_place = [](E* own, const E* column, int64_t n, int64_t many) {
+      exchange_sides(column, many, n, own);
+    };
+    each_weight(in_place, at(p_.dw, 0), p_.all_columns(), p_.dw_ih, p_.dw_hh);
   }
 
  private:
@@ -317,20 +345,9 @@ class ConvSteps {
   }
   E* cell(int64_t k) const { return at(p_.c_seq, k % p_.memories * state_); }
 
-  // N images, channels last.
-  void put(const ConvWindow& window, const E* images, bool first, E* to) const {
-    const int64_t n = window.channels, pixels = window.pixels();
-    if (!first) {
-      std::memcpy(to, images, size_t(p_.N * pixels * n) * sizeof(E));
-      return;
-    }
-    for (int64_t b = 0; b < p_.N; ++b, to += pixels * n)
-      for (int64_t c = 0; c < n; ++c)
-        for (int64_t i = 0; i < pixels; ++i) to[i * n + c] = *images++;
-  }
-
-  // done(weight, the same in rows of so many columns), for each that there is and lies channels
-  // first: in the rows the channels of a pixel are side by side, and W_hh's are last.
+  // done(weight, the same in rows of so many columns, its channels, its pixels), row by row, for
+  // each that there is: in those rows the channels of a pixel are side by side, and W_hh's are
+  // last.
   template <class Done, class Void>
   void each_weight(Done&& done, E* laid_out, int64_t columns, Void* w_ih, Void* w_hh) const {
     const auto each = [&](const ConvWindow& window, Void* weights, E* column) {
@@ -338,32 +355,30 @@ class ConvSteps {
       const int64_t n = window.channels, many = ConvWindow::product(window.kernel);
       auto* own = at(weights, 0);
       for (int64_t row = 0; row < 4 * p_.C; ++row, own += n * many, column += columns) {
-        for (int64_t c = 0; c < n; ++c)
-          for (int64_t k = 0; k < many; ++k) done(own[c * many + k], column[k * n + c]);
+        done(own, column, n, many);
       }
     };
     each(p_.of_x, w_ih, laid_out);
     each(p_.of_h, w_hh, laid_out + columns - p_.of_h.columns());
   }
   void lay_out_weights(const void* w_ih, int64_t columns) const {
-    each_weight([](const E& own, E& laid_out) { laid_out = own; }, at(p_.w, 0), columns,
-                p_.w_ih_first ? w_ih : nullptr, p_.w_hh_first ? p_.w_hh : nullptr);
-    const auto copy = [&](const void* weights, E* to, int64_t n) {
-      const E* from = at(weights, 0);
-      for (int64_t row = 0; row < 4 * p_.C; ++row, from += n, to += columns) {
-        std::memcpy(to, from, size_t(n) * sizeof(E));
-      }
+    const auto lay_out = [&](bool channels_first, const auto& done) {
+      each_weight(done, at(p_.w, 0), columns, p_.w_ih_first == channels_first ? w_ih : nullptr,
+                  p_.w_hh_first == channels_first ? p_.w_hh : nullptr);
     };
-    if (w_ih && !p_.w_ih_first) copy(w_ih, at(p_.w, 0), p_.of_x.columns());
-    const int64_t of_h = p_.of_h.columns();
-    if (!p_.w_hh_first) copy(p_.w_hh, at(p_.w, columns - of_h), of_h);
+    lay_out(true, [](const E* own, E* column, int64_t n, int64_t many) {
+      exchange_sides(own, n, many, column);
+    });
+    lay_out(false, [](const E* own, E* column, int64_t n, int64_t many) {
+      std::memcpy(column, own, size_t(n * many) * sizeof(E));
+    });
   }
 
   // What the kernels see at a step, of x and of the h before it.
   void take_step(int64_t t, const void* h, E* to) const {
     const E* x = at(p_.x, t * image_size());
     if (p_.x_first) {
-      put(p_.of_x, x, true, at(p_.image, 0));
+      channels_last(p_.of_x, p_.N, x, true, at(p_.image, 0));
       x = at(p_.image, 0);
     }
     take(p_.of_x, x, to, [&](int64_t b) { return p_.skips(t, b); });

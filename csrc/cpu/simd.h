@@ -26,6 +26,7 @@
 
 #include "../cell.h"
 #include "../half.h"
+#include "transpose.h"
 
 namespace lstm_ext {
 namespace LSTM_EXT_ISA {
@@ -328,17 +329,6 @@ LSTM_EXT_INLINE Vec<A> rounded_to(Vec<A> v) {
   S part[Lanes<A>::kCount];
   store_full<A>(part, v);
   return load_full<A>(part);
-}
-
-// Lane i of the result is lane Index[i] of a and b, counted through.
-template <int... Index, class V>
-LSTM_EXT_INLINE V shuffle(V a, V b) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, Index...);
-#else
-  using Mask = decltype(a < b);
-  return __builtin_shuffle(a, b, Mask{Index...});
-#endif
 }
 
 // In-register transpose of a kCount x kCount block, log2(kCount) exchanges between rows that lie
