@@ -123,7 +123,7 @@ inline void bind_cpu_conv(pybind11::module_& m) {
       .def(
           "backward",
           [](ConvLayer p, Memory gates, Memory c_seq, Memory dy, bool of_h0, Memory dgates,
-             Memory dx, Memory dh, Memory dc, Memory dpeephole, const py::function& workspace) {
+             Memory dx, Memory dh, Memory dc, Memory dw_ch, const py::function& workspace) {
             p.gates = gates.address;
             p.c_seq = c_seq.address;
             p.memories = p.T + 1;
@@ -133,11 +133,11 @@ inline void bind_cpu_conv(pybind11::module_& m) {
             p.dx = dx.address;
             p.dh = dh.address;
             p.dc = dc.address;
-            p.dpeephole = dpeephole.address;
+            p.dw_ch = dw_ch.address;
             return conv_backward(p, workspace);
           },
-          "gates"_a, "c_seq"_a, "dy"_a, "of_h0"_a, "dgates"_a, "dx"_a, "dh"_a, "dc"_a,
-          "dpeephole"_a, "workspace"_a)
+          "gates"_a, "c_seq"_a, "dy"_a, "of_h0"_a, "dgates"_a, "dx"_a, "dh"_a, "dc"_a, "dw_ch"_a,
+          "workspace"_a)
       .def(
           "weights",
           [](ConvLayer p, Memory h_seq, Memory dgates, int64_t at_once, Memory dw_ih, Memory dw_hh,

@@ -67,6 +67,7 @@ inline void bind_surroundings(pybind11::module_& m) {
       .def("watched", &Surroundings::watched)
       .def("surrounded", &Surroundings::surrounded)
       .def("intercepted", &Surroundings::intercepted)
+      .def("none", &Surroundings::none)
       .def("recording", &Surroundings::recording);
 }
 

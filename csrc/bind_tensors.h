@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -50,6 +51,7 @@ class PlainTensors {
     PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
     PyObject* contiguous = PyUnicode_InternFromString("contiguous");
     PyObject* new_empty = PyUnicode_InternFromString("new_empty");
+    PyObject* new_empty_strided = PyUnicode_InternFromString("new_empty_strided");
     PyObject* new_zeros = PyUnicode_InternFromString("new_zeros");
     PyObject* view = PyUnicode_InternFromString("view");
     PyObject* t = PyUnicode_InternFromString("t");
@@ -63,9 +65,10 @@ class PlainTensors {
     return instance;
   }
 
-  // Of up to three dimensions; of more, only how many.
+  // Of up to kMost dimensions; of more, only how many.
   struct Sizes {
-    int64_t of[3] = {};
+    static constexpr Py_ssize_t kMost = 5;
+    int64_t of[kMost] = {};
     Py_ssize_t count;
     Sizes(int64_t a) : of{a}, count(1) {}
     Sizes(int64_t a, int64_t b) : of{a, b}, count(2) {}
@@ -77,17 +80,16 @@ class PlainTensors {
                                    pybind11::repr(shape).cast<std::string>());
       }
       count = PyTuple_GET_SIZE(shape.ptr());
-      for (Py_ssize_t k = 0; k < count && k < 3; ++k) {
+      for (Py_ssize_t k = 0; k < count && k < kMost; ++k) {
         of[k] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), k));
         if (of[k] == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
       }
     }
     explicit Sizes(const dlpack::View& view) : count(view.dims) {
-      for (Py_ssize_t k = 0; k < count && k < 3; ++k) of[k] = view.shape[k];
+      for (Py_ssize_t k = 0; k < count && k < kMost; ++k) of[k] = view.shape[k];
     }
     bool operator==(const Sizes& other) const {
-      return count == other.count && of[0] == other.of[0] && of[1] == other.of[1] &&
-             of[2] == other.of[2];
+      return count == other.count && std::equal(of, of + kMost, other.of);
     }
   };
 
@@ -103,9 +105,10 @@ class PlainTensors {
     PyObject* dtype = nullptr;  // lives on; null: of no code
     Dtype code{};
     Sizes sizes{0};
-    bool here = false;           // on this kind of device
-    int64_t device = -1;         // of a kind that has several, the number
-    void* contiguous = nullptr;  // its memory, if it is known, and its rows lie in order
+    bool here = false;              // on this kind of device
+    int64_t device = -1;            // of a kind that has several, the number
+    void* contiguous = nullptr;     // its memory, if it is known, and its rows lie in order
+    void* channels_last = nullptr;  // likewise, of images or a kernel's weights
   };
   // Whether value is of the types.
   bool look(Handle value, Look& found) const {
@@ -123,7 +126,12 @@ class PlainTensors {
       found.sizes = Sizes(view);
       found.here = view.device_type == device_type_;
       if (device_type_ != dlpack::kCpu) found.device = view.device;
-      if (dlpack::is_contiguous(view)) found.contiguous = ahead(view.data, view.byte_offset);
+      void* const memory = ahead(view.data, view.byte_offset);
+      if (dlpack::is_contiguous(view)) {
+        found.contiguous = memory;
+      } else if (dlpack::is_channels_last(view)) {
+        found.channels_last = memory;
+      }
       return true;
     }
     PyObject* const dtype = get(value, names().dtype).ptr();
@@ -139,6 +147,13 @@ class PlainTensors {
     found.device = PyLong_AsLongLong(call(value, names().get_device).ptr());
     if (found.device == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
     return true;
+  }
+  // Of a dtype that has one.
+  Dtype code_of(Handle dtype) const {
+    for (const Known& known : known_)
+      if (known.dtype.ptr() == dtype.ptr()) return known.code;
+    throw pybind11::type_error("Expected a dtype with a code, got " +
+                               pybind11::repr(dtype).cast<std::string>());
   }
   bool is_number(PyObject* dtype) const { return dtype && dtype != bytes_.ptr(); }
   // Of sums, gates and cell states.
@@ -169,6 +184,14 @@ class PlainTensors {
     return has_memory(kept, address) ? address : nullptr;
   }
 
+  // What new_empty_strided of like makes, given both as tuples.
+  static Object make_strided(Handle like, Handle sizes, Handle strides, Handle dtype) {
+    static PyObject* const keywords = PyTuple_Pack(1, names().dtype);
+    PyObject* arguments[] = {like.ptr(), sizes.ptr(), strides.ptr(), dtype.ptr()};
+    return checked(PyObject_VectorcallMethod(names().new_empty_strided, arguments, 3,
+                                             dtype ? keywords : nullptr));
+  }
+
   // Whether read() says yes. Where torch refuses a question, such as for the memory of a tensor
   // that has none, the answer is no; whatever else is raised, an interrupt as well, goes on.
   template <class Read>
@@ -197,8 +220,8 @@ class PlainTensors {
   // What like's method makes of sizes. dtype: of the new tensor; null: that of like.
   static Object make(Handle like, PyObject* name, const Sizes& sizes, Handle dtype = {}) {
     static PyObject* const keywords = PyTuple_Pack(1, names().dtype);
-    Object numbers[3];
-    PyObject* arguments[5] = {like.ptr()};
+    Object numbers[Sizes::kMost];
+    PyObject* arguments[Sizes::kMost + 2] = {like.ptr()};
     for (Py_ssize_t k = 0; k < sizes.count; ++k) {
       numbers[k] = checked(PyLong_FromLongLong(sizes.of[k]));
       arguments[k + 1] = numbers[k].ptr();

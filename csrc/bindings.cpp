@@ -10,6 +10,7 @@
 
 #include "bind_cpu.h"
 #include "bind_cpu_conv.h"
+#include "bind_cpu_conv_cell.h"
 #include "bind_cpu_plain.h"
 #include "bind_memory.h"
 #include "bind_steps.h"
@@ -243,6 +244,7 @@ PYBIND11_MODULE(_C, m) {
   lstm_ext::bind_surroundings(m);
   lstm_ext::bind_cpu_plain(m);
   lstm_ext::bind_cpu_conv(m);
+  lstm_ext::bind_cpu_conv_cell(m);
   m.def(
       "address",
       [](lstm_ext::Memory tensor) { return reinterpret_cast<uintptr_t>(tensor.address); },

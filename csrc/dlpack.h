@@ -53,4 +53,19 @@ inline bool is_contiguous(const View& view) {
   return true;
 }
 
+// Likewise, of three dimensions or more with elements, if the second of them were the last.
+inline bool is_channels_last(const View& view) {
+  if (view.dims < 3) return false;
+  int64_t expected = 1;
+  const auto lies = [&](int32_t k) {
+    if (view.shape[k] != 1 && view.strides[k] != expected) return false;
+    expected *= view.shape[k];
+    return true;
+  };
+  if (!lies(1)) return false;
+  for (int32_t k = view.dims; k-- > 2;)
+    if (!lies(k)) return false;
+  return lies(0);
+}
+
 }  // namespace lstm_ext::dlpack

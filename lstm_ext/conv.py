@@ -176,12 +176,14 @@ class ConvLSTMCell(ConvLSTMBase):
         Raises:
             As the sequence's forward.
         """
+        if not torch.compiler.is_compiling():
+            attributes = self._attributes()
+            if attributes == self._made_as:
+                states = short_step(self._parameters, input, hx, attributes)
+                if states is not None:
+                    return states
         if is_intercepted(input):
             return as_one_function(ConvLSTMCell.forward, self, input, hx)
-        if not torch.compiler.is_compiling() and self._attributes() == self._made_as:
-            states = short_step(self, input, hx, self._window(0), self._sizes(0))
-            if states is not None:
-                return states
         batched = self._is_batched(input, self._dims + 1)
         if hx is not None:
             check_pair(hx, type(self).__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from lstm_ext import conv_library  # noqa: F401, its operators
 from lstm_ext.compat import States, check_match, check_weights
 from lstm_ext.conv_layer import ConvWeights, conv_lstm_layer
 from lstm_ext.conv_walk import Walk
-from lstm_ext.convolutions import Window
+from lstm_ext.convolutions import Window, input_window
 from lstm_ext.engine import autocast_is_on, refuse_jit, without_autocast
 from lstm_ext.ops import check_dtype
 from lstm_ext.steps import Steps
@@ -26,9 +26,21 @@ __all__ = ["ConvLSTMBase", "Size"]
 
 Size = int | Sequence[int]
 
-#: Attributes that the parameters were made for, or that the constructor puts in one form.
-_FIXED = ("in_channels", "hidden_channels", "num_layers", "bias", "peephole")
-_FIXED += ("kernel_size", "stride", "padding", "dilation", "bidirectional", "merge_mode")
+
+class Attributes(NamedTuple):
+    """Those that the parameters were made for, or that the constructor puts in one form."""
+
+    in_channels: int
+    hidden_channels: int
+    num_layers: int
+    bias: bool
+    peephole: bool
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    bidirectional: bool
+    merge_mode: str | None
 
 
 class ConvLSTMBase(nn.Module):
@@ -98,14 +110,21 @@ class ConvLSTMBase(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # What was pickled before there were more attributes was made with their defaults.
-        self._made_as += self._attributes()[len(self._made_as) :]
+        now = self._attributes()
+        self._made_as = Attributes(*self._made_as, *now[len(self._made_as) :])
 
     @property
     def _directions(self) -> int:
         return 2 if self.bidirectional else 1
 
-    def _attributes(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, name) for name in _FIXED)
+    def _attributes(self) -> Attributes:
+        # fmt: off
+        return Attributes(
+            self.in_channels, self.hidden_channels, self.num_layers, self.bias, self.peephole,
+            self.kernel_size, self.stride, self.padding, self.dilation, self.bidirectional,
+            self.merge_mode,
+        )
+        # fmt: on
 
     def _sizes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Of a layer's parameters, in the order of ConvWeights."""
@@ -155,8 +174,7 @@ class ConvLSTMBase(nn.Module):
         """Of a layer's input; the deeper layers keep the size."""
         if layer:
             return Window(self.kernel_size, (1,) * self._dims, "same", self.dilation)
-        padding = (0,) * self._dims if self.padding == "valid" else self.padding
-        return Window(self.kernel_size, self.stride, padding, self.dilation)
+        return input_window(self.kernel_size, self.stride, self.padding, self.dilation)
 
     def _weights(self, index: int, x: Tensor) -> ConvWeights:
         """The tensors of one direction of a layer, as they are now, for x."""
@@ -177,7 +195,7 @@ class ConvLSTMBase(nn.Module):
         now = self._attributes()
         if now == self._made_as:
             return
-        pairs = zip(_FIXED, now, self._made_as, strict=True)
+        pairs = zip(Attributes._fields, now, self._made_as, strict=True)
         changed = [(name, *values) for name, *values in pairs if values[0] != values[1]]
         got, expected = (", ".join(f"{c[0]}={c[k]!r}" for c in changed) for k in (1, 2))
         raise RuntimeError(

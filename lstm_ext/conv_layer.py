@@ -315,10 +315,19 @@ def save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
 def saved_tensors(ctx: Any) -> Sequence[Any]:
     """As they were saved: a hook on them may return anything, and .data changes."""
     tensors = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+    check_saved(ctx, tensors)
+    return tensors
+
+
+def check_saved(ctx: Any, tensors: Sequence[Any]) -> None:
+    """Whether they are as :func:`save` got them.
+
+    Raises:
+        RuntimeError: they are not.
+    """
     for tensor, kind in zip(tensors, ctx.kinds, strict=True):
         if kind is not None:
             ops.check_result(tensor, *kind)
-    return tensors
 
 
 class ConvLayer(LayerFunction):

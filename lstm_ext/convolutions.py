@@ -106,6 +106,16 @@ class Window(NamedTuple):
         return Convolution(w, stride, padding, dilation, zeros, row, first)
 
 
+def input_window(
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+) -> Window:
+    """That of a first layer's input, of a module's attributes."""
+    return Window(kernel, stride, (0,) * len(kernel) if padding == "valid" else padding, dilation)
+
+
 #: From how many calls, and how many elements, a weight is laid out for all of them.
 _MANY, _LARGE = 3, 1 << 16
 

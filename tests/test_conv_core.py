@@ -1,13 +1,14 @@
-"""ConvLSTM's steps in one call of the CPU's core, and the short way of its cell."""
+"""ConvLSTM's steps in one call of the CPU's core."""
+
+import types
 
 import pytest
 import torch
 from device import leaf
 from tolerances import assert_as_good
-from torch import nn
 
 import lstm_ext
-from lstm_ext import conv, conv_cell
+from lstm_ext import conv_cell
 from lstm_ext.cpu import conv as cpu_conv
 
 pytestmark = pytest.mark.cpu_only(reason="the CPU's core")
@@ -33,22 +34,27 @@ OPTIONS = {
 def way(monkeypatch):
     """way(flag) has the core take all steps, or none; and a list with an entry for each call."""
     calls = []
-    for name, run in (("forward", cpu_conv.forward), ("backward", cpu_conv.backward)):
 
-        def spy(*args, run=run, name=name):
+    def spied(run, name):
+        def spy(*args):
             calls.append(name)
             return run(*args)
 
-        monkeypatch.setattr(cpu_conv, name, spy)
+        return spy
+
+    core, cell = conv_cell._core, {}
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(cpu_conv, name, spied(getattr(cpu_conv, name), name))
+        of_cell = "cpu_conv_cell" if name == "forward" else "cpu_conv_cell_backward"
+        cell[of_cell] = spied(getattr(core, of_cell), name)
+    monkeypatch.setattr(conv_cell, "_core", types.SimpleNamespace(**cell))
 
     def choose(flag):
         monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda *_, **__: flag)
-        conv_cell._call.cache_clear()
         calls.clear()
         return calls
 
-    yield choose
-    conv_cell._call.cache_clear()
+    return choose
 
 
 def made(dims, name, dtype, cell=False, **more):
@@ -184,19 +190,25 @@ def test_products_of_a_few_steps_at_once(columns, way, monkeypatch):
     torch.testing.assert_close(results(module, x), expected)
 
 
+def guard(monkeypatch):
+    """Memory behind what each call of the core takes, filled with 0xA5; a list of it."""
+    given = []
+
+    def guarded(size):
+        memory = torch.full((size + (1 << 20),), 0xA5, dtype=torch.uint8)
+        given.append(memory[size:])
+        return memory
+
+    monkeypatch.setattr(cpu_conv.cpu_products, "workspace", guarded)
+    return given
+
+
 # A product of fewer steps, the last, can need more memory than the others.
 @pytest.mark.parametrize("shape", [(66, 1, 16, 8, 8), (81, 1, 16, 8, 8)])
 def test_scratch_is_large_enough(shape, way, monkeypatch):
     module, x = lstm_ext.ConvLSTM2d(16, 16, 3), leaf(torch.randn(shape))
     way(True)
-    expected, guard, given = results(module, x), 1 << 20, []
-
-    def guarded(size):
-        memory = torch.full((size + guard,), 0xA5, dtype=torch.uint8)
-        given.append(memory[size:])
-        return memory
-
-    monkeypatch.setattr(cpu_conv.cpu_products, "workspace", guarded)
+    expected, given = results(module, x), guard(monkeypatch)
     got = results(module, x)
     assert len(given) == 3 and all((after == 0xA5).all() for after in given)
     for a, b in zip(got, expected, strict=True):
@@ -244,110 +256,3 @@ def test_which_sizes_the_core_takes():
         call = cpu_conv.Call(lstm._window(0), False, T, N, inputs, C, tuple(size), tuple(size))
         assert call.is_few_products(True) == forward
         assert call.is_few_products(False) == backward
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """A list with an entry for each step of a cell: whether it went the short way."""
-    found = []
-
-    def spy(*args, run=conv.short_step):
-        states = None if spy.refuses else run(*args)
-        found.append(states is not None)
-        return states
-
-    spy.refuses = False
-    monkeypatch.setattr(conv, "short_step", spy)
-    return found, spy
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("dims", SIZES)
-def test_a_cell_s_short_way_has_the_bits_of_the_other(dims, name, dtype, short):
-    found, spy = short
-    cell = made(dims, name, dtype, cell=True)
-    x = leaf(torch.randn(2, 3, *SIZES[dims], dtype=dtype))
-    size = cell(x)[0].shape
-    hx = [leaf(torch.randn(size, dtype=dtype)) for _ in "hc"]
-    read = [x, *hx, *cell.parameters()]
-
-    def run(states):
-        with torch.no_grad():
-            outputs = [*cell(x, states)]
-        for _ in range(2):  # of states that lie channels last
-            states = cell(x, states)
-            outputs += states
-        loss = states[0].square().sum() + states[1].sin().sum()
-        return outputs + list(torch.autograd.grad(loss, read))
-
-    found.clear()
-    got = run(tuple(hx))
-    assert found == [True] * 3
-    spy.refuses = True
-    for a, b in zip(got, run(tuple(hx)), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_states_are_alone_in_memory_and_may_be_changed(short):
-    cell = made(2, "plain", F64, cell=True)
-    x = leaf(torch.randn(2, 3, 6, 5, dtype=F64))
-    expected = torch.autograd.grad(cell(x)[0].sum(), cell.weight_ih)
-    for grad in (False, True):
-        with torch.set_grad_enabled(grad):
-            h, c = cell(x)
-        assert h.untyped_storage().nbytes() == c.untyped_storage().nbytes() == 8 * h.numel()
-    total = h.sum()
-    with torch.no_grad():
-        h.zero_()
-        c.zero_()
-    assert torch.equal(*torch.autograd.grad(total, cell.weight_ih), *expected)
-    assert short[0] == [True] * 3
-
-
-def test_second_derivatives_of_a_cell(short):
-    cell = made(2, "peephole", F64, cell=True)
-    x, h, c = (leaf(torch.randn(1, n, 3, 2, dtype=F64)) for n in (3, 4, 4))
-    assert torch.autograd.gradgradcheck(lambda x, h, c: cell(x, (h, c)), (x, h, c))
-    assert all(short[0])
-
-
-def test_what_a_hook_on_saved_tensors_returns_is_looked_at(short):
-    cell = made(2, "plain", F64, cell=True)
-    x = leaf(torch.randn(1, 3, 4, 4, dtype=F64))
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t[..., :1]):
-        h, _ = cell(x)
-    with pytest.raises(RuntimeError, match="Expected a result saved for backward"):
-        h.sum().backward()
-    assert short[0] == [True]
-
-
-class Subclass(torch.Tensor):
-    pass
-
-
-def test_calls_that_go_the_other_way(short):
-    found, _ = short
-    cell = made(2, "plain", torch.float32, cell=True)
-    x = torch.randn(2, 3, 6, 5)
-    expected = cell(x)
-    found.clear()
-    torch.testing.assert_close(
-        cell(x.as_subclass(Subclass))[0].as_subclass(torch.Tensor), expected[0]
-    )
-    torch.testing.assert_close(cell(torch._neg_view(-x))[0], expected[0])
-    torch.testing.assert_close(cell(x[0])[0], expected[0][0])
-    torch.func.vmap(cell)(x[None])
-    weight = cell.weight_ih.data
-    for other in (weight.movedim(2, 3).contiguous().movedim(3, 2), torch._neg_view(-weight)):
-        cell.weight_ih = nn.Parameter(other)
-        torch.testing.assert_close(cell(x)[0], expected[0])
-    cell.weight_ih = nn.Parameter(weight)
-    for name in ("bias_ih", "bias_hh"):
-        apart = getattr(cell, name).data.repeat_interleave(2)[::2]
-        setattr(cell, name, nn.Parameter(apart))
-    torch.testing.assert_close(cell(x)[0], expected[0])
-    cell.register_parameter("weight_ih", None)
-    cell.__dict__["weight_ih"] = torch.zeros(16, 3, 3, 3)
-    cell(x)
-    assert not any(found)

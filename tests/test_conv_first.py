@@ -79,7 +79,7 @@ def test_one_convolution_of_both(sizes, few, found, monkeypatch):
     cell = CELLS[2](2, 3, kernel, padding=tuple(k // 2 for k in kernel), dtype=F64)
     x, hx = leaf(torch.randn(2, 2, 4, 5, dtype=F64)), list(torch.randn(2, 2, 3, 4, 5, dtype=F64))
     monkeypatch.setattr(conv_first, "MANY_WEIGHTS", few)
-    call = conv_cell._call(cell._window(0), 2, 2, 3, (4, 5))
+    call = conv_cell._step(cell._attributes(), x.shape, F64, None).call
     assert conv_first._is_one(call) == bool(few)
     got = loop(cell, x, hx)
     got += gradients(got, [x])

@@ -115,12 +115,12 @@ def test_what_is_around_autocast_or_of_other_dtypes(monkeypatch):
     """The other way is there for it, and has the errors."""
     cell, _ = twins(2, torch.bfloat16, True)
     x = torch.randn(2, 3, 4, 3)
-    found, run = [], conv_cell._step
+    found, run = [], conv_cell._run
 
     def spy(*arguments):
         found.append(run(*arguments) is not None)
 
-    monkeypatch.setattr(conv_cell, "_step", spy)
+    monkeypatch.setattr(conv_cell, "_run", spy)
     with torch.autocast("cpu", torch.bfloat16):
         torch.func.vmap(cell)(x[None])
         assert not found

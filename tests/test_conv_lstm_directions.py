@@ -307,7 +307,7 @@ def test_a_pickle_from_before_there_was_a_second_direction(make):
     module = here(make(IN, C, 3))
     x = here(torch.randn(2, N, IN, 6))[0 if "Cell" in make.__name__ else slice(None)]
     state = module.__getstate__()
-    made = dict(zip(lstm_ext.conv_base._FIXED, state["_made_as"], strict=True))
+    made = state["_made_as"]._asdict()
     for name in ("bidirectional", "merge_mode"):
         del state[name], made[name]
     old = make.__new__(make)

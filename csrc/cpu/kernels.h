@@ -14,6 +14,16 @@ struct LayerKernels {
   void (*run_of_two)(const OfTwo<P>&);
 };
 
+// Numbers of one dtype as another: of float32 and the half types.
+struct Conversion {
+  const void* from;
+  Dtype own;      // of those
+  Dtype rounded;  // to which they are rounded on their way
+  void* to;
+  Dtype made;  // of what is written
+  int64_t count;
+};
+
 struct CpuKernels {
   const char* name;
   bool bf16_products;  // whether that flag of params.h may be set
@@ -22,6 +32,7 @@ struct CpuKernels {
   LayerKernels<LstmBackward> backward;
   int64_t (*matmul_workspace)(const Matmul&);
   void (*matmul)(const Matmul&);
+  void (*convert)(const Conversion&);
 };
 
 #if defined(__x86_64__)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward.h"
+#include "convert.h"
 #include "forward.h"
 #include "groups.h"
 #include "kernels.h"
@@ -107,5 +108,6 @@ inline void matmul(const Matmul& p) {
       LSTM_EXT_ISA::LayerOf<LSTM_EXT_ISA::Forward, LstmForward>::kernels(),   \
       LSTM_EXT_ISA::LayerOf<LSTM_EXT_ISA::Backward, LstmBackward>::kernels(), \
       LSTM_EXT_ISA::matmul_workspace,                                         \
-      LSTM_EXT_ISA::matmul};                                                  \
+      LSTM_EXT_ISA::matmul,                                                   \
+      LSTM_EXT_ISA::convert};                                                 \
   }

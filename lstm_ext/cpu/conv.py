@@ -94,7 +94,10 @@ NO_MASKS = Masks(None, None)
 
 
 @functools.lru_cache(maxsize=256)
-def _window(window: Window, size: tuple[int, ...], output: tuple[int, ...], channels: int) -> Any:
+def core_window(
+    window: Window, size: tuple[int, ...], output: tuple[int, ...], channels: int
+) -> Any:
+    """The core's, over images of that size and so many channels."""
     before = [pad for pad, _ in window.pads(size)]
     ones = [1] * (3 - len(size))  # of dimensions that there are not
     # fmt: off
@@ -137,8 +140,8 @@ def _layer(
     made = _C.CpuConv(
         code, code if h_dtype is None else DTYPE_CODE[h_dtype], torch.get_num_threads(),
         call.T, call.N, call.C, call.reverse,
-        _window(of_x, call.size, call.output, call.inputs),
-        _window(of_h, call.output, call.output, call.C),
+        core_window(of_x, call.size, call.output, call.inputs),
+        core_window(of_h, call.output, call.output, call.C),
         x, x_first, w_ih, ih_first, w_hh, hh_first, *more,
     )
     # fmt: on
@@ -199,7 +202,7 @@ def backward(
     dh = gates.new_zeros(rows, C) if dh_n is None else dh_n.clone()
     dc = new(2, rows, C)
     dc[0] = 0 if dc_n is None else dc_n
-    dw_ch = None if w_ch is None else gates.new_zeros(rows, 3 * C)
+    dw_ch = None if w_ch is None else new(3 * C)
     dx = new(call.T, call.N, *call.size, call.inputs) if of_x else None
     last = recorded(made.backward)(
         gates, c_seq, dy, of_h0, dgates, dx, dh, dc, dw_ch, cpu_products.workspace
@@ -210,7 +213,7 @@ def backward(
         None if dx is None else dx.movedim(-1, 2),
         dh,
         dc[last].clone(),  # alone in memory, as an operator's results are to be
-        None if dw_ch is None else dw_ch.sum(0),
+        dw_ch,
     )
 
 
@@ -227,8 +230,6 @@ def weights_gradients(
 
     h_before (T, rows, C): before each step.
     """
-    if not (of_w_ih or of_w_hh):
-        return None, None, dgates.sum((0, 1))
     made, kept = _layer(call, x, None, None, masks=masks)
     width = call.kernel_size * (call.inputs + call.C)
     at_once = max(1, min(call.T, _COLUMNS // (call.rows * width)))
