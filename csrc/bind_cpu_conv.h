@@ -56,6 +56,56 @@ inline void conv_weights(const ConvLayer& p, const pybind11::function& workspace
   });
 }
 
+inline CellPlanes cell_planes(int given, int states, int threads, int64_t N, int64_t units) {
+  CellPlanes p{};
+  p.given = static_cast<Dtype>(given);
+  p.states = static_cast<Dtype>(states);
+  p.threads = threads;
+  p.N = N;
+  p.units = units;
+  return p;
+}
+
+inline void bind_cpu_planes(pybind11::module_& m) {
+  using namespace pybind11::literals;
+  m.def(
+      "cpu_planes_forward",
+      [](int given, int states, int threads, int64_t N, int64_t units, Memory a, Memory c0,
+         Memory w_ch, Memory gates, Memory c, Memory h_n, Memory c_n) {
+        CellPlanes p = cell_planes(given, states, threads, N, units);
+        p.a = a.address;
+        p.c0 = c0.address;
+        p.w_ch = w_ch.address;
+        p.gates = gates.address;
+        p.c = c.address;
+        p.h_n = h_n.address;
+        p.c_n = c_n.address;
+        const pybind11::gil_scoped_release release;
+        cpu_kernels().planes_forward(p);
+      },
+      "given"_a, "states"_a, "threads"_a, "N"_a, "units"_a, "a"_a, "c0"_a, "w_ch"_a, "gates"_a,
+      "c"_a, "h_n"_a, "c_n"_a, "Cells as CellPlanes has them.");
+  m.def(
+      "cpu_planes_backward",
+      [](int given, int states, int threads, int64_t N, int64_t units, Memory c0, Memory w_ch,
+         Memory gates, Memory c, Memory dh, Memory dc, Memory da, Memory dc0, Memory dw_ch) {
+        CellPlanes p = cell_planes(given, states, threads, N, units);
+        p.c0 = c0.address;
+        p.w_ch = w_ch.address;
+        p.gates = gates.address;
+        p.c = c.address;
+        p.dh = dh.address;
+        p.dc = dc.address;
+        p.da = da.address;
+        p.dc0 = dc0.address;
+        p.dw_ch = dw_ch.address;
+        const pybind11::gil_scoped_release release;
+        cpu_kernels().planes_backward(p);
+      },
+      "given"_a, "states"_a, "threads"_a, "N"_a, "units"_a, "c0"_a, "w_ch"_a, "gates"_a, "c"_a,
+      "dh"_a, "dc"_a, "da"_a, "dc0"_a, "dw_ch"_a, "Cells as CellPlanes has them.");
+}
+
 inline void bind_cpu_conv(pybind11::module_& m) {
   namespace py = pybind11;
   using namespace pybind11::literals;

@@ -75,6 +75,17 @@ class CpuConvCell : PlainTensors {
                      pybind11::str("is_cpu"), dlpack::kCpu, exchange),
         surroundings_(surroundings) {}
 
+  // What forward reads: (the eight tensors, None for those that there are not; whether autograd
+  // records). Arguments as forward's; None for what that would refuse.
+  Object given(const Step& step, Handle parameters, Handle x, Handle hx) const {
+    std::array<Object, kTensors> given;
+    std::array<Place, kTensors> at;
+    if (!read(step, parameters, x, hx, given, at)) return pybind11::none();
+    pybind11::tuple all(static_cast<size_t>(kTensors));
+    put(given, all);
+    return pybind11::make_tuple(all, records(given));
+  }
+
   // ((h_1, c_1), saved), where saved is None unless autograd records, else the eight tensors, None
   // for those that there are not, gates, c_seq and h_before, as ConvCellStep has them. parameters:
   // a cell's. hx: None for zeros. None for what is not tensors of the types, of their sizes and
@@ -83,16 +94,7 @@ class CpuConvCell : PlainTensors {
                  const pybind11::function& workspace) const {
     std::array<Object, kTensors> given;
     std::array<Place, kTensors> at;
-    const auto read = [&] {
-      if (!take(parameters, x, hx, step, given)) return false;
-      PyObject* own = nullptr;  // x's dtype
-      for (int k = 0; k < kTensors; ++k) {
-        if (given[k] && !place(given[k], step, k, own, at[k])) return false;
-      }
-      return true;
-    };
-    if (!answered(read)) return pybind11::none();
-    const bool records = surroundings_.recording() && requires_grad(given);
+    if (!read(step, parameters, x, hx, given, at)) return pybind11::none();
     ConvCellStep call = call_of(step, at);
     Handle made_of = step.dtype;
     const Object h = make_strided(x, step.state.sizes, step.state.strides, made_of);
@@ -100,15 +102,14 @@ class CpuConvCell : PlainTensors {
     call.h = written(h, call.dtype, at[kH0].tensor.count);
     call.c = written(c, call.dtype, at[kC0].tensor.count);
     Object saved = pybind11::none();
-    if (records) {
+    if (records(given)) {
       const auto keep = [&](const Sizes& sizes, void*& to) {
         Object made = make(x, names().new_empty, sizes, acc_of(step.dtype.ptr(), call.dtype));
         to = memory_of(made);
         return made;
       };
       pybind11::tuple all(size_t(kTensors) + 3);
-      for (int k = 0; k < kTensors; ++k)
-        all[size_t(k)] = given[k] ? given[k] : Object(pybind11::none());
+      put(given, all);
       const int64_t rows = step.rows(), C = step.C();
       all[size_t(kTensors)] = keep({rows, 4 * C}, call.gates);
       all[size_t(kTensors) + 1] = keep({2, rows, C}, call.c_seq);
@@ -192,6 +193,24 @@ class CpuConvCell : PlainTensors {
     Object kept;  // has its memory
   };
 
+  // All of them, and where their numbers are; false for what is not for this way.
+  bool read(const Step& step, Handle parameters, Handle x, Handle hx,
+            std::array<Object, kTensors>& given, std::array<Place, kTensors>& at) const {
+    return answered([&] {
+      if (!take(parameters, x, hx, step, given)) return false;
+      PyObject* own = nullptr;  // x's dtype
+      for (int k = 0; k < kTensors; ++k) {
+        if (given[k] && !place(given[k], step, k, own, at[k])) return false;
+      }
+      return true;
+    });
+  }
+
+  static void put(const std::array<Object, kTensors>& given, pybind11::tuple& to) {
+    for (int k = 0; k < kTensors; ++k)
+      to[size_t(k)] = given[k] ? given[k] : Object(pybind11::none());
+  }
+
   // The tensors, as they are given.
   bool take(Handle parameters, Handle x, Handle hx, const Step& step,
             std::array<Object, kTensors>& given) const {
@@ -257,10 +276,11 @@ class CpuConvCell : PlainTensors {
     return true;
   }
 
-  static bool requires_grad(const std::array<Object, kTensors>& given) {
-    return std::any_of(given.begin(), given.end(), [](const Object& tensor) {
-      return tensor && get(tensor, names().requires_grad).ptr() == Py_True;
-    });
+  bool records(const std::array<Object, kTensors>& given) const {
+    return surroundings_.recording() &&
+           std::any_of(given.begin(), given.end(), [](const Object& tensor) {
+             return tensor && get(tensor, names().requires_grad).ptr() == Py_True;
+           });
   }
 
   static ConvTensor written(const Object& tensor, Dtype own, int64_t count) {
@@ -309,6 +329,7 @@ inline void bind_cpu_conv_cell(pybind11::module_& m) {
       .def(py::init<py::tuple, const py::dict&, py::object, py::object, const py::object&,
                     const Surroundings&>(),
            "types"_a, "codes"_a, "half_acc"_a, "bytes"_a, "exchange"_a, "surroundings"_a)
+      .def("given", &CpuConvCell::given, "step"_a, "parameters"_a, "x"_a, "hx"_a)
       .def("cpu_conv_cell", &CpuConvCell::forward, "step"_a, "parameters"_a, "x"_a, "hx"_a,
            "workspace"_a)
       .def("cpu_conv_cell_backward", &CpuConvCell::backward, "step"_a, "gradients"_a, "saved"_a,

@@ -244,6 +244,7 @@ PYBIND11_MODULE(_C, m) {
   lstm_ext::bind_surroundings(m);
   lstm_ext::bind_cpu_plain(m);
   lstm_ext::bind_cpu_conv(m);
+  lstm_ext::bind_cpu_planes(m);
   lstm_ext::bind_cpu_conv_cell(m);
   m.def(
       "address",

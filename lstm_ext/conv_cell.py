@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function, profiler
 
 from lstm_ext import conv_first, ops, step_gradients
@@ -32,8 +32,6 @@ from lstm_ext.engine import (
     SURROUNDINGS,
     acc_dtype,
     autocast_is_on,
-    is_lazy,
-    is_recording,
     is_surrounded,
 )
 from lstm_ext.native import _C
@@ -54,8 +52,7 @@ from lstm_ext.tensors import is_autocast
 if TYPE_CHECKING:
     from lstm_ext.conv_base import Attributes
 
-_ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ch")
-_TENSORS = 3 + len(_ROLES)  # x and the states before
+_TENSORS = 8  # x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh and weight_ch
 
 
 def core(exchange: Any) -> Any:
@@ -79,8 +76,6 @@ class _Step(NamedTuple):
     call: cpu_conv.Call
     core: Any  # the core's
     dtype: torch.dtype  # of the results
-    cast: torch.dtype | None  # to which autocast would
-    sizes: tuple[tuple[int, ...] | None, ...]  # of the parameters, None for what is not there
 
 
 @functools.lru_cache(maxsize=256)
@@ -110,9 +105,7 @@ def _step(
         cpu_conv.core_window(window.of_states(), output, output, C),
     )
     step = _C.ConvCellStep(*windows, N, dims, bias, peephole, dtype, dtype == cast)
-    sizes = [call.weight_size(inputs), call.weight_size(C)]
-    sizes += [(4 * C,) if bias else None] * 2
-    return _Step(call, step, dtype, cast, (*sizes, (3 * C,) if peephole else None))
+    return _Step(call, step, dtype)
 
 
 def short_step(
@@ -169,53 +162,21 @@ def _by_the_library(
     step: _Step, kind: _Kind, parameters: Any, x: Tensor, hx: Any
 ) -> tuple[Tensor, Tensor] | None:
     """As :func:`short_step`."""
-    call, dtype = step.call, step.dtype
-    kinds = (torch.float32, dtype, x.dtype) if dtype == step.cast else (dtype,)
-    if type(parameters) is not dict:  # which may make what is taken out of it
+    call, found = step.call, _core.given(step.core, parameters, x, hx)
+    if found is None:
         return None
-    weights = [parameters.get(role) for role in _ROLES]
-    for weight, size in zip(weights, step.sizes, strict=True):
-        if weight is None and size is None:
-            continue
-        if (
-            type(weight) is not nn.Parameter
-            or weight.dtype not in kinds
-            or weight.shape != size
-            or weight.device.type != "cpu"
-            or not weight.is_contiguous()  # channels last, as the other way wants them
-            or is_lazy(weight)
-        ):
-            return None
-    if x.device.type != "cpu" or x.layout is not torch.strided or is_lazy(x):
-        return None
-    size = (call.N, call.C, *call.output)
-    if hx is None:
-        h0 = c0 = x.new_zeros(size)
-    else:
-        if type(hx) not in (tuple, list) or len(hx) != 2:
-            return None
-        h0, c0 = hx
-        for state in (h0, c0):
-            if (
-                type(state) not in TYPES
-                or state.is_nested
-                or state.dtype not in kinds
-                or state.shape != size
-                or state.device.type != "cpu"
-                or state.layout is not torch.strided
-                or is_lazy(state)
-            ):
-                return None
-    tensors = (x, h0, c0, *weights)
-    recorded = is_recording() and any(t is not None and t.requires_grad for t in tensors)
-    if not recorded:
-        return _forward(call, kind, tensors, False)[:2]
+    tensors, records = found
+    _, _, _, *weights = tensors
+    if not (weights[0].is_contiguous() and weights[1].is_contiguous()):
+        return None  # channels last, as the other way wants them
     own = None
-    if call.weights >= conv_first.MANY_WEIGHTS and call.rows < step_gradients.MOST_ROWS:
+    many = call.weights >= conv_first.MANY_WEIGHTS
+    if records and many and call.rows < step_gradients.MOST_ROWS:
         own = cell_weights(hx, (*weights[:4], None), 0)  # each step makes that of w_ch itself
     with torch.no_grad():
-        h, c, *saved = _forward(call, kind, tensors, True)
-    return _recorded(step, kind, own, (h, c), (*tensors, *saved))
+        x, h0, c0, *weights = kind.computed(tensors)
+        h, c, *saved = conv_first.forward(call, x, h0, c0, weights, records)
+    return _recorded(step, kind, own, (h, c), (*tensors, *saved)) if records else (h, c)
 
 
 class _Kind(NamedTuple):
@@ -227,13 +188,17 @@ class _Kind(NamedTuple):
     convolved: torch.dtype
 
     def computed(self, tensors: Sequence[Any]) -> list[Any]:
-        """ConvStep's tensors as they are computed with."""
+        """ConvStep's tensors as they are computed with by the library; c_0 is of ``dtype``."""
         acc = acc_dtype(self.dtype)
         if self.dtype == acc:
             return list(tensors)
-        x, h0, c0, w_ih, w_hh, *others = (None if t is None else t.to(self.dtype) for t in tensors)
-        x, h0, w_ih, w_hh = (t.to(self.convolved) for t in (x, h0, w_ih, w_hh))
-        return [x, h0, c0.to(acc), w_ih, w_hh, *(None if t is None else t.to(acc) for t in others)]
+        x, h0, c0, w_ih, w_hh, *others = (_to(t, self.dtype) for t in tensors)
+        x, h0, w_ih, w_hh = (_to(t, self.convolved) for t in (x, h0, w_ih, w_hh))
+        return [x, h0, c0, w_ih, w_hh, *(_to(t, acc) for t in others)]
+
+
+def _to(tensor: Any, dtype: torch.dtype) -> Any:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _kind(call: cpu_conv.Call, dtype: torch.dtype) -> _Kind:
@@ -242,18 +207,6 @@ def _kind(call: cpu_conv.Call, dtype: torch.dtype) -> _Kind:
     few = call.weights < conv_first.MANY_WEIGHTS
     in_core = few and call.is_few_products(forward=True, half=half)
     return _Kind(in_core, dtype, dtype if half and not in_core else acc)
-
-
-def _forward(
-    call: cpu_conv.Call, kind: _Kind, tensors: Sequence[Any], save: bool
-) -> tuple[Tensor, ...]:
-    """h_1, c_1, neither of which is a view: a caller may change them in place; and what backward
-    needs, if ``save``. By the library. tensors: as ConvStep's."""
-    x, h0, c0, *weights = kind.computed(tensors)
-    h, c, gates = conv_first.forward(call, x, h0, c0, weights, save)
-    if kind.dtype != c.dtype:
-        return h.to(kind.dtype), c.to(kind.dtype), gates, c
-    return h, c, gates, c.clone() if save else c
 
 
 class ConvStep(Function):
@@ -270,8 +223,8 @@ class ConvStep(Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """tensors: x, h0 and c0, weight_ih, weight_hh, bias_ih, bias_hh and weight_ch; then what
-        the core or :func:`_forward` has saved. cell_weights, shared: as :mod:`step_gradients` has
-        them."""
+        the core or :func:`conv_first.forward` has saved. cell_weights, shared: as
+        :mod:`step_gradients` has them."""
         ctx.step, ctx.kind, ctx.cell_weights = step, kind, cell_weights
         save(ctx, tensors)
         return states
@@ -331,7 +284,6 @@ def _gradients(
     call, kind = ctx.step.call, ctx.kind
     gates, c = tensors[_TENSORS:]
     x, h0, c0, w_ih, w_hh, _, _, w_ch = kind.computed(tensors[:_TENSORS])
-    grads = [None if g is None else g.to(c0.dtype) for g in grads]
     of_x, of_h0, of_c0, *of_weights, of_w_ch = wanted
     kept = made = None
     x, h0 = x.contiguous(), h0.contiguous()
@@ -345,7 +297,7 @@ def _gradients(
     states = dh0 if of_h0 else None, dc0 if of_c0 else None
     weights = (None,) * 4 if made is None else (*made[:2], *two_biases(made[2], *of_weights[2:]))
     all_made = (dx, *states, *weights, dw_ch if of_w_ch else None)
-    if kind.dtype != c0.dtype:
+    if kind.dtype != gates.dtype:
         pairs = zip(all_made, tensors, strict=False)
         all_made = tuple(None if g is None else g.to(t.dtype) for g, t in pairs)
     return all_made, kept
@@ -360,7 +312,7 @@ def _in_torch(call: cpu_conv.Call, kind: _Kind, *tensors: Tensor | None) -> tupl
     """The step in torch operations."""
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_ch = kind.computed(tensors)
     bias = None if b_ih is None else (b_ih + b_hh).to(x.dtype)
-    states = (s.to(c0.dtype).movedim(1, -1) for s in (h0, c0))
+    states = (s.to(acc_dtype(kind.dtype)).movedim(1, -1) for s in (h0, c0))
     layer = _layer(call, kind.dtype)
     _, h, c = in_torch(layer, x.unsqueeze(0), w_ih, bias, w_hh, *states, w_ch)
     return h.movedim(-1, 1).to(kind.dtype), c.movedim(-1, 1).to(kind.dtype)

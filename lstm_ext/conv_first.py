@@ -1,21 +1,23 @@
 """A step of a ConvLSTM's cell by a library's convolutions, channels first.
 
-To the core's cell, which knows no neighbours, an image is a row of C * pixels units. So it takes
-what a convolution gives channels first as it is, and the weights, which lie so, need not be laid
-out otherwise: a layer does that once for all its steps, a cell would at every one.
+The core's cell takes planes, what a convolution gives channels first, as they are, and the weights,
+which lie so, need not be laid out otherwise: a layer does that once for all its steps, a cell would
+at every one.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lstm_ext.convolutions import Moves
 from lstm_ext.cpu import cell
 from lstm_ext.cpu.conv import Call
-from lstm_ext.steps import Steps
+from lstm_ext.engine import acc_dtype
 
 #: With as many numbers in W_ih and W_hh these convolutions take less time than the core, and all
 #: steps' gradients of them at once less than each step's. The time of a loop over nn.Conv2d over
@@ -25,24 +27,32 @@ from lstm_ext.steps import Steps
 MANY_WEIGHTS = 1 << 19
 
 
-def _is_one(call: Call) -> bool:
-    """Whether one convolution of x and h together is the sum of theirs, and takes less time."""
+class _Windows(NamedTuple):
+    """How the convolutions of a call move."""
+
+    of_x: Moves
+    of_h: Moves
+    of_both: Moves | None  # of x and h together, where one convolution of them is the sum of two
+
+
+@functools.lru_cache(maxsize=256)
+def _windows(call: Call) -> _Windows:
     of_x, of_h = call.window, call.window.of_states()
-    return (
+    alike = (
         of_x.stride == of_h.stride
         and of_x.dilation == of_h.dilation
         and of_x.pads(call.size) == of_h.pads(call.output)
-        and call.weights < MANY_WEIGHTS
+    )
+    return _Windows(
+        of_x.moves(call.size, call.inputs),
+        of_h.moves(call.output, call.C),
+        of_x.moves(call.size, call.inputs + call.C) if alike else None,
     )
 
 
-def _rows(images: Tensor) -> Tensor:
-    return images.view(len(images), -1)
-
-
-def _peephole(w_ch: Tensor | None, call: Call) -> Tensor | None:
-    """(3C), a number a channel, as one a unit."""
-    return None if w_ch is None else w_ch.repeat_interleave(call.rows // call.N)
+def _both(call: Call) -> Moves | None:
+    """Of one convolution of x and h, if it takes less time than two."""
+    return _windows(call).of_both if call.weights < MANY_WEIGHTS else None
 
 
 def forward(
@@ -52,25 +62,22 @@ def forward(
     c0: Tensor,
     weights: Sequence[Tensor | None],
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """h_1 and c_1, and the gates as the core's cell keeps them, if ``save``: all (N, channels,
-    *output). weights: w_ih, w_hh, b_ih, b_hh and w_ch. x, h0, w_ih and w_hh are of the
-    convolutions' dtype, all else, the results too, of the cell's."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """h_1 and c_1, of c_0's dtype, and as :func:`cpu.cell.planes_forward` what backward needs, if
+    ``save``: all (N, channels, *output). weights: w_ih, w_hh, b_ih, b_hh and w_ch. x, h0, w_ih and
+    w_hh are of the convolutions' dtype, biases and w_ch of that of sums."""
     w_ih, w_hh, b_ih, b_hh, w_ch = weights
     x, h0, c0 = (t.contiguous() for t in (x, h0, c0))
-    bias, acc = None if b_ih is None else (b_ih + b_hh).to(x.dtype), c0.dtype
-    if _is_one(call):
-        both = call.window.convolution(torch.cat([w_ih, w_hh], 1), call.size, last=False)
-        a = both(torch.cat([x, h0], 1), bias).to(acc).contiguous()
+    bias = None if b_ih is None else (b_ih + b_hh).to(x.dtype)
+    both = _both(call)
+    if both is not None:
+        a = both.convolution(torch.cat([w_ih, w_hh], 1))(torch.cat([x, h0], 1), bias).contiguous()
     else:
-        a = call.window.convolution(w_ih, call.size, last=False)(x, bias).to(acc).contiguous()
-        a += call.window.of_states().convolution(w_hh, call.output, last=False)(h0)
-    h, c = torch.empty_like(c0), torch.empty_like(c0)
-    states = (_rows(t) for t in (h0.to(acc), c0))
-    results = (_rows(t) for t in (h, c))
-    steps = Steps.padded(1, call.N)
-    cell.cell_forward(steps, _rows(a), *states, _peephole(w_ch, call), *results, save)
-    return h, c, a
+        of_x, of_h, _ = _windows(call)
+        a = of_x.convolution(w_ih)(x, bias)
+        a = a.to(acc_dtype(x.dtype)).contiguous()  # of which the sum is to be
+        a += of_h.convolution(w_hh)(h0)
+    return cell.planes_forward(a, c0, w_ch, save)
 
 
 def backward(
@@ -84,25 +91,24 @@ def backward(
     dc: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """The gradients of the gates before activation, of x and h0, None where not wanted, c0 and
-    w_ch; the first three of the convolutions' dtype. tensors: x, h0, c0, w_ih, w_hh and w_ch; c:
-    c_1; dh, dc: of h_1 and c_1, None for zero."""
+    w_ch; the first three of the convolutions' dtype. tensors: x, h0, c0, w_ih, w_hh and w_ch, as
+    forward's; gates, c: what it saved; dh, dc: of h_1 and c_1, of c_0's dtype, None for zero."""
     x, h0, c0, w_ih, w_hh, w_ch = tensors  # x and h0 contiguous
-    dh, dc = (None if d is None else _rows(d.contiguous()) for d in (dh, dc))
-    da = torch.empty_like(gates)
-    given = (_rows(t.contiguous()) for t in (gates, c0, c))
-    _, dc0, dw_ch = cell.cell_backward(
-        Steps.padded(1, call.N), dh, dc, *given, _peephole(w_ch, call), _rows(da)
-    )
-    da = da.to(x.dtype)
+    given = [None if t is None else t.contiguous() for t in (gates, c, c0, w_ch, dh, dc)]
+    da, dc0, dw_ch = cell.planes_backward(*given, x.dtype)
     dx = dh0 = None
+    both = _both(call)
+    if of_x and of_h0 and both is not None:
+        convolution = both.convolution(torch.cat([w_ih, w_hh], 1))
+        d = convolution.gradients(da, torch.cat([x, h0], 1), True, False)[0]
+        dx, dh0 = d.split([call.inputs, call.C], 1)
+        return da, dx, dh0, dc0, dw_ch
+    moves = _windows(call)
     if of_x:
-        of_input = call.window.convolution(w_ih, call.size, last=False)
-        dx = of_input.gradients(da, x, True, False)[0]
+        dx = moves.of_x.convolution(w_ih).gradients(da, x, True, False)[0]
     if of_h0:
-        recurrent = call.window.of_states().convolution(w_hh, call.output, last=False)
-        dh0 = recurrent.gradients(da, h0, True, False)[0]
-    dw_ch = None if dw_ch is None else dw_ch.view(3 * call.C, -1).sum(1)
-    return da, dx, dh0, dc0.view(c0.shape), dw_ch
+        dh0 = moves.of_h.convolution(w_hh).gradients(da, h0, True, False)[0]
+    return da, dx, dh0, dc0, dw_ch
 
 
 def weights_gradients(
@@ -110,16 +116,22 @@ def weights_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of w_ih, w_hh and a bias, None where not wanted, of all steps' images. wanted: those of the
     weights and biases."""
-    made = []
-    windows = call.window, call.window.of_states()
-    for of_weight, window, images in zip(wanted, windows, (x, h_0), strict=False):
-        dw = None
-        if of_weight:
-            w = da.new_empty(call.weight_size(images.size(1)))  # for its size
-            convolution = window.convolution(w, images.shape[2:], last=False)
-            dw = convolution.gradients(da, images, False, True)[1]
-        made.append(dw)
-    return made[0], made[1], _sum(da) if any(wanted[2:]) else None
+    bias = _sum(da) if any(wanted[2:]) else None
+
+    def of_weight(moves: Moves, images: Tensor) -> Tensor:
+        w = da.new_empty(call.weight_size(images.size(1)))  # for its size
+        return moves.convolution(w).gradients(da, images, False, True)[1]
+
+    both = _both(call)
+    if wanted[0] and wanted[1] and both is not None:
+        dw = of_weight(both, torch.cat([x, h_0], 1))
+        return *dw.split([call.inputs, call.C], 1), bias
+    of_x, of_h, _ = _windows(call)
+    return (
+        of_weight(of_x, x) if wanted[0] else None,
+        of_weight(of_h, h_0) if wanted[1] else None,
+        bias,
+    )
 
 
 def _sum(da: Tensor) -> Tensor:

@@ -71,12 +71,8 @@ class Window(NamedTuple):
             result.append((n + s - 1) // s if self.padding == "same" else (span + s) // s)
         return tuple(result)
 
-    def convolution(self, w: Tensor, size: Sequence[int], last: bool = True) -> Convolution:
-        """Of images (N, in, *size) with w (out, in, *kernel); gives (N, out, *output).
-
-        last: whether the output is to lie channels last, where it may. If not, contiguous images
-        and weights are not copied.
-        """
+    def moves(self, size: Sequence[int], channels: int) -> Moves:
+        """What torch's convolution of images of that size, and so many channels, is told of it."""
         pads = self.pads(size)
         # What oneDNN is not to pad: it knows no unequal pads, and in volumes, with strides and few
         # pixels beside the kernel's, its gradients (3.x) are anything and write past the end.
@@ -89,21 +85,29 @@ class Window(NamedTuple):
         # Channels last, oneDNN (3.x) has crashed where an output sees nothing but padding, and in
         # strides over one channel it has read elsewhere.
         first = any(p >= n for p, n in zip(padding, self.reach, strict=True))
-        first |= w.size(1) == 1 and any(n > 1 for n in stride)
+        first |= channels == 1 and any(n > 1 for n in stride)
         row = len(pads) == 1
         if row:  # as an image one pixel high: torch has no channels last in one dimension
-            w = w.unsqueeze(2)
             stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
+        zeros = [n for pair in reversed(pads) for n in pair] if padded else None
+        return Moves(stride, padding, dilation, zeros, row, first)
+
+    def convolution(self, w: Tensor, size: Sequence[int]) -> Convolution:
+        """Of images (N, in, *size) with w (out, in, *kernel); gives (N, out, *output), which lies
+        channels last, where it may."""
+        moves = self.moves(size, w.size(1))
+        first = moves.first
+        if moves.row:
+            w = w.unsqueeze(2)
         # A weight that lies channels last makes the output lie so, whatever the input's format: by
         # its strides, which contiguous() leaves as they are where there is one channel or the
         # kernel is one pixel. vmap knows no formats.
         if peek_interpreter_stack() is None:
             channels_last = torch.channels_last if w.dim() == 4 else torch.channels_last_3d
             ambiguous = w.size(1) == 1 or math.prod(self.kernel) == 1
-            laid = w.clone if first or (last and ambiguous) else w.contiguous
-            w = laid(memory_format=channels_last if last and not first else torch.contiguous_format)
-        zeros = [n for pair in reversed(pads) for n in pair] if padded else None
-        return Convolution(w, stride, padding, dilation, zeros, row, first)
+            laid = w.clone if first or ambiguous else w.contiguous
+            w = laid(memory_format=torch.contiguous_format if first else channels_last)
+        return Convolution(w, *moves)
 
 
 def input_window(
@@ -129,16 +133,36 @@ def _is_for_onednn(w: Tensor) -> bool:
     )
 
 
-class Convolution(NamedTuple):
-    """A window's, made once for all steps: a weight is copied to lie channels last."""
+class Moves(NamedTuple):
+    """How torch's convolution goes over images."""
 
-    w: Tensor
     stride: list[int]
     padding: list[int]
     dilation: list[int]
     zeros: list[int] | None  # that F.pad adds before
     row: bool  # images are rows of pixels
     first: bool  # images and weight must lie channels first
+
+    def convolution(self, w: Tensor) -> Convolution:
+        """With a contiguous w (out, in, *kernel): neither it nor contiguous images are copied, and
+        the output lies channels first."""
+        w = w.unsqueeze(2) if self.row else w
+        # Copied, it has the strides of channels first, where there are others that are contiguous.
+        w = w.clone(memory_format=torch.contiguous_format) if self.first else w.contiguous()
+        return Convolution(w, *self)
+
+
+class Convolution(NamedTuple):
+    """A window's, made once for all steps: a weight is copied to lie channels last."""
+
+    w: Tensor
+    # As in Moves, whose order this is.
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    zeros: list[int] | None
+    row: bool
+    first: bool
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (N, in, *size), bias (out)."""

@@ -24,6 +24,28 @@ struct Conversion {
   int64_t count;
 };
 
+// Cells alone, their gates in planes: of N sequences of so many units. All is float64, or none.
+struct CellPlanes {
+  Dtype given;   // of a and da
+  Dtype states;  // of c_0, h_1 and c_1, and of their gradients
+  int threads;
+  int64_t N;
+  int64_t units;
+  const void* a;     // given [N, 4, units]: pre-activations
+  const void* c0;    // states [N, units]
+  const void* w_ch;  // acc [3, units], or null
+  void* gates;       // acc [N, 4, units]: activated, which may be a; null: not wanted
+  void* c;           // acc [N, units]: c_1; null: not wanted
+  void* h_n;         // states [N, units]
+  void* c_n;
+  // backward, from gates, c and c_0
+  const void* dh;  // states [N, units], or null for zero
+  const void* dc;
+  void* da;     // given [N, 4, units]
+  void* dc0;    // states [N, units]
+  void* dw_ch;  // acc [N, 3, units]; null without w_ch
+};
+
 struct CpuKernels {
   const char* name;
   bool bf16_products;  // whether that flag of params.h may be set
@@ -33,6 +55,8 @@ struct CpuKernels {
   int64_t (*matmul_workspace)(const Matmul&);
   void (*matmul)(const Matmul&);
   void (*convert)(const Conversion&);
+  void (*planes_forward)(const CellPlanes&);
+  void (*planes_backward)(const CellPlanes&);
 };
 
 #if defined(__x86_64__)

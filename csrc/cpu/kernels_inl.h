@@ -7,6 +7,7 @@
 #include "groups.h"
 #include "kernels.h"
 #include "matmul.h"
+#include "planes.h"
 #include "quantized_forward.h"
 
 namespace lstm_ext {
@@ -109,5 +110,7 @@ inline void matmul(const Matmul& p) {
       LSTM_EXT_ISA::LayerOf<LSTM_EXT_ISA::Backward, LstmBackward>::kernels(), \
       LSTM_EXT_ISA::matmul_workspace,                                         \
       LSTM_EXT_ISA::matmul,                                                   \
-      LSTM_EXT_ISA::convert};                                                 \
+      LSTM_EXT_ISA::convert,                                                  \
+      LSTM_EXT_ISA::planes_forward,                                           \
+      LSTM_EXT_ISA::planes_backward};                                         \
   }
