@@ -26,9 +26,9 @@ _FEW_PRODUCTS = 10_000_000
 _FEW_PRODUCTS_BACK = 5_000_000
 _FEW_ROWS, _MORE_PRODUCTS = 64, 60_000_000
 # A single step: the time of a loop over nn.Conv2d over that of one over a cell, by the core and by
-# the library, three steps and backward, one thread: 16 channels of 16x16 pixels, N 4 0.97 and 0.89,
-# of 32x32, N 2 0.88 and 0.97, 8 of 64x64 0.73 and 0.96, 64 of 16x16 0.96 and 0.93; two threads that
-# share no L3 take the core further back.
+# the library, three steps and backward: 16 channels of 32x32 pixels 1.01 and 0.96, of 16x16, N 4
+# 0.98 both, 32 of 16x16, N 4 0.91 and 1.03, 8 of 64x64 0.73 and 0.99; inference of 8 of 32x32 0.89
+# and 1.14, for vectors of fewer than 16 channels are not full.
 _FEW_ROWS_OF_A_STEP, _FEW_PRODUCTS_OF_A_STEP = 1024, 20_000_000
 # Beside convolutions of bfloat16 0.3 to 0.8 of their time, 1.0 with twice as many; of more pixels,
 # 1024, 1.3 already.
@@ -85,7 +85,8 @@ class Call(NamedTuple):
         if self.rows <= _FEW_ROWS:
             return count <= _MORE_PRODUCTS
         if self.T == 1:
-            return count <= _FEW_PRODUCTS_OF_A_STEP and self.rows <= _FEW_ROWS_OF_A_STEP
+            few = min(_FEW_ROWS_OF_A_STEP, _FEW_ROWS * self.C)
+            return count <= _FEW_PRODUCTS_OF_A_STEP and self.rows <= few
         return count <= (_FEW_PRODUCTS if forward else _FEW_PRODUCTS_BACK)
 
 
