@@ -36,7 +36,7 @@ class _Windows(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _windows(call: Call) -> _Windows:
+def windows_of(call: Call) -> _Windows:
     of_x, of_h = call.window, call.window.of_states()
     alike = (
         of_x.stride == of_h.stride
@@ -50,9 +50,13 @@ def _windows(call: Call) -> _Windows:
     )
 
 
-def _both(call: Call) -> Moves | None:
+def both_moves(call: Call) -> Moves | None:
     """Of one convolution of x and h, if it takes less time than two."""
-    return _windows(call).of_both if call.weights < MANY_WEIGHTS else None
+    return windows_of(call).of_both if call.weights < MANY_WEIGHTS else None
+
+
+def _of_units(w_ch: Tensor | None, call: Call) -> Tensor | None:
+    return cell.of_units(w_ch, call.rows // call.N)
 
 
 def forward(
@@ -63,21 +67,28 @@ def forward(
     weights: Sequence[Tensor | None],
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """h_1 and c_1, of c_0's dtype, and as :func:`cpu.cell.planes_forward` what backward needs, if
-    ``save``: all (N, channels, *output). weights: w_ih, w_hh, b_ih, b_hh and w_ch. x, h0, w_ih and
-    w_hh are of the convolutions' dtype, biases and w_ch of that of sums."""
+    """h_1 and c_1, of c_0's dtype, and if ``save`` what backward needs, the activated gates and c_1
+    as it was computed: all (N, channels, *output). weights: w_ih, w_hh, b_ih, b_hh and w_ch. x, h0,
+    w_ih and w_hh are of the convolutions' dtype, biases and w_ch of that of sums."""
     w_ih, w_hh, b_ih, b_hh, w_ch = weights
     x, h0, c0 = (t.contiguous() for t in (x, h0, c0))
     bias = None if b_ih is None else (b_ih + b_hh).to(x.dtype)
-    both = _both(call)
+    both = both_moves(call)
     if both is not None:
         a = both.convolution(torch.cat([w_ih, w_hh], 1))(torch.cat([x, h0], 1), bias).contiguous()
     else:
-        of_x, of_h, _ = _windows(call)
+        of_x, of_h, _ = windows_of(call)
         a = of_x.convolution(w_ih)(x, bias)
         a = a.to(acc_dtype(x.dtype)).contiguous()  # of which the sum is to be
         a += of_h.convolution(w_hh)(h0)
-    return cell.planes_forward(a, c0, w_ch, save)
+    acc = acc_dtype(c0.dtype)
+    h, c = torch.empty_like(c0), torch.empty_like(c0)
+    gates = c_kept = None
+    if save:
+        gates = a if a.dtype == acc else torch.empty_like(a, dtype=acc)
+        c_kept = torch.empty_like(c0, dtype=acc)
+    cell.planes_forward(a, c0, _of_units(w_ch, call), gates, c_kept, h, c)
+    return h, c, gates, c_kept
 
 
 def backward(
@@ -94,16 +105,18 @@ def backward(
     w_ch; the first three of the convolutions' dtype. tensors: x, h0, c0, w_ih, w_hh and w_ch, as
     forward's; gates, c: what it saved; dh, dc: of h_1 and c_1, of c_0's dtype, None for zero."""
     x, h0, c0, w_ih, w_hh, w_ch = tensors  # x and h0 contiguous
+    w_ch = _of_units(w_ch, call)
     given = [None if t is None else t.contiguous() for t in (gates, c, c0, w_ch, dh, dc)]
-    da, dc0, dw_ch = cell.planes_backward(*given, x.dtype)
+    da = torch.empty_like(given[0], dtype=x.dtype)
+    dc0, dw_ch = cell.planes_backward(*given, da)
     dx = dh0 = None
-    both = _both(call)
+    both = both_moves(call)
     if of_x and of_h0 and both is not None:
         convolution = both.convolution(torch.cat([w_ih, w_hh], 1))
         d = convolution.gradients(da, torch.cat([x, h0], 1), True, False)[0]
         dx, dh0 = d.split([call.inputs, call.C], 1)
         return da, dx, dh0, dc0, dw_ch
-    moves = _windows(call)
+    moves = windows_of(call)
     if of_x:
         dx = moves.of_x.convolution(w_ih).gradients(da, x, True, False)[0]
     if of_h0:
@@ -116,17 +129,17 @@ def weights_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of w_ih, w_hh and a bias, None where not wanted, of all steps' images. wanted: those of the
     weights and biases."""
-    bias = _sum(da) if any(wanted[2:]) else None
+    bias = sum_of_pixels(da) if any(wanted[2:]) else None
 
     def of_weight(moves: Moves, images: Tensor) -> Tensor:
         w = da.new_empty(call.weight_size(images.size(1)))  # for its size
         return moves.convolution(w).gradients(da, images, False, True)[1]
 
-    both = _both(call)
+    both = both_moves(call)
     if wanted[0] and wanted[1] and both is not None:
         dw = of_weight(both, torch.cat([x, h_0], 1))
         return *dw.split([call.inputs, call.C], 1), bias
-    of_x, of_h, _ = _windows(call)
+    of_x, of_h, _ = windows_of(call)
     return (
         of_weight(of_x, x) if wanted[0] else None,
         of_weight(of_h, h_0) if wanted[1] else None,
@@ -134,6 +147,6 @@ def weights_gradients(
     )
 
 
-def _sum(da: Tensor) -> Tensor:
+def sum_of_pixels(da: Tensor) -> Tensor:
     """Of all pixels, of each channel."""
     return da.flatten(2).sum((0, 2), dtype=torch.promote_types(da.dtype, torch.float32))

@@ -64,6 +64,7 @@ def _forward(*arguments: Any) -> list[Tensor]:
     layer, tensors = _checked(*call)
     with ops.without_autocast(tensors[0].device):
         (y, h, c), saved = on_cells(layer, *tensors, save=save)
+    y = y.contiguous()  # the one layout that a graph may count on
     return [y, h, c, *saved] if save else [y, h.clone(), c.clone()]  # no views of one memory
 
 

@@ -7,6 +7,7 @@ from test_conv_core import F64, OPTIONS, SIZES, guard, made
 from torch import nn
 
 from lstm_ext import conv, conv_cell
+from lstm_ext.cpu import conv as cpu_conv
 from lstm_ext.engine import EXCHANGE
 
 pytestmark = pytest.mark.cpu_only(reason="the CPU's core")
@@ -33,6 +34,8 @@ def short(monkeypatch):
 @pytest.mark.parametrize("dims", SIZES)
 def test_the_bits_of_the_other_way(dims, name, dtype, exchange, short, monkeypatch):
     monkeypatch.setattr(conv_cell, "_core", conv_cell.core(exchange))
+    monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda *_, **__: True)
+    monkeypatch.setattr(cpu_conv.Call, "are_few_rows", True)
     found, spy = short
     cell = made(dims, name, dtype, cell=True)
     x = leaf(torch.randn(2, 3, *SIZES[dims], dtype=dtype))

@@ -51,6 +51,7 @@ def way(monkeypatch):
 
     def choose(flag):
         monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda *_, **__: flag)
+        monkeypatch.setattr(cpu_conv.Call, "are_few_rows", True)
         calls.clear()
         return calls
 

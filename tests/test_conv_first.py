@@ -80,7 +80,7 @@ def test_one_convolution_of_both(sizes, few, found, monkeypatch):
     x, hx = leaf(torch.randn(2, 2, 4, 5, dtype=F64)), list(torch.randn(2, 2, 3, 4, 5, dtype=F64))
     monkeypatch.setattr(conv_first, "MANY_WEIGHTS", few)
     call = conv_cell._step(cell._attributes(), x.shape, F64, None).call
-    assert (conv_first._both(call) is not None) == bool(few)
+    assert (conv_first.both_moves(call) is not None) == bool(few)
     got = loop(cell, x, hx)
     got += gradients(got, [x])
     the_other_way(monkeypatch)

@@ -123,7 +123,9 @@ def test_compiled_cells(dims):
         x = leaf(torch.randn(n, IN, *SIZES[dims]))
         states = tuple(here(torch.randn(n, C, *SIZES[dims])) for _ in "hc")
         for got, want in zip(_both(compiled, x, states), _both(cell, x, states), strict=True):
-            _close(got, want)
+            # Weights' gradients are sums over up to 540 pixels, in another order.
+            scale = max(1, want.abs().max().item())
+            _close(got / scale, want / scale)
     assert counter.frame_count == 1
     program = export(cell, (x, states))
     assert not _calls(program.graph_module)  # torch's operations, which a compiler fuses

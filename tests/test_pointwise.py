@@ -7,7 +7,7 @@ from device import here, leaf
 from tolerances import tol
 
 import lstm_ext
-from lstm_ext import pointwise
+from lstm_ext import conv_planes, pointwise
 from lstm_ext.cpu import cell as cpu_cell
 from lstm_ext.cpu import conv as cpu_conv
 from lstm_ext.steps import Steps
@@ -70,6 +70,7 @@ def test_the_native_cell_is_what_runs(monkeypatch):
 
     monkeypatch.setattr(cells, "cell_forward", spy)
     monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda *_: False)
+    monkeypatch.setattr(conv_planes, "_FEW_WEIGHTS", 0)
     module = here(lstm_ext.ConvLSTM2d(2, 5, 3, 2))
     module(here(torch.randn(L, 3, 2, 4, 4)))
     assert len(calls) == 2 * L

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lstm_ext.cpu import products as cpu_products
-from lstm_ext.engine import DTYPE_CODE, acc_dtype, address, native_steps
+from lstm_ext.engine import DTYPE_CODE, address, native_steps
 from lstm_ext.native import _C
 from lstm_ext.profiling import recorded
 from lstm_ext.steps import Steps
@@ -70,23 +70,23 @@ def cell_backward(
 
 
 def planes_forward(
-    a: Tensor, c0: Tensor, w_ch: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """h_1, c_1 and, if ``keep``, what backward needs: the activated gates and c_1 as it was
-    computed.
+    a: Tensor,
+    c0: Tensor,
+    w_ch: Tensor | None,
+    gates: Tensor | None,
+    c_kept: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+) -> None:
+    """Writes h_1 and c_1 and, unless they are None, what backward needs: the activated gates, which
+    may be a, and c_1 as it was computed.
 
-    a (N, 4C, *size): pre-activations without peepholes; c0 (N, C, *size), of the states' dtype,
-    w_ch (3C) or None, of the dtype computed with. All contiguous.
+    a (N, 4C, *size): pre-activations without peepholes; c0, h and c (N, C, *size), of the states'
+    dtype, a's or a half type; w_ch as :func:`of_units`, gates and c_kept of the dtype computed
+    with. All contiguous.
     """
-    acc = acc_dtype(c0.dtype)
-    h, c = torch.empty_like(c0), torch.empty_like(c0)
-    gates = c_kept = None
-    if keep:
-        gates = a if a.dtype == acc else torch.empty_like(a, dtype=acc)
-        c_kept = torch.empty_like(c0, dtype=acc)
-    tensors = a, c0, _of_units(w_ch, c0), gates, c_kept, h, c
+    tensors = a, c0, w_ch, gates, c_kept, h, c
     recorded(_C.cpu_planes_forward)(*_planes(a.dtype, c0), *tensors)
-    return h, c, gates, c_kept
 
 
 def planes_backward(
@@ -96,24 +96,23 @@ def planes_backward(
     w_ch: Tensor | None,
     dh: Tensor | None,
     dc: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of a, of that dtype, of c0 and of w_ch. gates and c: kept; dh and dc: of h_1
-    and c_1, None for zero."""
-    da, dc0 = torch.empty_like(gates, dtype=dtype), torch.empty_like(c0)
-    N, C, *size = c.shape
+    da: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Writes the gradient of a; returns those of c0 and of the peepholes, (3C). gates and c: kept;
+    dh and dc: of h_1 and c_1, None for zero."""
+    dc0, (N, C, *size) = torch.empty_like(c0), c.shape
     dw_ch = None if w_ch is None else c.new_empty(N, 3 * C, *size)
-    tensors = c0, _of_units(w_ch, c0), gates, c, dh, dc, da, dc0, dw_ch
-    recorded(_C.cpu_planes_backward)(*_planes(dtype, c0), *tensors)
-    return da, dc0, None if dw_ch is None else dw_ch.flatten(2).sum((0, 2))
+    tensors = c0, w_ch, gates, c, dh, dc, da, dc0, dw_ch
+    recorded(_C.cpu_planes_backward)(*_planes(da.dtype, c0), *tensors)
+    return dc0, None if dw_ch is None else dw_ch.flatten(2).sum((0, 2))
+
+
+def of_units(w_ch: Tensor | None, pixels: int) -> Tensor | None:
+    """(3C), a number a channel, as one a unit."""
+    return None if w_ch is None else w_ch.repeat_interleave(pixels)
 
 
 def _planes(given: torch.dtype, c0: Tensor) -> tuple[int, int, int, int, int]:
     N = c0.size(0)
     codes = DTYPE_CODE[given], DTYPE_CODE[c0.dtype]
     return *codes, torch.get_num_threads(), N, c0.numel() // N
-
-
-def _of_units(w_ch: Tensor | None, c0: Tensor) -> Tensor | None:
-    """(3C), a number a channel, as one a unit."""
-    return None if w_ch is None else w_ch.repeat_interleave(c0[0, 0].numel())

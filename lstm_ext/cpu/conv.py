@@ -28,7 +28,7 @@ _FEW_ROWS, _MORE_PRODUCTS = 64, 60_000_000
 # A single step: the time of a loop over nn.Conv2d over that of one over a cell, by the core and by
 # the library, three steps and backward: 16 channels of 32x32 pixels 1.01 and 0.96, of 16x16, N 4
 # 0.98 both, 32 of 16x16, N 4 0.91 and 1.03, 8 of 64x64 0.73 and 0.99; inference of 8 of 32x32 0.89
-# and 1.14, for vectors of fewer than 16 channels are not full.
+# and 1.14.
 _FEW_ROWS_OF_A_STEP, _FEW_PRODUCTS_OF_A_STEP = 1024, 20_000_000
 # Beside convolutions of bfloat16 0.3 to 0.8 of their time, 1.0 with twice as many; of more pixels,
 # 1024, 1.3 already.
@@ -76,6 +76,11 @@ class Call(NamedTuple):
             pixels.append(pixels[-1] * n)
         return (pixels[-1], 1, *pixels[-2::-1])
 
+    @property
+    def are_few_rows(self) -> bool:
+        """For so many channels: the core's vectors are of channels, those of planes always full."""
+        return self.rows <= _FEW_ROWS * self.C
+
     def is_few_products(self, forward: bool, half: bool = False) -> bool:
         """Whether a step has so few that the core, which copies what the kernel sees at each pixel,
         takes less time than a library's convolutions; ``half``: than those of bfloat16."""
@@ -85,8 +90,8 @@ class Call(NamedTuple):
         if self.rows <= _FEW_ROWS:
             return count <= _MORE_PRODUCTS
         if self.T == 1:
-            few = min(_FEW_ROWS_OF_A_STEP, _FEW_ROWS * self.C)
-            return count <= _FEW_PRODUCTS_OF_A_STEP and self.rows <= few
+            few = self.rows <= _FEW_ROWS_OF_A_STEP and self.are_few_rows
+            return few and count <= _FEW_PRODUCTS_OF_A_STEP
         return count <= (_FEW_PRODUCTS if forward else _FEW_PRODUCTS_BACK)
 
 

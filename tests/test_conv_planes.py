@@ -1,0 +1,172 @@
+"""A ConvLSTM's layer by a library's convolutions channels first, and the cells in planes."""
+
+import copy
+
+import pytest
+import torch
+from device import leaf
+from test_conv_core import F64, SEQUENCES, SIZES, results
+
+import lstm_ext
+from lstm_ext import conv_planes
+from lstm_ext.cpu import conv as cpu_conv
+
+pytestmark = pytest.mark.cpu_only(reason="the CPU's cells")
+OPTIONS = {
+    "plain": {},
+    "peephole": {"peephole": True, "bias": False, "num_layers": 2},
+    "wide": {"kernel_size": 5, "padding": 2},
+    "one": {"kernel_size": 1},
+    "even": {"kernel_size": 2, "bidirectional": True},
+    "both": {"bidirectional": True, "peephole": True, "num_layers": 2},
+}
+
+
+@pytest.fixture
+def planes(monkeypatch):
+    """planes(flag) has layers go this way, or step by step channels last; a list with the passes
+    that did since."""
+    calls = []
+    monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda *_, **__: False)
+    for name in ("forward", "gradients"):
+        run = getattr(conv_planes, name)
+
+        def spy(*args, run=run, name=name):
+            calls.append(name)
+            return run(*args)
+
+        monkeypatch.setattr(conv_planes, name, spy)
+
+    def choose(flag):
+        monkeypatch.setattr(conv_planes, "_FEW_WEIGHTS", 10**9 if flag else 0)
+        calls.clear()
+        return calls
+
+    return choose
+
+
+def made(dims, name, dtype):
+    return SEQUENCES[dims](3, 4, **{"kernel_size": 3, **OPTIONS[name]}, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dims", SIZES)
+def test_as_step_by_step(dims, name, dtype, planes, isa):
+    module = made(dims, name, dtype)
+    x = leaf(torch.randn(4, 2, 3, *SIZES[dims], dtype=dtype))
+    hx = [leaf(torch.randn_like(s)) for s in module(x)[1]]
+    planes(False)
+    expected = results(module, x, hx)
+    calls = planes(True)
+    got = results(module, x, hx)
+    layers = module.num_layers * (1 + module.bidirectional)
+    assert calls == ["forward"] * layers + ["gradients"] * layers
+    with torch.no_grad():
+        y, (h, c) = module(x, hx)
+    for a, b in zip([*got, y, h, c], [*expected, *expected[:3]], strict=True):
+        scale = max(1, b.abs().max().item())
+        limit = 1e-12 if dtype == F64 else 2e-5
+        torch.testing.assert_close(a, b, rtol=0, atol=limit * scale)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradients_of_some(reverse, planes):
+    """Of each tensor alone, of each but one, and from each result alone."""
+    module = SEQUENCES[2](3, 4, 3, peephole=True, bidirectional=reverse, dtype=F64)
+    x = leaf(torch.randn(3, 2, 3, 5, 4, dtype=F64))
+    hx = [leaf(torch.randn(1 + reverse, 2, 4, 5, 4, dtype=F64)) for _ in "hc"]
+    every = [x, *hx, *module.parameters()]
+    planes(True)
+    for part in range(3):
+
+        def loss(part=part):
+            y, (h, c) = module(x, hx)
+            return (y, h, c)[part].sin().sum()
+
+        for t in every:
+            t.requires_grad_(True)
+        expected = torch.autograd.grad(loss(), every)
+        for k, tensor in enumerate(every):
+            for alone in (True, False):
+                for other in every:
+                    other.requires_grad_((other is tensor) == alone)
+                wanted = [t for t in every if t.requires_grad]
+                whole = [g for g, t in zip(expected, every, strict=True) if t.requires_grad]
+                got = torch.autograd.grad(loss(), wanted, allow_unused=True)
+                for a, b in zip(got, whole, strict=True):
+                    torch.testing.assert_close(a, b, msg=str((part, k, alone)))
+
+
+def test_results_are_alone_in_memory_and_may_be_changed(planes):
+    module = made(2, "plain", F64)
+    x = leaf(torch.randn(3, 2, 3, 6, 5, dtype=F64))
+    planes(True)
+    (expected,) = torch.autograd.grad(module(x)[0].sum(), x)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            y, (h, c) = module(x)
+        assert y.is_contiguous()
+        assert len({t.untyped_storage().data_ptr() for t in (y, h, c)}) == 3
+    total = y.sum()
+    with torch.no_grad():
+        for t in (y, h, c):
+            t.zero_()
+    assert torch.equal(torch.autograd.grad(total, x)[0], expected)
+
+
+def test_second_derivatives(planes):
+    module = made(1, "peephole", F64)
+    x = leaf(torch.randn(2, 1, 3, 4, dtype=F64))
+    calls = planes(True)
+    assert torch.autograd.gradgradcheck(lambda x: module(x)[0], (x,))
+    assert "forward" in calls
+
+
+@pytest.mark.parametrize("name", ["plain", "both"])
+def test_compiled(name, planes):
+    module = made(2, name, torch.float32)
+    x = leaf(torch.randn(3, 2, 3, 6, 5))
+    calls = planes(True)
+    expected = results(module, x)
+    run = torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True)
+    got = run(x)
+    for a, b in zip((got[0], *got[1]), expected, strict=False):
+        assert torch.equal(a, b)
+    count = len(calls)
+    got = torch.autograd.grad(got[0].sum(), x)
+    torch.testing.assert_close(got, torch.autograd.grad(module(x)[0].sum(), x), rtol=0, atol=0)
+    assert len(calls) > count
+
+
+@pytest.mark.parametrize("given", ["lengths", "resets", "stride", "half"])
+def test_what_goes_step_by_step(given, planes):
+    options = {"stride": 2} if given == "stride" else {}
+    module = lstm_ext.ConvLSTM2d(3, 4, 3, **options)
+    x, more = torch.randn(3, 2, 3, 6, 5), {}
+    if given == "half":
+        module, x = module.half(), x.half()
+    elif given == "lengths":
+        more["lengths"] = torch.tensor([3, 2])
+    elif given == "resets":
+        more["reset_mask"] = torch.tensor([[0, 0], [0, 1], [0, 0]], dtype=torch.bool)
+    calls = planes(True)
+    module(x, **more)
+    assert not calls
+
+
+@pytest.mark.parametrize("cell", [False, True])
+def test_the_bits_of_any_number_of_threads(cell, planes):
+    """Of so many units that several threads share them."""
+    module = (lstm_ext.ConvLSTM1dCell if cell else lstm_ext.ConvLSTM1d)(1, 3, 1, peephole=True)
+    x = leaf(torch.randn(*([] if cell else [2]), 3, 1, 10007))
+    planes(True)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            y = module(x)[0]
+            found.append((y, torch.autograd.grad(y.sin().sum(), x)[0]))
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
