@@ -116,7 +116,7 @@ def short_step(
 
     parameters: the cell's dict of them.
     """
-    if type(x) not in TYPES or x.is_nested or ops._engines["cpu"] is not cpu_engine:
+    if type(x) not in TYPES or ops._engines["cpu"] is not cpu_engine:
         return None
     if SURROUNDINGS.none():
         return _run(parameters, x, hx, attributes, None)
@@ -131,7 +131,7 @@ def _run(
     parameters: Any, x: Tensor, hx: Any, attributes: Attributes, cast: torch.dtype | None
 ) -> tuple[Tensor, Tensor] | None:
     """cast: to which autocast would, None without it."""
-    step = _step(attributes, x.shape, x.dtype, cast)
+    step = None if x.is_nested else _step(attributes, x.shape, x.dtype, cast)
     if step is None:
         return None
     kind = _kind(step.call, step.dtype)

@@ -421,7 +421,7 @@ def test_compile_as_one_graph(dtype):
 @pytest.mark.parametrize("dims", SEQUENCES)
 def test_a_weight_laid_out_for_all_steps(dims, kernel, dtype, monkeypatch):
     """As is done for many channels only."""
-    monkeypatch.setattr(conv_planes, "_FEW_WEIGHTS", 0)
+    monkeypatch.setattr(conv_planes, "_pays", lambda _: False)
     monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda *_: False)
     module = SEQUENCES[dims](IN, C, kernel, dtype=dtype)
     x = torch.randn(L, N, IN, *SIZES[dims], dtype=dtype).requires_grad_()

@@ -38,7 +38,7 @@ def planes(monkeypatch):
         monkeypatch.setattr(conv_planes, name, spy)
 
     def choose(flag):
-        monkeypatch.setattr(conv_planes, "_FEW_WEIGHTS", 10**9 if flag else 0)
+        monkeypatch.setattr(conv_planes, "_pays", lambda _: flag)
         calls.clear()
         return calls
 
@@ -155,8 +155,25 @@ def test_what_goes_step_by_step(given, planes):
     assert not calls
 
 
+def test_which_layers_go_this_way():
+    """Those of whose channels the library's blocks are no less full, and not too large."""
+    for inputs, C, kernel, expected in (
+        (8, 8, 3, True),
+        (3, 8, 3, True),
+        (16, 16, 3, True),
+        (32, 32, 3, True),
+        (3, 16, 3, False),
+        (8, 16, 5, False),
+        (16, 16, 1, False),
+        (64, 64, 3, False),
+    ):
+        module = lstm_ext.ConvLSTM2d(inputs, C, kernel)
+        call = cpu_conv.Call(module._window(0), False, 2, 1, inputs, C, (8, 8), (8, 8))
+        assert conv_planes._pays(call) == expected
+
+
 @pytest.mark.parametrize("cell", [False, True])
-def test_the_bits_of_any_number_of_threads(cell, planes):
+def test_any_number_of_threads(cell, planes):
     """Of so many units that several threads share them."""
     module = (lstm_ext.ConvLSTM1dCell if cell else lstm_ext.ConvLSTM1d)(1, 3, 1, peephole=True)
     x = leaf(torch.randn(*([] if cell else [2]), 3, 1, 10007))

@@ -70,7 +70,7 @@ def test_the_native_cell_is_what_runs(monkeypatch):
 
     monkeypatch.setattr(cells, "cell_forward", spy)
     monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda *_: False)
-    monkeypatch.setattr(conv_planes, "_FEW_WEIGHTS", 0)
+    monkeypatch.setattr(conv_planes, "_pays", lambda _: False)
     module = here(lstm_ext.ConvLSTM2d(2, 5, 3, 2))
     module(here(torch.randn(L, 3, 2, 4, 4)))
     assert len(calls) == 2 * L
