@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lstm_ext import batching, ops
 from lstm_ext.autograd import has_tangent, needs_grad
-from lstm_ext.conv_layer import Layer, gradients, in_torch, on_cells
+from lstm_ext.conv_layer import Layer, in_torch
+from lstm_ext.conv_passes import gradients, on_cells
 from lstm_ext.conv_walk import Walk
 from lstm_ext.convolutions import Window
 from lstm_ext.derivatives import LayerFunction, pulled

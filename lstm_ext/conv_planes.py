@@ -71,7 +71,7 @@ def forward(
     w_ch: Tensor | None,
     save: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:
-    """As :func:`conv_layer.on_cells`."""
+    """As :func:`conv_passes.on_cells`."""
     T, N, C, rows = call.T, call.N, call.C, call.rows
     x, w_ch = x.contiguous(), cell.of_units(w_ch, rows // N)
     both = both_moves(call).convolution(torch.cat([w_ih, w_hh], 1))
@@ -111,7 +111,7 @@ def gradients(
     h_seq: Tensor,
     c_seq: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """As :func:`conv_layer.gradients`."""
+    """As :func:`conv_passes.gradients`."""
     x, w_ih, _, w_hh, h0, _, w_ch = tensors
     of_x, of_w_ih, of_bias, of_w_hh, of_h0, of_c0, of_w_ch = wanted
     T, N, C, output = call.T, call.N, call.C, call.output

@@ -30,7 +30,7 @@ def forward(
     c_seq: Tensor,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loop of :func:`conv_layer.on_cells`: h_out, c_seq and kept are written. Returns the last
+    """The loop of :func:`conv_passes.on_cells`: h_out, c_seq and kept are written. Returns the last
     h and c."""
     walk, cells, convolved, acc = layer.walk, pointwise.cells_of(gx.device), gx.dtype, h.dtype
     # What a step takes, made for all steps at once: of few pixels, views would cost more than sums.
@@ -74,7 +74,7 @@ def backward(
     of_h0: bool,
     da_seq: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loop of :func:`conv_layer.gradients`: da_seq is written; the gradients of h0, if it is
+    """The loop of :func:`conv_passes.gradients`: da_seq is written; the gradients of h0, if it is
     wanted, c0 and w_ch."""
     walk, acc, cells = layer.walk, kept.dtype, pointwise.cells_of(kept.device)
     da_images, h_images = layer.images(da_seq).unbind(0), layer.images(h_seq).unbind(0)

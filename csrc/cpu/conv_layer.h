@@ -34,7 +34,7 @@ struct ConvLayer {
   const void* w_ch;      // [3C], or null
   const uint8_t* on;     // [T, N] nonzero: the sequence takes the step; null: all of them do
   const uint8_t* reset;  // [T, N] nonzero: its state is zero before the step; null: none is
-  // As conv_layer.on_cells has them: of T + 1 states the first is before the first step in memory,
+  // As conv_passes.on_cells has them: of T + 1 states the first is before the first step in memory,
   // so that a reverse direction begins with the last. For one that is null scratch is taken; not
   // for gates.
   void* h_first;     // [rows, C]: for h0

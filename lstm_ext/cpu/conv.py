@@ -179,7 +179,7 @@ def forward(
     """All steps. x (T, N, in, *size), or of one step (N, in, *size); h0 and c0 (N, C, *output);
     weights: w_ih, w_hh, bias, what is added to it, and w_ch. Written are h_n and c_n, whose memory
     is (rows, C), and if they are given h_first, h_out, c_seq and gates, as
-    :func:`conv_layer.on_cells` has them. h_dtype: to which h is rounded on its way to the next
+    :func:`conv_passes.on_cells` has them. h_dtype: to which h is rounded on its way to the next
     step; None: to none."""
     made, kept = _layer(call, x, *weights, masks, h_dtype)
     (h0, h0_first), (c0, c0_first) = _laid_out(h0, 1), _laid_out(c0, 1)
