@@ -8,8 +8,10 @@ from device import leaf
 from test_conv_core import F64, SEQUENCES, SIZES, results
 
 import lstm_ext
-from lstm_ext import conv_planes
+from lstm_ext import conv_planes, reference
+from lstm_ext.cpu import cell
 from lstm_ext.cpu import conv as cpu_conv
+from lstm_ext.engine import acc_dtype
 
 pytestmark = pytest.mark.cpu_only(reason="the CPU's cells")
 OPTIONS = {
@@ -172,11 +174,11 @@ def test_which_layers_go_this_way():
         assert conv_planes._pays(call) == expected
 
 
-@pytest.mark.parametrize("cell", [False, True])
-def test_any_number_of_threads(cell, planes):
+@pytest.mark.parametrize("of_cell", [False, True])
+def test_any_number_of_threads(of_cell, planes):
     """Of so many units that several threads share them."""
-    module = (lstm_ext.ConvLSTM1dCell if cell else lstm_ext.ConvLSTM1d)(1, 3, 1, peephole=True)
-    x = leaf(torch.randn(*([] if cell else [2]), 3, 1, 10007))
+    module = (lstm_ext.ConvLSTM1dCell if of_cell else lstm_ext.ConvLSTM1d)(1, 3, 1, peephole=True)
+    x = leaf(torch.randn(*([] if of_cell else [2]), 3, 1, 10007))
     planes(True)
     threads, found = torch.get_num_threads(), []
     try:
@@ -187,3 +189,40 @@ def test_any_number_of_threads(cell, planes):
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
+HALF = [torch.bfloat16, torch.float16]
+KINDS = [(t, t) for t in (F64, torch.float32, torch.bfloat16)] + [(torch.float32, t) for t in HALF]
+
+
+@pytest.mark.parametrize("gradients", ["h", "c", "both"])
+@pytest.mark.parametrize("peephole", [False, True])
+@pytest.mark.parametrize("given, states", KINDS)
+def test_the_cells_alone(given, states, peephole, gradients, isa):
+    """Of 21 and of 100 units, beside autograd in float64."""
+    acc = acc_dtype(states)
+    for size in ((7,), (5, 20)):
+        pixels = torch.Size(size).numel()
+        a = torch.randn(2, 12, *size, dtype=given)
+        c0, dh, dc = (torch.randn(2, 3, *size, dtype=states) for _ in range(3))
+        w_ch = torch.randn(9, dtype=acc) if peephole else None
+        gates, c_kept = torch.empty_like(a, dtype=acc), torch.empty_like(c0, dtype=acc)
+        h, c = torch.empty_like(c0), torch.empty_like(c0)
+        of_units = cell.of_units(w_ch, pixels)
+        cell.planes_forward(a, c0, of_units, gates, c_kept, h, c)
+        dh, dc = (dh if gradients != "c" else None), (dc if gradients != "h" else None)
+        da = torch.empty_like(a)
+        dc0, dw_ch = cell.planes_backward(gates, c_kept, c0, of_units, dh, dc, da)
+
+        wide = [leaf(t.double()) for t in (a, c0)] + ([leaf(w_ch.double())] if peephole else [])
+        rows = [t.movedim(1, -1).flatten(0, -2) for t in wide[:2]]
+        truth = reference.lstm_cell(*rows, wide[2] if peephole else None)
+        truth = [t.view(2, *size, 3).movedim(-1, 1) for t in truth]
+        used = [(t, g.double()) for t, g in zip(truth, (dh, dc), strict=True) if g is not None]
+        outputs, cotangents = zip(*used, strict=True)
+        expected = torch.autograd.grad(outputs, wide, cotangents)
+        near = {F64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+        for got, want in zip((h, c, da, dc0, dw_ch), (*truth, *expected), strict=False):
+            scale = max(1, want.abs().max().item())
+            limit = scale * near[got.dtype]
+            torch.testing.assert_close(got.double(), want, rtol=0, atol=limit)
