@@ -1,5 +1,5 @@
-"""What surrounds a ConvLSTM: derivatives, torch.func, a graph, autocast, checkpoints; and the layout
-of its weights in oneDNN."""
+"""What surrounds a ConvLSTM: derivatives, torch.func, a graph, autocast, checkpoints; and how its
+weights lie for oneDNN."""
 
 import pytest
 import torch
