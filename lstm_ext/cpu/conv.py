@@ -19,8 +19,9 @@ from lstm_ext.profiling import recorded
 
 # Up to so many multiplications of a step the core takes less time than a library's convolutions:
 # forward 0.5 to 0.9 of it, backward 0.4 to 0.9; and with six times as many, either way, of up to 64
-# pixels in all images 0.5 to 1.0. Above, copies of what kernels see take longer than they save, the sooner the
-# more threads. Layers of 8 to 128 channels, 4x4 to 64x64 pixels, one and two threads (Zen 4).
+# pixels in all images 0.5 to 1.0. Above, copies of what kernels see take longer than they save, the
+# sooner the more threads. Layers of 8 to 128 channels, 4x4 to 64x64 pixels, one and two threads
+# (Zen 4).
 _FEW_PRODUCTS = 10_000_000
 _FEW_PRODUCTS_BACK = 5_000_000
 _FEW_ROWS, _MORE_PRODUCTS = 64, 60_000_000
