@@ -150,7 +150,6 @@ class CpuConvCell : PlainTensors {
           return false;
         }
       }
-      Look found;
       PyObject* const acc = acc_of(step.dtype.ptr(), code_of(step.dtype));
       const std::array<Sizes, 3> sizes{Sizes(rows, 4 * C), Sizes(2, rows, C), Sizes(rows, C)};
       for (size_t k = 0; k < kept.size(); ++k) {

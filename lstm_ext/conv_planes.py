@@ -76,24 +76,40 @@ def forward(
     x, w_ch = x.contiguous(), cell.of_units(w_ch, rows // N)
     both = both_moves(call).convolution(torch.cat([w_ih, w_hh], 1))
     kept = x.new_empty(T, rows, 4 * C) if save else None
-    h_seq = x.new_empty(T + save, rows, C)
     c_seq = x.new_empty(T + 1 if save else 2, rows, C)
     gates = [None] * T if kept is None else kept.view(T, N, 4 * C, *call.output).unbind(0)
-    h_images, c_images = (s.view(len(s), N, C, *call.output) for s in (h_seq, c_seq))
-    outputs = layer.outputs(h_images) if save else h_images
-    first = h_images[layer.start] if save else x.new_empty(N, C, *call.output)
+    y = _channels_first(x, (T, N, *call.output, C))
+    h_seq, outputs = None, y.movedim(-1, 2)
+    if save:  # whoever changes y in place must not change what backward reads
+        h_seq = x.new_empty(T + 1, rows, C)
+        h_images = h_seq.view(T + 1, N, C, *call.output)
+        first, outputs = h_images[layer.start], layer.outputs(h_images)
+    else:
+        first = x.new_empty(N, C, *call.output)
     first.copy_(h0.movedim(-1, 1))
-    states, cells = layer.all_states(first, outputs.unbind(0)), c_images.unbind(0)
+    states = layer.all_states(first, outputs.unbind(0))
+    cells = c_seq.view(len(c_seq), N, C, *call.output).unbind(0)
     memories, after = len(cells), layer.start
     cells[after % memories].copy_(c0.movedim(-1, 1))
     for t, before, after in layer.turns():
         a = both(torch.cat([x[t], states[before]], 1), bias).contiguous()
         c, c_new = cells[before % memories], cells[after % memories]
         cell.planes_forward(a, c, w_ch, gates[t], None, states[after], c_new)
-    # Whoever changes a result in place must not change what backward reads, nor another one.
-    y = outputs.clone() if save else outputs
+    if save:
+        y.copy_(outputs.movedim(2, -1))
     h, c = (_channels_last(s) for s in (states[after], cells[after % memories]))
-    return (y.movedim(2, -1), h, c), (kept, h_seq, c_seq)
+    return (y, h, c), (kept, h_seq, c_seq)
+
+
+def _channels_first(like: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Memory for (T, N, *size, C) that lies so. No view, which autograd would not let a user change
+    in place."""
+    T, N, *pixels, C = size
+    strides = [1]
+    for n in (*pixels[::-1], C, N):
+        strides.append(strides[-1] * n)
+    of_t, of_n, of_c, *of_pixels = strides[::-1]
+    return like.new_empty_strided(size, (of_t, of_n, *of_pixels, of_c))
 
 
 def _channels_last(images: Tensor) -> Tensor:

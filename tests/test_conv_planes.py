@@ -108,13 +108,20 @@ def test_results_are_alone_in_memory_and_may_be_changed(planes):
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             y, (h, c) = module(x)
-        assert y.is_contiguous()
+        assert y.is_contiguous() and y.stride() == torch.empty(y.shape).stride()
         assert len({t.untyped_storage().data_ptr() for t in (y, h, c)}) == 3
     total = y.sum()
     with torch.no_grad():
         for t in (y, h, c):
             t.zero_()
     assert torch.equal(torch.autograd.grad(total, x)[0], expected)
+    y, (h, c) = module(x)
+    expected = torch.autograd.grad(y.relu().sum() + h.exp().sum() + c.tanh().sum(), x)
+    y, (h, c) = module(x)
+    y.relu_()
+    h.exp_()
+    c.tanh_()
+    torch.testing.assert_close(torch.autograd.grad(y.sum() + h.sum() + c.sum(), x), expected)
 
 
 def test_second_derivatives(planes):
