@@ -177,9 +177,8 @@ class ConvLSTMCell(ConvLSTMBase):
             As the sequence's forward.
         """
         if not torch.compiler.is_compiling():
-            attributes = self._attributes()
-            if attributes == self._made_as:
-                states = short_step(self._parameters, input, hx, attributes)
+            if self._attributes() == self._made_as:
+                states = short_step(self._parameters, input, hx, self._made_as)
                 if states is not None:
                     return states
         if is_intercepted(input):

@@ -32,6 +32,7 @@ from lstm_ext.engine import (
     SURROUNDINGS,
     acc_dtype,
     autocast_is_on,
+    in_memory,
     is_surrounded,
 )
 from lstm_ext.native import _C
@@ -256,6 +257,7 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
             run = functools.partial(_in_torch, step.call, kind)
             made = pulled(run, tensors[:_TENSORS], grads, wanted)
         else:
+            grads = [None if g is None else in_memory(g) for g in grads]
             made, kept = _gradients(ctx, wanted, grads, tensors, shared and may_keep(ctx))
     if shared and kept is None:
         kept = nothing_kept()

@@ -114,7 +114,7 @@ def backward(
     if of_x and of_h0 and both is not None:
         convolution = both.convolution(torch.cat([w_ih, w_hh], 1))
         d = convolution.gradients(da, torch.cat([x, h0], 1), True, False)[0]
-        dx, dh0 = d.split([call.inputs, call.C], 1)
+        dx, dh0 = apart(d, call)
         return da, dx, dh0, dc0, dw_ch
     moves = windows_of(call)
     if of_x:
@@ -137,14 +137,20 @@ def weights_gradients(
 
     both = both_moves(call)
     if wanted[0] and wanted[1] and both is not None:
-        dw = of_weight(both, torch.cat([x, h_0], 1))
-        return *dw.split([call.inputs, call.C], 1), bias
+        return *apart(of_weight(both, torch.cat([x, h_0], 1)), call), bias
     of_x, of_h, _ = windows_of(call)
     return (
         of_weight(of_x, x) if wanted[0] else None,
         of_weight(of_h, h_0) if wanted[1] else None,
         bias,
     )
+
+
+def apart(both: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Of x and of h, each in memory of its own: as .grad a part of it would keep all of it."""
+    of_x, of_h = both.split([call.inputs, call.C], 1)
+    kind = torch.contiguous_format
+    return of_x.clone(memory_format=kind), of_h.clone(memory_format=kind)
 
 
 def sum_of_pixels(da: Tensor) -> Tensor:

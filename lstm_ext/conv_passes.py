@@ -158,11 +158,16 @@ def gradients(
         dx, dw_ih = of_input.gradients(g, x.flatten(0, 1), of_x, of_w_ih)
     return (
         None if dx is None else dx.view(x.shape),
-        dw_ih,
+        _as_it_lies(dw_ih, w_ih),
         da_seq.flatten(0, 1).sum(0, dtype=acc).to(bias.dtype) if of_bias else None,
-        dw_hh,
+        _as_it_lies(dw_hh, w_hh),
         *_as_wanted(wanted, h0, dh, dc, dw_ch),
     )
+
+
+def _as_it_lies(dw: Tensor | None, w: Tensor) -> Tensor | None:
+    """The gradient of a contiguous weight contiguous too: it was made channels last."""
+    return dw.contiguous() if dw is not None and w.is_contiguous() else dw
 
 
 def _as_wanted(

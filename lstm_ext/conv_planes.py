@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lstm_ext import pointwise
-from lstm_ext.conv_first import both_moves, sum_of_pixels, windows_of
+from lstm_ext.conv_first import apart, both_moves, sum_of_pixels, windows_of
 from lstm_ext.cpu import cell
 from lstm_ext.cpu.conv import Call
 from lstm_ext.engine import acc_dtype, sum_of
@@ -167,7 +167,7 @@ def gradients(
         sums = [sum_of(total, more) for total, more in zip(sums, made, strict=True)]
     dw, dw_ih, dw_hh, db, dw_ch = sums
     if dw is not None:
-        dw_ih, dw_hh = dw.split([call.inputs, C], 1)
+        dw_ih, dw_hh = apart(dw, call)
     return (
         dx,
         dw_ih,

@@ -267,3 +267,33 @@ def test_which_steps_are_the_core_s():
         ways.append(cell(x)[0].grad_fn)
     kinds = [getattr(node, "kind", None) for node in ways]
     assert [kind and kind.in_core for kind in kinds] == [True, True, False, None, False, None]
+
+
+@pytest.mark.parametrize("few", [0, 1 << 19])
+def test_gradients_whose_numbers_are_not_in_memory(few, found, monkeypatch):
+    """Lazily negated ones, and zeros of forward mode."""
+    monkeypatch.setattr(conv_first, "MANY_WEIGHTS", few)
+    cell = made(2, "peephole", F64, cell=True)
+    x = leaf(torch.randn(2, 3, 6, 5, dtype=F64))
+    wanted = [x, *cell.parameters()]
+    h, c = cell(x)
+    ones, zero = torch.ones_like(h), torch._efficientzerotensor(h.shape, dtype=F64)
+    expected = torch.autograd.grad((h, c), wanted, (-ones, -ones), retain_graph=True)
+    negated = torch._neg_view(ones), torch._neg_view(ones)
+    got = torch.autograd.grad((h, c), wanted, negated, retain_graph=True)
+    torch.testing.assert_close(got, expected)
+    expected = torch.autograd.grad(c, wanted, ones, retain_graph=True)
+    got = torch.autograd.grad((h, c), wanted, (zero, ones))
+    torch.testing.assert_close(got, expected)
+
+
+def test_gradients_are_alone_in_memory_and_contiguous(monkeypatch):
+    monkeypatch.setattr(cpu_conv.Call, "is_few_products", lambda *_, **__: False)
+    cell = made(2, "plain", F64, cell=True)
+    for N in (1, 2):
+        x = leaf(torch.randn(N, 3, 6, 5, dtype=F64))
+        hx = [leaf(torch.randn(N, 4, 6, 5, dtype=F64)) for _ in "hc"]
+        wanted = [x, *hx, *cell.parameters()]
+        for gradient in torch.autograd.grad(sum(s.sum() for s in cell(x, hx)), wanted):
+            assert gradient.is_contiguous()
+            assert gradient.untyped_storage().nbytes() == 8 * gradient.numel()

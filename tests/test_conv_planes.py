@@ -124,6 +124,15 @@ def test_results_are_alone_in_memory_and_may_be_changed(planes):
     torch.testing.assert_close(torch.autograd.grad(y.sum() + h.sum() + c.sum(), x), expected)
 
 
+@pytest.mark.parametrize("flag", [False, True])
+def test_gradients_of_weights_are_contiguous(flag, planes):
+    module = made(2, "plain", torch.float32)
+    x = leaf(torch.randn(3, 1, 3, 6, 5))
+    planes(flag)
+    for g in torch.autograd.grad(module(x)[0].sum(), list(module.parameters())):
+        assert g.is_contiguous() and g.untyped_storage().nbytes() == 4 * g.numel()
+
+
 def test_second_derivatives(planes):
     module = made(1, "peephole", F64)
     x = leaf(torch.randn(2, 1, 3, 4, dtype=F64))
