@@ -25,7 +25,7 @@ class CpuConvCell : PlainTensors {
     // dtype: float32 and x's, too.
     Step(const ConvWindow& of_x, const ConvWindow& of_h, int64_t N, int dims, bool bias,
          bool peephole, Object dtype, bool casts)
-        : of_x(of_x), of_h(of_h), N(N), dims(dims), dtype(std::move(dtype)), casts(casts) {
+        : of_x(of_x), of_h(of_h), N(N), dtype(std::move(dtype)), casts(casts) {
       const int64_t C = of_h.channels;
       const auto of = [dims](int64_t first, int64_t channels, const ConvWindow::Sizes& pixels) {
         Sizes sizes(first, channels);
@@ -47,7 +47,6 @@ class CpuConvCell : PlainTensors {
 
     ConvWindow of_x, of_h;
     int64_t N;
-    int dims;
     Object dtype;
     bool casts;
     std::array<std::optional<Sizes>, kTensors> sizes;  // none: there is no such tensor
@@ -96,9 +95,8 @@ class CpuConvCell : PlainTensors {
     std::array<Place, kTensors> at;
     if (!read(step, parameters, x, hx, given, at)) return pybind11::none();
     ConvCellStep call = call_of(step, at);
-    Handle made_of = step.dtype;
-    const Object h = make_strided(x, step.state.sizes, step.state.strides, made_of);
-    const Object c = make_strided(x, step.state.sizes, step.state.strides, made_of);
+    const Object h = make_strided(x, step.state.sizes, step.state.strides, step.dtype);
+    const Object c = make_strided(x, step.state.sizes, step.state.strides, step.dtype);
     call.h = written(h, call.dtype, at[kH0].tensor.count);
     call.c = written(c, call.dtype, at[kC0].tensor.count);
     Object saved = pybind11::none();
@@ -259,16 +257,9 @@ class CpuConvCell : PlainTensors {
         !(found.sizes == sizes)) {
       return false;
     }
-    // Lazily negated, the memory is that of the opposite.
-    if (call(value, names().is_neg).ptr() != Py_False) return false;
-    void* memory = found.contiguous ? found.contiguous : found.channels_last;
-    if (memory) {
-      to.kept = pybind11::reinterpret_borrow<Object>(value);
-    } else {
-      to.kept = call(value, names().contiguous);
-      memory = address_of(to.kept);
-    }
-    if (!has_memory(to.kept, memory)) return false;
+    void* const memory =
+        taken(value, found.contiguous ? found.contiguous : found.channels_last, to.kept);
+    if (!memory) return false;
     int64_t count = 1;
     for (Py_ssize_t d = 0; d < sizes.count; ++d) count *= sizes.of[d];
     to.tensor = {memory, found.code, !found.channels_last, count};

@@ -172,9 +172,15 @@ class PlainTensors {
         (device >= 0 && found.device != device)) {
       return nullptr;
     }
+    return taken(value, found.contiguous, kept);
+  }
+
+  // The memory of a tensor that was looked at, `known` or, if that is null, of its contiguous copy;
+  // else null. kept: keeps it.
+  static void* taken(Handle value, void* known, Object& kept) {
     // Lazily negated, the memory is that of the opposite.
     if (call(value, names().is_neg).ptr() != Py_False) return nullptr;
-    void* address = found.contiguous;
+    void* address = known;
     if (address) {
       kept = pybind11::reinterpret_borrow<Object>(value);
     } else {

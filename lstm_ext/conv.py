@@ -176,11 +176,10 @@ class ConvLSTMCell(ConvLSTMBase):
         Raises:
             As the sequence's forward.
         """
-        if not torch.compiler.is_compiling():
-            if self._attributes() == self._made_as:
-                states = short_step(self._parameters, input, hx, self._made_as)
-                if states is not None:
-                    return states
+        if not torch.compiler.is_compiling() and self._attributes() == self._made_as:
+            states = short_step(self._parameters, input, hx, self._made_as)
+            if states is not None:
+                return states
         if is_intercepted(input):
             return as_one_function(ConvLSTMCell.forward, self, input, hx)
         batched = self._is_batched(input, self._dims + 1)
