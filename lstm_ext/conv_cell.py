@@ -287,17 +287,18 @@ def _gradients(
     gates, c = tensors[_TENSORS:]
     x, h0, c0, w_ih, w_hh, _, _, w_ch = kind.computed(tensors[:_TENSORS])
     of_x, of_h0, of_c0, *of_weights, of_w_ch = wanted
-    kept = made = None
+    kept = None
     x, h0 = x.contiguous(), h0.contiguous()
-    da, dx, dh0, dc0, dw_ch = conv_first.backward(
-        call, of_x, of_h0, (x, h0, c0, w_ih, w_hh, w_ch), gates, c, *grads
+    of_step = (False,) * 3 if keep else (*of_weights[:2], any(of_weights[2:]))
+    of_cell = x, h0, c0, w_ih, w_hh, w_ch
+    da, (dx, dh0, dw_ih, dw_hh, db), dc0, dw_ch = conv_first.backward(
+        call, (of_x, of_h0, *of_step), of_cell, gates, c, *grads
     )
     if keep:
         kept = KeptSteps(_Products(call), Kept(da, x, h0), call.rows, ctx.cell_weights.wanted)
-    elif any(of_weights):
-        made = conv_first.weights_gradients(call, of_weights, x, h0, da)
     states = dh0 if of_h0 else None, dc0 if of_c0 else None
-    weights = (None,) * 4 if made is None else (*made[:2], *two_biases(made[2], *of_weights[2:]))
+    biases = (None, None) if db is None else two_biases(db, *of_weights[2:])
+    weights = dw_ih, dw_hh, *biases
     all_made = (dx, *states, *weights, dw_ch if of_w_ch else None)
     if kind.dtype != gates.dtype:
         pairs = zip(all_made, tensors, strict=False)

@@ -94,35 +94,43 @@ def forward(
 
 def backward(
     call: Call,
-    of_x: bool,
-    of_h0: bool,
+    wanted: Sequence[bool],
     tensors: Sequence[Any],
     gates: Tensor,
     c: Tensor,
     dh: Tensor | None,
     dc: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """The gradients of the gates before activation, of x and h0, None where not wanted, c0 and
-    w_ch; the first three of the convolutions' dtype. tensors: x, h0, c0, w_ih, w_hh and w_ch, as
-    forward's; gates, c: what it saved; dh, dc: of h_1 and c_1, of c_0's dtype, None for zero."""
+) -> tuple[Tensor, list[Tensor | None], Tensor, Tensor | None]:
+    """The gradients of the gates before activation; of x, h0, w_ih, w_hh and a bias, None where not
+    wanted; of c0; and of w_ch. All but the last three are of the convolutions' dtype. tensors: x,
+    h0, c0, w_ih, w_hh and w_ch, as forward's; gates, c: what it saved; dh, dc: of h_1 and c_1, of
+    c_0's dtype, None for zero."""
     x, h0, c0, w_ih, w_hh, w_ch = tensors  # x and h0 contiguous
+    of_x, of_h0, of_w_ih, of_w_hh, of_bias = wanted
     w_ch = _of_units(w_ch, call)
     given = [None if t is None else t.contiguous() for t in (gates, c, c0, w_ch, dh, dc)]
     da = torch.empty_like(given[0], dtype=x.dtype)
     dc0, dw_ch = cell.planes_backward(*given, da)
-    dx = dh0 = None
-    both = both_moves(call)
-    if of_x and of_h0 and both is not None:
-        convolution = both.convolution(torch.cat([w_ih, w_hh], 1))
-        d = convolution.gradients(da, torch.cat([x, h0], 1), True, False)[0]
-        dx, dh0 = apart(d, call)
-        return da, dx, dh0, dc0, dw_ch
-    moves = windows_of(call)
-    if of_x:
-        dx = moves.of_x.convolution(w_ih).gradients(da, x, True, False)[0]
-    if of_h0:
-        dh0 = moves.of_h.convolution(w_hh).gradients(da, h0, True, False)[0]
-    return da, dx, dh0, dc0, dw_ch
+    moves, both = windows_of(call), both_moves(call)
+    dx = dh0 = dw_ih = dw_hh = None
+    # One convolution back for both, where both are wanted.
+    of_images = both is not None and of_x and of_h0
+    of_weights = both is not None and of_w_ih and of_w_hh
+    if of_images or of_weights:
+        convolution, images = both.convolution(torch.cat([w_ih, w_hh], 1)), torch.cat([x, h0], 1)
+        d, dw = convolution.gradients(da, images, of_images, of_weights)
+        dx, dh0 = _apart(d, call)
+        dw_ih, dw_hh = _apart(dw, call)
+    flags = of_x and not of_images, of_w_ih and not of_weights
+    if any(flags):
+        d, dw = moves.of_x.convolution(w_ih).gradients(da, x, *flags)
+        dx, dw_ih = d if flags[0] else dx, dw if flags[1] else dw_ih
+    flags = of_h0 and not of_images, of_w_hh and not of_weights
+    if any(flags):
+        d, dw = moves.of_h.convolution(w_hh).gradients(da, h0, *flags)
+        dh0, dw_hh = d if flags[0] else dh0, dw if flags[1] else dw_hh
+    db = _sum_of_pixels(da) if of_bias else None
+    return da, [dx, dh0, dw_ih, dw_hh, db], dc0, dw_ch
 
 
 def weights_gradients(
@@ -130,30 +138,28 @@ def weights_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of w_ih, w_hh and a bias, None where not wanted, of all steps' images. wanted: those of the
     weights and biases."""
-    bias = sum_of_pixels(da) if any(wanted[2:]) else None
 
     def of_weight(moves: Moves, images: Tensor) -> Tensor:
         w = da.new_empty(call.weight_size(images.size(1)))  # for its size
         return moves.convolution(w).gradients(da, images, False, True)[1]
 
-    both = both_moves(call)
-    if wanted[0] and wanted[1] and both is not None:
-        return *apart(of_weight(both, torch.cat([x, h_0], 1)), call), bias
     of_x, of_h, _ = windows_of(call)
     return (
         of_weight(of_x, x) if wanted[0] else None,
         of_weight(of_h, h_0) if wanted[1] else None,
-        bias,
+        _sum_of_pixels(da) if any(wanted[2:]) else None,
     )
 
 
-def apart(both: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def _apart(both: Tensor | None, call: Call) -> tuple[Tensor | None, Tensor | None]:
     """Of x and of h, each in memory of its own: as .grad a part of it would keep all of it."""
+    if both is None:
+        return None, None
     of_x, of_h = both.split([call.inputs, call.C], 1)
     kind = torch.contiguous_format
     return of_x.clone(memory_format=kind), of_h.clone(memory_format=kind)
 
 
-def sum_of_pixels(da: Tensor) -> Tensor:
+def _sum_of_pixels(da: Tensor) -> Tensor:
     """Of all pixels, of each channel."""
     return da.flatten(2).sum((0, 2), dtype=torch.promote_types(da.dtype, torch.float32))

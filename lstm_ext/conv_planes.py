@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lstm_ext import pointwise
-from lstm_ext.conv_first import apart, both_moves, sum_of_pixels, windows_of
+from lstm_ext import conv_first, pointwise
+from lstm_ext.conv_first import both_moves
 from lstm_ext.cpu import cell
 from lstm_ext.cpu.conv import Call
 from lstm_ext.engine import acc_dtype, sum_of
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from lstm_ext.conv_layer import Layer
 
 # Numbers in W_ih and W_hh. The time of six steps by conv_steps over that by planes, inference and
-# with backward, one thread: 8 channels of 64x64 pixels 1.1 and 1.2, 16 of 32x32, N 4 1.09 and 0.97,
-# of 64x64, N 2 1.10 and 1.20, 32 of 32x32, N 4 1.07 and 0.97, 64 of 32x32 0.98 and 0.96 (Zen 4).
+# with backward, one thread: 8 channels of 64x64 pixels 1.47 and 1.23, 16 of 32x32, N 4 1.19 and
+# 1.04, of 64x64, N 2 1.17 and 1.07, 32 of 32x32, N 4 1.10 and 1.02, 64 of 32x32 1.06 and 0.97
+# (Zen 4).
 _FEW_WEIGHTS = 1 << 18
-# Channels that oneDNN's convolutions take at once: of 3 and 16, or 8 and 16, those of x for all
-# steps and of h take 0.70 to 0.90 of the time of one of both.
+# Channels that oneDNN's convolutions take at once: where they are no fuller side by side, conv_steps
+# takes less time: of 3 and 16 channels (5x5 kernels, 16x16 pixels, N 8) 0.75 and 0.78 of that by
+# planes, of 8 and 16 (64x64) 0.93 and 0.88.
 _BLOCK = 16
 
 
@@ -131,43 +133,25 @@ def gradients(
     x, w_ih, _, w_hh, h0, _, w_ch = tensors
     of_x, of_w_ih, of_bias, of_w_hh, of_h0, of_c0, of_w_ch = wanted
     T, N, C, output = call.T, call.N, call.C, call.output
-    x, w_ch = x.contiguous(), cell.of_units(w_ch, call.rows // N)
+    x, of_weights = x.contiguous(), (of_w_ih, of_w_hh, of_bias)
     gates = kept.view(T, N, 4 * C, *output).unbind(0)
     h_images, c_images = (s.view(T + 1, N, C, *output) for s in (h_seq, c_seq))
     channels = -1 - len(output)  # which dimension
     dy, dh, dc = (None if g is None else g.movedim(-1, channels).contiguous() for g in grads)
-    moves = windows_of(call)
-    # One convolution back for both, where both are wanted.
-    of_images, of_weights = of_x, of_w_ih and of_w_hh
-    joint = both_moves(call).convolution(torch.cat([w_ih, w_hh], 1))
-    of_x_alone, of_h_alone = moves.of_x.convolution(w_ih), moves.of_h.convolution(w_hh)
-    da = x.new_empty(N, 4 * C, *output)
     dx = torch.empty_like(x) if of_x else None
-    sums: list[Tensor | None] = [None] * 5  # of both weights, w_ih, w_hh, bias and w_ch
+    sums: list[Tensor | None] = [None] * 4  # of w_ih, w_hh, bias and w_ch
     for t, before, after in reversed(layer.turns()):
         dh = sum_of(dh, None if dy is None else dy[t])
-        cells = c_images[after], c_images[before]
-        dc, dw_ch = cell.planes_backward(gates[t], *cells, w_ch, dh, dc, da)
-        h = h_images[before]
-        dw = dw_ih = dw_hh = None
-        if of_images or of_weights:
-            d, dw = joint.gradients(da, torch.cat([x[t], h], 1), of_images, of_weights)
-        if of_images:
-            dx_t, dh = d.split([call.inputs, C], 1)
-            dx[t], dh = dx_t, dh.contiguous()
-        if not of_weights and of_w_ih:
-            dw_ih = of_x_alone.gradients(da, x[t], False, True)[1]
-        passes = not of_images and (before != layer.start or of_h0)
-        products = not of_weights and of_w_hh
-        if passes or products:
-            passed, dw_hh = of_h_alone.gradients(da, h, passes, products)
-            dh = passed.contiguous() if passes else dh
-        db = sum_of_pixels(da) if of_bias else None
-        made = dw, dw_ih, dw_hh, db, dw_ch
+        h, passes = h_images[before], before != layer.start or of_h0
+        step = x[t], h, c_images[before], w_ih, w_hh, w_ch
+        _, (dx_t, dh, *made), dc, dw_ch = conv_first.backward(
+            call, (of_x, passes, *of_weights), step, gates[t], c_images[after], dh, dc
+        )
+        if of_x:
+            dx[t] = dx_t
+        made.append(dw_ch)
         sums = [sum_of(total, more) for total, more in zip(sums, made, strict=True)]
-    dw, dw_ih, dw_hh, db, dw_ch = sums
-    if dw is not None:
-        dw_ih, dw_hh = apart(dw, call)
+    dw_ih, dw_hh, db, dw_ch = sums
     return (
         dx,
         dw_ih,
