@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 # 1.04, of 64x64, N 2 1.17 and 1.07, 32 of 32x32, N 4 1.10 and 1.02, 64 of 32x32 1.06 and 0.97
 # (Zen 4).
 _FEW_WEIGHTS = 1 << 18
-# Channels that oneDNN's convolutions take at once: where they are no fuller side by side, conv_steps
-# takes less time: of 3 and 16 channels (5x5 kernels, 16x16 pixels, N 8) 0.75 and 0.78 of that by
-# planes, of 8 and 16 (64x64) 0.93 and 0.88.
+# Channels that oneDNN's convolutions take at once: where they are no fuller side by side,
+# conv_steps takes less time: of 3 and 16 channels (5x5 kernels, 16x16 pixels, N 8) 0.75 and 0.78 of
+# that by planes, of 8 and 16 (64x64) 0.93 and 0.88.
 _BLOCK = 16
 
 
